@@ -1,0 +1,27 @@
+"""Llama 3.1 8B Instruct into Llama 3.2 1B Instruct by LoRA, on alpaca-cleaned: the main job.
+
+Command:   python -m kd_jax.train --config configs/8b_to_1b.py
+Hardware:  one GPU of 80 GB or more (bfloat16).
+Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_ratio 0.5); there a
+           step was 32 padded conversations, here it is packed rows that hold about as many.
+Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
+"""
+
+from kd_jax.config import Config, DataConfig, LoraConfig, LossConfig, OptimConfig
+from kd_jax.config import StudentConfig, TeacherConfig
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/8b_to_1b",
+        teacher=TeacherConfig(path="meta-llama/Llama-3.1-8B-Instruct"),
+        student=StudentConfig(path="meta-llama/Llama-3.2-1B-Instruct"),
+        trainable="lora",
+        lora=LoraConfig(rank=64, alpha=128.0),
+        loss=LossConfig(kd_ratio=0.5, divergence="forward_kl"),
+        data=DataConfig(path="yahma/alpaca-cleaned", seq_len=2048, batch_size=4),
+        optim=OptimConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01
+        ),
+        epochs=1,
+    )

@@ -1,0 +1,468 @@
+"""The configuration of a run: typed, frozen, validated, and loadable without jax."""
+
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Dtype = Literal["bfloat16", "float32"]
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake of the user's: printed as one message without a traceback, exit status 2."""
+
+
+class _Checks:
+    """Collects what is wrong with a dataclass, so that all problems are reported at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def require(self, holds: bool, name: str, expected: str, got: Any) -> None:
+        if not holds:
+            self.problems.append(f"{name}: expected {expected}, got {got!r}")
+
+    def finish(self) -> None:
+        if self.problems:
+            raise UserError("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    path: str
+    """Folder in Hugging Face form, output of convert.from_hf, or hub id of the frozen teacher."""
+    adapter: str | None = None
+    """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
+    dtype: Dtype = "bfloat16"
+    """dtype of the teacher's weights and matrix products; accumulation is always float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    path: str
+    """Folder in Hugging Face form, output of convert.from_hf, or hub id of the student."""
+    adapter: str | None = None
+    """PEFT adapter (folder or hub id) to start from: continued with trainable=lora, merged at load
+    with trainable=full."""
+    dtype: Dtype = "bfloat16"
+    """dtype of the student's frozen weights and matrix products; trainable weights are float32."""
+
+
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters, y = x Wᵀ + (alpha / rank) (x Aᵀ) Bᵀ (arXiv 2106.09685)."""
+
+    rank: int = 64
+    """Rows of A and columns of B."""
+    alpha: float = 128.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Probability of zeroing an input of A in training; 0 turns dropout off."""
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Projections that get an adapter, by Hugging Face name."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
+        checks.require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
+        checks.require(0 <= self.dropout < 1, "lora.dropout", "0 <= p < 1", self.dropout)
+        checks.require(bool(self.target_modules), "lora.target-modules", "at least one name", ())
+        for name in self.target_modules:
+            near = difflib.get_close_matches(name, LINEAR_NAMES, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            checks.require(
+                name in LINEAR_NAMES,
+                "lora.target-modules",
+                f"names among {', '.join(LINEAR_NAMES)}",
+                f"{name}, which matches nothing{hint}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, nats per target token."""
+
+    kd_ratio: float = 0.5
+    """Weight of the divergence; the cross-entropy on the labels gets the rest."""
+    divergence: Literal["forward_kl"] = "forward_kl"
+    """What is minimised between teacher and student."""
+    temperature: float = 1.0
+    """Both models' logits are divided by this inside the divergence (never in the cross-entropy)."""
+    chunk_tokens: int = 1024
+    """Tokens per device whose logits exist at one time, in both models. Memory, not results."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(0 <= self.kd_ratio <= 1, "loss.kd-ratio", "0 <= ratio <= 1", self.kd_ratio)
+        checks.require(self.temperature > 0, "loss.temperature", "above 0", self.temperature)
+        checks.require(self.chunk_tokens >= 1, "loss.chunk-tokens", "at least 1", self.chunk_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    path: str
+    """Training data: .json (array or lines), .jsonl, .parquet, or a dataset id on the hub."""
+    split: str = "train"
+    """Split to read when path is a hub id."""
+    seq_len: int = 2048
+    """Tokens in a row."""
+    batch_size: int = 8
+    """Rows per optimizer step over all devices and micro-batches."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Tokens with a loss: the assistant's content and end-of-turn tokens, or every token."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to conversations longer than seq_len."""
+    pack: bool = True
+    """Fill rows with several conversations (none sees another); otherwise one row each."""
+    date: str = "26 Jul 2024"
+    """The date shown to chat templates that print today's, as day month year."""
+    chat_template: str | None = None
+    """Jinja file to use instead of the tokenizer's own chat template."""
+    max_conversations: int | None = None
+    """Use only the first conversations of the file; None uses all."""
+    cache_dir: str = "~/.cache/kd_jax/rows"
+    """Folder of tokenised rows, keyed by tokenizer, source and options."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(self.seq_len >= 2, "data.seq-len", "at least 2", self.seq_len)
+        checks.require(self.batch_size >= 1, "data.batch-size", "at least 1", self.batch_size)
+        few = self.max_conversations
+        checks.require(few is None or few >= 1, "data.max-conversations", "at least 1", few)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) in float32; biases and norms are not decayed."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay from the peak to zero after the warm-up."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None does not clip."""
+    accumulation_steps: int = 1
+    """Micro-batches that data.batch-size is split into; memory, not results."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(
+            self.learning_rate >= 0, "optim.learning-rate", "at least 0", self.learning_rate
+        )
+        checks.require(
+            self.warmup_steps >= 0, "optim.warmup-steps", "at least 0", self.warmup_steps
+        )
+        checks.require(
+            self.weight_decay >= 0, "optim.weight-decay", "at least 0", self.weight_decay
+        )
+        checks.require(0 <= self.beta1 < 1, "optim.beta1", "0 <= beta < 1", self.beta1)
+        checks.require(0 <= self.beta2 < 1, "optim.beta2", "0 <= beta < 1", self.beta2)
+        checks.require(self.epsilon > 0, "optim.epsilon", "above 0", self.epsilon)
+        clip = self.clip_norm
+        checks.require(clip is None or clip > 0, "optim.clip-norm", "above 0 or None", clip)
+        count = self.accumulation_steps
+        checks.require(count >= 1, "optim.accumulation-steps", "at least 1", count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig:
+    """Devices by axis; the product must be the number of devices."""
+
+    data: int = -1
+    """Copies of the student that see different rows; -1 takes the devices left by the others."""
+    fsdp: int = 1
+    """Devices that share each weight and see different rows."""
+    tensor: int = 1
+    """Devices that share each weight and see the same rows."""
+
+    def check(self, checks: _Checks) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            checks.require(size == -1 or size >= 1, f"mesh.{name}", "at least 1, or -1", size)
+        free = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        checks.require(len(free) <= 1, "mesh", "at most one axis of -1", ", ".join(free))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 200
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Latest checkpoints kept; the one with the lowest eval loss is kept besides."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(
+            self.every_steps >= 1, "checkpoint.every-steps", "at least 1", self.every_steps
+        )
+        checks.require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    path: str | None = None
+    """Held-out data in any form that data.path takes; None evaluates nothing."""
+    split: str = "test"
+    """Split to read when path is a hub id."""
+    every_steps: int = 200
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    max_conversations: int | None = None
+    """Use only the first conversations of the file; None uses all."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(self.every_steps >= 1, "eval.every-steps", "at least 1", self.every_steps)
+        few = self.max_conversations
+        checks.require(few is None or few >= 1, "eval.max-conversations", "at least 1", few)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    every_steps: int = 1
+    """Optimizer steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write WORKDIR/tensorboard as well."""
+    progress: bool = True
+    """Draw a progress bar when the output is a terminal, else print a line now and then."""
+    profile_start: int | None = None
+    """First optimizer step of an XLA profile written to WORKDIR/profile; None takes none."""
+    profile_steps: int = 3
+    """Optimizer steps in the profile."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(self.every_steps >= 1, "log.every-steps", "at least 1", self.every_steps)
+        start = self.profile_start
+        checks.require(start is None or start >= 0, "log.profile-start", "at least 0", start)
+        checks.require(
+            self.profile_steps >= 1, "log.profile-steps", "at least 1", self.profile_steps
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that a run depends on; `dump` writes it to WORKDIR/config.json."""
+
+    workdir: str
+    """Folder of the run: metrics, configuration, checkpoints. The same folder resumes."""
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    trainable: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters on the student, or all of its weights."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    steps: int | None = None
+    """Optimizer updates to take; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the packed rows; give this or steps."""
+    seed: int = 0
+    """Seeds adapters, dropout and the order of the rows."""
+    remat: Literal["none", "dots", "layer"] = "layer"
+    """What the student's backward pass recomputes: nothing, all but matrix products, or layers."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention kernel; auto takes cudnn for bfloat16 on NVIDIA GPUs, else xla."""
+    compilation_cache: str | None = "~/.cache/kd_jax/xla"
+    """Folder of compiled programs, reused by later runs; None compiles anew."""
+
+    def __post_init__(self) -> None:
+        checks = _Checks()
+        for part in (self.lora, self.loss, self.data, self.optim, self.mesh, self.checkpoint):
+            part.check(checks)
+        self.eval.check(checks)
+        self.log.check(checks)
+        given = (self.steps is not None) + (self.epochs is not None)
+        checks.require(given == 1, "steps, epochs", "one of the two", f"{given} of them")
+        checks.require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
+        checks.require(self.epochs is None or self.epochs > 0, "epochs", "above 0", self.epochs)
+        checks.require(self.seed >= 0, "seed", "at least 0", self.seed)
+        size, count = self.data.batch_size, self.optim.accumulation_steps
+        checks.require(
+            size % count == 0,
+            "data.batch-size",
+            f"a multiple of optim.accumulation-steps ({count})",
+            size,
+        )
+        checks.finish()
+
+
+# Fields that may differ when a run is resumed: they change where and how, never what is computed.
+RESUMABLE = frozenset(
+    {
+        "workdir",
+        "compilation_cache",
+        "data.cache_dir",
+        "log.*",
+        "mesh.*",
+        "checkpoint.*",
+        "eval.*",
+    }
+)
+
+
+def load_config(path: str | Path) -> Config:
+    """Returns `get_config()` of a Python file, which is run by path and needs no package."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"--config: expected a Python file, got {path}, which is not there.{hint}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: expected a file ending in .py, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{path}: {type(error).__name__}: {error} (line {last.lineno})") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: expected get_config() to return a Config, got {type(config)}")
+    return config
+
+
+def parse_args(
+    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+) -> T:
+    """Returns `argv` as an instance of dataclass `cls`; fields without a flag come from `default`.
+
+    Raises:
+      UserError: a flag is unknown (the nearest is named), misses its value or fails validation.
+    """
+    import tyro  # 0.3 s that `import kd_jax.config` need not cost
+
+    message = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(
+                cls,
+                prog=prog,
+                args=list(argv),
+                description=description,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+                **given,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_plain(message.getvalue())) from None
+
+
+def _plain(boxed: str) -> str:
+    """Returns tyro's boxed error as plain lines."""
+    lines = [line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ") for line in boxed.splitlines()]
+    text = "\n".join(line for line in lines if line)
+    return text.removeprefix("Value error\n").removeprefix("Error parsing root: ")
+
+
+def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
+    """Returns the file after `--config`, with every other flag of `argv` laid over it."""
+    rest, path = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    wants_help = "--help" in rest or "-h" in rest
+    if path is None and not wants_help:
+        raise UserError("--config: expected a Python file with get_config(), got none.")
+    description += "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
+    default = None if path is None else load_config(path)
+    return parse_args(Config, rest, prog=prog, description=description, default=default)
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of `main(argv)`: 0 done, 2 a mistake of the user's, else 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Returns the config as what JSON holds; `from_json` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(tree: dict[str, Any]) -> Config:
+    """Returns the Config that `dump` made `tree` from."""
+    parts = {
+        "teacher": TeacherConfig,
+        "student": StudentConfig,
+        "data": DataConfig,
+        "lora": LoraConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "mesh": MeshConfig,
+        "checkpoint": CheckpointConfig,
+        "eval": EvalConfig,
+        "log": LogConfig,
+    }
+    tree = dict(tree)
+    tree["lora"] = {**tree["lora"], "target_modules": tuple(tree["lora"]["target_modules"])}
+    return Config(**{name: parts[name](**v) if name in parts else v for name, v in tree.items()})
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns `field: old -> new` for each field of two dumps that resuming may not change."""
+    old_fields, new_fields = dict(_fields(old)), dict(_fields(new))
+    changed = []
+    for name in sorted(old_fields.keys() | new_fields.keys()):
+        before, after = old_fields.get(name), new_fields.get(name)
+        free = name in RESUMABLE or f"{name.split('.')[0]}.*" in RESUMABLE
+        if before != after and not free:
+            changed.append(f"{name}: {before!r} -> {after!r}")
+    return changed
+
+
+def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
