@@ -1,0 +1,39 @@
+"""Causal attention within documents: one function, several kernels, the mask never dropped."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Returns softmax(q kᵀ / sqrt(H)) v, each token seeing its own document's past and itself.
+
+    Args:
+      q: [B, S, N, H].
+      k: [B, S, K, H], with N a multiple of K; each key head serves N / K query heads.
+      v: [B, S, K, H].
+      segment_ids: [B, S] int32; tokens of one document share a number.
+      implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "auto".
+
+    Returns:
+      [B, S, N, H] in q's dtype; the softmax is float32.
+
+    Raises:
+      ValueError: cudnn was asked for in a dtype that it does not have.
+    """
+    if implementation == "auto":
+        fits = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16
+        implementation = "cudnn" if fits else "xla"
+    if implementation == "cudnn" and q.dtype != jnp.bfloat16:
+        raise ValueError(f"attention: cudnn works in bfloat16, got {q.dtype}. Use attention=xla")
+    position = jnp.arange(q.shape[1])
+    causal = position[:, None] >= position[None, :]
+    same_document = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = (causal[None] & same_document)[:, None]  # [B, 1, S, T]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)

@@ -1,0 +1,177 @@
+"""The fused head: hidden states of both models to loss, metrics and the student's gradient.
+
+No array of tokens x vocabulary larger than one chunk exists: a loop over chunks of the sequence
+computes both models' logits, the loss and its closed-form gradient, multiplies that by the
+student's head at once, and keeps only the gradient of the hidden states. The backward pass scales.
+Tokens without a loss are moved behind the others first, and chunks that hold none are not run.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+
+# Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
+NEGATIVE = -1e30
+METRICS = ("ce_loss", "kd_loss", "teacher_entropy", "teacher_ce", "top1_agreement")
+EVAL_METRICS = (*METRICS, "kl_forward", "kl_reverse", "acceptance")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """What the head computes; static under jit."""
+
+    kd_ratio: float
+    divergence: str
+    temperature: float
+    chunk_len: int
+    """Positions of each row in a chunk."""
+    vocab_size: int
+    """Vocabulary entries with a meaning: those above are padding in either model."""
+    head_trainable: bool = False
+    """Whether the student's head gets a gradient."""
+
+
+def chunk_len(chunk_tokens: int, rows_per_device: int, seq_len: int) -> int:
+    """Returns positions of each row in a chunk of about `chunk_tokens` tokens a device."""
+    return max(1, min(seq_len, chunk_tokens // rows_per_device))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kd_head(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
+    """Returns the summed loss and the sums of the metrics over unmasked tokens.
+
+    Args:
+      config: HeadConfig.
+      student_hidden: [B, S, Ds]; its dtype is that of the matrix products.
+      teacher_hidden: [B, S, Dt], likewise; None for no teacher, with kd_ratio 0.
+      student_head: [V, Ds], any V of at least config.vocab_size.
+      teacher_head: [V', Dt], likewise.
+      labels: [B, S] int32.
+      mask: [B, S] bool; a token without a loss contributes nothing.
+
+    Returns:
+      (loss, metrics): loss is the float32 sum over tokens of
+      (1 - kd_ratio) * CE + kd_ratio * divergence, differentiable in student_hidden and, with
+      head_trainable, student_head; metrics are float32 sums by the names in EVAL_METRICS.
+    """
+    arrays = (student_hidden, teacher_hidden, student_head, teacher_head, labels, mask)
+    loss, metrics, _ = _run(config, *arrays, with_gradient=False)
+    return loss, metrics
+
+
+def _forward(config, *arrays):
+    loss, metrics, (d_hidden, d_head) = _run(config, *arrays, with_gradient=True)
+    if d_head is not None:  # rows that were cut get no gradient
+        d_head = jnp.pad(d_head, ((0, len(arrays[2]) - len(d_head)), (0, 0)))
+    return (loss, metrics), (d_hidden, d_head)
+
+
+def _backward(config, gradients, cotangents):
+    scale, _ = cotangents  # the metrics are not differentiable
+    d_hidden, d_head = gradients
+    d_hidden = (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype)
+    d_head = None if d_head is None else d_head * scale
+    return d_hidden, None, d_head, None, None, None
+
+
+kd_head.defvjp(_forward, _backward)
+
+
+def _run(
+    config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask, with_gradient
+):
+    B, S, _ = student_hidden.shape
+    C = config.chunk_len
+    order = jnp.argsort(~mask, axis=1, stable=True)  # [B, S], tokens with a loss first
+    padded = -S % C
+
+    def gather(x):
+        x = jnp.take_along_axis(x, order.reshape(B, S, *(1,) * (x.ndim - 2)), axis=1)
+        return jnp.pad(x, [(0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 2))
+
+    rows = jax.tree.map(gather, (student_hidden, teacher_hidden, labels, mask))
+    student_head = _cut(student_head, teacher_head).astype(student_hidden.dtype)
+    if teacher_head is not None:
+        teacher_head = _cut(teacher_head, student_head).astype(teacher_hidden.dtype)
+
+    def run_chunk(index, carry):
+        loss, metrics, d_hidden, d_head = carry
+        h_s, h_t, y, m = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=1), rows
+        )
+        z_s = _logits(h_s, student_head, config.vocab_size)
+        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
+        values, d_logits = _token_losses(config, z_s, z_t, y, with_gradient)
+        values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
+        loss += values.pop("loss")
+        metrics = {name: metrics[name] + values[name] for name in metrics}
+        if with_gradient:
+            d_logits = jnp.where(m[:, :, None], d_logits, 0.0).astype(h_s.dtype)
+            product = jnp.einsum(
+                "BCV,VD->BCD", d_logits, student_head, preferred_element_type=jnp.float32
+            )
+            product = product.astype(h_s.dtype)
+            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
+        if d_head is not None:
+            d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_s, preferred_element_type=jnp.float32)
+        return loss, metrics, d_hidden, d_head
+
+    names = METRICS if with_gradient else EVAL_METRICS
+    if teacher_head is None:
+        names = ("ce_loss",)
+    zero = jnp.zeros((), jnp.float32)
+    d_hidden = jnp.zeros_like(rows[0]) if with_gradient else None
+    trains_head = with_gradient and config.head_trainable
+    d_head = jnp.zeros(student_head.shape, jnp.float32) if trains_head else None
+    start = (zero, dict.fromkeys(names, zero), d_hidden, d_head)
+    num_chunks = -(-jnp.max(jnp.sum(mask, axis=1)) // C)
+    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
+    if not with_gradient:
+        return loss, metrics, None
+    back = jnp.argsort(order, axis=1)[:, :, None]
+    return loss, metrics, (jnp.take_along_axis(d_hidden[:, :S], back, axis=1), d_head)
+
+
+def _cut(head, other):
+    """Returns the head without the padding rows that the other model's lacks."""
+    return head if other is None else head[: min(len(head), len(other))]
+
+
+def _logits(hidden, head, vocab_size):
+    """Returns [B, C, V] float32; padding entries hold NEGATIVE."""
+    z = jnp.einsum("BCD,VD->BCV", hidden, head, preferred_element_type=jnp.float32)
+    if head.shape[0] == vocab_size:
+        return z
+    real = jnp.arange(head.shape[0]) < vocab_size
+    return jnp.where(real[None, None], z, NEGATIVE)
+
+
+def _token_losses(config, z_s, z_t, labels, with_gradient):
+    """Returns each token's loss and metrics [B, C], and the loss's gradient in z_s [B, C, V]."""
+    log_q = jax.nn.log_softmax(z_s, axis=-1)
+    ce, d_ce = losses.cross_entropy(log_q, labels)
+    if z_t is None:
+        return {"loss": ce, "ce_loss": ce}, d_ce
+    log_p = jax.nn.log_softmax(z_t, axis=-1)
+    T = config.temperature
+    log_q_t = log_q if T == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
+    log_p_t = log_p if T == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
+    kd, d_kd = losses.DIVERGENCES[config.divergence](log_q_t, log_p_t)
+    values = {
+        "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
+        "ce_loss": ce,
+        "kd_loss": kd,
+        "teacher_entropy": losses.entropy(log_p_t),
+        "teacher_ce": losses.pick(log_p, labels),
+        "top1_agreement": losses.top1_agreement(z_s, z_t),
+    }
+    if with_gradient:
+        return values, (1 - config.kd_ratio) * d_ce + config.kd_ratio * d_kd / T
+    values["kl_forward"] = losses.forward_kl(log_q, log_p)[0]
+    values["kl_reverse"] = losses.forward_kl(log_p, log_q)[0]
+    values["acceptance"] = losses.acceptance(log_q, log_p)
+    return values, None

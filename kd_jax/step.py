@@ -1,0 +1,123 @@
+"""One optimizer step and one evaluation step; everything that changes is returned."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from kd_jax.kd_head import HeadConfig, kd_head
+from kd_jax.model import Decoder, Structure, rebuild
+from kd_jax.sharding import BATCH_AXES, constrain
+
+Arrays = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
+
+    trainable: Arrays
+    """float32, by dotted path."""
+    opt_state: Any
+    step: jax.Array
+    """Optimizer updates taken, int32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is fixed while a run is compiled; static under jit."""
+
+    student: Structure
+    teacher: Structure | None
+    head: HeadConfig
+    mesh: Mesh | None = None
+    dropout: bool = False
+    seed: int = 0
+
+
+def init_state(trainable: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
+    labels = jnp.roll(batch["tokens"], -1, axis=-1)
+    follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
+    follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
+        labels.shape[-1] - 1
+    )
+    return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
+
+
+def head_loss(
+    program: Program, student: Decoder, teacher: Decoder | None, batch: Arrays, dropout_key=None
+) -> tuple[jax.Array, Arrays]:
+    """Returns the summed loss of a batch of rows [B, S] and the metrics' sums, float32."""
+    inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    labels, mask = targets(batch)
+    teacher_hidden = teacher_head = None
+    if teacher is not None:
+        teacher_hidden = constrain(teacher(*inputs), program.mesh, BATCH_AXES)
+        teacher_head = constrain(teacher.head_weight(), program.mesh)
+    return kd_head(
+        program.head,
+        constrain(student(*inputs, dropout_key), program.mesh, BATCH_AXES),
+        jax.lax.stop_gradient(teacher_hidden),
+        constrain(student.head_weight(), program.mesh),  # gathered here once, not in every chunk
+        jax.lax.stop_gradient(teacher_head),
+        labels,
+        mask,
+    )
+
+
+def train_step(
+    program: Program,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Arrays,
+    teacher_arrays: Arrays,
+    batch: Arrays,
+) -> tuple[TrainState, Arrays]:
+    """Returns the state after one update, and metrics as means over its target tokens.
+
+    Args:
+      batch: tokens, positions, segment_ids (int32) and loss_mask (bool), [A, B, S] each: A
+        micro-batches whose gradients are summed before the single division by the number of
+        target tokens of all of them.
+    """
+    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
+    num_tokens = jnp.sum(targets(batch)[1]).astype(jnp.float32)
+    step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+
+    def micro_loss(trainable, micro_batch, key):
+        student = rebuild(program.student, trainable, frozen)
+        loss, metrics = head_loss(program, student, teacher, micro_batch, key)
+        return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
+
+    def accumulate(gradients, indexed):
+        index, micro_batch = indexed
+        key = jax.random.fold_in(step_key, index) if program.dropout else None
+        micro, metrics = jax.grad(micro_loss, has_aux=True)(state.trainable, micro_batch, key)
+        return jax.tree.map(jnp.add, gradients, micro), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+    index = jnp.arange(batch["tokens"].shape[0])
+    gradients, sums = jax.lax.scan(accumulate, zeros, (index, batch))
+    metrics = {name: jnp.sum(x) / jnp.maximum(num_tokens, 1) for name, x in sums.items()}
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    metrics["target_tokens"] = num_tokens
+    metrics["grad_norm"] = optax.global_norm(gradients)
+    trainable = optax.apply_updates(state.trainable, updates)
+    return TrainState(trainable, opt_state, state.step + 1), metrics
+
+
+def eval_step(
+    program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
+) -> Arrays:
+    """Returns float32 sums over the target tokens of rows [B, S], and their number."""
+    student = rebuild(program.student, student_arrays)
+    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
+    loss, metrics = head_loss(program, student, teacher, batch)
+    return {"loss": loss, **metrics, "target_tokens": jnp.sum(targets(batch)[1])}
