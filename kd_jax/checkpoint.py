@@ -1,0 +1,135 @@
+"""Checkpoints through Orbax v1: trained arrays, optimizer state and step; never the frozen base."""
+
+import json
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from kd_jax.config import Config, UserError, differences, dump, from_json
+from kd_jax.step import TrainState
+
+PACKAGES = (
+    "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",
+    "transformers", "numpy",
+)  # fmt: skip
+
+
+def make_checkpointer(workdir: Path, keep: int) -> ocp.training.Checkpointer:
+    """Returns the checkpointer of a run; it keeps the latest `keep` and the best evaluated one."""
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(get_metric_fn=lambda metrics: -metrics["eval_loss"], n=1)
+    return ocp.training.Checkpointer(
+        workdir.absolute() / "checkpoints",
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(
+    checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, eval_loss: float | None
+) -> None:
+    """Starts to write the state after `step` updates, unless that step is there already."""
+    if checkpointer.latest is not None and checkpointer.latest.step == step:
+        return
+    metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+    checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
+
+
+def restore(checkpointer: ocp.training.Checkpointer, like: TrainState) -> TrainState | None:
+    """Returns the latest state, laid out like `like`, or None where no checkpoint was finished."""
+    if checkpointer.latest is None:
+        return None
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+    )
+    return TrainState(**checkpointer.load(checkpointer.latest.step, abstract))
+
+
+def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """Returns a checkpoint's trained arrays by dotted path, and its step; None takes the latest."""
+    folder = workdir.absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no checkpoints in it")
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+        if not steps:
+            raise UserError(f"{folder}: holds no finished checkpoint")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
+        saved = checkpointer.metadata(step).metadata
+        abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved)
+        abstract["trainable"] = {
+            name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved["trainable"].items()
+        }
+        return checkpointer.load(step, abstract)["trainable"], step
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Writes WORKDIR/config.json, or checks that the one there describes the same run.
+
+    Raises:
+      UserError: the folder belongs to a run with another configuration, or cannot be written.
+    """
+    record = {"config": dump(config), "versions": _versions(), "git_commit": _git_commit()}
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            changed = differences(json.loads(path.read_text())["config"], dump(config))
+            if changed:
+                raise UserError(
+                    f"{workdir}: belongs to a run with another configuration:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGive another --workdir, or the old values"
+                )
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+
+
+def read_run(workdir: Path) -> Config:
+    """Returns the configuration that a run was started with."""
+    path = workdir / "config.json"
+    try:
+        return from_json(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no config.json") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+
+
+def is_run(folder: Path) -> bool:
+    """Tells whether a folder is the workdir of a run rather than a model."""
+    return (folder / "checkpoints").is_dir()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the code that runs, with `-dirty` where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,120 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the console."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kd_jax.config import LogConfig
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory in use so far: the device's, or on CPU the process's resident set."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak]
+    if known:
+        return max(known)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Writer:
+    """Writes one record a step; a resumed run first drops the records after its checkpoint."""
+
+    def __init__(self, workdir: Path, config: LogConfig, start_step: int, num_steps: int):
+        self.enabled = jax.process_index() == 0
+        self.every_steps = config.every_steps
+        self.num_steps = num_steps
+        self.file = self.events = self.bar = None
+        if not self.enabled:
+            return
+        path = workdir / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self.file = path.open("a")
+        if config.tensorboard:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self.events = EventFileWriter(str(workdir / "tensorboard"))
+        if config.progress and sys.stderr.isatty():
+            self.bar = _progress_bar(start_step, num_steps)
+        self.printed = 0.0
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes `values` under `step`, which counts the updates taken."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            self._write_event(step, values)
+        self._show(step, values)
+
+    def _write_event(self, step: int, values: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
+        )
+        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        text = "  ".join(f"{name} {v:.4f}" for name, v in values.items() if name in _SHOWN)
+        if self.bar is not None:
+            rate = values.get("tokens_per_second")
+            speed = {} if rate is None else {"speed": f"{rate:,.0f} tokens/s"}
+            self.bar.update(self.bar.task_ids[0], completed=step, text=text, **speed)
+        elif time.monotonic() - self.printed > 10 or step == self.num_steps or "loss" not in values:
+            rate = f"  {values['tokens_per_second']:,.0f} tokens/s" if "loss" in values else ""
+            print(f"step {step}/{self.num_steps}  {text}{rate}", flush=True)
+            self.printed = time.monotonic()
+
+    def close(self) -> None:
+        for part in (self.file, self.events):
+            if part is not None:
+                part.close()
+        if self.bar is not None:
+            self.bar.stop()
+
+
+_SHOWN = (
+    "loss", "ce_loss", "kd_loss",
+    "eval/loss", "eval/ce", "eval/kl_forward", "eval/top1_agreement",
+)  # fmt: skip
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    """Drops the lines of metrics.jsonl after `last_step`, and a line that was cut by a kill."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept))
+    os.replace(beside, path)
+
+
+def _progress_bar(start_step: int, num_steps: int):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}  {task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.add_task("train", total=num_steps, completed=start_step, text="compiling", speed="")
+    bar.start()
+    return bar
