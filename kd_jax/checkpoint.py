@@ -82,7 +82,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
+        if path.is_file() and _has_checkpoint(workdir):
             changed = differences(json.loads(path.read_text())["config"], dump(config))
             if changed:
                 raise UserError(
@@ -97,6 +97,10 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*"))
 
 
 def read_run(workdir: Path) -> Config:

@@ -370,7 +370,7 @@ def parse_args(
                 prog=prog,
                 args=list(argv),
                 description=description,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+                config=(tyro.conf.AvoidSubcommands,),
                 **given,
             )
     except SystemExit as end:

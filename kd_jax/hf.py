@@ -195,6 +195,12 @@ def _is_redundant(name: str, arch: Architecture) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
+def check_source(folder: Path, arch: Architecture) -> None:
+    """Raises UserError unless the folder's files hold exactly this architecture's tensors."""
+    if not (folder / ORBAX).is_dir():
+        check_names(open_folder(folder), arch, folder)
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT LoRA adapter: factors by Hugging Face module name, and the scale of B A."""
@@ -330,7 +336,7 @@ def _read(tensor: Tensor, name: str, index, dtype: str, adapter: Adapter | None)
         A, B = adapter.factors[module]
         rows, columns = index
         part = merge(part.astype(np.float32), (A[:, columns], B[rows]), adapter.scale)
-    return part.astype(DTYPES["BF16"] if dtype == "bfloat16" else np.float32, copy=False)
+    return part.astype(jax.numpy.dtype(dtype), copy=False)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,0 +1,167 @@
+"""From a configuration to what runs: checked inputs, models on the mesh, the step's program."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax.config import Config, LoraConfig, UserError
+from kd_jax.data import check_same_tokenizer, load_tokenizer
+from kd_jax.hf import (
+    Adapter, check_source, load_adapter, load_architecture, load_arrays, resolve, stack_adapter,
+)  # fmt: skip
+from kd_jax.kd_head import HeadConfig, chunk_len
+from kd_jax.lora import add_adapters, is_adapter
+from kd_jax.model import Architecture, Decoder, Structure, named_arrays
+from kd_jax.sharding import batch_sharding, replicated
+from kd_jax.step import Program
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model on disk whose architecture and tensors' names and shapes have been checked."""
+
+    folder: Path
+    arch: Architecture
+    tokenizer: Any
+    adapter: Adapter | None
+
+
+def start_jax(compilation_cache: str | None) -> None:
+    """Sets what every command wants of jax: true float32 products, and the compilation cache."""
+    jax.config.update("jax_default_matmul_precision", "highest")  # else float32 means TF32 on GPUs
+    if compilation_cache is not None:
+        folder = str(Path(compilation_cache).expanduser())
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def open_source(path: str, adapter: str | None, field: str) -> Source:
+    """Returns a checked model on disk; `field` (student or teacher) names it in errors."""
+    folder = resolve(path, f"{field}.path")
+    arch = load_architecture(folder)
+    check_source(folder, arch)
+    loaded = None
+    if adapter is not None:
+        loaded = load_adapter(resolve(adapter, f"{field}.adapter"), arch)
+    return Source(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), adapter=loaded)
+
+
+def shared_vocab_size(student: Source, teacher: Source | None) -> int:
+    """Returns the vocabulary entries that both heads have; raises where tokenizers differ.
+
+    Equal sizes are taken whole; sizes that differ by padding are cut to the tokenizer's.
+    """
+    if teacher is None:
+        return student.arch.vocab_size
+    places = (student.folder, teacher.folder)
+    true_size = check_same_tokenizer(student.tokenizer, teacher.tokenizer, *places)
+    sizes = (student.arch.vocab_size, teacher.arch.vocab_size)
+    if min(sizes) < true_size:
+        raise UserError(
+            f"student.path, teacher.path: expected at least {true_size} vocabulary entries (the "
+            f"tokenizer's), got {sizes[0]} and {sizes[1]}"
+        )
+    return sizes[0] if sizes[0] == sizes[1] else true_size
+
+
+def check_adapter(source: Source, config: LoraConfig) -> None:
+    """Raises UserError unless training can go on from the source's adapter as configured."""
+    assert source.adapter is not None
+    stored = source.adapter.config
+    pairs = {
+        "rank": (config.rank, stored.rank),
+        "alpha": (config.alpha, stored.alpha),
+        "target-modules": (set(config.target_modules), set(stored.target_modules)),
+    }
+    wrong = [
+        f"lora.{name}: expected {theirs} as in student.adapter, got {ours}"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Both models: arrays by dotted path, and the structures that they fill."""
+
+    student: Structure
+    trainable: Arrays
+    frozen: Arrays
+    teacher: Structure | None
+    teacher_arrays: Arrays
+
+
+def load_models(config: Config, student: Source, teacher: Source | None, mesh: Mesh) -> Models:
+    """Returns the models of a run; what is trained is float32."""
+    lora = config.trainable == "lora"
+    options = {"implementation": config.attention, "remat": config.remat}
+    arrays = load_arrays(
+        student.folder,
+        student.arch,
+        mesh,
+        config.student.dtype if lora else "float32",
+        adapter=None if lora else student.adapter,
+    )
+    model = Decoder(student.arch, arrays, dtype=jnp.dtype(config.student.dtype), **options)
+    if lora:
+        start = None if student.adapter is None else stack_adapter(student.adapter, student.arch)
+        add_adapters(model, config.lora, jax.random.key(config.seed), start)
+    arrays, structure = named_arrays(model)
+    trained = {name for name in arrays if is_adapter(name) or not lora}
+    whole = replicated(mesh)  # adapters are small; whole weights keep the sharding of the load
+    teacher_structure, teacher_arrays = None, {}
+    if teacher is not None:
+        stored = load_arrays(
+            teacher.folder, teacher.arch, mesh, config.teacher.dtype, adapter=teacher.adapter
+        )
+        options["remat"] = "none"
+        decoder = Decoder(teacher.arch, stored, dtype=jnp.dtype(config.teacher.dtype), **options)
+        teacher_arrays, teacher_structure = named_arrays(decoder)
+    return Models(
+        student=structure,
+        trainable={
+            name: jax.device_put(arrays[name], whole) if lora else arrays[name]
+            for name in sorted(trained)
+        },
+        frozen={name: x for name, x in arrays.items() if name not in trained},
+        teacher=teacher_structure,
+        teacher_arrays=teacher_arrays,
+    )
+
+
+def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) -> Program:
+    """Returns what is fixed while the step is compiled."""
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    rows_per_device = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    head = HeadConfig(
+        kd_ratio=config.loss.kd_ratio,
+        divergence=config.loss.divergence,
+        temperature=config.loss.temperature,
+        chunk_len=chunk_len(config.loss.chunk_tokens, rows_per_device, config.data.seq_len),
+        vocab_size=vocab_size,
+        head_trainable=config.trainable == "full",
+    )
+    return Program(
+        student=models.student,
+        teacher=models.teacher,
+        head=head,
+        mesh=mesh,
+        dropout=config.trainable == "lora" and config.lora.dropout > 0,
+        seed=config.seed,
+    )
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
+    """Returns a batch of [A, B, S] arrays on the mesh; each process sends only its own rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        for name, x in batch.items()
+    }

@@ -1,0 +1,204 @@
+"""The training loop, and the evaluation that it and kd_jax.evaluate share."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax import checkpoint, data
+from kd_jax.build import (
+    check_adapter, load_models, make_program, open_source, put_batch, shared_vocab_size, start_jax,
+)  # fmt: skip
+from kd_jax.config import Config, UserError
+from kd_jax.metrics import Writer, peak_memory_bytes
+from kd_jax.optim import make_optimizer, make_schedule
+from kd_jax.sharding import make_mesh, replicated
+from kd_jax.step import Arrays, Program, TrainState, eval_step, init_state, train_step
+
+
+def train(config: Config) -> None:
+    """Runs or resumes a run to its last step; SIGTERM saves and returns."""
+    start_jax(config.compilation_cache)
+    mesh = make_mesh(config.mesh, config.data.batch_size // config.optim.accumulation_steps)
+    student = open_source(config.student.path, config.student.adapter, "student")
+    teacher = open_source(config.teacher.path, config.teacher.adapter, "teacher")
+    vocab_size = shared_vocab_size(student, teacher)
+    if config.trainable == "lora" and student.adapter is not None:
+        check_adapter(student, config.lora)
+    rows, eval_rows = load_rows(config, student.tokenizer, teacher.tokenizer)
+    num_steps = data.num_steps(rows, config)
+    workdir = Path(config.workdir)
+    checkpoint.claim_workdir(config, workdir)
+
+    models = load_models(config, student, teacher, mesh)
+    program = make_program(config, models, vocab_size, mesh)
+    optimizer = make_optimizer(config.optim, num_steps)
+    state = _place(init_state(models.trainable, optimizer), mesh)
+    with checkpoint.make_checkpointer(workdir, config.checkpoint.keep) as checkpointer:
+        state = checkpoint.restore(checkpointer, state) or state
+        step = int(state.step)
+        writer = Writer(workdir, config.log, step, num_steps)
+        print(f"resumed at step {step}" if step else describe_models(models), flush=True)
+        loop = _Loop(config, num_steps, writer, checkpointer)
+        run_step = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
+        stop = _stop_on_sigterm()
+        stream = data.batches(
+            rows,
+            seed=config.seed,
+            start_step=step,
+            batch_size=config.data.batch_size,
+            accumulation_steps=config.optim.accumulation_steps,
+        )
+        while step < num_steps and not stop:
+            loop.profile(step)
+            batch = next(stream)
+            state, metrics = run_step(
+                program, optimizer, state, models.frozen, models.teacher_arrays, put_batch(batch, mesh)
+            )
+            step += 1
+            loop.log(step, metrics, int(np.count_nonzero(batch["segment_ids"])))
+            last = step == num_steps
+            eval_loss = None
+            if eval_rows is not None and (last or step % config.eval.every_steps == 0):
+                loop.flush()
+                arrays = {**models.frozen, **state.trainable}
+                values = evaluate_rows(program, arrays, models.teacher_arrays, eval_rows, config)
+                writer.write(step, {f"eval/{name}": value for name, value in values.items()})
+                eval_loss = values["loss"]
+                loop.restart_clock()
+            if last or stop or step % config.checkpoint.every_steps == 0:
+                loop.flush()  # raises rather than save a state that is not finite
+                checkpoint.save(checkpointer, state, step, eval_loss)
+        loop.flush()
+        if stop and step < num_steps:
+            checkpoint.save(checkpointer, state, step, None)
+            print(f"stopped by SIGTERM at step {step}; the same command resumes", flush=True)
+        writer.close()
+
+
+def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
+    """Returns the training and held-out rows, and prints what became of the conversations."""
+    template = data.chat_template_of(config.data, *tokenizers)
+    rows = data.make_rows(config.data, tokenizers[0], template)
+    print(f"{config.data.path}: {data.describe(rows)}", flush=True)
+    if config.eval.path is None:
+        return rows, None
+    held_out = data.make_rows(
+        config.data,
+        tokenizers[0],
+        template,
+        path=config.eval.path,
+        split=config.eval.split,
+        max_conversations=config.eval.max_conversations,
+    )
+    print(f"{config.eval.path}: {data.describe(held_out)}", flush=True)
+    return rows, held_out
+
+
+def describe_models(models) -> str:
+    trained = sum(x.size for x in models.trainable.values())
+    frozen = sum(x.size for x in models.frozen.values())
+    teacher = sum(x.size for x in models.teacher_arrays.values())
+    return (
+        f"student {trained + frozen:,} parameters, {trained:,} of them trained; "
+        f"teacher {teacher:,}; compiling"
+    )
+
+
+def _place(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state with its scalars on every device of the mesh, like the arrays."""
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)
+
+
+def _stop_on_sigterm() -> list[int]:
+    """Returns a list that is filled when SIGTERM arrives."""
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    return received
+
+
+class _Loop:
+    """The loop's bookkeeping: logs one step late, so that the device never waits for the host."""
+
+    def __init__(self, config: Config, num_steps: int, writer: Writer, checkpointer: Any):
+        self.config = config
+        self.writer = writer
+        self.checkpointer = checkpointer
+        self.schedule = make_schedule(config.optim, num_steps)
+        self.pending: tuple[int, Arrays, int] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def log(self, step: int, metrics: Arrays, num_tokens: int) -> None:
+        """Keeps this step's metrics, and writes those of the step before."""
+        self.flush()
+        self.pending = (step, metrics, num_tokens)
+
+    def flush(self) -> None:
+        """Waits for the pending step and writes its metrics; raises where they are not finite."""
+        if self.pending is None:
+            return
+        step, metrics, num_tokens = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        if not all(math.isfinite(value) for value in values.values()):
+            self._refuse(step, values)
+        values["target_tokens"] = int(values["target_tokens"])
+        values |= {
+            "tokens_per_second": num_tokens / seconds,
+            "target_tokens_per_second": values["target_tokens"] / seconds,
+            "step_seconds": seconds,
+            "learning_rate": float(self.schedule(step - 1)),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if step % self.config.log.every_steps == 0:
+            self.writer.write(step, values)
+
+    def _refuse(self, step: int, values: dict[str, float]) -> None:
+        self.checkpointer.wait()
+        latest = self.checkpointer.latest
+        good = "none was saved yet" if latest is None else f"step {latest.step} in {self.checkpointer.directory}"
+        shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
+        raise UserError(
+            f"step {step}: expected finite values, got {shown}. Last good checkpoint: {good}. "
+            "Lower optim.learning-rate, or look at the data"
+        )
+
+    def profile(self, step: int) -> None:
+        """Starts and stops the XLA profile around its steps."""
+        first = self.config.log.profile_start
+        if first is None:
+            return
+        if step == first:
+            jax.profiler.start_trace(str(Path(self.config.workdir) / "profile"))
+        if step == first + self.config.log.profile_steps:
+            self.flush()
+            jax.profiler.stop_trace()
+
+
+def evaluate_rows(
+    program: Program, arrays: Arrays, teacher_arrays: Arrays, rows: data.Rows, config: Config
+) -> dict[str, float]:
+    """Returns the means over the rows' target tokens, in nats, by the names of the contract."""
+    run = jax.jit(eval_step, static_argnums=0)
+    micro_rows = config.data.batch_size // config.optim.accumulation_steps
+    sums: dict[str, float] = {}
+    for batch in data.eval_batches(rows, micro_rows):
+        stacked = put_batch({name: x[None] for name, x in batch.items()}, program.mesh)
+        placed = {name: x[0] for name, x in stacked.items()}
+        for name, value in jax.device_get(run(program, arrays, teacher_arrays, placed)).items():
+            sums[name] = sums.get(name, 0.0) + float(value)  # float64
+    count = sums.pop("target_tokens")
+    means = {name: value / count for name, value in sums.items()}
+    means["ce"] = means.pop("ce_loss")
+    means["perplexity"] = math.exp(min(means["ce"], 700.0))
+    return {**means, "target_tokens": int(count)}

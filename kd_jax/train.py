@@ -1,0 +1,17 @@
+"""python -m kd_jax.train --config FILE: distils a teacher into a student, or resumes a run."""
+
+import sys
+from collections.abc import Sequence
+
+from kd_jax.config import parse_config, run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
+    from kd_jax.loop import train  # jax takes seconds that --help and a wrong flag need not pay
+
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
