@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
+from kd_jax.config import LINEAR_NAMES, LoraConfig, MeshConfig, UserError
 from kd_jax.lora import FACTORS, peft_name
 from kd_jax.model import Architecture, read_architecture, weights
-from kd_jax.sharding import RULES, Rules, weight_sharding
+from kd_jax.sharding import RULES, Rules, make_mesh, weight_sharding
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -362,6 +362,21 @@ def _load_orbax(folder, arch, mesh, dtype, rules):
         raise UserError(f"{folder / ORBAX}: cannot be loaded: {error}") from error
 
 
+def save_orbax(source: Path, out: Path) -> None:
+    """Writes a Hugging Face folder as config.json, tokenizer files and one Orbax checkpoint."""
+    from orbax.checkpoint import v1 as ocp
+
+    arch = load_architecture(source)
+    tensors = open_folder(source)
+    check_names(tensors, arch, source)
+    dtype = tensors[hf_names("norm.weight", arch)[0]].dtype.name
+    mesh = make_mesh(MeshConfig(fsdp=-1, data=1), jax.device_count())
+    with new_folder(out) as folder:
+        ocp.save((folder / ORBAX).absolute(), load_arrays(source, arch, mesh, dtype))
+        shutil.copy(source / "config.json", folder / "config.json")
+        copy_extra_files(source, folder)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder beside `out` that becomes `out` when the block ends well, else vanishes."""
@@ -435,31 +450,27 @@ def export_merged(
     scale: float,
     out: Path,
     *,
-    base_adapter: Adapter | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes the source model with what was trained, in the source's dtype and Hugging Face form.
 
     Args:
       trained: a checkpoint's arrays by dotted path: low-rank factors or whole weights.
-      base_adapter: merged first, where full training started from one.
     """
-    tensors = open_folder(source)
-    check_names(tensors, arch, source)
     place = {
         name: (path, layer if path.startswith("layers.") else None)
         for path in weights(arch)
         for layer, name in enumerate(hf_names(path, arch))
     }
+    read, dtype_of = _reader(source, arch, place)
 
     def get(name: str) -> np.ndarray:
         path, layer = place[name]
-        stored = tensors[name]
         if path in trained:
             value = trained[path] if layer is None else trained[path][layer]
-            return np.asarray(value).astype(stored.dtype)
+            return np.asarray(value).astype(dtype_of(name))
         module = path.removesuffix(".weight")
-        value = stored.read()
+        value = read(name)
         if f"{module}.lora_A" in trained:
             A, B = (np.asarray(trained[f"{module}.{factor}"][layer]) for factor in FACTORS)
             value = merge(value, (A, B), scale)
@@ -469,6 +480,25 @@ def export_merged(
         save_model(folder, sorted(place), get, max_shard_bytes)
         shutil.copy(source / "config.json", folder / "config.json")
         copy_extra_files(source, folder)
+
+
+def _reader(source: Path, arch: Architecture, place: dict[str, tuple[str, int | None]]):
+    """Returns how to read one tensor of the source by its Hugging Face name, and its dtype."""
+    if not (source / ORBAX).is_dir():
+        tensors = open_folder(source)
+        check_names(tensors, arch, source)
+        return (lambda name: tensors[name].read()), (lambda name: tensors[name].dtype)
+    from orbax.checkpoint import v1 as ocp
+
+    folder = (source / ORBAX).absolute()
+    saved = ocp.metadata(folder).metadata
+    arrays = ocp.load(folder, {p: np.empty(x.shape, x.dtype) for p, x in saved.items()})
+
+    def read(name: str) -> np.ndarray:
+        path, layer = place[name]
+        return arrays[path] if layer is None else arrays[path][layer]
+
+    return read, lambda name: arrays[place[name][0]].dtype
 
 
 def export_adapter(

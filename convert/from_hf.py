@@ -1,0 +1,29 @@
+"""python -m convert.from_hf: a Hugging Face folder as an Orbax checkpoint that kd_jax loads."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_jax.config import parse_args, run_command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromHfArgs:
+    source: str
+    """Folder in Hugging Face form, or hub id."""
+    out: str
+    """Folder to write, which must not exist yet."""
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
+    from kd_jax import hf  # jax takes seconds that --help need not pay
+
+    source = hf.resolve(args.source, "--source")
+    hf.save_orbax(source, Path(args.out))
+    print(f"wrote {source} to {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

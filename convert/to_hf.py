@@ -1,0 +1,44 @@
+"""python -m convert.to_hf: a run's student as a folder that transformers or peft loads."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kd_jax.config import UserError, parse_args, run_command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToHfArgs:
+    workdir: str
+    """Folder of a run of kd_jax.train."""
+    out: str
+    """Folder to write, which must not exist yet."""
+    step: int | None = None
+    """Checkpoint to export; None takes the latest."""
+    format: Literal["merged", "adapter"] = "merged"
+    """merged: a whole model in the source's dtype. adapter: a PEFT adapter of the source."""
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(ToHfArgs, argv, prog="python -m convert.to_hf", description=__doc__)
+    from kd_jax import hf  # jax takes seconds that --help need not pay
+    from kd_jax.checkpoint import load_trained, read_run
+
+    config = read_run(Path(args.workdir))
+    if args.format == "adapter" and config.trainable == "full":
+        raise UserError("--format: expected merged, since this run trained whole weights")
+    source = hf.resolve(config.student.path, "student.path")
+    arch = hf.load_architecture(source)
+    trained, step = load_trained(Path(args.workdir), args.step)
+    out = Path(args.out)
+    if args.format == "adapter":
+        hf.export_adapter(source, config.student.path, arch, trained, config.lora, out)
+    else:
+        hf.export_merged(source, arch, trained, config.lora.alpha / config.lora.rank, out)
+    print(f"wrote step {step} of {args.workdir} to {out} ({args.format})")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,131 @@
+"""python -m kd_jax.evaluate: how close a student is to its teacher and to the text, per token."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd_jax.config import Dtype, UserError, parse_args, run_command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateArgs:
+    model: str
+    """Folder in Hugging Face form, hub id, output of convert.from_hf, or a workdir."""
+    teacher: str | None = None
+    """The model to compare with; without it only cross-entropy and perplexity are given."""
+    data: str
+    """Conversations in any form that data.path of a run takes."""
+    split: str = "test"
+    """Split to read when data is a hub id."""
+    dtype: Dtype = "bfloat16"
+    """dtype of weights and matrix products; float32 uses what is stored at full precision."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+    step: int | None = None
+    """Checkpoint of the workdir to evaluate; None takes the latest."""
+    seq_len: int | None = None
+    """Tokens in a row; None takes the run's, or 2048."""
+    batch_size: int | None = None
+    """Rows at a time over all devices; None takes the number of devices."""
+    max_conversations: int | None = None
+    """Use only the first conversations of the data; None uses all."""
+
+
+def main(argv: Sequence[str]) -> None:
+    prog = "python -m kd_jax.evaluate"
+    args = parse_args(EvaluateArgs, argv, prog=prog, description=__doc__)
+    values = evaluate(args)
+    if args.json:
+        print(json.dumps(values))
+    else:
+        print("\n".join(f"{name:16}{value:.6g}" for name, value in values.items()))
+
+
+def evaluate(args: EvaluateArgs) -> dict[str, float]:
+    """Returns means over target tokens, nats, by the names of the contract."""
+    from pathlib import Path
+
+    import jax  # seconds that --help need not pay
+    import jax.numpy as jnp
+
+    from kd_jax import data
+    from kd_jax.build import (
+        load_models, make_program, open_source, shared_vocab_size, start_jax,
+    )  # fmt: skip
+    from kd_jax.checkpoint import is_run, load_trained, read_run
+    from kd_jax.loop import evaluate_rows
+    from kd_jax.sharding import make_mesh, weight_sharding
+
+    config = _config(args, read_run(Path(args.model)) if is_run(Path(args.model)) else None)
+    start_jax(config.compilation_cache)
+    batch_size = args.batch_size or jax.device_count()
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optim=dataclasses.replace(config.optim, accumulation_steps=1),
+    )
+    mesh = make_mesh(config.mesh, batch_size)
+    student = open_source(config.student.path, config.student.adapter, "student")
+    teacher = None
+    if args.teacher is not None:
+        adapter = config.teacher.adapter if args.teacher == config.teacher.path else None
+        teacher = open_source(args.teacher, adapter, "teacher")
+    vocab_size = shared_vocab_size(student, teacher)
+    tokenizers = (student.tokenizer, teacher.tokenizer if teacher else None)
+    rows = data.make_rows(
+        config.data, tokenizers[0], data.chat_template_of(config.data, *tokenizers)
+    )
+    trained = load_trained(Path(args.model), args.step)[0] if is_run(Path(args.model)) else None
+    models = load_models(config, student, teacher, mesh)
+    arrays = {**models.frozen, **models.trainable}
+    for name, value in (trained or {}).items():
+        sharding = arrays[name].sharding
+        arrays[name] = jax.device_put(value, sharding)
+    program = make_program(config, models, vocab_size, mesh)
+    values = evaluate_rows(program, arrays, models.teacher_arrays, rows, config)
+    return {name: values[name] for name in NAMES if name in values}
+
+
+NAMES = (
+    "ce", "perplexity", "kl_forward", "kl_reverse", "top1_agreement", "acceptance", "teacher_ce",
+    "target_tokens",
+)  # fmt: skip
+
+
+def _config(args: EvaluateArgs, run):
+    """Returns the run's configuration, or a plain one, with the arguments laid over it."""
+    from kd_jax.config import (
+        Config, DataConfig, LoraConfig, MeshConfig, StudentConfig, TeacherConfig,
+    )  # fmt: skip
+
+    if run is None:
+        if args.step is not None:
+            raise UserError(f"--step: expected a workdir as --model, got {args.model}")
+        run = Config(
+            workdir="unused",
+            teacher=TeacherConfig(path=args.teacher or ""),
+            student=StudentConfig(path=args.model),
+            data=DataConfig(path=args.data),
+            trainable="full",
+            lora=LoraConfig(),
+            steps=1,
+        )
+    return dataclasses.replace(
+        run,
+        mesh=MeshConfig(),
+        student=dataclasses.replace(run.student, dtype=args.dtype),
+        teacher=dataclasses.replace(run.teacher, dtype=args.dtype),
+        data=dataclasses.replace(
+            run.data,
+            path=args.data,
+            split=args.split,
+            seq_len=args.seq_len or run.data.seq_len,
+            max_conversations=args.max_conversations,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
