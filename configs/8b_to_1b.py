@@ -7,8 +7,15 @@ Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_rati
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
 
-from kd_jax.config import Config, DataConfig, LoraConfig, LossConfig, OptimConfig
-from kd_jax.config import StudentConfig, TeacherConfig
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 
 
 def get_config() -> Config:

@@ -1,7 +1,11 @@
 """Causal attention within documents: one function, several kernels, the mask never dropped."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+
+Implementation = Literal["auto", "xla", "cudnn"]
 
 
 def attention(
@@ -10,7 +14,7 @@ def attention(
     v: jax.Array,
     segment_ids: jax.Array,
     *,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Returns softmax(q kᵀ / sqrt(H)) v, each token seeing its own document's past and itself.
 

@@ -11,8 +11,14 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, LoraConfig, UserError
 from kd_jax.data import check_same_tokenizer, load_tokenizer
 from kd_jax.hf import (
-    Adapter, check_source, load_adapter, load_architecture, load_arrays, resolve, stack_adapter,
-)  # fmt: skip
+    Adapter,
+    check_source,
+    load_adapter,
+    load_architecture,
+    load_arrays,
+    resolve,
+    stack_adapter,
+)
 from kd_jax.kd_head import HeadConfig, chunk_len
 from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Architecture, Decoder, Structure, named_arrays
@@ -116,7 +122,8 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
     arrays, structure = named_arrays(model)
     trained = {name for name in arrays if is_adapter(name) or not lora}
     whole = replicated(mesh)  # adapters are small; whole weights keep the sharding of the load
-    teacher_structure, teacher_arrays = None, {}
+    teacher_structure: Structure | None = None
+    teacher_arrays: Arrays = {}
     if teacher is not None:
         stored = load_arrays(
             teacher.folder, teacher.arch, mesh, config.teacher.dtype, adapter=teacher.adapter
@@ -162,6 +169,6 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
     """Returns a batch of [A, B, S] arrays on the mesh; each process sends only its own rows."""
     sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         for name, x in batch.items()
     }

@@ -5,7 +5,6 @@ import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -109,7 +108,9 @@ def read_run(workdir: Path) -> Config:
     try:
         return from_json(json.loads(path.read_text())["config"])
     except FileNotFoundError:
-        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no config.json") from None
+        raise UserError(
+            f"{workdir}: expected a folder of kd_jax.train, got no config.json"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
 
@@ -131,7 +132,15 @@ def _versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Returns the commit of the code that runs, with `-dirty` where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -105,7 +105,7 @@ class LossConfig:
     divergence: Literal["forward_kl"] = "forward_kl"
     """What is minimised between teacher and student."""
     temperature: float = 1.0
-    """Both models' logits are divided by this inside the divergence (never in the cross-entropy)."""
+    """Both models' logits are divided by this in the divergence, never in the cross-entropy."""
     chunk_tokens: int = 1024
     """Tokens per device whose logits exist at one time, in both models. Memory, not results."""
 
@@ -362,7 +362,6 @@ def parse_args(
     import tyro  # 0.3 s that `import kd_jax.config` need not cost
 
     message = io.StringIO()
-    given = {} if default is None else {"default": default}
     try:
         with redirect_stderr(message):
             return tyro.cli(
@@ -371,7 +370,7 @@ def parse_args(
                 args=list(argv),
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
-                **given,
+                default=tyro.MISSING_NONPROP if default is None else default,
             )
     except SystemExit as end:
         if not end.code:
@@ -400,7 +399,9 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
     wants_help = "--help" in rest or "-h" in rest
     if path is None and not wants_help:
         raise UserError("--config: expected a Python file with get_config(), got none.")
-    description += "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
+    description += (
+        "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
+    )
     default = None if path is None else load_config(path)
     return parse_args(Config, rest, prog=prog, description=description, default=default)
 

@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: expected tokenizer files, which do not load ({reason})") from None
+        raise UserError(
+            f"{folder}: expected tokenizer files, which do not load ({reason})"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: expected a tokenizer.json (a fast tokenizer), got a slow one")
     return tokenizer
@@ -182,7 +184,9 @@ def _messages(messages: Any) -> Conversation:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise ValueError(f"turn {number}: expected role and content, got {turn!r:.60}")
         if turn["role"] not in ROLES:
-            raise ValueError(f"turn {number}: expected role {'|'.join(ROLES)}, got {turn['role']!r}")
+            raise ValueError(
+                f"turn {number}: expected role {'|'.join(ROLES)}, got {turn['role']!r}"
+            )
         if not isinstance(turn["content"], str):
             raise ValueError(f"turn {number}: expected text, got {turn['content']!r:.60}")
         if turn["role"] == "assistant" and not turn["content"].strip():
@@ -193,7 +197,9 @@ def _messages(messages: Any) -> Conversation:
     return turns
 
 
-def chat_template_of(data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any = None) -> str:
+def chat_template_of(
+    data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any = None
+) -> str:
     """Returns data.chat_template's text, else the student's template, else the teacher's."""
     if data.chat_template is not None:
         file = Path(data.chat_template).expanduser()
@@ -292,9 +298,7 @@ def fit(
         )
     drop = data.overlong == "drop"
     kept = [
-        Document(d.tokens[:S], d.target[:S])
-        for d in documents
-        if not (drop and len(d.tokens) > S)
+        Document(d.tokens[:S], d.target[:S]) for d in documents if not (drop and len(d.tokens) > S)
     ]
     useful = [document for document in kept if document.target.any()]
     if not useful:
@@ -311,7 +315,7 @@ def fit(
 
 
 def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
-    """Returns rows of document numbers by best-fit decreasing: each goes where least room is left."""
+    """Returns rows of document numbers; longest first, each goes where it leaves least room."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -330,7 +334,9 @@ def fill_rows(documents: list[Document], data: DataConfig, pad: int) -> Batch:
     """Returns the columns of the packed rows, [R, S] each; segment 0 is padding."""
     lengths = [len(document.tokens) for document in documents]
     rows = pack(lengths, data.seq_len) if data.pack else [[i] for i in range(len(documents))]
-    out = {name: np.zeros((len(rows), data.seq_len), dtype) for name, dtype in COLUMNS.items()}
+    out: Batch = {
+        name: np.zeros((len(rows), data.seq_len), dtype) for name, dtype in COLUMNS.items()
+    }
     out["tokens"][:] = pad
     for r, row in enumerate(rows):
         at = 0

@@ -48,15 +48,18 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
     from pathlib import Path
 
     import jax  # seconds that --help need not pay
-    import jax.numpy as jnp
 
     from kd_jax import data
     from kd_jax.build import (
-        load_models, make_program, open_source, shared_vocab_size, start_jax,
-    )  # fmt: skip
+        load_models,
+        make_program,
+        open_source,
+        shared_vocab_size,
+        start_jax,
+    )
     from kd_jax.checkpoint import is_run, load_trained, read_run
     from kd_jax.loop import evaluate_rows
-    from kd_jax.sharding import make_mesh, weight_sharding
+    from kd_jax.sharding import make_mesh
 
     config = _config(args, read_run(Path(args.model)) if is_run(Path(args.model)) else None)
     start_jax(config.compilation_cache)
@@ -84,7 +87,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
         sharding = arrays[name].sharding
         arrays[name] = jax.device_put(value, sharding)
     program = make_program(config, models, vocab_size, mesh)
-    values = evaluate_rows(program, arrays, models.teacher_arrays, rows, config)
+    values = evaluate_rows(program, mesh, arrays, models.teacher_arrays, rows, config)
     return {name: values[name] for name in NAMES if name in values}
 
 
@@ -97,8 +100,13 @@ NAMES = (
 def _config(args: EvaluateArgs, run):
     """Returns the run's configuration, or a plain one, with the arguments laid over it."""
     from kd_jax.config import (
-        Config, DataConfig, LoraConfig, MeshConfig, StudentConfig, TeacherConfig,
-    )  # fmt: skip
+        Config,
+        DataConfig,
+        LoraConfig,
+        MeshConfig,
+        StudentConfig,
+        TeacherConfig,
+    )
 
     if run is None:
         if args.step is not None:

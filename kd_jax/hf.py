@@ -118,9 +118,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 known = ", ".join(DTYPES)
                 raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {known}")
             begin, stop = entry["data_offsets"]
-            tensor = Tensor(
-                file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]]
-            )
+            tensor = Tensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
             if stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
                 raise ValueError(f"{name} does not fill its bytes")
             tensors[name] = tensor
@@ -172,7 +170,7 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
 
 def check_names(tensors: dict[str, Tensor], arch: Architecture, folder: Path) -> None:
     """Raises UserError with every tensor that is missing, unexpected or misshapen."""
-    table = {}
+    table: dict[str, tuple[int, ...]] = {}
     for path, weight in weights(arch).items():
         shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
         table |= dict.fromkeys(hf_names(path, arch), shape)
@@ -214,7 +212,7 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
     """Reads a PEFT folder; anything but plain LoRA on the seven projections is refused."""
     path = folder / "adapter_config.json"
     config = read_json(path)
-    fixed = {
+    fixed: dict[str, tuple[Any, ...]] = {
         "peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None),
         "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
         "fan_in_fan_out": (False, None),
@@ -253,7 +251,7 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
 
 
 def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
-    """Returns the factors stacked over layers, by the dotted paths that adapters have in a model."""
+    """Returns the factors stacked over layers, by their dotted paths in a model."""
     stacked = {}
     for path in weights(arch):
         module = path.removesuffix(".weight")
@@ -268,9 +266,7 @@ def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]
     return stacked
 
 
-def merge(
-    weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float
-) -> np.ndarray:
+def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float) -> np.ndarray:
     """Returns weight + scale B A, summed in float32 and rounded to the weight's dtype.
 
     Entries that the adapter leaves alone keep their bits, the sign of zero too.
@@ -303,7 +299,7 @@ def load_arrays(
         return _load_orbax(folder, arch, mesh, dtype, rules)
     tensors = open_folder(folder)
     check_names(tensors, arch, folder)
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
         for path, weight in weights(arch).items():
             names = hf_names(path, arch)
@@ -434,7 +430,7 @@ def save_model(
     if len(shards) == 1:
         os.rename(out / "shard-1", out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         os.rename(out / f"shard-{number}", out / file)

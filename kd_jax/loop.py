@@ -12,8 +12,14 @@ from jax.sharding import Mesh
 
 from kd_jax import checkpoint, data
 from kd_jax.build import (
-    check_adapter, load_models, make_program, open_source, put_batch, shared_vocab_size, start_jax,
-)  # fmt: skip
+    check_adapter,
+    load_models,
+    make_program,
+    open_source,
+    put_batch,
+    shared_vocab_size,
+    start_jax,
+)
 from kd_jax.config import Config, UserError
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
@@ -58,7 +64,12 @@ def train(config: Config) -> None:
             loop.profile(step)
             batch = next(stream)
             state, metrics = run_step(
-                program, optimizer, state, models.frozen, models.teacher_arrays, put_batch(batch, mesh)
+                program,
+                optimizer,
+                state,
+                models.frozen,
+                models.teacher_arrays,
+                put_batch(batch, mesh),
             )
             step += 1
             loop.log(step, metrics, int(np.count_nonzero(batch["segment_ids"])))
@@ -67,7 +78,9 @@ def train(config: Config) -> None:
             if eval_rows is not None and (last or step % config.eval.every_steps == 0):
                 loop.flush()
                 arrays = {**models.frozen, **state.trainable}
-                values = evaluate_rows(program, arrays, models.teacher_arrays, eval_rows, config)
+                values = evaluate_rows(
+                    program, mesh, arrays, models.teacher_arrays, eval_rows, config
+                )
                 writer.write(step, {f"eval/{name}": value for name, value in values.items()})
                 eval_loss = values["loss"]
                 loop.restart_clock()
@@ -166,7 +179,11 @@ class _Loop:
     def _refuse(self, step: int, values: dict[str, float]) -> None:
         self.checkpointer.wait()
         latest = self.checkpointer.latest
-        good = "none was saved yet" if latest is None else f"step {latest.step} in {self.checkpointer.directory}"
+        good = (
+            "none was saved yet"
+            if latest is None
+            else f"step {latest.step} in {self.checkpointer.directory}"
+        )
         shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
         raise UserError(
             f"step {step}: expected finite values, got {shown}. Last good checkpoint: {good}. "
@@ -186,14 +203,19 @@ class _Loop:
 
 
 def evaluate_rows(
-    program: Program, arrays: Arrays, teacher_arrays: Arrays, rows: data.Rows, config: Config
+    program: Program,
+    mesh: Mesh,
+    arrays: Arrays,
+    teacher_arrays: Arrays,
+    rows: data.Rows,
+    config: Config,
 ) -> dict[str, float]:
     """Returns the means over the rows' target tokens, in nats, by the names of the contract."""
     run = jax.jit(eval_step, static_argnums=0)
     micro_rows = config.data.batch_size // config.optim.accumulation_steps
     sums: dict[str, float] = {}
     for batch in data.eval_batches(rows, micro_rows):
-        stacked = put_batch({name: x[None] for name, x in batch.items()}, program.mesh)
+        stacked = put_batch({name: x[None] for name, x in batch.items()}, mesh)
         placed = {name: x[0] for name, x in stacked.items()}
         for name, value in jax.device_get(run(program, arrays, teacher_arrays, placed)).items():
             sums[name] = sums.get(name, 0.0) + float(value)  # float64

@@ -1,6 +1,8 @@
 """Low-rank adapters: add them to a model, and their names in PEFT's files."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ FACTORS = ("lora_A", "lora_B")
 
 
 def add_adapters(
-    model: Decoder, config: LoraConfig, key: jax.Array, start: dict[str, jax.Array] | None = None
+    model: Decoder, config: LoraConfig, key: jax.Array, start: Mapping[str, Any] | None = None
 ) -> None:
     """Adds A [L, rank, in] and B [L, out, rank], float32, to the target projections.
 

@@ -15,7 +15,9 @@ from kd_jax.config import LogConfig
 
 def peak_memory_bytes() -> int:
     """Returns the most memory in use so far: the device's, or on CPU the process's resident set."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     known = [peak for peak in peaks if peak]
     if known:
         return max(known)
@@ -51,17 +53,8 @@ class Writer:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         if self.events is not None:
-            self._write_event(step, values)
+            self.events.add_event(_make_event(step, values))
         self._show(step, values)
-
-    def _write_event(self, step: int, values: dict[str, Any]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary(
-            value=[Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
-        )
-        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         text = "  ".join(f"{name} {v:.4f}" for name, v in values.items() if name in _SHOWN)
@@ -88,6 +81,15 @@ _SHOWN = (
 )  # fmt: skip
 
 
+def _make_event(step: int, values: dict[str, Any]) -> Any:
+    """Returns TensorBoard's record of a step's values."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    return Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+
+
 def _keep_until(path: Path, last_step: int) -> None:
     """Drops the lines of metrics.jsonl after `last_step`, and a line that was cut by a kill."""
     if not path.is_file():
@@ -106,7 +108,13 @@ def _keep_until(path: Path, last_step: int) -> None:
 
 def _progress_bar(start_step: int, num_steps: int):
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         BarColumn(),

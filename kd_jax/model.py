@@ -201,15 +201,15 @@ class Linear(nnx.Module):
     def __init__(self, weight: Any, dtype: Any):
         self.weight = nnx.Param(weight)
         self.dtype = dtype
-        self.lora_A = nnx.data(None)
-        self.lora_B = nnx.data(None)
+        self.lora_A: LoraParam | None = nnx.data(None)
+        self.lora_B: LoraParam | None = nnx.data(None)
         self.scale = 0.0
         self.dropout = 0.0
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
         y = _project(x, self.weight[...], self.dtype)
-        if self.lora_A is None:
+        if self.lora_A is None or self.lora_B is None:
             return y
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)

@@ -26,7 +26,7 @@ RULES: Rules = {
 
 
 def make_mesh(config: MeshConfig, batch_rows: int) -> Mesh:
-    """Returns the mesh over all devices; `batch_rows` (of a micro-batch) must divide by its shards."""
+    """Returns the mesh over all devices; its batch shards must divide a micro-batch's rows."""
     num_devices = jax.device_count()
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))

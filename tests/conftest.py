@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
+import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -25,3 +26,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data is not at {folder}; set KD_JAX_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory) -> Path:
+    """A tied float32 Llama of transformers, logits with a deviation above 1. Read only."""
+    return tiny.write_llama(tmp_path_factory.mktemp("student"), seed=1, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """An untied, wider float32 Llama with the student's tokenizer. Read only."""
+    shape = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+    folder = tmp_path_factory.mktemp("teacher")
+    return tiny.write_llama(folder, seed=2, tie_word_embeddings=False, **shape)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Alpaca records as JSON lines. Read only."""
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "train.jsonl")

@@ -1,0 +1,104 @@
+"""Tiny random models and a tiny tokenizer in Hugging Face form, written by transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+}
+SPECIAL = ["<|begin|>", "<|pad|>", "<|start|>", "<|end|>", "<|eot|>"]
+# Llama 3's form, and like Llama 3.1's own template it shows a date, which defaults to today's.
+TEMPLATE = (
+    "{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}"
+    "{{- '<|begin|>' -}}"
+    "{{- '<|start|>system<|end|>\n\nToday: ' + date_string + '<|eot|>' -}}"
+    "{%- for m in messages -%}"
+    "{{- '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start|>assistant<|end|>\n\n' -}}{%- endif -%}"
+)
+WORDS = [
+    "Name the colour of the sky.",
+    "How many legs has a cat?",
+    "A cat has four legs.",
+    "The sky is blue, and grass is green.",
+    "What is two plus three? It is five.",
+    "Write a word that rhymes with cat: hat.",
+]
+
+
+def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
+    """Writes a byte-level BPE tokenizer with a chat template, as tokenizer.json and its config."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|eot|>", pad_token="<|pad|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_torch_llama(seed: int = 0, **changes: Any) -> Any:
+    """Returns transformers' model, float32, scaled so that logits have a deviation above 1."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    options = {**SHAPE, "tie_word_embeddings": True, "rope_parameters": LLAMA3, **changes}
+    model = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.copy_(1 + 0.3 * torch.randn_like(weight))
+            elif name.startswith(("model.embed_tokens", "lm_head")):
+                weight.copy_(torch.randn_like(weight) * 4 / weight.shape[1] ** 0.5)
+            else:
+                weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[1] ** 0.5)
+    return model
+
+
+def write_llama(folder: Path, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """Writes a random model and the tiny tokenizer; returns the folder."""
+    import torch
+
+    make_torch_llama(seed, **changes).to(getattr(torch, dtype)).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_data(path: Path, count: int = 24) -> Path:
+    """Writes `count` Alpaca records of different lengths, as JSON lines."""
+    lines = []
+    for i in range(count):
+        question, answer = WORDS[i % 6], " ".join(WORDS[: 1 + i % 4])
+        lines.append(json.dumps({"instruction": question, "input": "", "output": answer}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
