@@ -1,0 +1,245 @@
+"""The fused head and the losses against float64 NumPy, and torchtune's published values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kd_jax import losses
+from kd_jax.config import MeshConfig
+from kd_jax.kd_head import EVAL_METRICS, METRICS, HeadConfig, chunk_len, kd_head
+from kd_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.fast
+
+B, S, DS, DT, V = 4, 11, 8, 12, 50
+CONFIG = HeadConfig(
+    kd_ratio=0.4, divergence="forward_kl", temperature=1.0, chunk_len=4, vocab_size=V
+)
+
+
+def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
+    """Returns the arrays of kd_head; logits have a deviation near 3, and a row has no loss."""
+    rng = np.random.default_rng(seed)
+    inputs = (
+        rng.normal(size=(B, S, DS)),
+        rng.normal(size=(B, S, DT)),
+        rng.normal(size=(student_vocab, DS)) * 3 / DS**0.5,
+        rng.normal(size=(teacher_vocab, DT)) * 3 / DT**0.5,
+    )
+    mask = rng.random((B, S)) < 0.6
+    mask[1] = False
+    return (*(x.astype(dtype) for x in inputs), rng.integers(0, V, (B, S)), mask)
+
+
+def value_and_gradients(config, *inputs):
+    """Returns loss, metrics and the gradients in the student's hidden states and head."""
+
+    def loss(hidden, head):
+        return kd_head(config, hidden, inputs[1], head, *inputs[3:])
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, metrics), gradients = run(inputs[0], inputs[2])
+    return {"loss": value, **metrics}, gradients
+
+
+def expected(config, *inputs):
+    """Returns what float64 NumPy says of the same arrays."""
+    h_s, h_t, w_s, w_t = (np.asarray(x, np.float64) for x in inputs[:4])
+    logits = (h_s @ w_s[:V].T, h_t @ w_t[:V].T)
+    options = {"kd_ratio": config.kd_ratio, "temperature": config.temperature}
+    return reference.distil(*logits, *inputs[4:], **options)
+
+
+def numerical_gradient(config, inputs, which):
+    """Returns the gradient in one of the arrays by central differences in float64."""
+    arrays = [np.asarray(x, np.float64) for x in inputs[:4]]
+    gradient = np.zeros_like(arrays[which])
+    for place in np.ndindex(gradient.shape):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = list(arrays)
+            moved[which] = arrays[which].copy()
+            moved[which][place] += step
+            values.append(expected(config, *moved, *inputs[4:])["loss"])
+        gradient[place] = (values[0] - values[1]) / 2e-5
+    return gradient
+
+
+def close(got, want, tolerance):
+    """Compares relative to the largest entry."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-30)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
+def test_value_and_metrics_equal_float64(kd_ratio, temperature):
+    config = dataclasses.replace(CONFIG, kd_ratio=kd_ratio, temperature=temperature)
+    inputs = make_inputs()
+    want = expected(config, *inputs)
+    trained, _ = value_and_gradients(config, *inputs)
+    evaluated = jax.jit(kd_head, static_argnums=0)(config, *inputs)
+    assert trained.keys() == {"loss", *METRICS} and evaluated[1].keys() == set(EVAL_METRICS)
+    for values in (trained, {"loss": evaluated[0], **evaluated[1]}):
+        for name, value in values.items():
+            assert float(value) == pytest.approx(want[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
+def test_gradients_equal_float64(kd_ratio, temperature):
+    options = {"kd_ratio": kd_ratio, "temperature": temperature, "head_trainable": True}
+    config = dataclasses.replace(CONFIG, **options)
+    inputs = make_inputs()
+    _, (d_hidden, d_head) = value_and_gradients(config, *inputs)
+    close(d_hidden, numerical_gradient(config, inputs, 0), 1e-5)
+    close(d_head, numerical_gradient(config, inputs, 2), 1e-5)
+
+
+def test_bfloat16_inputs_stay_near_float64():
+    config = dataclasses.replace(CONFIG, head_trainable=True)
+    inputs = make_inputs(dtype=jnp.bfloat16)
+    values, (d_hidden, d_head) = value_and_gradients(config, *inputs)
+    assert values["loss"].dtype == np.float32 and d_hidden.dtype == jnp.bfloat16
+    assert float(values["loss"]) == pytest.approx(expected(config, *inputs)["loss"], rel=1e-5)
+    close(d_hidden, numerical_gradient(config, inputs, 0), 1e-2)
+    close(d_head, numerical_gradient(config, inputs, 2), 1e-2)
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 11, 64])
+def test_chunks_change_nothing(length):
+    one = dataclasses.replace(CONFIG, chunk_len=S, head_trainable=True)
+    inputs = make_inputs()
+    want, want_gradients = value_and_gradients(one, *inputs)
+    got, gradients = value_and_gradients(dataclasses.replace(one, chunk_len=length), *inputs)
+    for name, value in want.items():
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-6), name
+    for ours, theirs in zip(gradients, want_gradients, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+def test_a_masked_token_contributes_nothing():
+    inputs = make_inputs()
+    wild = [x.copy() for x in inputs]
+    mask = inputs[5]
+    wild[0][~mask], wild[1][~mask], wild[4][~mask] = 1e4, -1e4, 3
+    want, (d_want, _) = value_and_gradients(CONFIG, *inputs)
+    got, (d_got, _) = value_and_gradients(CONFIG, *wild)
+    assert {n: float(x) for n, x in got.items()} == {n: float(x) for n, x in want.items()}
+    np.testing.assert_array_equal(d_got, d_want)
+    assert (np.asarray(d_got)[~mask] == 0).all() and (np.asarray(d_got)[mask] != 0).any()
+
+
+def test_rows_without_any_loss_give_zero():
+    config = dataclasses.replace(CONFIG, head_trainable=True)
+    inputs = (*make_inputs()[:5], np.zeros((B, S), bool))
+    values, gradients = value_and_gradients(config, *inputs)
+    assert all(float(value) == 0 for value in values.values())
+    assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("sizes", [(V, V + 7), (V + 7, V), (V + 3, V + 9), (V + 5, V + 5)])
+def test_padded_vocabulary_entries_are_absent(sizes):
+    config = dataclasses.replace(CONFIG, head_trainable=True)
+    inputs = make_inputs(student_vocab=sizes[0], teacher_vocab=sizes[1])
+    values, (d_hidden, d_head) = value_and_gradients(config, *inputs)
+    assert float(values["loss"]) == pytest.approx(expected(config, *inputs)["loss"], rel=1e-6)
+    assert float(values["kd_loss"]) == pytest.approx(expected(config, *inputs)["kd_loss"], rel=1e-6)
+    close(d_hidden, numerical_gradient(config, inputs, 0), 1e-5)
+    assert d_head.shape == inputs[2].shape and (np.asarray(d_head)[V:] == 0).all()
+
+
+def test_the_divergence_of_equal_models_is_zero():
+    inputs = make_inputs()
+    inputs = (inputs[0], inputs[0], inputs[2], inputs[2], *inputs[4:])
+    config = dataclasses.replace(CONFIG, kd_ratio=1.0)
+    values, (d_hidden, _) = value_and_gradients(config, *inputs)
+    assert float(values["loss"]) == 0 and (np.asarray(d_hidden) == 0).all()
+    assert float(values["top1_agreement"]) == inputs[5].sum()
+
+
+def test_extreme_logits_stay_finite():
+    inputs = make_inputs()
+    for scale in (1e4, 1e-4):
+        big = (inputs[0] * scale, -inputs[1] * scale, *inputs[2:])
+        values, (d_hidden, _) = value_and_gradients(CONFIG, *big)
+        assert all(np.isfinite(float(value)) for value in values.values())
+        assert np.isfinite(d_hidden).all()
+
+
+def test_without_a_teacher_the_loss_is_cross_entropy():
+    config = dataclasses.replace(CONFIG, kd_ratio=0.0)
+    hidden, _, head, _, labels, mask = make_inputs()
+    values, (d_hidden, _) = value_and_gradients(config, hidden, None, head, None, labels, mask)
+    both, (d_both, _) = value_and_gradients(config, *make_inputs())
+    assert values.keys() == {"loss", "ce_loss"}
+    assert float(values["loss"]) == pytest.approx(float(both["loss"]), rel=1e-6)
+    close(d_hidden, d_both, 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
+def test_devices_change_nothing(sizes):
+    config = dataclasses.replace(CONFIG, head_trainable=True)
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), 2 * B)
+    inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
+    inputs[2], inputs[3] = make_inputs()[2:4]  # the heads are no rows
+    want, want_gradients = value_and_gradients(config, *inputs)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed = [jax.device_put(x, whole if i in (2, 3) else rows) for i, x in enumerate(inputs)]
+    got, gradients = value_and_gradients(config, *placed)
+    for name, value in want.items():
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-6), name
+    for ours, theirs in zip(gradients, want_gradients, strict=True):
+        close(ours, theirs, 1e-6)
+
+
+# torchtune's own test inputs (bfloat16, [2, 4, 4]) and what it expects of them.
+STUDENT = [
+    [[1.1250, -0.4102, -0.0879, -2.5000], [0.2676, 0.3535, 0.8711, -1.4688],
+     [-0.1084, 1.6641, 0.0084, 0.1196], [0.5000, -0.6406, -0.2236, -1.5938]],
+    [[-1.5312, -1.9219, 0.0000, -0.5039], [-1.5391, 1.5312, 0.5820, 0.2695],
+     [-0.3887, 1.2188, 0.0000, 0.6055], [0.5000, 1.3828, 0.1309, -1.0312]],
+]  # fmt: skip
+TEACHER = [
+    [[-0.0381, -1.2578, -1.2031, 0.0947], [-0.7852, 0.4492, 1.5547, 0.0972],
+     [0.8203, 0.0012, 0.7656, 0.3477], [-1.5781, 0.4297, 0.5977, 0.3926]],
+    [[1.5156, 0.1641, 2.0781, -0.7734], [-0.5898, 0.4453, -0.7969, 0.6328],
+     [0.6289, -0.8359, 0.9258, 0.2109], [0.0006, 0.5195, 3.2344, -1.5781]],
+]  # fmt: skip
+LABELS = [[0, 3, 3, 1], [1, 1, 1, 1]]
+
+
+def test_torchtunes_values_are_reached():
+    student, teacher = (np.asarray(x, jnp.bfloat16).astype(np.float32) for x in (STUDENT, TEACHER))
+    eye = np.eye(4, dtype=np.float32)  # the hidden states are the logits
+    config = dataclasses.replace(CONFIG, kd_ratio=0.5, chunk_len=2, vocab_size=4)
+    arrays = (student, teacher, eye, eye, np.array(LABELS), np.ones((2, 4), bool))
+    _, sums = jax.jit(kd_head, static_argnums=0)(config, *arrays)
+    means = {name: float(value) / 8 for name, value in sums.items()}
+    assert means["kd_loss"] + means["teacher_entropy"] == pytest.approx(1.7208780, abs=1e-6)
+    assert means["kl_reverse"] == pytest.approx(0.6774863, abs=1e-6)
+    assert means["teacher_entropy"] == pytest.approx(1.0915937, abs=1e-6)
+    assert means["ce_loss"] == pytest.approx(1.4755845, abs=1e-6)
+
+
+def test_metrics_of_losses_handle_entries_without_probability():
+    log_p = jnp.array([[0.0, -1e30, -1e30], [-1e30, 0.0, -1e30]])
+    log_q = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]))
+    value, gradient = losses.forward_kl(log_q, log_p)
+    np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
+    np.testing.assert_array_equal(losses.entropy(log_p), [0, 0])
+    np.testing.assert_allclose(losses.acceptance(log_q, log_p), [0.5, 0.5], rtol=1e-6)
+
+
+def test_a_chunk_holds_about_the_tokens_asked_for():
+    assert chunk_len(1024, rows_per_device=4, seq_len=2048) == 256
+    assert chunk_len(1024, rows_per_device=4, seq_len=100) == 100
+    assert chunk_len(8, rows_per_device=100, seq_len=2048) == 1

@@ -1,0 +1,219 @@
+"""The decoder against transformers, in float32, over the whole vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from kd_jax import model as model_module
+from kd_jax.model import Decoder, logits, named_arrays, read_architecture, rebuild, weights
+
+# Both sides round float32 sums of a few hundred terms in different orders.
+TOLERANCE = 1e-4
+SCALINGS = {
+    "factor 8": {**tiny.LLAMA3, "factor": 8.0},
+    "factor 32": tiny.LLAMA3,
+    "unscaled": tiny.DEFAULT_ROPE,
+}
+SHAPES = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "explicit head_dim": {"head_dim": 24},
+    "one key head": {"num_key_value_heads": 1},
+    "no groups": {"num_key_value_heads": 4},
+}
+
+
+def port(torch_model, **options):
+    """Returns our decoder with a transformers model's weights, float32."""
+    state = {name: value.numpy() for name, value in torch_model.state_dict().items()}
+    arch = read_architecture(torch_model.config.to_dict(), "config")
+    arrays = {}
+    for path in weights(arch):
+        if path.startswith("layers."):
+            names = [f"model.layers.{i}.{path[7:]}" for i in range(arch.num_hidden_layers)]
+            arrays[path] = jnp.stack([state[name] for name in names])
+        else:
+            arrays[path] = jnp.asarray(state[path if "lm_head" in path else f"model.{path}"])
+    return Decoder(arch, arrays, dtype=jnp.float32, **options)
+
+
+def some_tokens(rows=2, length=48):
+    """Returns tokens and positions, [rows, length]; the second half lies beyond 8,192."""
+    tokens = np.random.default_rng(0).integers(0, 320, (rows, length))
+    positions = np.arange(length) + np.where(np.arange(length) < length // 2, 0, 20_000)
+    return tokens.astype(np.int32), np.broadcast_to(positions, tokens.shape).astype(np.int32)
+
+
+def torch_logits(torch_model, tokens, positions):
+    with torch.no_grad():
+        out = torch_model(
+            torch.tensor(tokens),
+            position_ids=torch.tensor(positions),
+            attention_mask=torch.ones(tokens.shape),  # one document, although positions jump
+        )
+    return out.logits.float().numpy()
+
+
+def our_logits(decoder, tokens, positions, segment_ids=None):
+    if segment_ids is None:
+        segment_ids = np.ones_like(tokens)
+    run = jax.jit(lambda *inputs: logits(*inputs))  # a new function: some tests patch the model
+    return np.asarray(run(decoder, tokens, positions, segment_ids))
+
+
+def distance(torch_model, decoder):
+    """Returns the largest difference of any logit, relative to the largest logit."""
+    tokens, positions = some_tokens()
+    theirs = torch_logits(torch_model, tokens, positions)
+    assert theirs.std() > 1
+    return np.abs(our_logits(decoder, tokens, positions) - theirs).max() / np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers(shape, scaling):
+    theirs = tiny.make_torch_llama(3, rope_parameters=SCALINGS[scaling], **SHAPES[shape])
+    assert distance(theirs, port(theirs)) < TOLERANCE
+
+
+def interleaved(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], -1).reshape(x.shape)
+
+
+def swapped_halves(x, cos, sin):
+    second, first = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def without_causal_mask(q, k, v, segment_ids, *, implementation):
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("rotate", interleaved), ("rotate", swapped_halves), ("attention", without_causal_mask)],
+)
+def test_a_wrong_formula_is_seen(name, wrong, monkeypatch):
+    theirs = tiny.make_torch_llama(3)
+    monkeypatch.setattr(model_module, name, wrong)
+    assert distance(theirs, port(theirs)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
+def test_a_transposed_projection_is_seen(name):
+    theirs = tiny.make_torch_llama(3, num_key_value_heads=4)
+    decoder = port(theirs)
+    weight = getattr(decoder.layers.self_attn, name).weight
+    weight[...] = jnp.swapaxes(weight[...], 1, 2)
+    assert distance(theirs, decoder) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": 0.1},
+        {"rope_parameters": {**tiny.LLAMA3, "factor": 8.0}},
+        {"rope_parameters": {**tiny.LLAMA3, "low_freq_factor": 2.0}},
+        {"rope_parameters": {**tiny.LLAMA3, "high_freq_factor": 8.0}},
+        {"rope_parameters": {**tiny.LLAMA3, "original_max_position_embeddings": 2048}},
+        {"rope_parameters": {**tiny.LLAMA3, "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ],
+    ids=str,
+)
+def test_each_constant_of_config_json_is_used(change):
+    theirs = tiny.make_torch_llama(3)
+    ours = port(theirs)
+    changed = read_architecture({**theirs.config.to_dict(), **change}, "config")
+    arrays, _ = named_arrays(ours)
+    assert distance(theirs, Decoder(changed, arrays, dtype=jnp.float32)) > 10 * TOLERANCE
+
+
+def test_both_spellings_of_rope_give_one_architecture():
+    config = tiny.make_torch_llama(3).config.to_dict()
+    old = {name: value for name, value in config.items() if name != "rope_parameters"}
+    scaling = {name: value for name, value in tiny.LLAMA3.items() if name != "rope_theta"}
+    old |= {"rope_theta": tiny.LLAMA3["rope_theta"], "rope_scaling": scaling}
+    assert read_architecture(old, "old") == read_architecture(config, "new")
+
+
+def test_packed_documents_do_not_see_each_other():
+    decoder = port(tiny.make_torch_llama(3))
+    tokens, _ = some_tokens(rows=1, length=30)
+    lengths = (7, 13, 10)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    segment_ids = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
+    packed = our_logits(decoder, tokens, positions, segment_ids)[0]
+    start = 0
+    for length in lengths:
+        here = slice(start, start + length)
+        alone = our_logits(decoder, tokens[:, here], positions[:, here])[0]
+        np.testing.assert_allclose(packed[here], alone, atol=1e-4 * np.abs(alone).max(), rtol=0)
+        start += length
+
+
+def test_a_token_sees_its_documents_past_and_nothing_else():
+    decoder = port(tiny.make_torch_llama(3))
+    tokens, _ = some_tokens(rows=1, length=12)
+    segment_ids = np.repeat([1, 2], 6)[None].astype(np.int32)
+    positions = np.tile(np.arange(6), 2)[None].astype(np.int32)
+    arrays, structure = named_arrays(decoder)
+
+    def score(embedded):  # one embedding for each place, so that its gradient is that place's
+        changed = rebuild(structure, arrays, {"embed_tokens.weight": embedded})
+        place = np.arange(12, dtype=np.int32)[None]
+        return jnp.sum(changed(place, positions, segment_ids)[0, 8] ** 2)
+
+    embedded = arrays["embed_tokens.weight"][tokens[0]]
+    seen = np.abs(np.asarray(jax.grad(score)(embedded))).max(axis=1)
+    assert (seen[6:9] > 0).all()
+    assert (seen[:6] == 0).all() and (seen[9:] == 0).all()
+
+
+@pytest.mark.parametrize("remat", ["dots", "layer"])
+def test_remat_changes_no_gradient(remat):
+    theirs = tiny.make_torch_llama(3)
+    tokens, positions = some_tokens(rows=1)
+
+    def gradient(policy):
+        arrays, structure = named_arrays(port(theirs, remat=policy))
+
+        def score(arrays):
+            return jnp.sum(jnp.sin(rebuild(structure, arrays)(tokens, positions, 0 * tokens)))
+
+        return jax.jit(jax.grad(score))(arrays)
+
+    plain, recomputed = gradient("none"), gradient(remat)
+    for name, value in plain.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(recomputed[name], value, atol=1e-5 * scale, err_msg=name)
+
+
+def test_bfloat16_stays_near_float32():
+    theirs = tiny.make_torch_llama(3)
+    exact = port(theirs)
+    arrays, _ = named_arrays(exact)
+    half = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
+    rounded = Decoder(exact.arch, half, dtype=jnp.bfloat16)
+    tokens, positions = some_tokens()
+    # transformers' own model in bfloat16 is the measure of what rounding does here.
+    torch_half = torch_logits(theirs.to(torch.bfloat16), tokens, positions)
+    want = our_logits(exact, tokens, positions)
+    ours = our_logits(rounded, tokens, positions)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - want).max() < 1.5 * np.abs(torch_half - want).max()
+
+
+def test_arrays_round_trip_by_name():
+    decoder = port(tiny.make_torch_llama(3, tie_word_embeddings=False))
+    arrays, structure = named_arrays(decoder)
+    assert arrays.keys() == weights(decoder.arch).keys()
+    again, _ = named_arrays(rebuild(structure, arrays))
+    assert all(again[name] is arrays[name] for name in arrays)
+    assert dataclasses.is_dataclass(structure) and hash(structure) == hash(structure)
