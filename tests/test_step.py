@@ -1,0 +1,301 @@
+"""The step against torch's autograd, and what must never change it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kd_jax import data
+from kd_jax.build import load_models, make_program, open_source, put_batch, shared_vocab_size
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from kd_jax.model import logits, rebuild
+from kd_jax.optim import make_optimizer
+from kd_jax.sharding import make_mesh
+from kd_jax.step import eval_step, init_state, targets, train_step
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
+    cache_dir = str(tmp_path_factory.mktemp("rows"))
+
+    def make(*, trainable="full", mesh=None, loss=None, lora=None, optim=None, **rows):
+        options = {"seq_len": 192, "batch_size": 8, "cache_dir": cache_dir, **rows}
+        return Config(
+            workdir="unused",
+            teacher=TeacherConfig(path=str(tiny_teacher), dtype="float32"),
+            student=StudentConfig(path=str(tiny_student), dtype="float32"),
+            data=DataConfig(path=str(tiny_data), **options),
+            trainable=trainable,
+            lora=LoraConfig(rank=4, alpha=8.0, **(lora or {})),
+            loss=LossConfig(**{"chunk_tokens": 32, **(loss or {})}),
+            mesh=MeshConfig(**(mesh or {"data": 8})),
+            optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
+            steps=STEPS,
+        )
+
+    return make
+
+
+class Run:
+    """A run's parts, made as kd_jax.train makes them."""
+
+    def __init__(self, config):
+        rows_per_pass = config.data.batch_size // config.optim.accumulation_steps
+        self.config, self.mesh = config, make_mesh(config.mesh, rows_per_pass)
+        student = open_source(config.student.path, None, "student")
+        teacher = open_source(config.teacher.path, None, "teacher")
+        template = data.chat_template_of(config.data, student.tokenizer)
+        self.rows = data.make_rows(config.data, student.tokenizer, template)
+        self.models = load_models(config, student, teacher, self.mesh)
+        vocab_size = shared_vocab_size(student, teacher)
+        self.program = make_program(config, self.models, vocab_size, self.mesh)
+        self.optimizer = make_optimizer(config.optim, STEPS)
+        self.state = init_state(self.models.trainable, self.optimizer)
+
+    def batch(self, seed=0):
+        count = self.config.optim.accumulation_steps
+        size = self.config.data.batch_size
+        return next(
+            data.batches(
+                self.rows, seed=seed, start_step=0, batch_size=size, accumulation_steps=count
+            )
+        )
+
+    def arguments(self, batch):
+        models = self.models
+        placed = put_batch(batch, self.mesh)
+        return self.state, models.frozen, models.teacher_arrays, placed
+
+    def step(self, batch):
+        """Takes one step and returns its metrics as floats."""
+        run = jax.jit(train_step, static_argnums=(0, 1))
+        self.state, metrics = run(self.program, self.optimizer, *self.arguments(batch))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def gradients(self, batch):
+        """Returns the mean loss's gradients, caught where the optimizer gets them, and metrics."""
+
+        def update(gradients, state, params):
+            return jax.tree.map(jnp.zeros_like, gradients), gradients
+
+        catch = self.optimizer._replace(update=update)
+        run = jax.jit(train_step, static_argnums=(0, 1))
+        state, metrics = run(self.program, catch, *self.arguments(batch))
+        gradients = {name: np.asarray(x) for name, x in state.opt_state.items()}
+        return gradients, {name: float(value) for name, value in metrics.items()}
+
+
+def assert_near(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        scale = np.abs(value).max()
+        assert np.abs(got[name] - value).max() <= tolerance * max(scale, 1e-6), name
+
+
+def torch_loss(student, teacher, batch, kd_ratio):
+    """Returns the mean loss over target tokens, from torch's own functions."""
+    total, count = 0.0, 0
+    for r in range(batch["tokens"].shape[1]):
+        for segment in range(1, batch["segment_ids"][0, r].max() + 1):
+            here = batch["segment_ids"][0, r] == segment
+            tokens = torch.tensor(batch["tokens"][0, r][here])[None].long()
+            keep = torch.tensor(batch["loss_mask"][0, r][here])[1:]
+            ours = student(tokens).logits[0, :-1][keep].log_softmax(-1)
+            with torch.no_grad():
+                theirs = teacher(tokens).logits[0, :-1][keep].log_softmax(-1)
+            ce = torch.nn.functional.nll_loss(ours, tokens[0, 1:][keep], reduction="sum")
+            kl = torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+            total = total + (1 - kd_ratio) * ce + kd_ratio * kl
+            count += int(keep.sum())
+    return total / count
+
+
+def test_loss_and_every_gradient_equal_torch_on_unpacked_documents(make_config):
+    run = Run(make_config())
+    batch = run.batch()
+    assert batch["segment_ids"].max() > 1  # packed here, one by one there
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(part.path, dtype=torch.float64)
+        for part in (run.config.student, run.config.teacher)
+    )
+    loss = torch_loss(student, teacher, batch, run.config.loss.kd_ratio)
+    loss.backward()
+    gradients, metrics = run.gradients(batch)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    named = {name: p.grad.numpy() for name, p in student.named_parameters()}
+    want = {}
+    for name in gradients:
+        layers = range(student.config.num_hidden_layers)
+        if name.startswith("layers."):
+            want[name] = np.stack([named[f"model.layers.{i}.{name[7:]}"] for i in layers])
+        else:
+            want[name] = named[f"model.{name}"]
+    assert "embed_tokens.weight" in want  # tied: the head's gradient and the embedding's
+    assert_near(gradients, want, 1e-4)
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def plain(request, make_config):
+    """The kind of training, and the gradients and metrics of a batch on eight devices at once."""
+    run = Run(make_config(trainable=request.param))
+    return request.param, *run.gradients(run.batch())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "fsdp": 1, "tensor": 4}},
+        {"loss": {"chunk_tokens": 7}},
+        {"loss": {"chunk_tokens": 10_000}},
+        {"mesh": {"data": 1, "fsdp": 8}},
+        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_nothing(make_config, change, plain):
+    trainable, want, want_metrics = plain
+    changed = Run(make_config(trainable=trainable, **change))
+    got, metrics = changed.gradients(changed.batch())
+    assert_near(got, want, 1e-5)
+    for name, value in want_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-6 if name != "grad_norm" else 1e-5)
+
+
+def test_packing_changes_nothing(make_config):
+    packed = Run(make_config())
+    alone = Run(make_config(pack=False, batch_size=24))
+    every = {name: getattr(packed.rows, name) for name in data.COLUMNS}
+    missing = -len(packed.rows) % 8
+    every = {name: np.pad(x, ((0, missing), (0, 0)))[None] for name, x in every.items()}
+    got, metrics = packed.gradients(every)
+    want, want_metrics = alone.gradients(alone.batch())
+    assert packed.rows.tokens.shape[0] < alone.rows.tokens.shape[0]
+    assert_near(got, want, 1e-5)
+    assert metrics["loss"] == pytest.approx(want_metrics["loss"], rel=1e-6)
+
+
+def test_padding_contributes_nothing(make_config):
+    run = Run(make_config())
+    batch = run.batch()
+    noisy = {name: x.copy() for name, x in batch.items()}
+    noisy["tokens"][noisy["segment_ids"] == 0] = 17
+    want, _ = run.gradients(batch)
+    got, _ = run.gradients(noisy)
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def test_frozen_weights_and_the_teacher_keep_their_bits(make_config):
+    run = Run(make_config(trainable="lora"))
+    before = {
+        name: np.array(x) for name, x in (run.models.frozen | run.models.teacher_arrays).items()
+    }
+    trained = {name: np.array(x) for name, x in run.state.trainable.items()}
+    for seed in range(STEPS):
+        run.step(run.batch(seed))
+    for name, value in (run.models.frozen | run.models.teacher_arrays).items():
+        assert np.asarray(value).tobytes() == before[name].tobytes(), name
+    assert all((np.asarray(run.state.trainable[n]) != x).any() for n, x in trained.items())
+
+
+def test_the_optimizer_counts_the_steps_taken(make_config):
+    run = Run(make_config(trainable="lora"))
+    losses = [run.step(run.batch())["loss"] for _ in range(STEPS)]
+    counts = [
+        int(leaf)
+        for path, leaf in jax.tree.flatten_with_path(run.state.opt_state)[0]
+        if "count" in jax.tree_util.keystr(path)
+    ]
+    assert counts and set(counts) == {STEPS} and int(run.state.step) == STEPS
+    assert losses[-1] < losses[0]
+
+
+def test_dropout_follows_seed_and_step(make_config):
+    def first_losses(seed_of_run=0):
+        config = make_config(trainable="lora", lora={"dropout": 0.5})
+        run = Run(config)
+        # B is zero at the start, so that dropout would not show.
+        run.state = run.state._replace(
+            trainable={n: x + 0.05 for n, x in run.state.trainable.items()}
+        )
+        frozen_state = run.state
+        out = []
+        for step in (0, 0, 1):
+            run.state = frozen_state._replace(step=jnp.int32(step))
+            out.append(run.step(run.batch())["loss"])
+        return out
+
+    again, same, later = first_losses()
+    assert again == same and later != again
+
+
+def big_arrays(text, vocab_size, heads):
+    """Returns the sizes of arrays with a vocabulary dimension in a compiled program, but heads."""
+    shapes = {
+        tuple(int(n) for n in found.split(","))
+        for found in re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]", text)
+    }
+    return {s: int(np.prod(s)) for s in shapes if vocab_size in s and s not in heads}
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_no_array_of_tokens_by_vocabulary_beyond_one_chunk(make_config, trainable):
+    config = make_config(trainable=trainable, mesh={"data": 8}, batch_size=16)
+    run = Run(config)
+    chunk = config.loss.chunk_tokens  # per device; a device has 2 rows
+    vocab_size = run.program.head.vocab_size
+    widths = (64, 96)
+    heads = {(vocab_size, D) for D in widths} | {(D, vocab_size) for D in widths}
+    arguments = run.arguments(run.batch())
+    step = jax.jit(train_step, static_argnums=(0, 1))
+    text = step.lower(run.program, run.optimizer, *arguments).compile().as_text()
+    sizes = big_arrays(text, vocab_size, heads)
+    assert sizes and max(sizes.values()) <= chunk * vocab_size, sizes
+
+    evaluate = jax.jit(eval_step, static_argnums=0)
+    arrays = run.models.frozen | run.state.trainable
+    one = {name: x[0] for name, x in arguments[-1].items()}
+    lowered = evaluate.lower(run.program, arrays, run.models.teacher_arrays, one)
+    sizes = big_arrays(lowered.compile().as_text(), vocab_size, heads)
+    assert sizes and max(sizes.values()) <= chunk * vocab_size, sizes
+
+
+def test_whole_logits_would_be_seen_in_the_compiled_program(make_config):
+    run = Run(make_config(batch_size=16))
+    arrays = run.models.frozen | run.state.trainable
+    one = {name: x[0] for name, x in run.arguments(run.batch())[-1].items()}
+
+    def dense(arrays, batch):
+        student = rebuild(run.program.student, arrays)
+        return logits(student, batch["tokens"], batch["positions"], batch["segment_ids"]).max()
+
+    text = jax.jit(dense).lower(arrays, one).compile().as_text()
+    vocab_size = run.program.head.vocab_size
+    sizes = big_arrays(text, vocab_size, {(vocab_size, 64)})
+    assert max(sizes.values()) > run.config.loss.chunk_tokens * vocab_size
+
+
+def test_a_position_predicts_the_next_token_of_its_document():
+    batch = {
+        "tokens": jnp.array([[5, 6, 7, 8, 9, 0]]),
+        "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0]]),
+        "loss_mask": jnp.array([[False, True, True, True, True, False]]),
+    }
+    labels, mask = targets(batch)
+    assert labels[0, :5].tolist() == [6, 7, 8, 9, 0]
+    assert mask[0].tolist() == [True, True, False, True, False, False]
