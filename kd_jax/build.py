@@ -13,6 +13,7 @@ from kd_jax.data import check_same_tokenizer, load_tokenizer
 from kd_jax.hf import (
     Adapter,
     check_source,
+    fingerprint,
     load_adapter,
     load_architecture,
     load_arrays,
@@ -36,6 +37,8 @@ class Source:
     arch: Architecture
     tokenizer: Any
     adapter: Adapter | None
+    hashes: dict[str, str]
+    """Of what was read from disk, by the field that names it."""
 
 
 def start_jax(compilation_cache: str | None) -> None:
@@ -51,10 +54,14 @@ def open_source(path: str, adapter: str | None, field: str) -> Source:
     folder = resolve(path, f"{field}.path")
     arch = load_architecture(folder)
     check_source(folder, arch)
+    hashes = {f"{field}.path": fingerprint(folder)}
     loaded = None
     if adapter is not None:
-        loaded = load_adapter(resolve(adapter, f"{field}.adapter"), arch)
-    return Source(folder=folder, arch=arch, tokenizer=load_tokenizer(folder), adapter=loaded)
+        adapter_folder = resolve(adapter, f"{field}.adapter")
+        loaded = load_adapter(adapter_folder, arch)
+        hashes[f"{field}.adapter"] = fingerprint(adapter_folder)
+    tokenizer = load_tokenizer(folder)
+    return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, hashes=hashes)
 
 
 def shared_vocab_size(student: Source, teacher: Source | None) -> int:
@@ -107,40 +114,59 @@ class Models:
 def load_models(config: Config, student: Source, teacher: Source | None, mesh: Mesh) -> Models:
     """Returns the models of a run; what is trained is float32."""
     lora = config.trainable == "lora"
-    options = {"implementation": config.attention, "remat": config.remat}
-    arrays = load_arrays(
+    stored = load_arrays(
         student.folder,
         student.arch,
         mesh,
         config.student.dtype if lora else "float32",
         adapter=None if lora else student.adapter,
     )
-    model = Decoder(student.arch, arrays, dtype=jnp.dtype(config.student.dtype), **options)
+    dtype = jnp.dtype(config.student.dtype)
+    options = {"implementation": config.attention, "remat": config.remat}
+    model = Decoder(student.arch, stored, dtype=dtype, **options)
     if lora:
         start = None if student.adapter is None else stack_adapter(student.adapter, student.arch)
         add_adapters(model, config.lora, jax.random.key(config.seed), start)
     arrays, structure = named_arrays(model)
-    trained = {name for name in arrays if is_adapter(name) or not lora}
-    whole = replicated(mesh)  # adapters are small; whole weights keep the sharding of the load
-    teacher_structure: Structure | None = None
-    teacher_arrays: Arrays = {}
-    if teacher is not None:
-        stored = load_arrays(
-            teacher.folder, teacher.arch, mesh, config.teacher.dtype, adapter=teacher.adapter
-        )
-        options["remat"] = "none"
-        decoder = Decoder(teacher.arch, stored, dtype=jnp.dtype(config.teacher.dtype), **options)
-        teacher_arrays, teacher_structure = named_arrays(decoder)
+    trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
+    if lora:  # small enough for every device to hold them; whole weights stay as they were loaded
+        trainable = {name: jax.device_put(x, replicated(mesh)) for name, x in trainable.items()}
+    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher.dtype, config, mesh)
     return Models(
         student=structure,
-        trainable={
-            name: jax.device_put(arrays[name], whole) if lora else arrays[name]
-            for name in sorted(trained)
-        },
-        frozen={name: x for name, x in arrays.items() if name not in trained},
+        trainable=trainable,
+        frozen={name: x for name, x in arrays.items() if name not in trainable},
         teacher=teacher_structure,
         teacher_arrays=teacher_arrays,
     )
+
+
+def load_frozen_models(
+    config: Config, student: Source, teacher: Source | None, mesh: Mesh
+) -> Models:
+    """Returns both models as they are on disk, none of them to be trained."""
+    arrays, structure = _load_frozen(student, config.student.dtype, config, mesh)
+    assert structure is not None
+    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher.dtype, config, mesh)
+    return Models(
+        student=structure,
+        trainable={},
+        frozen=arrays,
+        teacher=teacher_structure,
+        teacher_arrays=teacher_arrays,
+    )
+
+
+def _load_frozen(
+    source: Source | None, dtype: str, config: Config, mesh: Mesh
+) -> tuple[Arrays, Structure | None]:
+    """Returns a model with its adapter merged into it; nothing for no model."""
+    if source is None:
+        return {}, None
+    stored = load_arrays(source.folder, source.arch, mesh, dtype, adapter=source.adapter)
+    compute = jnp.dtype(dtype)
+    model = Decoder(source.arch, stored, dtype=compute, implementation=config.attention)
+    return named_arrays(model)
 
 
 def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) -> Program:

@@ -71,18 +71,29 @@ def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.n
         return checkpointer.load(step, abstract)["trainable"], step
 
 
-def claim_workdir(config: Config, workdir: Path) -> None:
+def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
     """Writes WORKDIR/config.json, or checks that the one there describes the same run.
 
+    Args:
+      inputs: a hash of the content of each thing that the run reads, by what it is.
+
     Raises:
-      UserError: the folder belongs to a run with another configuration, or cannot be written.
+      UserError: the folder belongs to a run with another configuration or other inputs, or cannot
+        be written.
     """
-    record = {"config": dump(config), "versions": _versions(), "git_commit": _git_commit()}
+    record = {
+        "config": dump(config),
+        "inputs": inputs,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+    }
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.is_file() and _has_checkpoint(workdir):
-            changed = differences(json.loads(path.read_text())["config"], dump(config))
+            old = json.loads(path.read_text())
+            changed = differences(old["config"], dump(config))
+            changed += _changed_inputs(old["inputs"], inputs)
             if changed:
                 raise UserError(
                     f"{workdir}: belongs to a run with another configuration:\n  "
@@ -96,6 +107,23 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+
+
+def _changed_inputs(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    names = sorted(old.keys() | new.keys())
+    return [
+        f"{name}: other content than the run began with"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def check_inputs(workdir: Path, inputs: dict[str, str]) -> None:
+    """Raises UserError where something that the run read has another content by now."""
+    old = json.loads((workdir / "config.json").read_text())["inputs"]
+    changed = _changed_inputs({name: old.get(name, "") for name in inputs}, inputs)
+    if changed:
+        raise UserError(f"{workdir}: " + "\n".join(changed))
 
 
 def _has_checkpoint(workdir: Path) -> bool:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Dtype = Literal["bfloat16", "float32"]
 T = TypeVar("T")
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake of the user's: printed as one message without a traceback, exit status 2."""
 
 
@@ -31,9 +32,37 @@ class _Checks:
         if not holds:
             self.problems.append(f"{name}: expected {expected}, got {got!r}")
 
+    def require_types(self, part: Any, prefix: str = "") -> None:
+        """Requires values of the annotated types: a config file is Python, which checks none."""
+        for entry in dataclasses.fields(part):
+            name, value = f"{prefix}{entry.name}".replace("_", "-"), getattr(part, entry.name)
+            fits = _is_a(value, entry.type)
+            self.require(fits, name, _name_of(entry.type), value)
+            if fits and dataclasses.is_dataclass(value):
+                self.require_types(value, f"{name}.")
+
     def finish(self) -> None:
         if self.problems:
             raise UserError("\n".join(self.problems))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of an annotated type; an integer is a float too, a bool neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(x, get_args(kind)[0]) for x in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _name_of(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,13 +135,15 @@ class LossConfig:
     """What is minimised between teacher and student."""
     temperature: float = 1.0
     """Both models' logits are divided by this in the divergence, never in the cross-entropy."""
-    chunk_tokens: int = 1024
-    """Tokens per device whose logits exist at one time, in both models. Memory, not results."""
+    chunk_tokens: int | None = None
+    """Tokens per device whose logits exist at one time, in both models; None takes what suits the
+    device. Memory and speed, not results."""
 
     def check(self, checks: _Checks) -> None:
         checks.require(0 <= self.kd_ratio <= 1, "loss.kd-ratio", "0 <= ratio <= 1", self.kd_ratio)
         checks.require(self.temperature > 0, "loss.temperature", "above 0", self.temperature)
-        checks.require(self.chunk_tokens >= 1, "loss.chunk-tokens", "at least 1", self.chunk_tokens)
+        chunk = self.chunk_tokens
+        checks.require(chunk is None or chunk >= 1, "loss.chunk-tokens", "at least 1", chunk)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,9 +311,9 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     steps: int | None = None
-    """Optimizer updates to take; give this or epochs."""
+    """Optimizer updates to take; give this or epochs. The flag replaces the file's epochs."""
     epochs: float | None = None
-    """Passes over the packed rows; give this or steps."""
+    """Passes over the packed rows; give this or steps. The flag replaces the file's steps."""
     seed: int = 0
     """Seeds adapters, dropout and the order of the rows."""
     remat: Literal["none", "dots", "layer"] = "layer"
@@ -294,31 +325,52 @@ class Config:
 
     def __post_init__(self) -> None:
         checks = _Checks()
-        for part in (self.lora, self.loss, self.data, self.optim, self.mesh, self.checkpoint):
+        checks.require_types(self)
+        checks.finish()  # values of a wrong type cannot be compared
+        if self.trainable == "lora":
+            self.lora.check(checks)
+        for part in (self.loss, self.data, self.optim, self.mesh, self.checkpoint):
             part.check(checks)
         self.eval.check(checks)
         self.log.check(checks)
         given = (self.steps is not None) + (self.epochs is not None)
-        checks.require(given == 1, "steps, epochs", "one of the two", f"{given} of them")
+        both = (self.steps, self.epochs)
+        checks.require(given == 1, "steps, epochs", "a number for one, None for the other", both)
         checks.require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
         checks.require(self.epochs is None or self.epochs > 0, "epochs", "above 0", self.epochs)
-        checks.require(self.seed >= 0, "seed", "at least 0", self.seed)
+        checks.require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
         size, count = self.data.batch_size, self.optim.accumulation_steps
         checks.require(
-            size % count == 0,
+            count < 1 or size % count == 0,
             "data.batch-size",
             f"a multiple of optim.accumulation-steps ({count})",
             size,
         )
+        narrow = {self.student.dtype, self.teacher.dtype} == {"bfloat16"}
+        checks.require(
+            self.attention != "cudnn" or narrow,
+            "attention",
+            "auto or xla with a float32 student or teacher",
+            self.attention,
+        )
         checks.finish()
 
 
-# Fields that may differ when a run is resumed: they change where and how, never what is computed.
+# Fields that may differ when a run is resumed: where, how and in how much memory, never what is
+# computed. Of what a path names, the content counts (checkpoint.claim_workdir).
 RESUMABLE = frozenset(
     {
         "workdir",
-        "compilation_cache",
+        "teacher.path",
+        "teacher.adapter",
+        "student.path",
+        "student.adapter",
+        "data.path",
         "data.cache_dir",
+        "compilation_cache",
+        "remat",
+        "attention",
+        "loss.chunk_tokens",
         "log.*",
         "mesh.*",
         "checkpoint.*",
@@ -333,22 +385,32 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"--config: expected a Python file, got {path}, which is not there.{hint}")
+        raise UserError(f"--config: expected a Python file, got {path}, which is no file.{hint}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: expected a file ending in .py, got {path}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path}: expected a function get_config(), got none")
         config = module.get_config()
     except UserError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{path}: {type(error).__name__}: {error} (line {last.lineno})") from error
+        raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
-        raise UserError(f"{path}: expected get_config() to return a Config, got {type(config)}")
+        raise UserError(f"{path}: expected get_config() to return a Config, got {config!r:.60}")
     return config
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Returns `file:line` of the config file's last line that took part in an error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
 def parse_args(
@@ -379,10 +441,9 @@ def parse_args(
 
 
 def _plain(boxed: str) -> str:
-    """Returns tyro's boxed error as plain lines."""
-    lines = [line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ") for line in boxed.splitlines()]
-    text = "\n".join(line for line in lines if line)
-    return text.removeprefix("Value error\n").removeprefix("Error parsing root: ")
+    """Returns tyro's boxed error as plain lines, without the title, which the text repeats."""
+    lines = [line.strip("\u2502\u2570\u256f\u2500 ") for line in boxed.splitlines()]
+    return "\n".join(line for line in lines if line and not line.startswith("\u256d"))
 
 
 def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
@@ -403,6 +464,11 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
         "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
     )
     default = None if path is None else load_config(path)
+    flags = {word.split("=")[0] for word in rest}
+    if default is not None and "--steps" in flags:
+        default = dataclasses.replace(default, steps=1, epochs=None)  # the flag gives the number
+    if default is not None and "--epochs" in flags:
+        default = dataclasses.replace(default, steps=None, epochs=1)
     return parse_args(Config, rest, prog=prog, description=description, default=default)
 
 
@@ -432,21 +498,10 @@ def dump(config: Config) -> dict[str, Any]:
 
 def from_json(tree: dict[str, Any]) -> Config:
     """Returns the Config that `dump` made `tree` from."""
-    parts = {
-        "teacher": TeacherConfig,
-        "student": StudentConfig,
-        "data": DataConfig,
-        "lora": LoraConfig,
-        "loss": LossConfig,
-        "optim": OptimConfig,
-        "mesh": MeshConfig,
-        "checkpoint": CheckpointConfig,
-        "eval": EvalConfig,
-        "log": LogConfig,
-    }
+    kinds: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(Config)}
     tree = dict(tree)
     tree["lora"] = {**tree["lora"], "target_modules": tuple(tree["lora"]["target_modules"])}
-    return Config(**{name: parts[name](**v) if name in parts else v for name, v in tree.items()})
+    return Config(**{n: kinds[n](**v) if isinstance(v, dict) else v for n, v in tree.items()})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ ROLES = ("system", "user", "assistant")
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
+# A macro, because transformers hands no functions to templates; +%} keeps a line break after it.
+FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
 STORE_VERSION = 1
 MAX_SHOWN = 20
 
@@ -40,6 +44,8 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: expected a tokenizer.json (a fast tokenizer), got a slow one")
+    tokenizer.backend_tokenizer.no_truncation()  # as every use sets it, so the rows' key is stable
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -78,15 +84,13 @@ def read_conversations(path: str, split: str, limit: int | None) -> list[Convers
     Raises:
       UserError: with file and line of each bad record.
     """
-    problems: list[str] = []
+    problems = []
     conversations = []
-    for place, record in _records(path, split, problems):
+    for place, record in islice(_records(path, split), limit):
         try:
             conversations.append(_conversation(record))
         except ValueError as error:
             problems.append(f"{place}: {error}")
-        if limit is not None and len(conversations) + len(problems) == limit:
-            break
     if problems:
         shown = problems[:MAX_SHOWN]
         more = len(problems) - len(shown)
@@ -96,20 +100,21 @@ def read_conversations(path: str, split: str, limit: int | None) -> list[Convers
     return conversations
 
 
-def _records(path: str, split: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _records(path: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Yields the place of each record and the record; a ValueError stands for an unreadable one."""
     file = Path(path).expanduser()
     if file.suffix in (".json", ".jsonl"):
         if not file.is_file():
             raise UserError(f"data: expected a file, got {path}, which is not there")
-        yield from _json_records(file, problems)
+        yield from _json_records(file)
         return
     for index, record in enumerate(_load_dataset(path, file, split)):
         yield f"{path}, record {index + 1}", record
 
 
-def _json_records(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if text.lstrip().startswith("["):
@@ -121,26 +126,24 @@ def _json_records(file: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            problems.append(f"{file}:{number}: expected JSON, got {line[:40]!r} ({error.msg})")
-            continue
+            record = ValueError(f"expected JSON, got {line[:40]!r} ({error.msg})")
         yield f"{file}:{number}", record
 
 
 def _array_records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Yields the entries of a JSON array with the line on which each begins."""
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: expected a JSON array ({error.msg})") from None
     decoder = json.JSONDecoder()
     at, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while at < len(text) and text[at] in " \t\r\n,":
+    for record in records:
+        while text[at] in " \t\r\n,":
             at += 1
         line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            return
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{error.lineno}: expected JSON, got {error.msg}") from None
         yield f"{file}:{line}", record
+        at = decoder.raw_decode(text, at)[1]
 
 
 def _load_dataset(path: str, file: Path, split: str) -> Any:
@@ -149,7 +152,7 @@ def _load_dataset(path: str, file: Path, split: str) -> Any:
     try:
         if file.suffix == ".parquet":
             return datasets.Dataset.from_parquet(str(file))
-        return datasets.load_dataset(path, split=split)
+        return datasets.load_dataset(str(file) if file.is_dir() else path, split=split)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
@@ -159,6 +162,8 @@ def _load_dataset(path: str, file: Path, split: str) -> Any:
 
 
 def _conversation(record: Any) -> Conversation:
+    if isinstance(record, ValueError):
+        raise record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     if "messages" in record:
@@ -205,7 +210,7 @@ def chat_template_of(
         file = Path(data.chat_template).expanduser()
         if not file.is_file():
             raise UserError(f"data.chat-template: expected a Jinja file, got {file}")
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     for tokenizer in (student_tokenizer, teacher_tokenizer):
         if tokenizer is not None and tokenizer.chat_template is not None:
             return tokenizer.get_chat_template()
@@ -217,33 +222,51 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the conversation as text, and where in it each answer and its end-of-turn lie.
 
-    What the template writes after an answer's end-of-turn (a line break, say) is not the answer's.
+    An answer begins where the generation prompt ends. What the template writes after its
+    end-of-turn (a line break, say) is not the answer's.
     """
 
     def apply(turns, **options):
-        return tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            chat_template=template,
-            date_string=date,
-            strftime_now=lambda _: date,
-            **options,
-        )
+        return _apply_template(tokenizer, turns, template, date, **options)
 
     text = apply(messages)
     spans = []
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = apply(messages[:i], add_generation_prompt=True) if i else ""
         after = text if i + 1 == len(messages) else apply(messages[: i + 1])
-        if not (after.startswith(before) and text.startswith(after)):
+        if i:
+            before = apply(messages[:i], add_generation_prompt=True)
+        else:  # templates need not take an empty conversation
+            prompt = apply(messages[:1], add_generation_prompt=True)[len(after) :]
+            begin = after.find(prompt)
+            before = after[: begin + len(prompt)] if prompt and begin >= 0 else ""
+        if not (before and after.startswith(before) and text.startswith(after)):
             raise UserError(
                 "data.chat-template: the template rewrites earlier turns, so an answer's place in "
                 "the text is not defined. Give another template"
             )
         spans.append((len(before), len(after.rstrip())))
     return text, spans
+
+
+def _apply_template(
+    tokenizer: Any, turns: Conversation, template: str, date: str, **options: Any
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            chat_template=FIXED_DATE + template,
+            date_string=date,
+            fixed_date=date,
+            **options,
+        )
+    except Exception as error:  # templates raise as they like
+        raise UserError(
+            f"data.chat-template: the template refuses the conversation that begins "
+            f"{turns[0]['content']!r:.60} ({error})"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +378,7 @@ class Rows:
     """The rows of a data set, memory-mapped, [R, S] each; `counts` says how they came about.
 
     segment_ids number a row's documents from 1, and 0 is padding; positions restart in each;
-    loss_mask marks the tokens that are to be predicted.
+    loss_mask marks the tokens that are to be predicted; key is a hash of all that they came from.
     """
 
     tokens: np.ndarray
@@ -363,6 +386,7 @@ class Rows:
     positions: np.ndarray
     loss_mask: np.ndarray
     counts: dict[str, int]
+    key: str
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -382,7 +406,8 @@ def make_rows(
         path, split, max_conversations = data.path, data.split, data.max_conversations
     source = _source_hash(path, split or "")
     options = (data.seq_len, data.train_on, data.overlong, data.pack, data.date, max_conversations)
-    recipe = [STORE_VERSION, tokenizer.backend_tokenizer.to_str(), template, source, options]
+    vocabulary = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+    recipe = [STORE_VERSION, vocabulary, template, source, options]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:20]
     folder = Path(data.cache_dir).expanduser() / key
     if (rows := _open_store(folder)) is not None:
@@ -398,14 +423,19 @@ def make_rows(
         "target_tokens": int(columns["loss_mask"].sum()),
     }
     _write_store(folder, columns, counts)
-    return Rows(**columns, counts=counts)
+    return Rows(**columns, counts=counts, key=key)
 
 
 def _source_hash(path: str, split: str) -> str:
-    file = Path(path).expanduser()
-    if not file.is_file():
+    """Returns the contents' hash of a file or folder; a hub id is taken by its name."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+        hashes = [f"{file.relative_to(place)} {_source_hash(str(file), '')}" for file in files]
+        return "\n".join([split, *hashes])
+    if not place.is_file():
         return f"{path} {split}"
-    with file.open("rb") as stream:
+    with place.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -417,20 +447,21 @@ def _open_store(folder: Path) -> Rows | None:
     except (OSError, ValueError, EOFError):
         return None
     shapes = {column.shape for column in columns.values()}
-    return Rows(**columns, counts=counts) if len(shapes) == 1 else None
+    return Rows(**columns, counts=counts, key=folder.name) if len(shapes) == 1 else None
 
 
 def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
-        beside.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(parents=True)
         for name, column in columns.items():
             np.save(beside / f"{name}.npy", column)
         (beside / "meta.json").write_text(json.dumps(counts))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged store
-        os.rename(beside, folder)
-    except OSError as error:
         if _open_store(folder) is None:  # else another process was first
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(beside, folder)
+    except OSError as error:
+        if _open_store(folder) is None:
             raise UserError(f"data.cache-dir: {folder} cannot be written ({error})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -5,8 +5,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from kd_jax.config import Dtype, UserError, parse_args, run_command
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    Dtype,
+    MeshConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    parse_args,
+    run_command,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +40,8 @@ class EvaluateArgs:
     """Tokens in a row; None takes the run's, or 2048."""
     batch_size: int | None = None
     """Rows at a time over all devices; None takes the number of devices."""
+    chat_template: str | None = None
+    """Jinja file to use instead of the tokenizer's own chat template."""
     max_conversations: int | None = None
     """Use only the first conversations of the data; None uses all."""
 
@@ -45,31 +58,25 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate(args: EvaluateArgs) -> dict[str, float]:
     """Returns means over target tokens, nats, by the names of the contract."""
-    from pathlib import Path
-
     import jax  # seconds that --help need not pay
 
     from kd_jax import data
     from kd_jax.build import (
+        load_frozen_models,
         load_models,
         make_program,
         open_source,
         shared_vocab_size,
         start_jax,
     )
-    from kd_jax.checkpoint import is_run, load_trained, read_run
+    from kd_jax.checkpoint import check_inputs, is_run, load_trained, read_run
     from kd_jax.loop import evaluate_rows
     from kd_jax.sharding import make_mesh
 
-    config = _config(args, read_run(Path(args.model)) if is_run(Path(args.model)) else None)
+    workdir = Path(args.model) if is_run(Path(args.model)) else None
+    config = _config(args, read_run(workdir) if workdir else None, jax.device_count())
     start_jax(config.compilation_cache)
-    batch_size = args.batch_size or jax.device_count()
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, batch_size=batch_size),
-        optim=dataclasses.replace(config.optim, accumulation_steps=1),
-    )
-    mesh = make_mesh(config.mesh, batch_size)
+    mesh = make_mesh(config.mesh, config.data.batch_size)
     student = open_source(config.student.path, config.student.adapter, "student")
     teacher = None
     if args.teacher is not None:
@@ -80,12 +87,15 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
     rows = data.make_rows(
         config.data, tokenizers[0], data.chat_template_of(config.data, *tokenizers)
     )
-    trained = load_trained(Path(args.model), args.step)[0] if is_run(Path(args.model)) else None
-    models = load_models(config, student, teacher, mesh)
-    arrays = {**models.frozen, **models.trainable}
-    for name, value in (trained or {}).items():
-        sharding = arrays[name].sharding
-        arrays[name] = jax.device_put(value, sharding)
+    if workdir is not None:
+        check_inputs(workdir, student.hashes)
+        models = load_models(config, student, teacher, mesh)
+        arrays = models.frozen | models.trainable
+        trained, _ = load_trained(workdir, args.step)
+        arrays |= {n: jax.device_put(x, arrays[n].sharding) for n, x in trained.items()}
+    else:
+        models = load_frozen_models(config, student, teacher, mesh)
+        arrays = models.frozen
     program = make_program(config, models, vocab_size, mesh)
     values = evaluate_rows(program, mesh, arrays, models.teacher_arrays, rows, config)
     return {name: values[name] for name in NAMES if name in values}
@@ -97,17 +107,8 @@ NAMES = (
 )  # fmt: skip
 
 
-def _config(args: EvaluateArgs, run):
+def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
     """Returns the run's configuration, or a plain one, with the arguments laid over it."""
-    from kd_jax.config import (
-        Config,
-        DataConfig,
-        LoraConfig,
-        MeshConfig,
-        StudentConfig,
-        TeacherConfig,
-    )
-
     if run is None:
         if args.step is not None:
             raise UserError(f"--step: expected a workdir as --model, got {args.model}")
@@ -116,13 +117,13 @@ def _config(args: EvaluateArgs, run):
             teacher=TeacherConfig(path=args.teacher or ""),
             student=StudentConfig(path=args.model),
             data=DataConfig(path=args.data),
-            trainable="full",
-            lora=LoraConfig(),
             steps=1,
         )
     return dataclasses.replace(
         run,
         mesh=MeshConfig(),
+        attention="auto",
+        optim=dataclasses.replace(run.optim, accumulation_steps=1),
         student=dataclasses.replace(run.student, dtype=args.dtype),
         teacher=dataclasses.replace(run.teacher, dtype=args.dtype),
         data=dataclasses.replace(
@@ -130,6 +131,8 @@ def _config(args: EvaluateArgs, run):
             path=args.data,
             split=args.split,
             seq_len=args.seq_len or run.data.seq_len,
+            batch_size=args.batch_size or num_devices,
+            chat_template=args.chat_template or run.data.chat_template,
             max_conversations=args.max_conversations,
         ),
     )

@@ -35,8 +35,14 @@ class HeadConfig:
     """Whether the student's head gets a gradient."""
 
 
-def chunk_len(chunk_tokens: int, rows_per_device: int, seq_len: int) -> int:
-    """Returns positions of each row in a chunk of about `chunk_tokens` tokens a device."""
+def chunk_len(chunk_tokens: int | None, rows_per_device: int, seq_len: int) -> int:
+    """Returns positions of each row in a chunk of about `chunk_tokens` tokens a device.
+
+    None takes what docs/benchmarks.md found best: on a CPU little more than its caches hold, on
+    an accelerator enough rows to keep its matrix units full.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = 128 if jax.default_backend() == "cpu" else 1024
     return max(1, min(seq_len, chunk_tokens // rows_per_device))
 
 

@@ -3,6 +3,8 @@
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,45 +41,43 @@ def train(config: Config) -> None:
     rows, eval_rows = load_rows(config, student.tokenizer, teacher.tokenizer)
     num_steps = data.num_steps(rows, config)
     workdir = Path(config.workdir)
-    checkpoint.claim_workdir(config, workdir)
+    inputs = {**student.hashes, **teacher.hashes, "data.path": rows.key}
+    checkpoint.claim_workdir(config, workdir, inputs)
 
     models = load_models(config, student, teacher, mesh)
     program = make_program(config, models, vocab_size, mesh)
     optimizer = make_optimizer(config.optim, num_steps)
     state = _place(init_state(models.trainable, optimizer), mesh)
-    with checkpoint.make_checkpointer(workdir, config.checkpoint.keep) as checkpointer:
+    with (
+        _sigterm_noted() as stop,
+        checkpoint.make_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
+        ExitStack() as stack,
+    ):
         state = checkpoint.restore(checkpointer, state) or state
         step = int(state.step)
-        writer = Writer(workdir, config.log, step, num_steps)
         print(f"resumed at step {step}" if step else describe_models(models), flush=True)
-        loop = _Loop(config, num_steps, writer, checkpointer)
+        writer = stack.enter_context(closing(Writer(workdir, config.log, step, num_steps)))
+        loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
         run_step = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
-        stop = _stop_on_sigterm()
-        stream = data.batches(
+        batches = data.batches(
             rows,
             seed=config.seed,
             start_step=step,
             batch_size=config.data.batch_size,
             accumulation_steps=config.optim.accumulation_steps,
         )
+        frozen = (models.frozen, models.teacher_arrays)
         while step < num_steps and not stop:
             loop.profile(step)
-            batch = next(stream)
-            state, metrics = run_step(
-                program,
-                optimizer,
-                state,
-                models.frozen,
-                models.teacher_arrays,
-                put_batch(batch, mesh),
-            )
+            batch = next(batches)
+            state, metrics = run_step(program, optimizer, state, *frozen, put_batch(batch, mesh))
             step += 1
             loop.log(step, metrics, int(np.count_nonzero(batch["segment_ids"])))
             last = step == num_steps
             eval_loss = None
             if eval_rows is not None and (last or step % config.eval.every_steps == 0):
                 loop.flush()
-                arrays = {**models.frozen, **state.trainable}
+                arrays = models.frozen | state.trainable
                 values = evaluate_rows(
                     program, mesh, arrays, models.teacher_arrays, eval_rows, config
                 )
@@ -91,7 +91,6 @@ def train(config: Config) -> None:
         if stop and step < num_steps:
             checkpoint.save(checkpointer, state, step, None)
             print(f"stopped by SIGTERM at step {step}; the same command resumes", flush=True)
-        writer.close()
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
@@ -128,11 +127,15 @@ def _place(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)
 
 
-def _stop_on_sigterm() -> list[int]:
-    """Returns a list that is filled when SIGTERM arrives."""
+@contextmanager
+def _sigterm_noted() -> Iterator[list[int]]:
+    """Yields a list that is filled when SIGTERM arrives, instead of the process being ended."""
     received: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    return received
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Loop:
@@ -144,6 +147,7 @@ class _Loop:
         self.checkpointer = checkpointer
         self.schedule = make_schedule(config.optim, num_steps)
         self.pending: tuple[int, Arrays, int] | None = None
+        self.profiling = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -197,9 +201,16 @@ class _Loop:
             return
         if step == first:
             jax.profiler.start_trace(str(Path(self.config.workdir) / "profile"))
+            self.profiling = True
         if step == first + self.config.log.profile_steps:
             self.flush()
+            self.close()
+
+    def close(self) -> None:
+        """Ends a profile that was begun."""
+        if self.profiling:
             jax.profiler.stop_trace()
+            self.profiling = False
 
 
 def evaluate_rows(

@@ -6,6 +6,9 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Threads of XLA's pool. A fake device may block several of them in collectives; with only as many
+# as two cores bring, a program on eight devices now and then waits for itself for ever.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

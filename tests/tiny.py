@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -26,7 +28,8 @@ SHAPE = {
 SPECIAL = ["<|begin|>", "<|pad|>", "<|start|>", "<|end|>", "<|eot|>"]
 # Llama 3's form, and like Llama 3.1's own template it shows a date, which defaults to today's.
 TEMPLATE = (
-    "{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}"
+    "{%- if not date_string is defined -%}"
+    "{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
     "{{- '<|begin|>' -}}"
     "{{- '<|start|>system<|end|>\n\nToday: ' + date_string + '<|eot|>' -}}"
     "{%- for m in messages -%}"
@@ -90,6 +93,30 @@ def write_llama(folder: Path, seed: int = 0, dtype: str = "float32", **changes: 
     import torch
 
     make_torch_llama(seed, **changes).to(getattr(torch, dtype)).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_plain_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Writes a random tied model without torch, and the tiny tokenizer; returns the folder."""
+    from safetensors.numpy import save_file
+
+    from kd_jax.hf import hf_names
+    from kd_jax.model import read_architecture, weights
+
+    config = {**SHAPE, "model_type": "llama", "tie_word_embeddings": True, **changes}
+    config["rope_parameters"] = LLAMA3
+    arch = read_architecture(config, "tiny")
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for path, weight in weights(arch).items():
+        for name in hf_names(path, arch):
+            shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
+            value = rng.normal(size=shape) * 2 / shape[-1] ** 0.5
+            tensors[name] = (1 + 0.1 * value if len(shape) == 1 else value).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder
 

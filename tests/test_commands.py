@@ -1,0 +1,95 @@
+"""The commands in a row, without torch: what the newest jax is tested with."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from convert import from_hf, to_hf
+from kd_jax import evaluate, train
+from kd_jax.config import run_command
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_plain_llama(root / "student", seed=1)
+    tiny.write_plain_llama(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
+    tiny.write_data(root / "train.jsonl")
+    (root / "config.py").write_text(f"""
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir="unset",
+        teacher=TeacherConfig(path={str(root / "teacher")!r}),
+        student=StudentConfig(path={str(root / "student")!r}),
+        lora=LoraConfig(rank=4, alpha=8.0),
+        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=192, batch_size=8,
+                        cache_dir={str(root / "rows")!r}),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every_steps=2),
+        compilation_cache=None,
+        steps=4,
+    )
+""")
+    return root
+
+
+def run(main, *argv):
+    return run_command(main, [str(word) for word in argv])
+
+
+def read_losses(workdir):
+    return [
+        json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def ce_of(folders, model, capsys):
+    capsys.readouterr()
+    rows = folders / "train.jsonl"
+    assert run(evaluate.main, "--model", model, "--data", rows, "--seq-len", 192, "--json") == 0
+    return json.loads(capsys.readouterr().out)["ce"]
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
+    config = ("--config", folders / "config.py", "--trainable", trainable)
+    assert run(train.main, *config, "--workdir", tmp_path / "whole") == 0
+    losses = read_losses(tmp_path / "whole")
+    assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
+
+    other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 4, "--mesh.fsdp", 2)
+    assert run(train.main, *config, *other, "--workdir", tmp_path / "again") == 0
+    assert read_losses(tmp_path / "again") == pytest.approx(losses, rel=1e-2)  # bfloat16
+
+    assert run(to_hf.main, "--workdir", tmp_path / "whole", "--out", tmp_path / "out") == 0
+    trained = ce_of(folders, tmp_path / "out", capsys)
+    assert trained < ce_of(folders, folders / "student", capsys)
+    assert trained == pytest.approx(ce_of(folders, tmp_path / "whole", capsys), rel=2e-3)
+
+
+def test_an_orbax_form_trains_as_its_source_does(folders, tmp_path):
+    config = ("--config", folders / "config.py", "--steps", 2)
+    for name in ("student", "teacher"):
+        assert run(from_hf.main, "--source", folders / name, "--out", tmp_path / name) == 0
+    paths = ("--student.path", tmp_path / "student", "--teacher.path", tmp_path / "teacher")
+    assert run(train.main, *config, "--workdir", tmp_path / "source") == 0
+    assert run(train.main, *config, *paths, "--workdir", tmp_path / "orbax") == 0
+    assert read_losses(tmp_path / "orbax") == read_losses(tmp_path / "source")
+
+
+def test_an_adapter_is_written_and_trained_on(folders, tmp_path):
+    config = ("--config", folders / "config.py", "--steps", 2)
+    assert run(train.main, *config, "--workdir", tmp_path / "first") == 0
+    arguments = ("--workdir", tmp_path / "first", "--out", tmp_path / "out", "--format", "adapter")
+    assert run(to_hf.main, *arguments) == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    flags = ("--student.adapter", tmp_path / "out")
+    assert run(train.main, *config, *flags, "--workdir", tmp_path / "second") == 0
+    assert read_losses(tmp_path / "second")[0] < read_losses(tmp_path / "first")[0]

@@ -1,0 +1,353 @@
+"""Laws of the configuration: what it refuses, what it prints, what a resumed run may change."""
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from kd_jax import attention, config, losses, optim
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LogConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    differences,
+    dump,
+    from_json,
+    load_config,
+    parse_config,
+    run_command,
+)
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
+CONFIGS = sorted(EXAMPLE.parent.glob("*.py"))
+MAX_SECONDS = 2.0
+
+
+def make(**changes: Any) -> Config:
+    given = {
+        "workdir": "w",
+        "teacher": TeacherConfig(path="t"),
+        "student": StudentConfig(path="s"),
+        "data": DataConfig(path="d"),
+        "steps": 10,
+    }
+    return Config(**{**given, **changes})
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[str]:
+    for entry in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(entry.type):
+            yield from leaves(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+LEAVES = sorted(leaves(Config))
+
+
+def documented() -> dict[str, str]:
+    """Returns the docstring under each field of each dataclass, as `Class.field`."""
+    found = {}
+    for node in ast.parse(Path(config.__file__).read_text()).body:
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[f"{node.name}.{field.target.id}"] = ast.literal_eval(text.value)
+    return found
+
+
+def owner(name: str) -> str:
+    """Returns `Class.field` of a leaf such as `data.seq_len`."""
+    part, _, field = name.rpartition(".")
+    return f"{get_type_hints(Config)[part].__name__ if part else 'Config'}.{field}"
+
+
+def parse(*argv: str) -> Config:
+    return parse_config(argv, prog="train", description="")
+
+
+def refusal(capsys, *argv: str) -> str:
+    """Returns the one message of a refused command line."""
+    assert run_command(lambda argv: print(parse(*argv)), argv) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "Traceback" not in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("error: ") == 1
+    return printed.err
+
+
+def run_python(code: str, *argv: str) -> tuple[float, str]:
+    """Returns the shortest of three runs, in seconds, and the last run's output."""
+    command, times = [sys.executable, "-c", code, *argv], []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        times.append(time.perf_counter() - start)
+        if times[-1] < MAX_SECONDS:
+            break
+    return min(times), done.stdout
+
+
+HELP = f"""
+import sys
+from kd_jax.config import run_command
+from kd_jax.train import main
+assert run_command(main, ["--config", "{EXAMPLE}", "--help"]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    text = subprocess.run(
+        [sys.executable, "-m", "kd_jax.train", "--config", EXAMPLE, "--help"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    ).stdout  # fmt: skip
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_help_prints_every_field(name, help_text):
+    flag = "--" + name.replace("_", "-")
+    text = " ".join(documented()[owner(name)].split())
+    between = r"(, --\S+)? ((?! --).)*"
+    assert re.search(f" {re.escape(flag)}{between}{re.escape(text)} \\(", help_text)
+
+
+@pytest.mark.parametrize("code", [HELP, "import sys, kd_jax.config"], ids=["help", "import"])
+def test_help_and_import_take_no_jax_and_no_time(code):
+    seconds, printed = run_python(code + "\nprint('jax' in sys.modules)")
+    assert printed.split()[-1] == "False"
+    assert seconds < MAX_SECONDS
+
+
+def test_help_needs_no_config_file(capsys):
+    assert run_command(lambda argv: print(parse(*argv)), ["--help"]) == 0
+    assert "--workdir STR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[-1] for name in LEAVES}))
+def test_every_field_is_read_somewhere(name):
+    sources = [path for path in ROOT.glob("kd_jax/*.py") if path.name != "config.py"]
+    assert any(re.search(rf'[."]{name}\b', path.read_text()) for path in sources)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--optim.learning-rat", "1"], "--optim.learning-rate"),
+        (["--learning-rate", "1"], "--optim.learning-rate"),
+        (["--optim.learning-rate"], "Missing value for argument '--optim.learning-rate'"),
+        (["--seed", "x"], "--seed"),
+        (["--optim.schedule", "cosin"], "cosine"),
+        (["--lora.target-modules", "q_prj"], "did you mean q_proj?"),
+        (["--steps", "3", "--epochs", "2"], "steps, epochs: expected"),
+        (["--optim.accumulation-steps", "0"], "optim.accumulation-steps: expected at least 1"),
+    ],
+)
+def test_wrong_flag_is_one_message(argv, said, capsys):
+    assert said in refusal(capsys, "--config", str(EXAMPLE), *argv)
+
+
+def test_all_problems_of_a_command_line_are_reported(capsys):
+    argv = ["--data.seq-len", "1", "--seed=-1", "--loss.kd-ratio", "2", "--lora.rank", "0"]
+    lines = refusal(capsys, "--config", str(EXAMPLE), *argv).splitlines()
+    names = [line.removeprefix("error: ").split(":")[0] for line in lines]
+    assert sorted(names) == ["data.seq-len", "lora.rank", "loss.kd-ratio", "seed"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--config"], ["--seed", "1"]])
+def test_config_file_is_required(argv, capsys):
+    assert "--config: expected a Python file" in refusal(capsys, *argv)
+
+
+def test_missing_config_file_names_the_nearest(capsys):
+    wrong = EXAMPLE.with_name("8b_to_2b.py")
+    assert f"Did you mean {EXAMPLE}?" in refusal(capsys, "--config", str(wrong))
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("def get_config():\n    return 1 / 0\n", "file.py:2: ZeroDivisionError"),
+        ("import json\n\njson.loads('')\n", "file.py:3: JSONDecodeError"),
+        ("x = 1\ndef get_config(:\n", "file.py:2: SyntaxError"),
+        ("import nowhere_at_all\n", "file.py:1: ModuleNotFoundError"),
+        ("x = 1\n", "file.py: expected a function get_config(), got none"),
+        ("def get_config():\n    return {'steps': 1}\n", "return a Config, got {'steps': 1}"),
+        ("from kd_jax.config import LoraConfig\nLoraConfig(rnk=1)\n", "file.py:2: TypeError"),
+    ],
+)
+def test_broken_config_file_is_one_message(source, said, tmp_path, capsys):
+    (tmp_path / "file.py").write_text(source)
+    assert said in refusal(capsys, "--config", str(tmp_path / "file.py"))
+
+
+def test_flags_lie_over_the_file():
+    changed = parse("--seed", "7", f"--config={EXAMPLE}", "--data.no-pack", "--mesh.data", "-1")
+    want = load_config(EXAMPLE)
+    want = dataclasses.replace(want, seed=7, data=dataclasses.replace(want.data, pack=False))
+    assert changed == want
+
+
+@pytest.mark.parametrize("given", ["steps=9", "epochs=9"])
+@pytest.mark.parametrize(
+    "flags, want",
+    [
+        (["--steps", "3"], (3, None)),
+        (["--epochs=0.5"], (None, 0.5)),
+        (["--steps", "3", "--epochs", "None"], (3, None)),
+        (["--steps", "None", "--epochs", "2"], (None, 2)),
+    ],
+)
+def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(EXAMPLE.read_text().replace("epochs=1", given))
+    parsed = parse("--config", str(file), *flags)
+    assert (parsed.steps, parsed.epochs) == want
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"steps": None}, ["steps, epochs"]),
+        ({"epochs": 1.0}, ["steps, epochs"]),
+        ({"steps": 0}, ["steps"]),
+        ({"steps": None, "epochs": 0.0}, ["epochs"]),
+        ({"seed": 2**32}, ["seed"]),
+        ({"data": DataConfig(path="d", batch_size=0, max_conversations=0)},
+         ["data.batch-size", "data.max-conversations"]),
+        ({"data": DataConfig(path="d", batch_size=6), "optim": OptimConfig(accumulation_steps=4)},
+         ["data.batch-size"]),
+        ({"optim": OptimConfig(learning_rate=float("nan"), beta1=1.0, beta2=-0.1, epsilon=0.0,
+                               clip_norm=0.0, warmup_steps=-1, weight_decay=-1.0)},
+         ["optim.beta1", "optim.beta2", "optim.clip-norm", "optim.epsilon", "optim.learning-rate",
+          "optim.warmup-steps", "optim.weight-decay"]),
+        ({"loss": LossConfig(kd_ratio=1.5, temperature=0.0, chunk_tokens=0)},
+         ["loss.chunk-tokens", "loss.kd-ratio", "loss.temperature"]),
+        ({"lora": LoraConfig(rank=0, alpha=0.0, dropout=1.0, target_modules=())},
+         ["lora.alpha", "lora.dropout", "lora.rank", "lora.target-modules"]),
+        ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=0)}, ["mesh", "mesh.tensor"]),
+        ({"log": LogConfig(every_steps=0, profile_start=-1, profile_steps=0)},
+         ["log.every-steps", "log.profile-start", "log.profile-steps"]),
+        ({"attention": "cudnn", "student": StudentConfig(path="s", dtype="float32")},
+         ["attention"]),
+        ({"attention": "cudnn", "teacher": TeacherConfig(path="t", dtype="float32")},
+         ["attention"]),
+        ({"remat": "layers", "workdir": Path("w"), "seed": True, "lora": None,
+          "optim": OptimConfig(schedule="cosin", learning_rate="1e-4", accumulation_steps=2.0),
+          "data": DataConfig(path="d", pack=1, max_conversations="3")},
+         ["data.max-conversations", "data.pack", "lora", "optim.accumulation-steps",
+          "optim.learning-rate", "optim.schedule", "remat", "seed", "workdir"]),
+    ],
+)  # fmt: skip
+def test_all_problems_are_reported_at_once(changes, names):
+    with pytest.raises(UserError) as caught:
+        make(**changes)
+    assert sorted(line.split(":")[0] for line in str(caught.value).splitlines()) == names
+
+
+def test_problems_say_what_was_expected():
+    with pytest.raises(UserError, match=r"^remat: expected none\|dots\|layer, got 'layers'$"):
+        make(remat="layers")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable": "full", "lora": LoraConfig(rank=0)},
+        {"attention": "cudnn"},
+        {"steps": None, "epochs": 2},
+        {"optim": OptimConfig(clip_norm=None, learning_rate=0)},
+    ],
+)
+def test_what_is_meant_is_accepted(changes):
+    assert from_json(dump(make(**changes))) == make(**changes)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_from_json_inverts_dump(path):
+    loaded = load_config(path)
+    assert from_json(json.loads(json.dumps(dump(loaded)))) == loaded
+
+
+def set_leaf(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    head, _, rest = name.partition(".")
+    return {**tree, head: set_leaf(tree[head], rest, value) if rest else value}
+
+
+PARTS = ("log", "mesh", "checkpoint", "eval")
+FREE = {
+    "workdir", "compilation_cache", "data.cache_dir", "remat", "attention", "loss.chunk_tokens",
+    "teacher.path", "teacher.adapter", "student.path", "student.adapter", "data.path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_resuming_may_change_only_what_changes_no_result(name):
+    old = dump(make())
+    free = name in FREE or name.split(".")[0] in PARTS
+    changed = differences(old, set_leaf(old, name, "changed"))
+    assert [line.split(":")[0] for line in changed] == ([] if free else [name])
+
+
+def test_differences_sees_fields_of_one_side_only():
+    old = dump(make())
+    new = {name: value for name, value in old.items() if name != "seed"}
+    assert differences(old, new) == ["seed: 0 -> None"]
+    assert differences(new, old) == ["seed: None -> 0"]
+    assert not differences(old, old)
+
+
+def literal(cls: type, name: str) -> set[str]:
+    return set(get_args(get_type_hints(cls)[name]))
+
+
+def test_choices_are_what_is_implemented():
+    assert literal(LossConfig, "divergence") == set(losses.DIVERGENCES)
+    assert literal(OptimConfig, "schedule") == set(optim.SHAPES)
+    assert literal(Config, "attention") == set(get_args(attention.Implementation))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files_are_lab_records(path):
+    assert isinstance(load_config(path), Config)
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert {"Command:", "Hardware:", "Expected:"} <= set(text.split())
+    assert f"--config configs/{path.name}" in text
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (None, 0, ""),
+        (UserError("seed: no"), 2, "error: seed: no\n"),
+        (SystemExit(0), 0, ""),
+        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (KeyError("bug"), 1, "KeyError: 'bug'\n"),
+    ],
+)
+def test_exit_status(error, status, said, capsys):
+    def main(argv):
+        if error is not None:
+            raise error
+
+    assert run_command(main, []) == status
+    assert capsys.readouterr().err.endswith(said)

@@ -1,0 +1,444 @@
+"""Conversions: transformers and peft load what is written, and mean by it what our model does."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from convert import from_hf, to_hf
+from kd_jax import checkpoint, hf
+from kd_jax.build import load_models, open_source
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    run_command,
+)
+from kd_jax.model import logits, read_architecture, rebuild, weights
+from kd_jax.sharding import make_mesh
+from kd_jax.step import init_state
+
+LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
+TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
+PLACES = (np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)), np.ones((2, 20), np.int32))
+CONFIG = {
+    **tiny.SHAPE,
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "rope_parameters": tiny.LLAMA3,
+}
+
+
+def make_config(folder, *, trainable="lora", dtype="float32", workdir="unused", adapter=None):
+    return Config(
+        workdir=str(workdir),
+        teacher=TeacherConfig(path=str(folder)),
+        student=StudentConfig(path=str(folder), dtype=dtype, adapter=adapter),
+        data=DataConfig(path="unused", batch_size=8),
+        trainable=trainable,
+        lora=LORA,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        steps=1,
+    )
+
+
+def load(config):
+    """Returns the models of a run as kd_jax.train loads them."""
+    student = open_source(config.student.path, config.student.adapter, "student")
+    return load_models(config, student, None, make_mesh(config.mesh, 8)), student.arch
+
+
+def trained(models, change=0.1):
+    """Returns the trainable arrays after random updates, as NumPy arrays."""
+    rng = np.random.default_rng(3)
+    return {
+        name: np.asarray(x) + change * rng.standard_normal(x.shape, np.float32)
+        for name, x in models.trainable.items()
+    }
+
+
+def our_logits(models, arrays):
+    decoder = rebuild(models.student, models.frozen, arrays)
+    return np.asarray(jax.jit(logits)(decoder, TOKENS, *PLACES))
+
+
+def torch_logits(theirs):
+    import torch
+
+    with torch.no_grad():
+        return theirs.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.float().numpy()
+
+
+def assert_same_logits(ours, theirs):
+    # Both sides round float32 sums of a few hundred terms in different orders.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+def stored_bytes(folder):
+    """Returns dtype, shape and bytes of every tensor in a folder, by name."""
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
+        for name, tensor in hf.open_folder(folder).items()
+    }
+
+
+def auto_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_export_is_what_transformers_computes_with(tied, tmp_path):
+    source = tiny.write_llama(tmp_path / "source", 1, tie_word_embeddings=tied)
+    models, arch = load(make_config(source))
+    arrays = trained(models)
+    scale = LORA.alpha / LORA.rank
+    hf.export_merged(source, arch, arrays, scale, tmp_path / "out", max_shard_bytes=50_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+    theirs, base = torch_logits(auto_model(tmp_path / "out")), torch_logits(auto_model(source))
+    assert_same_logits(our_logits(models, arrays), theirs)
+    assert np.abs(theirs - base).max() > 0.1 * np.abs(base).max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_of_full_training_is_what_transformers_computes_with(tied, tmp_path):
+    source = tiny.write_llama(tmp_path / "source", 1, tie_word_embeddings=tied)
+    models, arch = load(make_config(source, trainable="full"))
+    assert models.trainable.keys() == weights(arch).keys()
+    arrays = trained(models, 0.05)
+    hf.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    assert_same_logits(our_logits(models, arrays), torch_logits(auto_model(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(dtype, tmp_path):
+    import torch
+
+    source = tiny.write_llama(tmp_path / "source", 1, dtype)
+    models, arch = load(make_config(source, trainable="full"))
+    arrays = trained(models, 0.05)
+    hf.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    state = auto_model(tmp_path / "out").state_dict()
+    for path, value in arrays.items():
+        for layer, name in enumerate(hf.hf_names(path, arch)):
+            value_here = value[layer] if path.startswith("layers.") else value
+            want = torch.tensor(value_here).to(getattr(torch, dtype))
+            assert torch.equal(state[name], want), name
+
+
+@pytest.mark.parametrize("form", ["hugging face", "orbax"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_untouched_adapter_gives_back_the_sources_bytes(dtype, form, tmp_path):
+    import torch
+
+    source = tiny.write_llama(tmp_path / "source", 1, dtype)
+    theirs = auto_model(source)
+    integer = torch.int32 if dtype == "float32" else torch.int16
+    for weight in theirs.parameters():
+        raw = weight.data.view(-1)
+        raw[:4] = torch.tensor([-0.0, 0.0, float("inf"), -float("inf")])
+        raw[4:40] = torch.arange(1, 37).to(integer).view(weight.dtype)  # denormals
+    theirs.save_pretrained(source)
+    arch = hf.load_architecture(source)
+    models, _ = load(make_config(source, dtype="bfloat16"))
+    place = source
+    if form == "orbax":
+        place = tmp_path / "orbax"
+        hf.save_orbax(source, place)
+    arrays = {name: np.asarray(x) for name, x in models.trainable.items()}
+    assert any(x.any() for x in arrays.values())
+    hf.export_merged(place, arch, arrays, 2.5, tmp_path / "out")
+    assert stored_bytes(tmp_path / "out") == stored_bytes(source)
+
+
+def make_peft(adapted):
+    import peft
+
+    options = {"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(
+        adapted, peft.LoraConfig(**options, target_modules=list(LORA.target_modules))
+    )
+
+
+def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
+    import torch
+
+    models, arch = load(make_config(tiny_student))
+    arrays = trained(models)
+    hf.export_merged(tiny_student, arch, arrays, LORA.alpha / LORA.rank, tmp_path / "out")
+    theirs = make_peft(auto_model(tiny_student))
+    state = theirs.state_dict()
+    with torch.no_grad():
+        for path, value in arrays.items():
+            module, factor = path.rsplit(".", 1)
+            for layer, name in enumerate(hf.hf_names(module, arch)):
+                place = f"base_model.model.{name}.{factor}.default.weight"
+                state[place].copy_(torch.tensor(value[layer]))
+    merged = theirs.merge_and_unload().state_dict()
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_allclose(value, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_peft_computes_with_an_exported_adapter_what_our_model_does(tiny_student, tmp_path):
+    from peft import PeftModel
+
+    models, arch = load(make_config(tiny_student))
+    arrays = trained(models)
+    out = tmp_path / "out"
+    hf.export_adapter(tiny_student, str(tiny_student), arch, arrays, LORA, out)
+    base = auto_model(tiny_student)
+    before = torch_logits(base)
+    theirs = torch_logits(PeftModel.from_pretrained(base, out))
+    assert_same_logits(our_logits(models, arrays), theirs)
+    assert np.abs(theirs - before).max() > 0.1 * np.abs(before).max()
+
+    again = hf.load_adapter(out, arch)
+    assert again.config == LORA
+    for name, value in hf.stack_adapter(again, arch).items():
+        np.testing.assert_array_equal(value, arrays[name])
+
+
+def test_the_orbax_form_gives_back_every_bit_in_every_layout(tiny_teacher, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tiny_teacher, mixed)
+    tensors = load_file(mixed / "model.safetensors")
+    for name in tensors:  # norms stay float32, as some models store them
+        if "proj" in name:
+            tensors[name] = tensors[name].astype(jnp.bfloat16)
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    assert run_command(from_hf.main, ["--source", str(mixed), "--out", str(tmp_path / "out")]) == 0
+    arch = hf.load_architecture(tmp_path / "out")
+    for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
+        devices = make_mesh(mesh, 8)
+        want = hf.load_arrays(mixed, arch, devices, None)
+        got = hf.load_arrays(tmp_path / "out", arch, devices, None)
+        assert {x.dtype.name for x in got.values()} == {"float32", "bfloat16"}
+        for name, value in want.items():
+            assert got[name].sharding == value.sharding and got[name].dtype == value.dtype
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+        rounded = hf.load_arrays(tmp_path / "out", arch, devices, "bfloat16")
+        for name, value in hf.load_arrays(mixed, arch, devices, "bfloat16").items():
+            np.testing.assert_array_equal(rounded[name], value, err_msg=name)
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert copied == {"orbax", *(p.name for p in mixed.iterdir())} - {"model.safetensors"}
+
+
+def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
+    hf.save_orbax(tiny_student, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    other = {**config, "intermediate_size": 98, "tie_word_embeddings": False}
+    arch = read_architecture(other, "config")
+    for use in (
+        hf.check_source,
+        lambda *args: hf.load_arrays(*args, make_mesh(MeshConfig(), 8), None),
+    ):
+        with pytest.raises(UserError) as error:
+            use(tmp_path / "out", arch)
+        assert "missing: lm_head.weight [320, 64]" in str(error.value)
+        assert "layers.mlp.up_proj.weight: expected [3, 98, 64], got [3, 96, 64]" in str(
+            error.value
+        )
+    for path in (tmp_path / "out" / "orbax").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            os.truncate(path, 100)
+    arch = read_architecture(config, "config")
+    with pytest.raises(UserError, match="orbax: cannot be read"):
+        hf.load_arrays(tmp_path / "out", arch, make_mesh(MeshConfig(), 8), None)
+    shutil.rmtree(tmp_path / "out" / "orbax" / "state")
+    with pytest.raises(UserError, match=r"orbax: expected what convert.from_hf wrote"):
+        hf.check_source(tmp_path / "out", arch)
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Returns a function that writes a run's workdir, as the trainer does, with steps 3 and 5."""
+
+    def write(source, **options):
+        workdir = tmp_path / "run"
+        config = make_config(source, workdir=workdir, **options)
+        models, arch = load(config)
+        checkpoint.claim_workdir(config, workdir, {})
+        arrays = {}
+        with checkpoint.make_checkpointer(workdir, 2) as checkpointer:
+            for step in (3, 5):
+                arrays[step] = trained(models, 0.02 * step)
+                state = init_state(
+                    {n: jnp.asarray(x) for n, x in arrays[step].items()}, optax.sgd(1)
+                )
+                checkpoint.save(checkpointer, state, step, None)
+        return workdir, models, arch, arrays
+
+    return write
+
+
+@pytest.mark.parametrize("step", [None, 3])
+@pytest.mark.parametrize(
+    "trainable, kind", [("lora", "merged"), ("lora", "adapter"), ("full", "merged")]
+)
+def test_a_runs_student_is_exported_by_the_command(
+    trainable, kind, step, tiny_student, run_of, tmp_path, capsys
+):
+    workdir, models, _, arrays = run_of(tiny_student, trainable=trainable)
+    argv = ["--workdir", str(workdir), "--out", str(tmp_path / "out"), "--format", kind]
+    argv += [] if step is None else ["--step", str(step)]
+    assert run_command(to_hf.main, argv) == 0
+    assert f"step {step or 5} of" in capsys.readouterr().out
+    if kind == "adapter":
+        from peft import PeftModel
+
+        theirs = PeftModel.from_pretrained(auto_model(tiny_student), tmp_path / "out")
+    else:
+        theirs = auto_model(tmp_path / "out")
+        copied = {path.name for path in (tmp_path / "out").iterdir()}
+        assert copied == {path.name for path in tiny_student.iterdir()}
+    assert_same_logits(our_logits(models, arrays[step or 5]), torch_logits(theirs))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A model written without torch."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    arch, rng = read_architecture(CONFIG, "config"), np.random.default_rng(0)
+    tensors = {
+        name: rng.standard_normal(w.shape[path.startswith("layers.") :]).astype(np.float32)
+        for path, w in weights(arch).items()
+        for name in hf.hf_names(path, arch)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.mark.fast
+def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
+    (source / "README.md").write_text("not the model's")
+    arch = hf.load_architecture(source)
+    hf.export_merged(source, arch, {}, 1.0, tmp_path / "out")
+    names = {path.name for path in source.iterdir()} - {"README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert stored_bytes(tmp_path / "out") == stored_bytes(source)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("layers.self_attn.q_proj.lora_A", (2, 4, 64)),
+        ("layers.self_attn.q_proj.lora_B", (3, 32, 4)),
+        ("layers.self_attn.qkv.lora_A", (3, 4, 64)),
+        ("layers.mlp.up_proj.weight", (3, 64, 96)),
+        ("lm_head.weight", (320, 64)),
+    ],
+)
+def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source, tmp_path):
+    arch = hf.load_architecture(source)
+    with pytest.raises(UserError, match=f"(misshapen|unexpected): {name}"):
+        hf.export_merged(source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fast
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with hf.new_folder(out) as folder:
+        (folder / "file").write_text("text")
+        assert not out.exists()
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="--out: expected a folder that is not there yet"):
+        hf.new_folder(out).__enter__()
+    assert (out / "file").read_text() == "text"
+
+    for error in (RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs")):
+        with pytest.raises(type(error)), hf.new_folder(tmp_path / "new") as folder:
+            (folder / "file").write_text("text")
+            raise error
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = r"--out: .*new cannot be written.*No space left"
+    with pytest.raises(UserError, match=message), hf.new_folder(tmp_path / "new"):
+        raise full
+    with pytest.raises(UserError, match=r"cannot be written"), hf.new_folder(out / "file" / "new"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep"]
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["convert.from_hf", "convert.to_hf"])
+def test_a_disk_that_fills_up_gives_one_message_and_no_folder(
+    command, source, tmp_path, tiny_student, run_of
+):
+    out = tmp_path / "exports" / "out"
+    argv = ["--source", str(source)]
+    if command == "convert.to_hf":
+        argv = ["--workdir", str(run_of(tiny_student)[0])]
+    # No file may grow past 50 kB: the write fails part of the way through, as on a full disk.
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "50000", command, *argv, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{out} cannot be written" in errors[0]
+    assert "File too large" in errors[0] and "Traceback" not in done.stderr
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "main, argv, message",
+    [
+        (from_hf.main, ["--source", "./absent", "--out", "new"], "--source: expected a folder"),
+        (from_hf.main, ["--source", "{source}", "--out", "{source}"], "not there yet, got"),
+        (from_hf.main, ["--source", "{source}", "--outt", "new"], "--outt"),
+        (to_hf.main, ["--workdir", "{source}", "--out", "new"], "source/config.json: not written"),
+        (
+            to_hf.main,
+            ["--workdir", "./absent", "--out", "new"],
+            "expected a folder of kd_jax.train",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(main, argv, message, source, capsys):
+    assert run_command(main, [word.format(source=source) for word in argv]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out and "Traceback" not in printed.err
+    assert printed.err.startswith("error: ")
+
+
+def test_a_run_that_trained_whole_weights_has_no_adapter(tiny_student, run_of, tmp_path, capsys):
+    workdir, *_ = run_of(tiny_student, trainable="full")
+    argv = ["--workdir", str(workdir), "--out", str(tmp_path / "out"), "--format", "adapter"]
+    assert run_command(to_hf.main, argv) == 2
+    assert "--format: expected merged" in capsys.readouterr().err
+    argv = ["--workdir", str(workdir), "--out", str(tmp_path / "out"), "--step", "4"]
+    assert run_command(to_hf.main, argv) == 2
+    assert "--step: expected one of 3, 5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,583 @@
+"""Hugging Face folders: what fits arrives bit for bit, what does not is refused by name."""
+
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import tiny
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from kd_jax import hf, model
+from kd_jax.config import MeshConfig, UserError
+from kd_jax.model import read_architecture, weights
+from kd_jax.sharding import make_mesh, weight_sharding
+
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "data fsdp tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+CONFIG = {
+    **tiny.SHAPE,
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    "rope_parameters": tiny.LLAMA3,
+}
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def load(folder, dtype="float32", mesh="data", **options):
+    arch = hf.load_architecture(folder)
+    return hf.load_arrays(folder, arch, make_mesh(MESHES[mesh], 8), dtype, **options)
+
+
+def random_tensors():
+    """Returns float32 values for every tensor of CONFIG by Hugging Face name."""
+    arch, rng = read_architecture(CONFIG, "config"), np.random.default_rng(0)
+    return {
+        name: rng.standard_normal(w.shape[path.startswith("layers.") :]).astype(np.float32)
+        for path, w in weights(arch).items()
+        for name in hf.hf_names(path, arch)
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole model in one file, written without torch, for a test to spoil."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(random_tensors(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def shard(folder):
+    """Splits the folder's file into two with an index, whose content it returns."""
+    tensors = load_file(folder / "model.safetensors")
+    files = {name: f"{'b' if name == UP_PROJ else 'a'}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        part = {name: x for name, x in tensors.items() if files[name] == file}
+        save_file(part, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": files}
+    (folder / hf.INDEX).write_text(json.dumps(index))
+    return index
+
+
+def edit(folder, change):
+    """Rewrites the folder's file with other tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def bits(x):
+    x = np.ascontiguousarray(x)
+    return x.view(f"u{x.itemsize}")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "dtype, tied, max_shard_size",
+    [
+        ("float32", True, "50GB"),
+        ("float32", False, "50KB"),
+        ("float16", True, "50KB"),
+        ("bfloat16", True, "50GB"),
+        ("bfloat16", False, "50KB"),
+    ],
+)
+def test_every_bit_that_transformers_wrote_arrives(
+    dtype, tied, max_shard_size, mesh, tmp_path, monkeypatch
+):
+    import torch
+
+    theirs = tiny.make_torch_llama(tie_word_embeddings=tied).to(getattr(torch, dtype))
+    integer = torch.int32 if dtype == "float32" else torch.int16
+    limits = torch.iinfo(integer)
+    for weight in theirs.parameters():  # any bits: infinities, denormals, NaNs, negative zeros
+        raw = torch.randint(limits.min, limits.max, weight.shape, dtype=integer)
+        weight.data = raw.view(weight.dtype)
+    theirs.tie_weights()
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / hf.INDEX).is_file() == (max_shard_size == "50KB")
+
+    monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)  # several blocks in each tensor
+    arrays = load(tmp_path, dtype, mesh)
+    arch = hf.load_architecture(tmp_path)
+    state = theirs.state_dict()
+    assert arrays.keys() == weights(arch).keys()
+    for path, array in arrays.items():
+        stored = [state[name].view(integer).numpy() for name in hf.hf_names(path, arch)]
+        want = np.stack(stored) if path.startswith("layers.") else stored[0]
+        assert array.dtype == dtype
+        dims = weights(arch)[path].dims
+        assert array.sharding == weight_sharding(make_mesh(MESHES[mesh], 8), dims, want.shape)
+        for part in array.addressable_shards:
+            np.testing.assert_array_equal(
+                bits(part.data), bits(want[part.index]), err_msg=f"{path} {part.index}"
+            )
+
+
+def count_reads(monkeypatch):
+    """Returns a list that gathers file, offset and length of every read of a tensor."""
+    reads, plain = [], hf.Tensor._read_into
+
+    def counted(self, out, offset):
+        reads.append((self.file.name, offset, out.nbytes))
+        plain(self, out, offset)
+
+    monkeypatch.setattr(hf.Tensor, "_read_into", counted)
+    return reads
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_byte_is_read_once_however_many_devices_want_it(mesh, folder, monkeypatch):
+    reads = count_reads(monkeypatch)
+    monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)
+    load(folder, mesh=mesh)
+    file = folder / "model.safetensors"
+    end = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
+    for _, offset, length in sorted(reads):
+        assert offset == end
+        end = offset + length
+    assert end == file.stat().st_size
+
+
+PROCESS = """
+import sys, jax, numpy as np
+from pathlib import Path
+from safetensors.numpy import load_file
+from kd_jax import hf
+from kd_jax.config import MeshConfig
+from kd_jax.sharding import make_mesh
+folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+count, plain = 0, hf.Tensor._read_into
+def counted(self, out, offset):
+    global count
+    count += out.nbytes
+    plain(self, out, offset)
+hf.Tensor._read_into = counted
+arch = hf.load_architecture(folder)
+arrays = hf.load_arrays(folder, arch, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8), "float32")
+stored = load_file(folder / "model.safetensors")
+for path, array in arrays.items():
+    want = np.stack([stored[name] for name in hf.hf_names(path, arch)])
+    want = want if path.startswith("layers.") else want[0]
+    for part in array.addressable_shards:
+        np.testing.assert_array_equal(part.data, want[part.index])
+print(count)
+"""
+
+
+def test_each_of_two_processes_reads_only_its_rows(folder):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, folder, port, str(number)],
+            env=os.environ | flags,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    counts = [int(process.communicate(timeout=60)[0]) for process in running]
+    # fsdp splits the rows of these; of the others, both processes want a part of every row.
+    split = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    wanted = sum(x.nbytes // (1 + n.endswith(split)) for n, x in random_tensors().items())
+    assert counts == [wanted, wanted]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_values_are_rounded_to_the_nearest_even(stored, folder):
+    narrow = {name: x.astype(stored) for name, x in random_tensors().items()}
+    save_file(narrow, folder / "model.safetensors")
+    got = load(folder, "bfloat16")["embed_tokens.weight"]
+    raw = narrow[EMBEDDING].astype(np.float32).view(np.uint32).astype(np.uint64)
+    want = (raw + 0x7FFF + (raw >> 16 & 1)) >> 16  # the definition, in integers
+    np.testing.assert_array_equal(bits(got), want)
+    np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], narrow[EMBEDDING])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_name_table_is_transformers_own(tied):
+    theirs = tiny.make_torch_llama(tie_word_embeddings=tied)
+    arch = read_architecture(theirs.config.to_dict(), "config")
+    shapes = {name: tuple(x.shape) for name, x in theirs.named_parameters()}
+    named = [
+        (name, weight.shape[path.startswith("layers.") :])
+        for path, weight in weights(arch).items()
+        for name in hf.hf_names(path, arch)
+    ]
+    assert len(named) == len(shapes) and dict(named) == shapes
+
+
+@pytest.mark.fast
+def test_all_tensors_that_do_not_fit_are_listed(folder):
+    def spoil(tensors):
+        del tensors[UP_PROJ], tensors["model.norm.weight"]
+        tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+        tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(3, np.float32)
+        tensors[EMBEDDING] = tensors[EMBEDDING].T.copy()
+
+    edit(folder, spoil)
+    with pytest.raises(UserError) as error:
+        hf.check_source(folder, hf.load_architecture(folder))
+    assert str(error.value).splitlines() == [
+        f"{folder}: the tensors do not fit config.json:",
+        f"  missing: {UP_PROJ} [96, 64]",
+        "  missing: model.norm.weight [64]",
+        "  unexpected: model.layers.1.self_attn.q_proj.bias [3]",
+        "  unexpected: model.layers.3.mlp.up_proj.weight [2, 2]",
+        f"  misshapen: {EMBEDDING}: expected [320, 64], got [64, 320]",
+    ]
+
+
+def write_raw(text):
+    data = text if isinstance(text, bytes) else json.dumps(text).encode()
+    return lambda folder: (folder / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(data)) + data
+    )
+
+
+def truncate(length):
+    def spoil(folder):
+        size = (folder / "model.safetensors").stat().st_size
+        os.truncate(folder / "model.safetensors", length % size)
+
+    return spoil
+
+
+def set_dtype(dtype):
+    return lambda folder: edit(folder, lambda t: t.update({UP_PROJ: t[UP_PROJ].astype(dtype)}))
+
+
+def float8(folder):
+    entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
+    write_raw({UP_PROJ: entry})(folder)
+
+
+def lose_shard(folder):
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def edit_index(change):
+    def spoil(folder):
+        index = shard(folder)
+        change(index)
+        (folder / hf.INDEX).write_text(json.dumps(index))
+
+    return spoil
+
+
+def only(*names):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        for name in names:
+            (folder / name).write_bytes(b"bytes")
+
+    return spoil
+
+
+WEIGHTS = "model.safetensors"
+BROKEN = {
+    "truncated": (truncate(-10), WEIGHTS, "truncated: expected"),
+    "cut header": (truncate(100), WEIGHTS, "header"),
+    "no header": (truncate(4), WEIGHTS, "whole safetensors file"),
+    "empty": (truncate(0), WEIGHTS, "whole safetensors file"),
+    "garbage header": (write_raw(b"\xff{garbage"), WEIGHTS, "whole safetensors file"),
+    "header of another shape": (write_raw([1, 2]), WEIGHTS, "whole safetensors file"),
+    "entry of another shape": (write_raw({"a": 3}), WEIGHTS, "whole safetensors file"),
+    "deep header": (write_raw(b"[" * 10**5), WEIGHTS, "whole safetensors file"),
+    "negative offsets": (
+        write_raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]}}),
+        WEIGHTS,
+        "does not fill its bytes",
+    ),
+    "float8": (float8, WEIGHTS, f"{UP_PROJ} has dtype F8_E4M3, expected one of F32, F16, BF16"),
+    "int8": (set_dtype(np.int8), WEIGHTS, f"{UP_PROJ} has dtype I8, expected one of F32"),
+    "absent shard": (lose_shard, hf.INDEX, "files that are not there: b.safetensors"),
+    "tensor in no file": (
+        edit_index(lambda index: index["weight_map"].update(extra="a.safetensors")),
+        hf.INDEX,
+        "names tensors that their files do not have: extra (a.safetensors)",
+    ),
+    "tensor in another file": (
+        edit_index(lambda index: index["weight_map"].update({UP_PROJ: "a.safetensors"})),
+        hf.INDEX,
+        f"names tensors that their files do not have: {UP_PROJ} (a.safetensors)",
+    ),
+    "index without a map": (
+        edit_index(lambda index: index.pop("weight_map")),
+        hf.INDEX,
+        "expected weight_map to give each tensor's file",
+    ),
+    "pickle": (only("pytorch_model.bin"), "", "got pickled weights (pytorch_model.bin)"),
+    "no weights": (only(), "", "expected model.safetensors or model.safetensors.index.json"),
+    "shards without an index": (
+        only("model-00001-of-00002.safetensors"),
+        "",
+        "got model-00001-of-00002.safetensors",
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "config.json",
+        "expected a JSON file, which is not there",
+    ),
+    "config not JSON": (
+        lambda folder: (folder / "config.json").write_text("{'a': 1}"),
+        "config.json",
+        "expected JSON",
+    ),
+    "config not UTF-8": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"),
+        "config.json",
+        "expected JSON",
+    ),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "config.json",
+        "expected a JSON object, got list",
+    ),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_with_path_and_expectation(case, folder):
+    spoil, place, message = BROKEN[case]
+    load(folder)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert str(error.value).startswith(f"{folder / place}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.fast
+def test_a_file_that_shrinks_after_the_check_is_refused(folder):
+    tensors = hf.open_folder(folder)
+    os.truncate(folder / "model.safetensors", 10_000)
+    with pytest.raises(UserError, match="ended early"):
+        tensors[UP_PROJ].read()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("case", ["equal", "other dtype", "differs", "misshapen", "not a number"])
+def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(case, folder):
+    def add_head(tensors):
+        head = tensors[EMBEDDING].astype(np.float16).astype(np.float32)
+        if case == "not a number":
+            head[0, 0] = np.nan
+        tensors[EMBEDDING] = head.copy()
+        if case == "other dtype":
+            head = head.astype(np.float16)
+        if case == "differs":
+            head[-1, -1] += 1
+        tensors["lm_head.weight"] = head[1:] if case == "misshapen" else head
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+
+    edit(folder, add_head)
+    if case in ("differs", "misshapen"):
+        with pytest.raises(UserError, match=r"lm_head.weight differs .* tie_word_embeddings"):
+            load(folder)
+    else:
+        assert "lm_head.weight" not in load(folder)
+
+
+@pytest.mark.fast
+def test_one_file_comes_before_an_index_as_in_transformers(folder):
+    tensors = random_tensors()
+    shard(folder)
+    save_file(tensors | {EMBEDDING: tensors[EMBEDDING] + 1}, folder / "model.safetensors")
+    np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], tensors[EMBEDDING] + 1)
+
+
+@pytest.mark.fast
+def test_the_index_says_which_file_a_tensor_is_read_from(folder):
+    tensors = load_file(folder / "model.safetensors")
+    shard(folder)
+    stale = load_file(folder / "a.safetensors") | {UP_PROJ: 0 * tensors[UP_PROJ]}
+    save_file(stale, folder / "a.safetensors")
+    np.testing.assert_array_equal(load(folder)["layers.mlp.up_proj.weight"][0], tensors[UP_PROJ])
+
+
+@pytest.mark.fast
+def test_the_fingerprint_is_that_of_the_content(folder, tmp_path_factory):
+    before = hf.fingerprint(folder)
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "model")
+    (copy / "README.md").write_text("other words")
+    assert hf.fingerprint(copy) == before
+    edit(folder, lambda tensors: tensors[EMBEDDING].__imul__(2))
+    (copy / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
+    assert len({before, hf.fingerprint(folder), hf.fingerprint(copy)}) == 3
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.fast
+def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = hub_cache / "models--some-org--some-name"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, snapshot / name)
+    assert hf.resolve("some-org/some-name", "student.path").samefile(snapshot)
+    load(hf.resolve("some-org/some-name", "student.path"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("some-org/absent", "no local folder, and fetching it from the hub failed"),
+        ("./absent/name", "expected a folder or a hub id"),
+        ("~/absent", "expected a folder or a hub id"),
+        ("/absent", "expected a folder or a hub id"),
+        ("absent", "expected a folder or a hub id"),
+        ("a/b/c", "expected a folder or a hub id"),
+        (__file__, "which is a file"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
+    with pytest.raises(UserError) as error:
+        hf.resolve(path, "student.path")
+    assert str(error.value).startswith("student.path: ")
+    assert path in str(error.value) and message in str(error.value)
+
+
+def architecture(**changes):
+    return read_architecture({**CONFIG, **changes}, "config.json")
+
+
+OTHER_VALUES = {
+    "vocab_size": 322,
+    "hidden_size": 128,
+    "intermediate_size": 98,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-4,
+    "head_dim": 32,
+    "hidden_act": "gelu",
+    "model_type": "mistral",
+    "rope_parameters": tiny.DEFAULT_ROPE,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+@pytest.mark.fast
+def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ignored():
+    from transformers import LlamaConfig
+
+    for key in LlamaConfig().to_dict():
+        if key in OTHER_VALUES:
+            try:
+                assert architecture(**{key: OTHER_VALUES[key]}) != architecture(), key
+            except UserError as error:
+                assert f"{key}: expected" in str(error)
+        else:
+            assert key in model._IGNORED, key
+            assert architecture(**{key: "anything"}) == architecture(), key
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scaling", [None, tiny.LLAMA3, {**tiny.LLAMA3, "factor": 8.0}])
+def test_the_old_spelling_of_rope_means_what_transformers_makes_of_it(scaling):
+    from transformers import LlamaConfig
+
+    old = {key: value for key, value in CONFIG.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 12345.0, "rope_scaling": scaling and dict(scaling)}
+    if scaling:
+        del old["rope_scaling"]["rope_theta"]
+    new = LlamaConfig(**old).to_dict()
+    assert "rope_scaling" not in new
+    assert read_architecture(old, "old") == read_architecture(new, "new")
+    assert read_architecture(old, "old").rope.theta == 12345.0
+
+
+REFUSED = {
+    "model_type": "qwen2",
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "sliding_window": 4096,
+    "quantization_config": {"quant_method": "bitsandbytes"},
+    "layer_types": ["full_attention"],
+    "use_qk_norm": True,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    "num_key_value_heads": 3,
+}
+
+
+@pytest.mark.fast
+def test_everything_that_the_decoder_does_not_do_is_refused_at_once():
+    with pytest.raises(UserError) as error:
+        architecture(**REFUSED, rope_parameters=None)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config.json: this model cannot be run as configured:"
+    for key in {**REFUSED, "rope_type": 0}.keys() - {"rope_scaling"}:
+        assert any(line.startswith(f"  {key}: ") for line in lines), key
+    assert len(lines) == len(REFUSED) + 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_other_rotary_scalings_are_refused_by_name(kind, spelling):
+    with pytest.raises(UserError, match=f"rope_type: expected .* got '{kind}'"):
+        architecture(rope_parameters=None, rope_scaling={spelling: kind})
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "rms_norm_eps", "model_type"])
+def test_a_missing_key_is_named(key):
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    with pytest.raises(UserError, match=f"{key}: "):
+        read_architecture(config, "config.json")
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
+def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_path):
+    tensors = random_tensors()
+    hf.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / hf.INDEX).is_file()
+    found = {}
+    for path in files:
+        with safe_open(path, framework="np") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {name: (path.name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert found.keys() == tensors.keys()
+    for name, (_, value) in found.items():
+        np.testing.assert_array_equal(bits(value), bits(tensors[name]))
+    if len(files) > 1:
+        index = json.loads((tmp_path / hf.INDEX).read_text())
+        assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
+        assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+        for path in files:
+            held = [x.nbytes for file, x in found.values() if file == path.name]
+            assert sum(held) <= max_shard_bytes or len(held) == 1

@@ -1,0 +1,386 @@
+"""Whole runs through the real commands."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert import to_hf
+from kd_jax import checkpoint, data, evaluate, loop, train
+from kd_jax.config import run_command
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    held_out = tiny.write_data(folder / "held_out.jsonl", count=7)
+    file = folder / "tiny.py"
+    file.write_text(f"""
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir="unset",
+        teacher=TeacherConfig(path={str(tiny_teacher)!r}, dtype="float32"),
+        student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
+        lora=LoraConfig(rank=4, alpha=8.0),
+        data=DataConfig(
+            path={str(tiny_data)!r}, seq_len=192, batch_size=8, cache_dir={str(folder / "rows")!r}
+        ),
+        eval=EvalConfig(path={str(held_out)!r}, every_steps=3),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every_steps=2),
+        compilation_cache=None,
+        steps={STEPS},
+    )
+""")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run_train(config_file):
+    def run(workdir, *flags):
+        argv = ["--config", str(config_file), "--workdir", str(workdir), *flags]
+        return run_command(train.main, argv)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(run_train, tmp_path_factory):
+    """A finished run. Read only."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    assert run_train(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def full_run(run_train, tmp_path_factory):
+    """A finished run that trained every weight. Read only."""
+    workdir = tmp_path_factory.mktemp("full") / "run"
+    assert run_train(workdir, "--trainable", "full", "--optim.learning-rate", "1e-3") == 0
+    return workdir
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    """Returns every number of metrics.jsonl that does not depend on the clock or the machine."""
+    clock = ("_seconds", "_per_second", "_bytes")
+    return [
+        {k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(workdir)
+    ]
+
+
+def test_the_contract_of_metrics_is_kept(lora_run):
+    steps = [line for line in read_metrics(lora_run) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    wanted = {
+        "step", "loss", "ce_loss", "kd_loss", "teacher_entropy", "teacher_ce", "top1_agreement",
+        "target_tokens", "tokens_per_second", "target_tokens_per_second", "step_seconds",
+        "learning_rate", "grad_norm", "peak_memory_bytes",
+    }  # fmt: skip
+    for line in steps:
+        assert wanted <= line.keys()
+        assert line["loss"] == pytest.approx((line["ce_loss"] + line["kd_loss"]) / 2, rel=1e-6)
+    evaluated = [line for line in read_metrics(lora_run) if "eval/ce" in line]
+    assert [line["step"] for line in evaluated] == [3, 6]
+    assert any((lora_run / "tensorboard").iterdir())
+
+
+def test_config_json_says_what_ran(lora_run):
+    record = json.loads((lora_run / "config.json").read_text())
+    assert record["config"]["optim"]["learning_rate"] == 1e-2
+    assert record["versions"]["jax"] and {"student.path", "teacher.path"} <= record["inputs"].keys()
+
+
+def test_training_brings_the_student_nearer(lora_run, full_run):
+    for workdir in (lora_run, full_run):
+        first, last = (line for line in read_metrics(workdir) if "eval/ce" in line)
+        assert last["eval/ce"] < first["eval/ce"]
+        assert last["eval/kl_forward"] < first["eval/kl_forward"]
+
+
+def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_student):
+    trained, step = checkpoint.load_trained(lora_run)
+    assert step == STEPS
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    size = sum(f.stat().st_size for f in (lora_run / "checkpoints" / "6").rglob("*") if f.is_file())
+    moments_and_values = 3 * sum(x.nbytes for x in trained.values())
+    assert size < moments_and_values + 200_000
+
+
+def test_a_finished_run_does_nothing_more(lora_run, run_train, tmp_path):
+    copy = shutil.copytree(lora_run, tmp_path / "run")
+    before = (copy / "metrics.jsonl").read_bytes()
+    assert run_train(copy) == 0
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def start_process(config_file, workdir, *flags):
+    command = [sys.executable, "-m", "kd_jax.train", "--config", str(config_file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--workdir", str(workdir), *flags],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(workdir, step, process):
+    """Waits until metrics.jsonl has a step's line."""
+    path = workdir / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if path.is_file() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
+def test_a_run_that_was_stopped_continues_bit_for_bit(
+    number, status, config_file, run_train, tmp_path
+):
+    flags = ("--steps", "40", "--eval.every-steps", "20")
+    process = start_process(config_file, tmp_path / "stopped", *flags)
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == status, output
+    reached = read_metrics(tmp_path / "stopped")[-1]["step"]
+    assert 5 <= reached < 40
+    if number == signal.SIGTERM:  # saved at once, whatever every_steps is
+        assert checkpoint.load_trained(tmp_path / "stopped")[1] == reached
+    assert run_train(tmp_path / "stopped", *flags) == 0
+    assert run_train(tmp_path / "whole", *flags) == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    ours, theirs = (checkpoint.load_trained(tmp_path / name)[0] for name in ("stopped", "whole"))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_a_run_resumes_on_other_devices(lora_run, run_train, tmp_path):
+    copy = shutil.copytree(lora_run, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "6")
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert run_train(copy, *mesh) == 0
+    for ours, theirs in zip(losses(copy), losses(lora_run), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(lora_run, run_train, capsys):
+    assert run_train(lora_run, "--loss.kd-ratio", "0.25", "--lora.rank", "8") == 2
+    message = capsys.readouterr().err
+    assert "loss.kd_ratio: 0.5 -> 0.25" in message and "lora.rank: 4 -> 8" in message
+    assert "Traceback" not in message
+
+
+def test_a_changed_student_in_the_same_workdir_is_refused(lora_run, run_train, tmp_path, capsys):
+    other = tiny.write_llama(tmp_path / "other", seed=9)
+    assert run_train(lora_run, "--student.path", str(other)) == 2
+    assert "student.path" in capsys.readouterr().err
+
+
+def test_a_moved_student_in_the_same_workdir_is_accepted(
+    lora_run, run_train, tiny_student, tmp_path
+):
+    moved = shutil.copytree(tiny_student, tmp_path / "moved")
+    copy = shutil.copytree(lora_run, tmp_path / "run")
+    assert run_train(copy, "--student.path", str(moved)) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys):
+    flags = ("--optim.learning-rate", "1e30", "--optim.clip-norm", "None")
+    assert run_train(tmp_path / "run", *flags) == 2
+    message = capsys.readouterr().err
+    assert "expected finite values" in message and "Last good checkpoint" in message
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
+
+
+def test_the_profile_is_written(run_train, tmp_path):
+    flags = ("--steps", "2", "--log.profile-start", "1", "--log.profile-steps", "5")
+    assert run_train(tmp_path / "run", *flags) == 0
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
+    assert run_train(tmp_path / "run", "--steps", "None", "--epochs", "2") == 0
+    config = checkpoint.read_run(tmp_path / "run")
+    tokenizer = data.load_tokenizer(Path(config.student.path))
+    template = data.chat_template_of(config.data, tokenizer)
+    rows = data.make_rows(config.data, tokenizer, template)
+    assert read_metrics(tmp_path / "run")[-1]["step"] == -(-2 * len(rows) // 8)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data.batch-size", "6"], ["data.batch-size", "8 devices"]),
+        (["--mesh.fsdp", "3"], ["mesh", "8"]),
+        (["--student.path", "/nowhere/model"], ["student.path", "/nowhere/model"]),
+        (["--data.path", "/nowhere.json"], ["/nowhere.json"]),
+        (["--data.seq-len", "20"], ["no token with a loss"]),
+        (["--data.overlong", "error", "--data.seq-len", "100"], ["longer than data.seq-len"]),
+        (["--lora.target-modules", "qproj"], ["lora.target-modules", "q_proj"]),
+        (["--loss.kd-ration", "0.5"], ["--loss.kd-ratio"]),
+        (["--attention", "cudnn"], ["attention"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_message_and_leaves_nothing(run_train, tmp_path, capsys, flags, words):
+    assert run_train(tmp_path / "run", *flags) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_workdir_is_refused(run_train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_train(tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(run_train, tiny_teacher, tmp_path, capsys):
+    other = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    tiny.write_tokenizer(other, words=["completely different words", "and others besides"])
+    assert run_train(tmp_path / "run", "--teacher.path", str(other)) == 2
+    assert "expected one tokenizer" in capsys.readouterr().err
+
+
+def evaluated(capsys, model, teacher, rows, *flags):
+    argv = ["--model", str(model), "--data", str(rows), "--dtype", "float32", "--seq-len", "192"]
+    argv += ["--teacher", str(teacher)] if teacher else []
+    capsys.readouterr()
+    assert run_command(evaluate.main, [*argv, "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def torch_evaluation(model, teacher, folder, rows):
+    """Returns the means over target tokens, with torch and transformers' chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sums = {}
+    for line in rows.read_text().splitlines():
+        record = json.loads(line)
+        turns = [{"role": "user", "content": record["instruction"]}]
+        options = {"date_string": "26 Jul 2024", "return_dict": False}
+        start = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
+        turns.append({"role": "assistant", "content": record["output"]})
+        ids = torch.tensor(tokenizer.apply_chat_template(turns, **options))
+        with torch.no_grad():
+            q, p = (
+                m(ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
+                for m in (model, teacher)
+            )
+        labels = ids[start:, None]
+        values = {
+            "ce": -q.gather(1, labels),
+            "teacher_ce": -p.gather(1, labels),
+            "kl_forward": (p.exp() * (p - q)).sum(-1),
+            "kl_reverse": (q.exp() * (q - p)).sum(-1),
+            "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+            "acceptance": torch.minimum(p, q).exp().sum(-1),
+            "target_tokens": torch.ones(len(labels)),
+        }
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item()
+    count = sums.pop("target_tokens")
+    means = {name: value / count for name, value in sums.items()}
+    return {**means, "perplexity": np.exp(means["ce"]), "target_tokens": count}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_exported_student_is_the_one_that_was_trained(
+    kind, lora_run, full_run, tiny_student, tiny_teacher, tiny_data, tmp_path, capsys
+):
+    workdir = {"lora": lora_run, "full": full_run}[kind]
+    argv = ["--workdir", str(workdir), "--out", str(tmp_path / "out")]
+    assert run_command(to_hf.main, argv) == 0
+    ours = evaluated(capsys, workdir, tiny_teacher, tiny_data)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = torch_evaluation(model, teacher, tmp_path / "out", tiny_data)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert evaluated(capsys, tmp_path / "out", tiny_teacher, tiny_data) == pytest.approx(
+        ours, rel=1e-4
+    )
+    before = evaluated(capsys, tiny_student, tiny_teacher, tiny_data)
+    assert ours["ce"] < before["ce"] and ours["kl_forward"] < before["kl_forward"]
+
+
+def test_the_exported_adapter_is_the_one_that_was_trained(
+    lora_run, tiny_student, tiny_teacher, tiny_data, tmp_path, capsys
+):
+    argv = ["--workdir", str(lora_run), "--out", str(tmp_path / "out"), "--format", "adapter"]
+    assert run_command(to_hf.main, argv) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_student)
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    theirs = torch_evaluation(model, teacher, tiny_student, tiny_data)
+    assert evaluated(capsys, lora_run, tiny_teacher, tiny_data) == pytest.approx(theirs, rel=1e-4)
+
+
+def test_evaluation_in_training_is_that_of_the_command(lora_run, config_file, tiny_teacher, capsys):
+    held_out = config_file.parent / "held_out.jsonl"
+    values = evaluated(capsys, lora_run, tiny_teacher, held_out)
+    logged = [line for line in read_metrics(lora_run) if "eval/ce" in line][-1]
+    for name in ("ce", "kl_forward", "kl_reverse", "acceptance", "top1_agreement"):
+        assert logged[f"eval/{name}"] == pytest.approx(values[name], rel=1e-5), name
+
+
+def test_evaluation_without_a_teacher_gives_cross_entropy(tiny_student, tiny_data, capsys):
+    values = evaluated(capsys, tiny_student, None, tiny_data)
+    assert values.keys() == {"ce", "perplexity", "target_tokens"}
+
+
+def test_an_earlier_step_can_be_evaluated_and_an_absent_one_is_refused(
+    lora_run, tiny_teacher, tiny_data, capsys
+):
+    flags = ("--step", "4")
+    early = evaluated(capsys, lora_run, tiny_teacher, tiny_data, *flags)
+    late = evaluated(capsys, lora_run, tiny_teacher, tiny_data)
+    assert early["ce"] > late["ce"]
+    argv = ["--model", str(lora_run), "--data", str(tiny_data), "--step", "99"]
+    assert run_command(evaluate.main, argv) == 2
+    assert "--step: expected one of" in capsys.readouterr().err
+
+
+def test_the_student_can_go_on_from_an_adapter(lora_run, run_train, tmp_path):
+    argv = ["--workdir", str(lora_run), "--out", str(tmp_path / "out"), "--format", "adapter"]
+    assert run_command(to_hf.main, argv) == 0
+    flags = ("--student.adapter", str(tmp_path / "out"), "--eval.path", str(tmp_path / "none"))
+    assert run_train(tmp_path / "wrong", *flags, "--lora.rank", "8") == 2
+    flags = ("--student.adapter", str(tmp_path / "out"), "--steps", "1", "--seed", "3")
+    assert run_train(tmp_path / "more", *flags) == 0
+    assert run_train(tmp_path / "fresh", "--steps", "1", "--seed", "3") == 0
+    assert losses(tmp_path / "more")[0]["loss"] < losses(tmp_path / "fresh")[0]["loss"]
+
+
+def test_the_loop_waits_for_no_device(monkeypatch):
+    """A step's metrics are read only after the next step was started."""
+    written, loop_ = [], object.__new__(loop._Loop)
+    loop_.pending = None
+    monkeypatch.setattr(loop._Loop, "flush", lambda self: written.append(self.pending))
+    loop_.log(1, {"loss": 1}, 5)
+    loop_.log(2, {"loss": 2}, 5)
+    assert written == [None, (1, {"loss": 1}, 5)]
