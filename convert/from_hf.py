@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_jax.config import parse_args, run_command
+from kd_jax.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, LoraConfig, UserError
-from kd_jax.data import check_same_tokenizer, load_tokenizer
 from kd_jax.hf import (
     Adapter,
     check_source,
@@ -25,6 +24,7 @@ from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Architecture, Decoder, Structure, named_arrays
 from kd_jax.sharding import batch_sharding, replicated
 from kd_jax.step import Program
+from kd_jax.text import check_same_tokenizer, load_tokenizer
 
 Arrays = dict[str, jax.Array]
 

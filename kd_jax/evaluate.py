@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_jax.command import parse_args, run_command
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -15,8 +16,6 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
     UserError,
-    parse_args,
-    run_command,
 )
 
 
@@ -72,6 +71,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
     from kd_jax.checkpoint import check_inputs, is_run, load_trained, read_run
     from kd_jax.loop import evaluate_rows
     from kd_jax.sharding import make_mesh
+    from kd_jax.text import chat_template_of
 
     workdir = Path(args.model) if is_run(Path(args.model)) else None
     config = _config(args, read_run(workdir) if workdir else None, jax.device_count())
@@ -84,9 +84,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
         teacher = open_source(args.teacher, adapter, "teacher")
     vocab_size = shared_vocab_size(student, teacher)
     tokenizers = (student.tokenizer, teacher.tokenizer if teacher else None)
-    rows = data.make_rows(
-        config.data, tokenizers[0], data.chat_template_of(config.data, *tokenizers)
-    )
+    rows = data.make_rows(config.data, tokenizers[0], chat_template_of(config.data, *tokenizers))
     if workdir is not None:
         check_inputs(workdir, student.hashes)
         models = load_models(config, student, teacher, mesh)

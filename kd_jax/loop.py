@@ -27,6 +27,7 @@ from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.sharding import make_mesh, replicated
 from kd_jax.step import Arrays, Program, TrainState, eval_step, init_state, train_step
+from kd_jax.text import chat_template_of
 
 
 def train(config: Config) -> None:
@@ -95,7 +96,7 @@ def train(config: Config) -> None:
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
     """Returns the training and held-out rows, and prints what became of the conversations."""
-    template = data.chat_template_of(config.data, *tokenizers)
+    template = chat_template_of(config.data, *tokenizers)
     rows = data.make_rows(config.data, tokenizers[0], template)
     print(f"{config.data.path}: {data.describe(rows)}", flush=True)
     if config.eval.path is None:

@@ -16,6 +16,9 @@ import jax
 import pytest
 import tiny
 
+from kd_jax.config import DataConfig
+from kd_jax.text import load_tokenizer
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -49,3 +52,25 @@ def tiny_teacher(tmp_path_factory) -> Path:
 def tiny_data(tmp_path_factory) -> Path:
     """Alpaca records as JSON lines. Read only."""
     return tiny.write_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """The tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    """A few records, and a row store of the test's own."""
+    path = tiny.write_data(tmp_path / "train.jsonl")
+    return DataConfig(path=str(path), seq_len=128, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from kd_jax import attention, config, losses, optim
+from kd_jax.command import load_config, parse_config, run_command
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -29,9 +30,6 @@ from kd_jax.config import (
     differences,
     dump,
     from_json,
-    load_config,
-    parse_config,
-    run_command,
 )
 
 pytestmark = pytest.mark.fast
@@ -108,7 +106,7 @@ def run_python(code: str, *argv: str) -> tuple[float, str]:
 
 HELP = f"""
 import sys
-from kd_jax.config import run_command
+from kd_jax.command import run_command
 from kd_jax.train import main
 assert run_command(main, ["--config", "{EXAMPLE}", "--help"]) == 0
 """

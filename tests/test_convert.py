@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from convert import from_hf, to_hf
 from kd_jax import checkpoint, hf
 from kd_jax.build import load_models, open_source
+from kd_jax.command import run_command
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -26,7 +27,6 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
     UserError,
-    run_command,
 )
 from kd_jax.model import logits, read_architecture, rebuild, weights
 from kd_jax.sharding import make_mesh

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "sharding", "attention", "model", "lora", "losses", "kd_head", "data", "optim", "hf",
+    "config", "command", "sharding", "attention", "model", "lora", "losses", "kd_head", "text",
+    "data", "optim", "hf",
     "step", "checkpoint", "metrics", "build", "loop", "train", "evaluate",
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ from kd_jax.model import logits, rebuild
 from kd_jax.optim import make_optimizer
 from kd_jax.sharding import make_mesh
 from kd_jax.step import eval_step, init_state, targets, train_step
+from kd_jax.text import chat_template_of
 
 STEPS = 4
 
@@ -59,7 +60,7 @@ class Run:
         self.config, self.mesh = config, make_mesh(config.mesh, rows_per_pass)
         student = open_source(config.student.path, None, "student")
         teacher = open_source(config.teacher.path, None, "teacher")
-        template = data.chat_template_of(config.data, student.tokenizer)
+        template = chat_template_of(config.data, student.tokenizer)
         self.rows = data.make_rows(config.data, student.tokenizer, template)
         self.models = load_models(config, student, teacher, self.mesh)
         vocab_size = shared_vocab_size(student, teacher)

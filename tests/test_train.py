@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, data, evaluate, loop, train
-from kd_jax.config import run_command
+from kd_jax import checkpoint, data, evaluate, loop, text, train
+from kd_jax.command import run_command
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -226,8 +226,8 @@ def test_the_profile_is_written(run_train, tmp_path):
 def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert run_train(tmp_path / "run", "--steps", "None", "--epochs", "2") == 0
     config = checkpoint.read_run(tmp_path / "run")
-    tokenizer = data.load_tokenizer(Path(config.student.path))
-    template = data.chat_template_of(config.data, tokenizer)
+    tokenizer = text.load_tokenizer(Path(config.student.path))
+    template = text.chat_template_of(config.data, tokenizer)
     rows = data.make_rows(config.data, tokenizer, template)
     assert read_metrics(tmp_path / "run")[-1]["step"] == -(-2 * len(rows) // 8)
 

@@ -1,0 +1,160 @@
+"""The command line: a config file, flags over it, and exit statuses. Needs no jax."""
+
+import dataclasses
+import difflib
+import importlib.util
+import io
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kd_jax.config import Config, UserError
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path) -> Config:
+    """Returns `get_config()` of a Python file, which is run by path and needs no package."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"--config: expected a Python file, got {path}, which is no file.{hint}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: expected a file ending in .py, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path}: expected a function get_config(), got none")
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: expected get_config() to return a Config, got {config!r:.60}")
+    return config
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Returns `file:line` of the config file's last line that took part in an error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def parse_args(
+    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+) -> T:
+    """Returns `argv` as an instance of dataclass `cls`; fields without a flag come from `default`.
+
+    Raises:
+      UserError: a flag is unknown (the nearest is named), misses its value or fails validation.
+    """
+    import tyro  # 0.3 s that importing this file need not cost
+
+    _check_flags(cls, argv)
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(
+                cls,
+                prog=prog,
+                args=list(argv),
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_plain(message.getvalue())) from None
+
+
+def _check_flags(cls: type, argv: Sequence[str]) -> None:
+    """Raises UserError with every flag that `cls` does not have, and what it may have meant."""
+    known = {"help", *_flags(cls)}
+    problems = []
+    for word in argv:
+        name = word.removeprefix("--").split("=")[0].replace("_", "-")
+        if not word.startswith("--") or name in known:
+            continue
+        group = f"{name.split('.')[0]}."
+        near = difflib.get_close_matches(name, known, 1)
+        others = [flag for flag in known if flag.startswith(group)]
+        hint = f"Did you mean --{near[0]}?" if near else "--help lists the flags"
+        if others and not near:
+            hint = f"There are {', '.join(f'--{flag}' for flag in sorted(others))}"
+        problems.append(f"--{name}: no such flag. {hint}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _flags(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the names of a dataclass's flags, `--no-` forms of switches included."""
+    for entry in dataclasses.fields(cls):
+        name = entry.name.replace("_", "-")
+        if dataclasses.is_dataclass(entry.type):
+            yield from _flags(entry.type, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+        if entry.type is bool:
+            yield f"{prefix}no-{name}"
+
+
+def _plain(boxed: str) -> str:
+    """Returns tyro's boxed error as plain lines, without the title, which the text repeats."""
+    lines = [line.strip("\u2502\u2570\u256f\u2500 ") for line in boxed.splitlines()]
+    return "\n".join(line for line in lines if line and not line.startswith("\u256d"))
+
+
+def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
+    """Returns the file after `--config`, with every other flag of `argv` laid over it."""
+    rest, path = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    wants_help = "--help" in rest or "-h" in rest
+    if path is None and not wants_help:
+        raise UserError("--config: expected a Python file with get_config(), got none.")
+    description += (
+        "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
+    )
+    default = None if path is None else load_config(path)
+    flags = {word.split("=")[0] for word in rest}
+    if default is not None and "--steps" in flags:
+        default = dataclasses.replace(default, steps=1, epochs=None)  # the flag gives the number
+    if default is not None and "--epochs" in flags:
+        default = dataclasses.replace(default, steps=None, epochs=1)
+    return parse_args(Config, rest, prog=prog, description=description, default=default)
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of `main(argv)`: 0 done, 2 a mistake of the user's, else 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0

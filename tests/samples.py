@@ -1,0 +1,67 @@
+"""Records, and what the tests of text and rows do with them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+
+from kd_jax import data, text
+from kd_jax.config import DataConfig
+from kd_jax.data import Rows, make_rows
+
+
+def chat(*contents: str, roles: str = "ua") -> list[dict[str, str]]:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    letters = roles * (len(contents) // len(roles))
+    return [{"role": names[r], "content": c} for r, c in zip(letters, contents, strict=True)]
+
+
+ALPACA = [
+    {"instruction": "Add.", "input": "2, 3", "output": "Five 🙂"},
+    {"instruction": "Name it.", "input": "", "output": "Blue."},
+    {"instruction": "Line\u2028break.", "input": "", "output": "[{}]"},
+]
+CHATS = [
+    {"messages": chat("Add.\n\n2, 3", "Five 🙂")},
+    {"messages": chat("Name it.", "Blue.")},
+    {"messages": chat("Line\u2028break.", "[{}]")},
+]
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def write_folder(folder: Path) -> Path:
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", CHATS)
+    write_lines(folder / "test.jsonl", CHATS[:1])
+    return folder
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
+    """Returns the tiny tokenizer after a change of its tokenizer.json."""
+    tiny.write_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+    return text.load_tokenizer(folder)
+
+
+def swap_merges(tree: dict[str, Any]) -> None:
+    merges = tree["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+def rows_of(config: DataConfig, tokenizer: Any, template: str = tiny.TEMPLATE) -> Rows:
+    return make_rows(config, tokenizer, template)
+
+
+def same_rows(a: Rows, b: Rows) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.COLUMNS)

@@ -1,0 +1,363 @@
+"""Laws of the text: what is read, how it is rendered, and which tokens have a loss."""
+
+import copy
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+from samples import (
+    ALPACA,
+    CHATS,
+    chat,
+    edited,
+    rows_of,
+    same_rows,
+    swap_merges,
+    write_folder,
+    write_lines,
+)
+
+from kd_jax import text
+from kd_jax.config import DataConfig, UserError
+
+fast = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def llama3(real_data):
+    return text.load_tokenizer(real_data / "llama3_tokenizer")
+
+
+# Which tokens have a loss.
+
+HARD = [
+    "naïve café",
+    "👩‍👩‍👧‍👦 family",
+    "日本語のテキスト。",
+    "e\u0301 \u0301x",
+    "שלום עולם",
+    "  spaces \n\n around\t\n",
+    "\u00a0no-break\u00a0",
+    "\u200bzero width\u200b",
+    "a",
+    "assistant",
+    "line\r\nbreaks\n\n\nin it",
+    "🇳🇴",
+]
+CONVERSATIONS = [
+    *(chat("Say it.", text) for text in HARD),
+    *(chat(text, "It is five.") for text in HARD),
+    chat(*HARD),
+    chat("Be brief. 🙂", "Name it.", "Blue.", roles="sua"),
+    chat("Be brief.", "Name it.", "Blue.", "And?", "Green.", "No.", roles="suauaa"),
+    chat("Hello! 🙂", "Hi.", "How are you?", roles="aua"),
+    chat("It is five.", "And", "five more.", roles="aaa"),
+    chat("Rules.", "Hello there.", "Hi.", "Bye.", roles="saua"),
+]
+
+
+def check_mask(tokenizer: Any, conversations: list, template: str, end_of_turn: str) -> None:
+    for train_on in ("assistant", "all"):
+        config = DataConfig(path="", train_on=train_on)
+        documents = text.tokenize(tokenizer, conversations, template, config)
+        for messages, document in zip(conversations, documents, strict=True):
+            ids = tokenizer.apply_chat_template(
+                messages, chat_template=template, date_string=config.date, return_dict=True
+            )["input_ids"]
+            assert document.tokens.tolist() == ids
+            if train_on == "all":
+                assert not document.target[0] and document.target[1:].all()
+                continue
+            answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+            assert tokenizer.decode(
+                document.tokens[document.target], clean_up_tokenization_spaces=False
+            ) == "".join(answer + end_of_turn for answer in answers)
+
+
+@fast
+def test_loss_covers_exactly_answers_and_their_end(tokenizer):
+    check_mask(tokenizer, CONVERSATIONS, tiny.TEMPLATE, "<|eot|>")
+
+
+def test_loss_covers_exactly_answers_and_their_end_with_llama3(llama3):
+    check_mask(llama3, CONVERSATIONS, llama3.get_chat_template(), "<|eot_id|>")
+
+
+@pytest.mark.parametrize("name", ["gsm8k_alpaca.json", "roleplay_chat.jsonl"])
+def test_loss_covers_exactly_answers_and_their_end_on_real_data(name, llama3, real_data):
+    conversations = text.read_conversations(str(real_data / name), "", None)[::10]
+    check_mask(llama3, conversations, llama3.get_chat_template(), "<|eot_id|>")
+
+
+@fast
+def test_what_follows_the_end_of_turn_has_no_loss(tokenizer):
+    template = tiny.TEMPLATE.replace("+ '<|eot|>' -}}{%- endfor", "+ '<|eot|>\n' -}}{%- endfor")
+    check_mask(tokenizer, [chat("Hi.", "Blue.", "And?", "Green.")], template, "<|eot|>")
+
+
+@fast
+def test_system_message_is_kept_and_not_trained_on(tokenizer):
+    messages = chat("Be brief.", "Name it.", "Blue.", roles="sua")
+    (document,) = text.tokenize(tokenizer, [messages], tiny.TEMPLATE, DataConfig(path=""))
+    assert "Be brief." in tokenizer.decode(document.tokens)
+    assert "Be brief." not in tokenizer.decode(document.tokens[document.target])
+
+
+EARLIER = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+LATEST = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
+NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}"
+
+
+@fast
+@pytest.mark.parametrize(
+    "template, roles, said",
+    [
+        (EARLIER, "ua", "rewrites earlier turns"),
+        (LATEST + "{% endfor %}", "uaua", "rewrites earlier turns"),
+        (NEITHER, "auau", "rewrites earlier turns"),
+        ("{{ raise_exception('roles must alternate') }}", "ua", "'Q.' (roles must alternate)"),
+        ("{% for m in messages %}", "ua", "refuses"),
+        ("{{ messages[0].content + 1 }}", "ua", "refuses"),
+    ],
+)
+def test_template_that_hides_where_answers_lie_is_refused(template, roles, said, tokenizer):
+    messages = chat(*["Q.", "A.", "Q2.", "A2."][: len(roles)], roles=roles)
+    with pytest.raises(UserError) as caught:
+        text.tokenize(tokenizer, [messages], template, DataConfig(path=""))
+    assert str(caught.value).startswith("data.chat-template: ") and said in str(caught.value)
+
+
+def freeze(monkeypatch, day: int) -> None:
+    import transformers.utils.chat_template_utils as module
+
+    moment = datetime.datetime(2030, 1, day)
+    monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda: moment))
+
+
+TODAY = "\n{% set date_string = strftime_now('%d %b %Y') -%}" + tiny.TEMPLATE
+
+
+@fast
+@pytest.mark.parametrize("template", [tiny.TEMPLATE, TODAY])
+def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, monkeypatch):
+    texts, rows = [], []
+    for day in (1, 2):
+        freeze(monkeypatch, day)
+        texts.append(
+            tokenizer.apply_chat_template(chat("Q.", "A."), chat_template=template, tokenize=False)
+        )
+        there = dataclasses.replace(config, cache_dir=str(tmp_path / str(day)))
+        rows.append(rows_of(there, tokenizer, template))
+    assert texts[0] != texts[1]
+    assert same_rows(*rows)
+    assert template.startswith("\n") == texts[0].startswith("\n")
+    there = dataclasses.replace(config, date="01 Jan 2030")
+    assert not same_rows(rows[0], rows_of(there, tokenizer, template))
+    shown, _ = text.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    assert shown == texts[0]
+
+
+@fast
+@pytest.mark.parametrize("date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
+def test_template_shows_the_configured_date(date, tokenizer):
+    template = date + tiny.TEMPLATE.replace("strftime_now('%d %b %Y')", "'05 May 2020'")
+    shown, _ = text.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    assert shown.startswith("01 Jan 2030<|begin|>") and "Today: 01 Jan 2030<|eot|>" in shown
+
+
+@fast
+def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path):
+    def having(template):
+        return SimpleNamespace(chat_template=template, get_chat_template=lambda: template)
+
+    config = DataConfig(path="")
+    assert text.chat_template_of(config, having("s"), having("t")) == "s"
+    assert text.chat_template_of(config, having(None), having("t")) == "t"
+    with pytest.raises(UserError, match=r"data\.chat-template: neither tokenizer"):
+        text.chat_template_of(config, having(None))
+    config = DataConfig(path="", chat_template=str(tmp_path / "file.jinja"))
+    with pytest.raises(UserError, match=r"data\.chat-template: expected a Jinja file, got .*file"):
+        text.chat_template_of(config, having("s"))
+    (tmp_path / "file.jinja").write_text("ü", encoding="utf-8")
+    assert text.chat_template_of(config, having("s")) == "ü"
+
+
+# Tokenizers.
+
+
+@fast
+def test_unusable_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected tokenizer files"):
+        text.load_tokenizer(tmp_path)
+
+
+def swap_ids(tree: dict[str, Any]) -> None:
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+@fast
+def test_tokenizers_must_agree_in_all_but_the_template(tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "another"
+    assert text.check_same_tokenizer(tokenizer, other, "s", "t") == len(tokenizer)
+    for name, change, said in (
+        ("merges", swap_merges, "s and t, which differ in the merges"),
+        ("ids", swap_ids, "s and t, which differ in 2 tokens ('a' is"),
+    ):
+        with pytest.raises(UserError) as caught:
+            text.check_same_tokenizer(tokenizer, edited(tmp_path / name, change), "s", "t")
+        assert said in str(caught.value)
+
+
+# Reading.
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def write_array(path: Path, encoding: str = "utf-8", indent: int | None = 1) -> Path:
+    path.write_text(json.dumps(ALPACA, indent=indent, ensure_ascii=False), encoding=encoding)
+    return path
+
+
+FORMS: dict[str, Callable[[Path], Path]] = {
+    "alpaca array": lambda folder: write_array(folder / "a.json"),
+    "array on one line": lambda folder: write_array(folder / "o.json", indent=None),
+    "byte-order mark": lambda folder: write_array(folder / "b.json", "utf-8-sig"),
+    "alpaca lines": lambda folder: write_lines(folder / "l.json", ALPACA),
+    "chat lines": lambda folder: write_lines(folder / "c.jsonl", CHATS),
+    "alpaca parquet": lambda folder: write_parquet(folder / "a.parquet", ALPACA),
+    "chat parquet": lambda folder: write_parquet(folder / "c.parquet", CHATS),
+    "folder": lambda folder: write_folder(folder / "hub"),
+}
+
+
+@fast
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows(form, tokenizer, config, tmp_path, datasets_cache):
+    rows = rows_of(dataclasses.replace(config, path=str(FORMS[form](tmp_path))), tokenizer)
+    plain = write_lines(tmp_path / "plain.jsonl", CHATS)
+    assert same_rows(rows, rows_of(dataclasses.replace(config, path=str(plain)), tokenizer))
+    assert rows.counts["conversations"] == len(CHATS)
+
+
+BAD = {
+    "{": "expected JSON, got '{'",
+    "3": "expected an object, got int",
+    "{}": "expected messages, or instruction and output, got no fields",
+    '{"text": "x"}': "expected messages, or instruction and output, got text",
+    '{"instruction": "x"}': "expected messages, or instruction and output, got instruction",
+    '{"instruction": "x", "output": " "}': "turn 2: expected an answer, got an empty one",
+    '{"instruction": "x", "output": 3}': "turn 2: expected text, got 3",
+    '{"instruction": null, "output": "x"}': "instruction: expected text, got None",
+    '{"instruction": "x", "input": [1], "output": "x"}': "input: expected text, got [1]",
+    '{"messages": []}': "messages: expected a list of turns, got []",
+    '{"messages": "x"}': "messages: expected a list of turns, got 'x'",
+    '{"messages": ["x"]}': "turn 1: expected role and content, got 'x'",
+    '{"messages": [{"role": "user"}]}': "turn 1: expected role and content, got {'role'",
+    '{"messages": [{"role": "bot", "content": "x"}]}': "turn 1: expected role system|user|",
+    '{"messages": [{"role": [], "content": "x"}]}': "turn 1: expected role system|user|",
+    '{"messages": [{"role": "user", "content": [1]}]}': "turn 1: expected text, got [1]",
+    '{"messages": [{"role": "user", "content": "x"}]}': "expected a turn of the assistant",
+}
+GOOD = json.dumps(ALPACA[0])
+
+
+def refused(path: Path, text: str, limit: int | None = None) -> list[str]:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        text.read_conversations(str(path), "", limit)
+    return str(caught.value).splitlines()
+
+
+@fast
+@pytest.mark.parametrize("record", BAD)
+def test_bad_record_is_refused_with_its_line(record, tmp_path):
+    file = tmp_path / "x.json"
+    (problem,) = refused(file, f"{GOOD}\n\n{record}\n{GOOD}\n")
+    assert problem.startswith(f"{file}:3: {BAD[record]}")
+    if record != "{":
+        (problem,) = refused(file, f"[\n{GOOD},\n{record}\n, {GOOD}]")
+        assert problem.startswith(f"{file}:3: {BAD[record]}")
+
+
+@fast
+def test_all_problems_of_a_file_are_one_message(tmp_path):
+    file = tmp_path / "x.jsonl"
+    problems = refused(file, "\n".join([GOOD, *BAD]))
+    assert [line.split(": ")[0] for line in problems] == [
+        f"{file}:{i + 2}" for i in range(len(BAD))
+    ]
+    problems = refused(file, "3\n" * (text.MAX_SHOWN + 5))
+    assert len(problems) == text.MAX_SHOWN + 1 and problems[-1] == "and 5 more"
+
+
+@fast
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (f"[{GOOD},\n{GOOD}", 2),
+        (f"[{GOOD},\n{GOOD[:-1]}\n]", 3),
+        (f"[{GOOD}\n{GOOD}]", 2),
+        (f"[{GOOD},\n,{GOOD}]", 2),
+        (f"[{GOOD}]\n[{GOOD}]", 2),
+    ],
+)
+def test_broken_array_is_refused_with_its_line(text, line, tmp_path):
+    (problem,) = refused(tmp_path / "x.json", text)
+    assert problem.startswith(f"{tmp_path / 'x.json'}:{line}: expected a JSON array")
+
+
+@fast
+def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache):
+    records = [ALPACA[0], {**ALPACA[1], "output": None}]
+    path = str(write_parquet(tmp_path / "x.parquet", records))
+    with pytest.raises(UserError, match=r"x\.parquet, record 2: turn 2: expected text, got None"):
+        text.read_conversations(path, "", None)
+
+
+@fast
+@pytest.mark.parametrize("text", ["", "\n\n", "[]"])
+def test_file_without_records_is_refused(text, tmp_path):
+    assert refused(tmp_path / "x.json", text) == [
+        f"{tmp_path / 'x.json'}: expected records, got none"
+    ]
+
+
+@fast
+def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
+    assert [len(text.read_conversations(str(file), "", limit)) for limit in (1, 2)] == [1, 2]
+    assert len(refused(file, f"{GOOD}\nbroken\nbroken\n", limit=2)) == 1
+
+
+@fast
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "nobody/nothing", "folder"])
+def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match=f"data: expected .*, got {name}, which"):
+        text.read_conversations(name, "train", None)
+
+
+@fast
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "\xff"}')
+    with pytest.raises(UserError, match=r"x\.jsonl: cannot be read"):
+        text.read_conversations(str(tmp_path / "x.jsonl"), "", None)
+
+
+# Fitting and packing.
