@@ -275,8 +275,8 @@ BAD = {
 GOOD = json.dumps(ALPACA[0])
 
 
-def refused(path: Path, text: str, limit: int | None = None) -> list[str]:
-    path.write_text(text)
+def refused(path: Path, content: str, limit: int | None = None) -> list[str]:
+    path.write_text(content)
     with pytest.raises(UserError) as caught:
         text.read_conversations(str(path), "", limit)
     return str(caught.value).splitlines()
@@ -306,7 +306,7 @@ def test_all_problems_of_a_file_are_one_message(tmp_path):
 
 @fast
 @pytest.mark.parametrize(
-    "text, line",
+    "content, line",
     [
         (f"[{GOOD},\n{GOOD}", 2),
         (f"[{GOOD},\n{GOOD[:-1]}\n]", 3),
@@ -315,8 +315,8 @@ def test_all_problems_of_a_file_are_one_message(tmp_path):
         (f"[{GOOD}]\n[{GOOD}]", 2),
     ],
 )
-def test_broken_array_is_refused_with_its_line(text, line, tmp_path):
-    (problem,) = refused(tmp_path / "x.json", text)
+def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
+    (problem,) = refused(tmp_path / "x.json", content)
     assert problem.startswith(f"{tmp_path / 'x.json'}:{line}: expected a JSON array")
 
 
@@ -329,9 +329,9 @@ def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache)
 
 
 @fast
-@pytest.mark.parametrize("text", ["", "\n\n", "[]"])
-def test_file_without_records_is_refused(text, tmp_path):
-    assert refused(tmp_path / "x.json", text) == [
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_file_without_records_is_refused(content, tmp_path):
+    assert refused(tmp_path / "x.json", content) == [
         f"{tmp_path / 'x.json'}: expected records, got none"
     ]
 
