@@ -1,8 +1,11 @@
 """Checkpoints through Orbax v1: trained arrays, optimizer state and step; never the frozen base."""
 
+import errno
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,15 +22,27 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def make_checkpointer(workdir: Path, keep: int) -> ocp.training.Checkpointer:
-    """Returns the checkpointer of a run; it keeps the latest `keep` and the best evaluated one."""
+@contextmanager
+def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpointer]:
+    """Yields the checkpointer of a run; it keeps the latest `keep` and the best evaluated one.
+
+    Raises:
+      OSError: the disk is full; the checkpoints that were finished before are whole.
+    """
+    folder = workdir.absolute() / "checkpoints"
     policies = ocp.training.preservation_policies
     best = policies.BestN(get_metric_fn=lambda metrics: -metrics["eval_loss"], n=1)
-    return ocp.training.Checkpointer(
-        workdir.absolute() / "checkpoints",
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
-        cleanup_tmp_directories=True,
-    )
+    try:
+        with ocp.training.Checkpointer(
+            folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            cleanup_tmp_directories=True,
+        ) as checkpointer:
+            yield checkpointer
+    except ValueError as error:  # how the storage library reports it
+        if "No space left on device" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "no space left for the next checkpoint", str(folder)) from error
 
 
 def save(

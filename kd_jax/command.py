@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import io
 import sys
@@ -154,7 +155,10 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         return 1
     except SystemExit as end:  # --help
         return int(end.code or 0)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error}. Free some space; the same command goes on", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
     return 0

@@ -1,25 +1,32 @@
 """Hugging Face folders in and out: one name table, streamed and sharded, strict both ways."""
 
+import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError
 
 from kd_jax.config import LINEAR_NAMES, LoraConfig, MeshConfig, UserError
-from kd_jax.lora import FACTORS, peft_name
-from kd_jax.model import Architecture, read_architecture, weights
+from kd_jax.lora import FACTORS, is_adapter, merge, peft_name, peft_problems, peft_targets
+from kd_jax.model import Architecture, Weight, read_architecture, weights
 from kd_jax.sharding import RULES, Rules, make_mesh, weight_sharding
 
 DTYPES = {
@@ -28,6 +35,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 INDEX = "model.safetensors.index.json"
+HEADER_BYTES = 100_000_000  # the format's own limit
+BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ORBAX = "orbax"
 EXTRA_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -37,11 +47,12 @@ EXTRA_FILES = (
 
 def resolve(path: str, field: str) -> Path:
     """Returns the local folder of a path or hub id, downloading what a hub id lacks locally."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") != 1
-    if looks_local or folder.exists():
+    if folder.exists():
+        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is a file")
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is not there")
     from huggingface_hub import snapshot_download
 
@@ -51,23 +62,45 @@ def resolve(path: str, field: str) -> Path:
     except Exception as error:
         raise UserError(
             f"{field}: {path} is no local folder, and fetching it from the hub failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"({type(error).__name__}: {_first_line(error)}). "
             "Check the name, the network and your token (HF_TOKEN), or give a folder"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, which is not there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+    return tree
 
 
 def load_architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
     return read_architecture(read_json(path), str(path))
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns a hash of what a folder's model or adapter is, whatever the folder's name.
+
+    Of each megabyte of weights the first 4 KiB count: training and merging change nearly all
+    values of a tensor, and so the hash, while hashing every byte would take longer than loading.
+    """
+    files = [folder / "config.json", folder / "adapter_config.json"]
+    files += [*folder.glob("*.safetensors"), *(folder / ORBAX).rglob("*")]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with open(path, "rb", buffering=0) as file:
+            for start in range(0, size, 2**20):
+                file.seek(start)
+                digest.update(file.read(2**12))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +112,24 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns the indexed part, reading no more than the rows that it touches."""
-        rows = index[0] if index else slice(None)
-        start, stop, _ = rows.indices(self.shape[0])
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns the rows from `start` to `stop`, reading no byte of the others."""
+        stop = self.shape[0] if stop is None else stop
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        self._read_into(out, self.offset + start * row_bytes)
-        return out[(slice(None), *index[1:])]
+        self.read_rows(out, start)
+        return out
+
+    def read_rows(self, out: np.ndarray, start: int) -> None:
+        """Fills `out`, contiguous and of this tensor's dtype, with the rows from `start`."""
+        self._read_into(out, self.offset + start * self.row_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
         # Not a memory map: mapped pages would count as this process's memory beside the copy.
+        assert out.flags.c_contiguous  # else reshape would copy, and the bytes would be lost
         view = memoryview(out.reshape(-1).view(np.uint8))
         with open(self.file, "rb", buffering=0) as file:
             file.seek(offset)
@@ -107,8 +147,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("the header is cut off")
+            if length > min(size - 8, HEADER_BYTES):
+                raise ValueError(f"its header is said to have {length} bytes")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         tensors = {}
@@ -119,7 +159,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {known}")
             begin, stop = entry["data_offsets"]
             tensor = Tensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            if stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
+            if begin < 0 or stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
                 raise ValueError(f"{name} does not fill its bytes")
             tensors[name] = tensor
             end = max(end, stop)
@@ -127,29 +167,19 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"truncated: expected {8 + length + end} bytes, got {size}")
     except FileNotFoundError:
         raise UserError(f"{file}: expected a safetensors file, which is not there") from None
-    except (ValueError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError),
+    ) as error:
+        raise UserError(f"{file}: expected a whole safetensors file ({error})") from None
     return tensors
 
 
 def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Tensor]:
     """Returns every tensor of a folder in Hugging Face form, one file or sharded."""
-    index_path = folder / INDEX
-    if index_path.is_file():
-        weight_map = read_json(index_path).get("weight_map", {})
-        files = sorted(set(weight_map.values()))
-        absent = [name for name in files if not (folder / name).is_file()]
-        if absent:
-            raise UserError(f"{index_path}: names files that are not there: {', '.join(absent)}")
-        tensors: dict[str, Tensor] = {}
-        for name in files:
-            tensors |= read_header(folder / name)
-        lost = sorted(weight_map.keys() - tensors.keys())
-        if lost:
-            raise UserError(f"{index_path}: names tensors that no file has: {', '.join(lost)}")
-        return tensors
-    if (folder / single).is_file():
+    if (folder / single).is_file():  # before an index, as in transformers
         return read_header(folder / single)
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
     pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
         raise UserError(
@@ -157,7 +187,28 @@ def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Te
             "which can run any code and are never loaded. Save them with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    raise UserError(f"{folder}: expected {single} or {INDEX}, got neither")
+    others = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "neither"
+    raise UserError(f"{folder}: expected {single} or {INDEX}, got {others}")
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    """Returns every tensor of the files that the index names, each from the file it gives."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{path}: expected weight_map to give each tensor's file")
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{path}: names files that are not there: {', '.join(absent)}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read_header(folder / file).items()
+        tensors |= {name: t for name, t in found if weight_map.get(name, file) == file}
+    lost = [f"{name} ({weight_map[name]})" for name in sorted(weight_map.keys() - tensors.keys())]
+    if lost:
+        raise UserError(f"{path}: names tensors that their files do not have: {', '.join(lost)}")
+    return tensors
 
 
 def hf_names(path: str, arch: Architecture) -> list[str]:
@@ -165,38 +216,81 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
     if path.startswith("layers."):
         rest = path.removeprefix("layers.")
         return [f"model.layers.{i}.{rest}" for i in range(arch.num_hidden_layers)]
-    return [path if path == "lm_head.weight" else f"model.{path}"]
+    return [path if path == HEAD else f"model.{path}"]
 
 
-def check_names(tensors: dict[str, Tensor], arch: Architecture, folder: Path) -> None:
-    """Raises UserError with every tensor that is missing, unexpected or misshapen."""
+def open_model(folder: Path, arch: Architecture) -> dict[str, Tensor]:
+    """Returns a folder's tensors once they are known to be exactly this architecture's.
+
+    Raises:
+      UserError: tensors are missing, unexpected or misshapen; all are listed.
+    """
+    tensors = open_folder(folder)
     table: dict[str, tuple[int, ...]] = {}
     for path, weight in weights(arch).items():
         shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
         table |= dict.fromkeys(hf_names(path, arch), shape)
-    problems = [f"missing: {name} {list(table[name])}" for name in sorted(table.keys() - tensors)]
-    for name in sorted(tensors.keys() - table.keys()):
-        if not _is_redundant(name, arch):
-            problems.append(f"unexpected: {name} {list(tensors[name].shape)}")
-    for name in sorted(table.keys() & tensors.keys()):
-        if tensors[name].shape != table[name]:
-            got = list(tensors[name].shape)
-            problems.append(f"misshapen: {name}: expected {list(table[name])}, got {got}")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise UserError(f"{folder}: the tensors do not fit config.json:\n  {lines}")
+    redundant = {name for name in tensors if _is_redundant(name, tensors, arch)}
+    shapes = {name: tensors[name].shape for name in tensors.keys() - redundant}
+    _check_shapes(shapes, table, folder, _head_problems(tensors, arch))
+    return {name: tensors[name] for name in table}
 
 
-def _is_redundant(name: str, arch: Architecture) -> bool:
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    place: Path,
+    problems: Sequence[str] = (),
+) -> None:
+    lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - shapes)]
+    lines += [f"unexpected: {n} {list(shapes[n])}" for n in sorted(shapes.keys() - expected)]
+    for name in sorted(expected.keys() & shapes.keys()):
+        want, got = list(expected[name]), list(shapes[name])
+        if got != want:
+            lines.append(f"misshapen: {name}: expected {want}, got {got}")
+    lines += problems
+    if lines:
+        raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
+
+
+def _is_redundant(name: str, tensors: Mapping[str, Tensor], arch: Architecture) -> bool:
     """Tells whether a tensor repeats what the model has: a tied head, old rotary buffers."""
-    tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
+    tied_head = arch.tie_word_embeddings and name == HEAD
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
+def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[str]:
+    """Returns what is wrong where a tied head is stored with other values than the embedding's.
+
+    transformers unties such a model with a warning.
+    """
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if not arch.tie_word_embeddings or head is None or embedding is None:
+        return []
+    if head.shape == embedding.shape and _same_values(head, embedding):
+        return []
+    return [
+        f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
+        "tie_word_embeddings to false there to use both"
+    ]
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Compares two tensors of one shape, some rows at a time."""
+    step = max(1, BLOCK_BYTES // max(1, a.row_bytes))
+    for start in range(0, a.shape[0], step):
+        stop = min(start + step, a.shape[0])
+        if not np.array_equal(a.read(start, stop), b.read(start, stop), equal_nan=True):
+            return False
+    return True
+
+
 def check_source(folder: Path, arch: Architecture) -> None:
-    """Raises UserError unless the folder's files hold exactly this architecture's tensors."""
-    if not (folder / ORBAX).is_dir():
-        check_names(open_folder(folder), arch, folder)
+    """Raises UserError unless the folder holds exactly this architecture's tensors."""
+    if (folder / ORBAX).is_dir():
+        _orbax_leaves(folder, arch)
+    else:
+        open_model(folder, arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,127 +306,165 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
     """Reads a PEFT folder; anything but plain LoRA on the seven projections is refused."""
     path = folder / "adapter_config.json"
     config = read_json(path)
-    fixed: dict[str, tuple[Any, ...]] = {
-        "peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None),
-        "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-        "fan_in_fan_out": (False, None),
-    }  # fmt: skip
-    problems = [
-        f"{key}: expected {values[0]!r}, got {config.get(key)!r}"
-        for key, values in fixed.items()
-        if config.get(key) not in values
-    ]
     tensors = open_folder(folder, single="adapter_model.safetensors")
-    shapes = {}
-    for path_, weight in weights(arch).items():
-        if path_.endswith("_proj.weight"):
-            for name in hf_names(path_, arch):
-                shapes[name.removesuffix(".weight")] = weight.shape[1:]
-    rank = config.get("r", 0)
-    factors = {}
-    wanted = {peft_name(module, factor): module for module in shapes for factor in FACTORS}
-    problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - wanted.keys())]
-    for module in sorted({wanted[name] for name in tensors.keys() & wanted.keys()}):
-        pair = [tensors.get(peft_name(module, factor)) for factor in FACTORS]
+    shapes = {
+        name.removesuffix(".weight"): weight.shape[1:]
+        for array, weight in weights(arch).items()
+        if array.endswith("_proj.weight")
+        for name in hf_names(array, arch)
+    }
+    problems = peft_problems(config)
+    modules = sorted(peft_targets(config, shapes, problems))
+    wanted = {peft_name(module, factor) for module in modules for factor in FACTORS}
+    problems += [f"missing: {name}" for name in sorted(wanted - tensors.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - wanted)]
+    rank = config.get("r")
+    for module in modules:
         num_out, num_in = shapes[module]
-        expected = ((rank, num_in), (num_out, rank))
-        got = tuple(None if t is None else t.shape for t in pair)
-        if got != expected:
-            problems.append(f"{module}: expected factors {expected}, got {got}")
-        else:
-            factors[module] = tuple(t.read().astype(np.float32) for t in pair if t is not None)
+        for factor, shape in zip(FACTORS, ((rank, num_in), (num_out, rank)), strict=True):
+            found = tensors.get(peft_name(module, factor))
+            if found is not None and found.shape != shape:
+                got = list(found.shape)
+                problems.append(f"misshapen: {module}.{factor}: expected {list(shape)}, got {got}")
+    if not modules:
+        problems.append("target_modules, layers_to_transform: no projection is left to adapt")
     if problems:
         raise UserError(f"{path}: this adapter cannot be loaded:\n  " + "\n  ".join(problems))
-    rank_scaled = bool(config.get("use_rslora"))
-    scale = config["lora_alpha"] / (math.sqrt(rank) if rank_scaled else rank)
-    targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(n) for m in factors))
-    lora = LoraConfig(rank=rank, alpha=scale * rank, target_modules=targets)
-    return Adapter(factors, lora, scale)  # type: ignore[arg-type]
+    assert isinstance(rank, int)
+    factors = {
+        m: tuple(tensors[peft_name(m, factor)].read().astype(np.float32) for factor in FACTORS)
+        for m in modules
+    }
+    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(f".{n}") for m in modules))
+    lora = LoraConfig(rank=rank, alpha=alpha, target_modules=targets)
+    return Adapter(factors, lora, alpha / rank)  # type: ignore[arg-type]
 
 
 def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
     """Returns the factors stacked over layers, by their dotted paths in a model."""
-    stacked = {}
+    stacked, partly = {}, []
     for path in weights(arch):
         module = path.removesuffix(".weight")
         names = [name.removesuffix(".weight") for name in hf_names(path, arch)]
-        present = [name in adapter.factors for name in names]
-        if not any(present):
+        absent = [str(i) for i, name in enumerate(names) if name not in adapter.factors]
+        if len(absent) == len(names):
             continue
-        if not all(present):
-            raise UserError(f"adapter: {module} has factors in some layers only; merge it instead")
+        if absent:
+            partly.append(f"{module}: none in layers {', '.join(absent)}")
+            continue
         for k, factor in enumerate(FACTORS):
             stacked[f"{module}.{factor}"] = np.stack([adapter.factors[n][k] for n in names])
+    if partly:
+        raise UserError(
+            "student.adapter: expected factors in every layer to go on from, got some layers only:"
+            "\n  " + "\n  ".join(partly) + "\nMerge the adapter into its base with peft first"
+        )
     return stacked
-
-
-def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float) -> np.ndarray:
-    """Returns weight + scale B A, summed in float32 and rounded to the weight's dtype.
-
-    Entries that the adapter leaves alone keep their bits, the sign of zero too.
-    """
-    A, B = factors
-    delta = scale * (B.astype(np.float32) @ A.astype(np.float32))
-    merged = (weight.astype(np.float32) + delta).astype(weight.dtype)
-    return np.where(delta == 0, weight, merged)
 
 
 def load_arrays(
     folder: Path,
     arch: Architecture,
     mesh: Mesh,
-    dtype: str,
+    dtype: str | None,
     *,
     adapter: Adapter | None = None,
     rules: Rules = RULES,
 ) -> dict[str, jax.Array]:
-    """Returns every array of `weights(arch)`, read shard by shard from the folder.
+    """Returns every array of `weights(arch)`, read from the folder straight into its shards.
 
     Args:
       folder: Hugging Face form, or what convert.from_hf wrote.
-      dtype: of the result; stored values are rounded to it.
+      dtype: of the result; stored values are rounded to it. None keeps what is stored.
       adapter: merged in float32 before that rounding.
     """
     if (folder / ORBAX).is_dir():
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
         return _load_orbax(folder, arch, mesh, dtype, rules)
-    tensors = open_folder(folder)
-    check_names(tensors, arch, folder)
+    tensors = open_model(folder, arch)
     arrays: dict[str, jax.Array] = {}
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=8) as pool:
         for path, weight in weights(arch).items():
             names = hf_names(path, arch)
+            stored = [tensors[name].dtype for name in names]
+            out = np.dtype(reduce(jnp.promote_types, stored) if dtype is None else jnp.dtype(dtype))
+            layers = [_Layer(tensors[name], *_factors(name, adapter)) for name in names]
             sharding = weight_sharding(mesh, weight.dims, weight.shape, rules)
-            stacked = path.startswith("layers.")
-
-            def read_shard(index, names=names, stacked=stacked):
-                if not stacked:
-                    return _read(tensors[names[0]], names[0], index, dtype, adapter)
-                names = names[index[0]]
-                jobs = [
-                    pool.submit(_read, tensors[name], name, index[1:], dtype, adapter)
-                    for name in names
-                ]
-                first = jobs[0].result()
-                out = _aligned((len(names), *first.shape), first.dtype)
-                for i, job in enumerate(jobs):
-                    out[i] = job.result()
-                    jobs[i] = None
-                return out
-
-            arrays[path] = jax.make_array_from_callback(weight.shape, sharding, read_shard)
+            arrays[path] = _load_array(pool, layers, weight, sharding, out)
     return arrays
 
 
-def _read(tensor: Tensor, name: str, index, dtype: str, adapter: Adapter | None) -> np.ndarray:
-    part = tensor.read(index)
-    module = name.removesuffix(".weight")
-    if adapter is not None and module in adapter.factors:
-        A, B = adapter.factors[module]
-        rows, columns = index
-        part = merge(part.astype(np.float32), (A[:, columns], B[rows]), adapter.scale)
-    return part.astype(jax.numpy.dtype(dtype), copy=False)
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One stored tensor, and the low-rank factors that are merged into it."""
+
+    tensor: Tensor
+    factors: tuple[np.ndarray, np.ndarray] | None
+    scale: float
+
+    def read_rows(self, start: int, stop: int, shards: dict[tuple, np.ndarray]) -> None:
+        """Reads rows once, into each shard's own rows [start, stop) by its columns."""
+        dtypes = {out.dtype for out in shards.values()}
+        whole = all(out.shape[1:] == self.tensor.shape[1:] for out in shards.values())
+        if whole and self.factors is None and dtypes == {self.tensor.dtype}:
+            (out,) = shards.values()
+            self.tensor.read_rows(out, start)
+            return
+        rows = self.tensor.read(start, stop)
+        if self.factors is not None:
+            A, B = self.factors
+            # The sum is rounded to the result's dtype below, once.
+            rows = merge(rows.astype(np.float32), (A, B[start:stop]), self.scale)
+        for columns, out in shards.items():
+            out[...] = rows[(slice(None), *(slice(*span) for span in columns))]
+
+
+def _factors(name: str, adapter: Adapter | None):
+    if adapter is None:
+        return None, 0.0
+    return adapter.factors.get(name.removesuffix(".weight")), adapter.scale
+
+
+def _load_array(
+    pool: ThreadPoolExecutor,
+    layers: list[_Layer],
+    weight: Weight,
+    sharding: NamedSharding,
+    dtype: np.dtype,
+) -> jax.Array:
+    """Reads one array's shards; a row that several devices want parts of is read once."""
+    stacked = len(weight.shape) > len(layers[0].tensor.shape)
+    groups: dict[tuple[int, int], dict[tuple, list[jax.Device]]] = defaultdict(dict)
+    for device, index in sharding.addressable_devices_indices_map(weight.shape).items():
+        assert index is not None  # every device of a NamedSharding has a part
+        spans = [s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True)][stacked:]
+        groups[spans[0]].setdefault(tuple(spans[1:]), []).append(device)
+    arrays = []
+    for (first, last), devices in groups.items():
+        shards = {
+            columns: _aligned(
+                (len(layers), last - first, *(stop - start for start, stop in columns)), dtype
+            )
+            for columns in devices
+        }
+        step = max(1, BLOCK_BYTES // layers[0].tensor.row_bytes)
+        jobs = []
+        for i, layer in enumerate(layers):
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                parts = {c: out[i, start - first : stop - first] for c, out in shards.items()}
+                jobs.append(pool.submit(layer.read_rows, start, stop, parts))
+        for job in jobs:
+            job.result()
+        for columns, out in shards.items():
+            host = out if stacked else out[0]
+            arrays += [jax.device_put(host, device) for device in devices[columns]]
+    # Waiting keeps the host from holding more than one array where devices have their own memory.
+    return jax.block_until_ready(
+        jax.make_array_from_single_device_arrays(weight.shape, sharding, arrays)
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -343,19 +475,57 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
-def _load_orbax(folder, arch, mesh, dtype, rules):
+def _orbax_leaves(folder: Path, arch: Architecture) -> dict[str, Any]:
+    """Returns shape and dtype of what convert.from_hf wrote, once they fit the architecture."""
     from orbax.checkpoint import v1 as ocp
 
+    place = (folder / ORBAX).absolute()
+    try:
+        saved = ocp.metadata(place).metadata
+        shapes = {path: leaf.shape for path, leaf in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = _first_line(error)
+        raise UserError(f"{place}: expected what convert.from_hf wrote ({reason})") from error
+    _check_shapes(shapes, {path: w.shape for path, w in weights(arch).items()}, place)
+    return saved
+
+
+def _load_orbax(folder, arch, mesh, dtype, rules):
+    saved = _orbax_leaves(folder, arch)
     abstract = {
         path: jax.ShapeDtypeStruct(
-            weight.shape, dtype, sharding=weight_sharding(mesh, weight.dims, weight.shape, rules)
+            weight.shape,
+            saved[path].dtype if dtype is None else dtype,
+            sharding=weight_sharding(mesh, weight.dims, weight.shape, rules),
         )
         for path, weight in weights(arch).items()
     }
+    return _read_orbax(folder, abstract)
+
+
+def _read_orbax(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    from orbax.checkpoint import v1 as ocp
+
+    place = (folder / ORBAX).absolute()
     try:
-        return ocp.load((folder / ORBAX).absolute(), abstract)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"{folder / ORBAX}: cannot be loaded: {error}") from error
+        with _absl_silent():
+            return ocp.load(place, abstract)
+    except Exception as error:  # Orbax raises no narrower class for a damaged file
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"{place}: cannot be read ({reason})") from error
+
+
+@contextmanager
+def _absl_silent() -> Iterator[None]:
+    """Keeps Orbax from printing the traceback of what it raises as well."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    yield
+    logger.disabled = before  # but not after an error: threads of the failed call still print
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_orbax(source: Path, out: Path) -> None:
@@ -363,12 +533,15 @@ def save_orbax(source: Path, out: Path) -> None:
     from orbax.checkpoint import v1 as ocp
 
     arch = load_architecture(source)
-    tensors = open_folder(source)
-    check_names(tensors, arch, source)
-    dtype = tensors[hf_names("norm.weight", arch)[0]].dtype.name
+    check_source(source, arch)
     mesh = make_mesh(MeshConfig(fsdp=-1, data=1), jax.device_count())
     with new_folder(out) as folder:
-        ocp.save((folder / ORBAX).absolute(), load_arrays(source, arch, mesh, dtype))
+        arrays = load_arrays(source, arch, mesh, None)
+        try:
+            with _absl_silent():
+                ocp.save((folder / ORBAX).absolute(), arrays)
+        except ValueError as error:  # a full disk, in tensorstore's words
+            raise OSError(_first_line(error)) from error
         shutil.copy(source / "config.json", folder / "config.json")
         copy_extra_files(source, folder)
 
@@ -381,12 +554,23 @@ def new_folder(out: Path) -> Iterator[Path]:
     beside = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         beside.mkdir(parents=True)
-        yield beside
-        os.rename(beside, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            yield beside
+            os.rename(beside, out)
+        except BaseException:
+            _remove(beside)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out: {out} cannot be written ({error})") from error
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder in which threads of a failed write may go on creating files for a while."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
 
 
 def copy_extra_files(source: Path, out: Path) -> None:
@@ -453,6 +637,7 @@ def export_merged(
     Args:
       trained: a checkpoint's arrays by dotted path: low-rank factors or whole weights.
     """
+    _check_trained(trained, arch, source)
     place = {
         name: (path, layer if path.startswith("layers.") else None)
         for path in weights(arch)
@@ -473,28 +658,44 @@ def export_merged(
         return value
 
     with new_folder(out) as folder:
-        save_model(folder, sorted(place), get, max_shard_bytes)
+        save_model(folder, list(place), get, max_shard_bytes)
         shutil.copy(source / "config.json", folder / "config.json")
         copy_extra_files(source, folder)
+
+
+def _check_trained(trained: Mapping[str, np.ndarray], arch: Architecture, source: Path) -> None:
+    """Raises UserError unless every trained array belongs to the source as it is now."""
+    table = weights(arch)
+    expected = {path: weight.shape for path, weight in table.items() if path in trained}
+    for path in filter(is_adapter, trained):
+        module, factor = path.rsplit(".", 1)
+        if f"{module}.weight" in table:
+            L, num_out, num_in = table[f"{module}.weight"].shape
+            rank = trained[path].shape[1 if factor == "lora_A" else -1]
+            expected[path] = (L, rank, num_in) if factor == "lora_A" else (L, num_out, rank)
+    _check_shapes({path: value.shape for path, value in trained.items()}, expected, source)
 
 
 def _reader(source: Path, arch: Architecture, place: dict[str, tuple[str, int | None]]):
     """Returns how to read one tensor of the source by its Hugging Face name, and its dtype."""
     if not (source / ORBAX).is_dir():
-        tensors = open_folder(source)
-        check_names(tensors, arch, source)
+        tensors = open_model(source, arch)
         return (lambda name: tensors[name].read()), (lambda name: tensors[name].dtype)
     from orbax.checkpoint import v1 as ocp
 
-    folder = (source / ORBAX).absolute()
-    saved = ocp.metadata(folder).metadata
-    arrays = ocp.load(folder, {p: np.empty(x.shape, x.dtype) for p, x in saved.items()})
+    saved = _orbax_leaves(source, arch)
+    held: dict[str, np.ndarray] = {}  # the array last read; names come array by array
 
     def read(name: str) -> np.ndarray:
         path, layer = place[name]
-        return arrays[path] if layer is None else arrays[path][layer]
+        if path not in held:
+            held.clear()
+            abstract = dict.fromkeys(saved, ocp.PLACEHOLDER)
+            abstract[path] = np.empty(saved[path].shape, saved[path].dtype)
+            held[path] = _read_orbax(source, abstract)[path]
+        return held[path] if layer is None else held[path][layer]
 
-    return read, lambda name: arrays[place[name][0]].dtype
+    return read, lambda name: saved[place[name][0]].dtype
 
 
 def export_adapter(
@@ -508,6 +709,7 @@ def export_adapter(
     """Writes low-rank factors as the folder that `peft.PeftModel.from_pretrained` loads."""
     from safetensors.numpy import save_file
 
+    _check_trained(trained, arch, source)
     tensors = {}
     for path, value in trained.items():
         module, factor = path.rsplit(".", 1)
@@ -518,7 +720,7 @@ def export_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source_name,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": list(config.target_modules),
         "bias": "none",

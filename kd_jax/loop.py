@@ -51,7 +51,7 @@ def train(config: Config) -> None:
     state = _place(init_state(models.trainable, optimizer), mesh)
     with (
         _sigterm_noted() as stop,
-        checkpoint.make_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
+        checkpoint.open_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
         state = checkpoint.restore(checkpointer, state) or state

@@ -1,11 +1,18 @@
 """What holds the package together: who may import whom, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from convert.from_hf import FromHfArgs
+from convert.to_hf import ToHfArgs
+from kd_jax.command import _flags
+from kd_jax.config import Config
+from kd_jax.evaluate import EvaluateArgs
 
 pytestmark = pytest.mark.fast
 
@@ -49,3 +56,29 @@ def test_importing_does_nothing_and_takes_no_heavy_library():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout == "[]\n" and done.stderr == ""
+
+
+def test_the_readme_lists_every_file_in_order():
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^(\S+\.py|\S+/)  ", text, re.MULTILINE)
+    assert all((ROOT / path).exists() for path in listed)
+    package = [Path(path).stem for path in listed if path.startswith("kd_jax/")]
+    assert package == ORDER
+    commands = {f"convert/{file.name}" for file in (ROOT / "convert").glob("[!_]*.py")}
+    assert commands <= set(listed)
+
+
+def test_every_file_that_the_documents_name_exists():
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for path in re.findall(
+            r"\b((?:kd_jax|convert|configs|benchmarks|docs|tests)/\w+\.\w+)", document.read_text()
+        ):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
+def test_every_flag_that_the_documents_name_exists():
+    known = set(_flags(Config)) | set(_flags(EvaluateArgs)) | set(_flags(ToHfArgs))
+    known |= set(_flags(FromHfArgs)) | {"config", "help", "rounds", "yardstick", "dtype"}
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("configs/*.py")]:
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", document.read_text()):
+            assert flag in known, f"{document.name}: --{flag}"

@@ -1,0 +1,93 @@
+"""Our training beside torchtune's distillation recipe: same folders, same data, same machine.
+
+python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype float32]
+
+DIR holds run_torchtune.sh and the data beside it (its README says what it runs: 8 steps of 4 rows
+of GSM8K, LoRA rank 64, a Llama 3 vocabulary). Rounds alternate between the two. Printed are the
+median target tokens a second of the steps after the second (the first ones compile), and the peak
+resident memory of the whole process. OUT gets the models, the logs and yardstick.json.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+CONFIG = """
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir="unset",
+        teacher=TeacherConfig(path="{models}/teacher", dtype="{dtype}"),
+        student=StudentConfig(path="{models}/student", dtype="{dtype}"),
+        lora=LoraConfig(target_modules=(
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+        data=DataConfig(path="{data}", seq_len=512, batch_size=4, max_conversations=400,
+                        cache_dir="{out}/rows"),
+        optim=OptimConfig(warmup_steps=10, clip_norm=None),
+        remat="none",
+        compilation_cache=None,
+        steps={steps},
+    )
+"""
+
+
+def run_torchtune(out: Path, yardstick: Path) -> dict[str, float]:
+    command = ["bash", str(yardstick / "run_torchtune.sh"), str(out), str(STEPS)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rates = [float(x) for x in re.findall(r"tokens_per_second_per_gpu:([\d.]+)", text)]
+    peak = re.search(r"peak_memory_bytes (\d+)", text)
+    assert peak is not None and len(rates) == STEPS
+    return {"rate": statistics.median(rates[2:]), "peak": int(peak[1])}
+
+
+def run_ours(out: Path, yardstick: Path, dtype: str, number: int) -> dict[str, float]:
+    data = (yardstick.parent / "data" / "gsm8k_alpaca.json").resolve()
+    config = out / f"kd_jax_{dtype}.py"
+    config.write_text(
+        CONFIG.format(models=out / "models", data=data, out=out, steps=STEPS, dtype=dtype)
+    )
+    workdir = out / f"kd_jax_{dtype}_{number}"
+    command = [sys.executable, "-m", "kd_jax.train", "--config", config, "--workdir", workdir]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["target_tokens_per_second"] for line in lines]
+    return {"rate": statistics.median(rates[2:]), "peak": lines[-1]["peak_memory_bytes"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="new folder for models, logs and results")
+    parser.add_argument("--yardstick", type=Path, required=True, help="folder of run_torchtune.sh")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    runs: dict[str, list[dict[str, float]]] = {"torchtune": [], "kd_jax": []}
+    for number in range(args.rounds):
+        runs["torchtune"].append(run_torchtune(out, args.yardstick.resolve()))
+        runs["kd_jax"].append(run_ours(out, args.yardstick.resolve(), args.dtype, number))
+    rates = {name: statistics.median(run["rate"] for run in some) for name, some in runs.items()}
+    peaks = {name: max(run["peak"] for run in some) for name, some in runs.items()}
+    print(f"{platform.processor() or platform.machine()}, jax {jax.__version__}, {args.dtype}")
+    for name, some in runs.items():
+        each = ", ".join(f"{run['rate']:.1f}" for run in some)
+        print(f"{name:10}{rates[name]:8.1f} target tokens/s ({each}), {peaks[name] / 1e9:.2f} GB")
+    speed, memory = (x["kd_jax"] / x["torchtune"] for x in (rates, peaks))
+    print(f"ratio     {speed:8.2f} times the speed in {memory:.0%} of the memory")
+    (out / "yardstick.json").write_text(
+        json.dumps({"runs": runs, "speed": speed, "memory": memory})
+    )
+
+
+if __name__ == "__main__":
+    main()
