@@ -15,7 +15,8 @@ import jax
 
 from kd_jax.command import run_command
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.hf import load_architecture, load_arrays, resolve
+from kd_jax.disk import resolve
+from kd_jax.hf import load_architecture, load_arrays
 from kd_jax.sharding import make_mesh
 
 ROUNDS = 3

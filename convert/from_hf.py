@@ -18,10 +18,11 @@ class FromHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
-    from kd_jax import hf  # jax takes seconds that --help need not pay
+    from kd_jax.disk import resolve  # jax takes seconds that --help need not pay
+    from kd_jax.export import save_orbax
 
-    source = hf.resolve(args.source, "--source")
-    hf.save_orbax(source, Path(args.out))
+    source = resolve(args.source, "--source")
+    save_orbax(source, Path(args.out))
     print(f"wrote {source} to {args.out}")
 
 

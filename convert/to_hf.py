@@ -24,20 +24,27 @@ class ToHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(ToHfArgs, argv, prog="python -m convert.to_hf", description=__doc__)
-    from kd_jax import hf  # jax takes seconds that --help need not pay
-    from kd_jax.checkpoint import load_trained, read_run
+    from kd_jax.checkpoint import (  # takes seconds: not for --help
+        check_inputs,
+        load_trained,
+        read_run,
+    )
+    from kd_jax.disk import fingerprint, resolve
+    from kd_jax.export import export_adapter, export_merged
+    from kd_jax.hf import load_architecture
 
     config = read_run(Path(args.workdir))
     if args.format == "adapter" and config.trainable == "full":
         raise UserError("--format: expected merged, since this run trained whole weights")
-    source = hf.resolve(config.student.path, "student.path")
-    arch = hf.load_architecture(source)
+    source = resolve(config.student.path, "student.path")
+    check_inputs(Path(args.workdir), {"student.path": fingerprint(source)})
+    arch = load_architecture(source)
     trained, step = load_trained(Path(args.workdir), args.step)
     out = Path(args.out)
     if args.format == "adapter":
-        hf.export_adapter(source, config.student.path, arch, trained, config.lora, out)
+        export_adapter(source, config.student.path, arch, trained, config.lora, out)
     else:
-        hf.export_merged(source, arch, trained, config.lora.alpha / config.lora.rank, out)
+        export_merged(source, arch, trained, config.lora.alpha / config.lora.rank, out)
     print(f"wrote step {step} of {args.workdir} to {out} ({args.format})")
 
 

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kd_jax.architecture import Architecture
 from kd_jax.config import Config, LoraConfig, UserError
+from kd_jax.disk import fingerprint, resolve
 from kd_jax.hf import (
     Adapter,
     check_source,
-    fingerprint,
     load_adapter,
     load_architecture,
     load_arrays,
-    resolve,
     stack_adapter,
 )
 from kd_jax.kd_head import HeadConfig, chunk_len
 from kd_jax.lora import add_adapters, is_adapter
-from kd_jax.model import Architecture, Decoder, Structure, named_arrays
+from kd_jax.model import Decoder, Structure, named_arrays
 from kd_jax.sharding import batch_sharding, replicated
 from kd_jax.step import Program
 from kd_jax.text import check_same_tokenizer, load_tokenizer

@@ -1,194 +1,19 @@
-"""The decoder, its architecture read from a Hugging Face config.json.
+"""The decoder.
 
 Dimensions: B batch, S sequence, D embed, F mlp, N query heads, K key/value heads, H head dim,
 V vocab, L layers. Weights keep Hugging Face names and orientation, [out, in]; those of the layers
 are stacked on a leading L and run by a scan.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from kd_jax.architecture import Architecture, Rope
 from kd_jax.attention import attention
-from kd_jax.config import UserError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rope:
-    """Rotary position embedding (arXiv 2104.09864), with Llama 3's scaling where factor is set."""
-
-    theta: float
-    factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Returns radians per position, [H / 2] float32.
-
-        With scaling, wavelengths above original / low_freq_factor are stretched by `factor`, those
-        below original / high_freq_factor are kept, and the ones between are blended.
-        """
-        # Rounded to float32 where the models' own training code rounds: at position 10,000 the
-        # last bit of a frequency is a thousandth of a radian.
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
-        frequency = np.float32(1) / power
-        if self.factor is not None:
-            turns = self.original_max_position_embeddings * frequency / np.float32(2 * math.pi)
-            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            blend = np.clip(blend, 0.0, 1.0)
-            frequency = (1 - blend) * frequency / self.factor + blend * frequency
-        return frequency.astype(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """Every constant of the decoder, under its config.json name."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    rope: Rope
-
-
-# Keys of config.json that do not change what the decoder computes.
-_IGNORED = {
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "max_position_embeddings", "name_or_path", "_name_or_path", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "rms_norm_eps",
-)  # fmt: skip
-# Keys that change the computation, with the only values under which the decoder is right.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "quantization_config": (None,),
-    "add_cross_attention": (False,),
-    "partial_rotary_factor": (None, 1.0),
-}
-_ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings",
-}  # fmt: skip
-
-
-def read_architecture(config: dict[str, Any], source: str) -> Architecture:
-    """Returns the architecture in a parsed config.json, whose place `source` names in errors.
-
-    Raises:
-      UserError: a key is missing, or asks for a computation that the decoder does not do; all
-        such keys are listed.
-    """
-    problems = [f"{key}: missing" for key in _REQUIRED if key not in config]
-    read = {*_REQUIRED, *_FIXED, *_IGNORED, "num_key_value_heads", "head_dim"}
-    read |= {"tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
-    for key, values in _FIXED.items():
-        absent_is_wrong = key == "model_type"
-        if (key in config or absent_is_wrong) and config.get(key) not in values:
-            problems.append(f"{key}: expected {values[0]!r}, got {config.get(key)!r}")
-    problems += [
-        f"{key}: unknown, got {value!r}"
-        for key, value in config.items()
-        if key not in read and value not in (None, False, [], {})
-    ]
-    rope = _read_rope(config, problems)
-    heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
-    kv_heads = config.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        problems.append(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise UserError(f"{source}: this model cannot be run as configured:\n  {lines}")
-    return Architecture(
-        **{key: config[key] for key in _REQUIRED},
-        num_key_value_heads=kv_heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        rope=rope,
-    )
-
-
-def _read_rope(config: dict[str, Any], problems: list[str]) -> Rope:
-    """Reads both spellings: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
-    fields = {"rope_theta": config.get("rope_theta", 10000.0)}
-    fields |= config.get("rope_scaling") or {}
-    fields |= config.get("rope_parameters") or {}
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        problems.append(f"rope_type: expected 'default' or 'llama3', got {kind!r}")
-    partial = fields.get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        problems.append(f"partial_rotary_factor: expected 1.0, got {partial!r}")
-    unknown = sorted(fields.keys() - _ROPE_KEYS - {"partial_rotary_factor"})
-    problems += [f"rope parameter {key}: unknown, got {fields[key]!r}" for key in unknown]
-    theta = float(fields["rope_theta"])
-    if kind != "llama3":
-        return Rope(theta=theta)
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in scaling if key not in fields]
-    problems += [f"rope parameter {key}: missing" for key in missing]
-    return Rope(theta=theta, **{key: fields[key] for key in scaling if key in fields})
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """What one tensor looks like: its shape and the logical names of its dimensions."""
-
-    shape: tuple[int, ...]
-    dims: tuple[str, ...]
-
-
-def layer_weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns each tensor of one layer by its name below `model.layers.N.`."""
-    D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
-    NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
-    column, row = ("out", "in"), ("in", "out")  # which side tensor parallelism splits
-    return {
-        "input_layernorm.weight": Weight((D,), ("norm",)),
-        "self_attn.q_proj.weight": Weight((NH, D), row),
-        "self_attn.k_proj.weight": Weight((KH, D), row),
-        "self_attn.v_proj.weight": Weight((KH, D), row),
-        "self_attn.o_proj.weight": Weight((D, NH), column),
-        "post_attention_layernorm.weight": Weight((D,), ("norm",)),
-        "mlp.gate_proj.weight": Weight((F, D), row),
-        "mlp.up_proj.weight": Weight((F, D), row),
-        "mlp.down_proj.weight": Weight((D, F), column),
-    }
-
-
-def weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns every tensor of the model by dotted path; those of the layers have a leading L."""
-    V, D, L = arch.vocab_size, arch.hidden_size, arch.num_hidden_layers
-    table = {
-        f"layers.{name}": Weight((L, *weight.shape), ("layers", *weight.dims))
-        for name, weight in layer_weights(arch).items()
-    }
-    table["embed_tokens.weight"] = Weight((V, D), ("vocab", "embed"))
-    table["norm.weight"] = Weight((D,), ("norm",))
-    if not arch.tie_word_embeddings:
-        table["lm_head.weight"] = Weight((V, D), ("vocab", "embed"))
-    return table
 
 
 class LoraParam(nnx.Param):

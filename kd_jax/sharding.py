@@ -16,11 +16,11 @@ BATCH_AXES = ("data", "fsdp")
 Rules = Mapping[str, str | None]
 RULES: Rules = {
     "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
     "vocab": "fsdp",
-    "embed": None,
-    "out": "fsdp",
-    "in": "tensor",
-    "rank": None,
+    "row": None,  # of an embedding or a head, whose first dimension is split already
     "norm": None,
 }
 

@@ -16,7 +16,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
-from kd_jax import checkpoint, hf
+from kd_jax import checkpoint, disk, export, hf
+from kd_jax.architecture import read_architecture, weights
 from kd_jax.build import load_models, open_source
 from kd_jax.command import run_command
 from kd_jax.config import (
@@ -28,7 +29,7 @@ from kd_jax.config import (
     TeacherConfig,
     UserError,
 )
-from kd_jax.model import logits, read_architecture, rebuild, weights
+from kd_jax.model import logits, rebuild
 from kd_jax.sharding import make_mesh
 from kd_jax.step import init_state
 
@@ -92,7 +93,7 @@ def stored_bytes(folder):
     """Returns dtype, shape and bytes of every tensor in a folder, by name."""
     return {
         name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
-        for name, tensor in hf.open_folder(folder).items()
+        for name, tensor in disk.open_folder(folder).items()
     }
 
 
@@ -108,7 +109,7 @@ def test_a_merged_export_is_what_transformers_computes_with(tied, tmp_path):
     models, arch = load(make_config(source))
     arrays = trained(models)
     scale = LORA.alpha / LORA.rank
-    hf.export_merged(source, arch, arrays, scale, tmp_path / "out", max_shard_bytes=50_000)
+    export.export_merged(source, arch, arrays, scale, tmp_path / "out", max_shard_bytes=50_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
     theirs, base = torch_logits(auto_model(tmp_path / "out")), torch_logits(auto_model(source))
     assert_same_logits(our_logits(models, arrays), theirs)
@@ -121,7 +122,7 @@ def test_an_export_of_full_training_is_what_transformers_computes_with(tied, tmp
     models, arch = load(make_config(source, trainable="full"))
     assert models.trainable.keys() == weights(arch).keys()
     arrays = trained(models, 0.05)
-    hf.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
     assert_same_logits(our_logits(models, arrays), torch_logits(auto_model(tmp_path / "out")))
 
 
@@ -132,7 +133,7 @@ def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(
     source = tiny.write_llama(tmp_path / "source", 1, dtype)
     models, arch = load(make_config(source, trainable="full"))
     arrays = trained(models, 0.05)
-    hf.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
     state = auto_model(tmp_path / "out").state_dict()
     for path, value in arrays.items():
         for layer, name in enumerate(hf.hf_names(path, arch)):
@@ -159,10 +160,10 @@ def test_an_untouched_adapter_gives_back_the_sources_bytes(dtype, form, tmp_path
     place = source
     if form == "orbax":
         place = tmp_path / "orbax"
-        hf.save_orbax(source, place)
+        export.save_orbax(source, place)
     arrays = {name: np.asarray(x) for name, x in models.trainable.items()}
     assert any(x.any() for x in arrays.values())
-    hf.export_merged(place, arch, arrays, 2.5, tmp_path / "out")
+    export.export_merged(place, arch, arrays, 2.5, tmp_path / "out")
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)
 
 
@@ -180,7 +181,7 @@ def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
 
     models, arch = load(make_config(tiny_student))
     arrays = trained(models)
-    hf.export_merged(tiny_student, arch, arrays, LORA.alpha / LORA.rank, tmp_path / "out")
+    export.export_merged(tiny_student, arch, arrays, LORA.alpha / LORA.rank, tmp_path / "out")
     theirs = make_peft(auto_model(tiny_student))
     state = theirs.state_dict()
     with torch.no_grad():
@@ -200,7 +201,7 @@ def test_peft_computes_with_an_exported_adapter_what_our_model_does(tiny_student
     models, arch = load(make_config(tiny_student))
     arrays = trained(models)
     out = tmp_path / "out"
-    hf.export_adapter(tiny_student, str(tiny_student), arch, arrays, LORA, out)
+    export.export_adapter(tiny_student, str(tiny_student), arch, arrays, LORA, out)
     base = auto_model(tiny_student)
     before = torch_logits(base)
     theirs = torch_logits(PeftModel.from_pretrained(base, out))
@@ -239,7 +240,7 @@ def test_the_orbax_form_gives_back_every_bit_in_every_layout(tiny_teacher, tmp_p
 
 
 def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
-    hf.save_orbax(tiny_student, tmp_path / "out")
+    export.save_orbax(tiny_student, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     other = {**config, "intermediate_size": 98, "tie_word_embeddings": False}
     arch = read_architecture(other, "config")
@@ -270,7 +271,7 @@ def errors(done):
 
 
 def test_a_damaged_orbax_folder_is_refused(tiny_student, tmp_path):
-    hf.save_orbax(tiny_student, tmp_path / "damaged")
+    export.save_orbax(tiny_student, tmp_path / "damaged")
     for path in (tmp_path / "damaged" / "orbax").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
             os.truncate(path, 100)
@@ -349,7 +350,7 @@ def source(tmp_path):
 def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     (source / "README.md").write_text("not the model's")
     arch = hf.load_architecture(source)
-    hf.export_merged(source, arch, {}, 1.0, tmp_path / "out")
+    export.export_merged(source, arch, {}, 1.0, tmp_path / "out")
     names = {path.name for path in source.iterdir()} - {"README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     for name in names - {"model.safetensors"}:
@@ -371,30 +372,35 @@ def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
 def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source, tmp_path):
     arch = hf.load_architecture(source)
     with pytest.raises(UserError, match=f"(misshapen|unexpected): {name}"):
-        hf.export_merged(source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out")
+        export.export_merged(
+            source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fast
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
-    with hf.new_folder(out) as folder:
+    with export.new_folder(out) as folder:
         (folder / "file").write_text("text")
         assert not out.exists()
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     with pytest.raises(UserError, match="--out: expected a folder that is not there yet"):
-        hf.new_folder(out).__enter__()
+        export.new_folder(out).__enter__()
     assert (out / "file").read_text() == "text"
 
     for error in (RuntimeError("ours"), KeyboardInterrupt(), UserError("theirs")):
-        with pytest.raises(type(error)), hf.new_folder(tmp_path / "new") as folder:
+        with pytest.raises(type(error)), export.new_folder(tmp_path / "new") as folder:
             (folder / "file").write_text("text")
             raise error
     full = OSError(errno.ENOSPC, "No space left on device")
     message = r"--out: .*new cannot be written.*No space left"
-    with pytest.raises(UserError, match=message), hf.new_folder(tmp_path / "new"):
+    with pytest.raises(UserError, match=message), export.new_folder(tmp_path / "new"):
         raise full
-    with pytest.raises(UserError, match=r"cannot be written"), hf.new_folder(out / "file" / "new"):
+    with (
+        pytest.raises(UserError, match=r"cannot be written"),
+        export.new_folder(out / "file" / "new"),
+    ):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep"]
 

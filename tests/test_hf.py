@@ -15,9 +15,9 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kd_jax import hf, model
+from kd_jax import disk, export, hf
+from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.model import read_architecture, weights
 from kd_jax.sharding import make_mesh, weight_sharding
 
 MESHES = {
@@ -67,7 +67,7 @@ def shard(folder):
         save_file(part, folder / file)
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": files}
-    (folder / hf.INDEX).write_text(json.dumps(index))
+    (folder / disk.INDEX).write_text(json.dumps(index))
     return index
 
 
@@ -107,7 +107,7 @@ def test_every_bit_that_transformers_wrote_arrives(
         weight.data = raw.view(weight.dtype)
     theirs.tie_weights()
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / hf.INDEX).is_file() == (max_shard_size == "50KB")
+    assert (tmp_path / disk.INDEX).is_file() == (max_shard_size == "50KB")
 
     monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)  # several blocks in each tensor
     arrays = load(tmp_path, dtype, mesh)
@@ -128,13 +128,13 @@ def test_every_bit_that_transformers_wrote_arrives(
 
 def count_reads(monkeypatch):
     """Returns a list that gathers file, offset and length of every read of a tensor."""
-    reads, plain = [], hf.Tensor._read_into
+    reads, plain = [], disk.Tensor._read_into
 
     def counted(self, out, offset):
         reads.append((self.file.name, offset, out.nbytes))
         plain(self, out, offset)
 
-    monkeypatch.setattr(hf.Tensor, "_read_into", counted)
+    monkeypatch.setattr(disk.Tensor, "_read_into", counted)
     return reads
 
 
@@ -156,17 +156,17 @@ PROCESS = """
 import sys, jax, numpy as np
 from pathlib import Path
 from safetensors.numpy import load_file
-from kd_jax import hf
+from kd_jax import disk, hf
 from kd_jax.config import MeshConfig
 from kd_jax.sharding import make_mesh
 folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-count, plain = 0, hf.Tensor._read_into
+count, plain = 0, disk.Tensor._read_into
 def counted(self, out, offset):
     global count
     count += out.nbytes
     plain(self, out, offset)
-hf.Tensor._read_into = counted
+disk.Tensor._read_into = counted
 arch = hf.load_architecture(folder)
 arrays = hf.load_arrays(folder, arch, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8), "float32")
 stored = load_file(folder / "model.safetensors")
@@ -295,7 +295,7 @@ def edit_index(change):
     def spoil(folder):
         index = shard(folder)
         change(index)
-        (folder / hf.INDEX).write_text(json.dumps(index))
+        (folder / disk.INDEX).write_text(json.dumps(index))
 
     return spoil
 
@@ -326,20 +326,20 @@ BROKEN = {
     ),
     "float8": (float8, WEIGHTS, f"{UP_PROJ} has dtype F8_E4M3, expected one of F32, F16, BF16"),
     "int8": (set_dtype(np.int8), WEIGHTS, f"{UP_PROJ} has dtype I8, expected one of F32"),
-    "absent shard": (lose_shard, hf.INDEX, "files that are not there: b.safetensors"),
+    "absent shard": (lose_shard, disk.INDEX, "files that are not there: b.safetensors"),
     "tensor in no file": (
         edit_index(lambda index: index["weight_map"].update(extra="a.safetensors")),
-        hf.INDEX,
+        disk.INDEX,
         "names tensors that their files do not have: extra (a.safetensors)",
     ),
     "tensor in another file": (
         edit_index(lambda index: index["weight_map"].update({UP_PROJ: "a.safetensors"})),
-        hf.INDEX,
+        disk.INDEX,
         f"names tensors that their files do not have: {UP_PROJ} (a.safetensors)",
     ),
     "index without a map": (
         edit_index(lambda index: index.pop("weight_map")),
-        hf.INDEX,
+        disk.INDEX,
         "expected weight_map to give each tensor's file",
     ),
     "pickle": (only("pytorch_model.bin"), "", "got pickled weights (pytorch_model.bin)"),
@@ -386,7 +386,7 @@ def test_a_broken_folder_is_refused_with_path_and_expectation(case, folder):
 
 @pytest.mark.fast
 def test_a_file_that_shrinks_after_the_check_is_refused(folder):
-    tensors = hf.open_folder(folder)
+    tensors = disk.open_folder(folder)
     os.truncate(folder / "model.safetensors", 10_000)
     with pytest.raises(UserError, match="ended early"):
         tensors[UP_PROJ].read()
@@ -434,13 +434,13 @@ def test_the_index_says_which_file_a_tensor_is_read_from(folder):
 
 @pytest.mark.fast
 def test_the_fingerprint_is_that_of_the_content(folder, tmp_path_factory):
-    before = hf.fingerprint(folder)
+    before = disk.fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "model")
     (copy / "README.md").write_text("other words")
-    assert hf.fingerprint(copy) == before
+    assert disk.fingerprint(copy) == before
     edit(folder, lambda tensors: tensors[EMBEDDING].__imul__(2))
     (copy / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
-    assert len({before, hf.fingerprint(folder), hf.fingerprint(copy)}) == 3
+    assert len({before, disk.fingerprint(folder), disk.fingerprint(copy)}) == 3
 
 
 @pytest.fixture
@@ -459,8 +459,8 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
     (repo / "refs" / "main").write_text(commit)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, snapshot / name)
-    assert hf.resolve("some-org/some-name", "student.path").samefile(snapshot)
-    load(hf.resolve("some-org/some-name", "student.path"))
+    assert disk.resolve("some-org/some-name", "student.path").samefile(snapshot)
+    load(disk.resolve("some-org/some-name", "student.path"))
 
 
 @pytest.mark.fast
@@ -478,110 +478,17 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
 )
 def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
     with pytest.raises(UserError) as error:
-        hf.resolve(path, "student.path")
+        disk.resolve(path, "student.path")
     assert str(error.value).startswith("student.path: ")
     assert path in str(error.value) and message in str(error.value)
-
-
-def architecture(**changes):
-    return read_architecture({**CONFIG, **changes}, "config.json")
-
-
-OTHER_VALUES = {
-    "vocab_size": 322,
-    "hidden_size": 128,
-    "intermediate_size": 98,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-4,
-    "head_dim": 32,
-    "hidden_act": "gelu",
-    "model_type": "mistral",
-    "rope_parameters": tiny.DEFAULT_ROPE,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
-    "mlp_bias": True,
-}
-
-
-@pytest.mark.fast
-def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ignored():
-    from transformers import LlamaConfig
-
-    for key in LlamaConfig().to_dict():
-        if key in OTHER_VALUES:
-            try:
-                assert architecture(**{key: OTHER_VALUES[key]}) != architecture(), key
-            except UserError as error:
-                assert f"{key}: expected" in str(error)
-        else:
-            assert key in model._IGNORED, key
-            assert architecture(**{key: "anything"}) == architecture(), key
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("scaling", [None, tiny.LLAMA3, {**tiny.LLAMA3, "factor": 8.0}])
-def test_the_old_spelling_of_rope_means_what_transformers_makes_of_it(scaling):
-    from transformers import LlamaConfig
-
-    old = {key: value for key, value in CONFIG.items() if key != "rope_parameters"}
-    old |= {"rope_theta": 12345.0, "rope_scaling": scaling and dict(scaling)}
-    if scaling:
-        del old["rope_scaling"]["rope_theta"]
-    new = LlamaConfig(**old).to_dict()
-    assert "rope_scaling" not in new
-    assert read_architecture(old, "old") == read_architecture(new, "new")
-    assert read_architecture(old, "old").rope.theta == 12345.0
-
-
-REFUSED = {
-    "model_type": "qwen2",
-    "hidden_act": "gelu",
-    "attention_bias": True,
-    "mlp_bias": True,
-    "sliding_window": 4096,
-    "quantization_config": {"quant_method": "bitsandbytes"},
-    "layer_types": ["full_attention"],
-    "use_qk_norm": True,
-    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
-    "num_key_value_heads": 3,
-}
-
-
-@pytest.mark.fast
-def test_everything_that_the_decoder_does_not_do_is_refused_at_once():
-    with pytest.raises(UserError) as error:
-        architecture(**REFUSED, rope_parameters=None)
-    lines = str(error.value).splitlines()
-    assert lines[0] == "config.json: this model cannot be run as configured:"
-    for key in {**REFUSED, "rope_type": 0}.keys() - {"rope_scaling"}:
-        assert any(line.startswith(f"  {key}: ") for line in lines), key
-    assert len(lines) == len(REFUSED) + 1
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
-@pytest.mark.parametrize("spelling", ["type", "rope_type"])
-def test_other_rotary_scalings_are_refused_by_name(kind, spelling):
-    with pytest.raises(UserError, match=f"rope_type: expected .* got '{kind}'"):
-        architecture(rope_parameters=None, rope_scaling={spelling: kind})
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "rms_norm_eps", "model_type"])
-def test_a_missing_key_is_named(key):
-    config = {name: value for name, value in CONFIG.items() if name != key}
-    with pytest.raises(UserError, match=f"{key}: "):
-        read_architecture(config, "config.json")
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
 def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_path):
     tensors = random_tensors()
-    hf.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
+    export.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / hf.INDEX).is_file()
+    assert (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / disk.INDEX).is_file()
     found = {}
     for path in files:
         with safe_open(path, framework="np") as file:
@@ -591,7 +498,7 @@ def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_p
     for name, (_, value) in found.items():
         np.testing.assert_array_equal(bits(value), bits(tensors[name]))
     if len(files) > 1:
-        index = json.loads((tmp_path / hf.INDEX).read_text())
+        index = json.loads((tmp_path / disk.INDEX).read_text())
         assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
         assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
         for path in files:

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "command", "sharding", "attention", "model", "lora", "losses", "kd_head", "text",
-    "data", "optim", "hf",
+    "config", "command", "sharding", "attention", "architecture", "model", "lora", "losses",
+    "kd_head", "text", "data", "optim", "disk", "hf", "export",
     "step", "checkpoint", "metrics", "build", "loop", "train", "evaluate",
 ]  # fmt: skip
 

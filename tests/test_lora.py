@@ -11,17 +11,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import hf
+from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
 from kd_jax.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
-from kd_jax.model import (
-    Decoder,
-    Linear,
-    LoraParam,
-    logits,
-    named_arrays,
-    read_architecture,
-    weights,
-)
+from kd_jax.model import Decoder, Linear, LoraParam, logits, named_arrays
 
 CONFIG = {
     **tiny.SHAPE,

@@ -10,7 +10,8 @@ import tiny
 import torch
 
 from kd_jax import model as model_module
-from kd_jax.model import Decoder, logits, named_arrays, read_architecture, rebuild, weights
+from kd_jax.architecture import read_architecture, weights
+from kd_jax.model import Decoder, logits, named_arrays, rebuild
 
 # Both sides round float32 sums of a few hundred terms in different orders.
 TOLERANCE = 1e-4

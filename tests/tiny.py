@@ -101,8 +101,8 @@ def write_plain_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Writes a random tied model without torch, and the tiny tokenizer; returns the folder."""
     from safetensors.numpy import save_file
 
+    from kd_jax.architecture import read_architecture, weights
     from kd_jax.hf import hf_names
-    from kd_jax.model import read_architecture, weights
 
     config = {**SHAPE, "model_type": "llama", "tie_word_embeddings": True, **changes}
     config["rope_parameters"] = LLAMA3

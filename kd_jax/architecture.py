@@ -1,0 +1,221 @@
+"""What config.json says: every constant of the decoder, and the tensors that follow from it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd_jax.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), with Llama 3's scaling where factor is set."""
+
+    theta: float
+    factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Returns radians per position, [H / 2] float32.
+
+        With scaling, wavelengths above original / low_freq_factor are stretched by `factor`, those
+        below original / high_freq_factor are kept, and the ones between are blended.
+        """
+        # Rounded to float32 where the models' own training code rounds: at position 10,000 the
+        # last bit of a frequency is a thousandth of a radian.
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
+        frequency = np.float32(1) / power
+        if self.factor is not None:
+            turns = self.original_max_position_embeddings * frequency / np.float32(2 * math.pi)
+            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blend = np.clip(blend, 0.0, 1.0)
+            frequency = (1 - blend) * frequency / self.factor + blend * frequency
+        return frequency.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Every constant of the decoder, under its config.json name."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope
+
+
+# Keys of config.json that do not change what the decoder computes.
+_IGNORED = {
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "label2id", "max_position_embeddings", "name_or_path", "_name_or_path", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+# Keys that change the computation, with the only values under which the decoder is right.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0, None),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+    "add_cross_attention": (False,),
+    "partial_rotary_factor": (None, 1.0),
+}
+
+
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_architecture(config: dict[str, Any], source: str) -> Architecture:
+    """Returns the architecture in a parsed config.json, whose place `source` names in errors.
+
+    Raises:
+      UserError: a key is missing or of no use, or asks for a computation that the decoder does not
+        do; all such keys are listed.
+    """
+    problems = _key_problems(config)
+    rope = _read_rope(config, problems)
+    if problems:
+        lines = "\n  ".join(problems)
+        raise UserError(f"{source}: this model cannot be run as configured:\n  {lines}")
+    assert rope is not None
+    kv_heads, head_dim = _head_sizes(config)
+    return Architecture(
+        **{key: config[key] for key in _SIZES},
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=config["rms_norm_eps"],
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        rope=rope,
+    )
+
+
+def _key_problems(config: dict[str, Any]) -> list[str]:
+    problems = []
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        value = config.get(key)
+        optional = key in _OPTIONAL_SIZES and value is None
+        if not optional and (type(value) is not int or value < 1):
+            got = repr(value) if key in config else "none"
+            problems.append(f"{key}: expected a whole number of at least 1, got {got}")
+    if not problems:
+        heads, (kv_heads, head_dim) = config["num_attention_heads"], _head_sizes(config)
+        if heads % kv_heads:
+            problems.append(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
+        if head_dim % 2:
+            problems.append(f"head_dim: expected an even number, got {head_dim}")
+    if not _is_positive(config.get("rms_norm_eps")):
+        problems.append(
+            f"rms_norm_eps: expected a number above 0, got {config.get('rms_norm_eps')!r}"
+        )
+    if config.get("tie_word_embeddings") not in (True, False, None):
+        got = config["tie_word_embeddings"]
+        problems.append(f"tie_word_embeddings: expected true or false, got {got!r}")
+    for key, values in _FIXED.items():
+        if (key in config or key == "model_type") and config.get(key) not in values:
+            problems.append(f"{key}: expected {values[0]!r}, got {config.get(key)!r}")
+    read = {*_SIZES, *_OPTIONAL_SIZES, *_FIXED, *_IGNORED, "rms_norm_eps", "tie_word_embeddings"}
+    read |= {"rope_theta", "rope_scaling", "rope_parameters"}
+    return problems + [
+        f"{key}: unknown, got {value!r}"
+        for key, value in config.items()
+        if key not in read and value not in (None, False, [], {})
+    ]
+
+
+def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """Returns the number of key/value heads and the width of a head, given or derived."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    return kv_heads, config.get("head_dim") or config["hidden_size"] // heads
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _read_rope(config: dict[str, Any], problems: list[str]) -> Rope | None:
+    """Reads both spellings: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
+    parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        problems.append("rope_scaling, rope_parameters: expected an object or null")
+        return None
+    fields = {"rope_theta": config.get("rope_theta", 10000.0)} | parts[0] | parts[1]
+    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
+    fields.pop("type", None)
+    if kind not in ("default", "llama3"):
+        problems.append(f"rope_type: expected 'default' or 'llama3', got {kind!r}")
+    if fields.pop("partial_rotary_factor", None) not in (None, 1.0):
+        problems.append("partial_rotary_factor: expected 1.0")
+    wanted = ("rope_theta", *(_SCALING if kind == "llama3" else ()))
+    for key in wanted:
+        if not _is_positive(fields.get(key)):
+            got = repr(fields[key]) if key in fields else "none"
+            problems.append(f"rope parameter {key}: expected a number above 0, got {got}")
+    unknown = sorted(fields.keys() - {"rope_theta", *_SCALING})
+    problems += [f"rope parameter {key}: unknown, got {fields[key]!r}" for key in unknown]
+    if problems:
+        return None
+    return Rope(
+        theta=float(fields["rope_theta"]),
+        **{key: fields[key] for key in _SCALING if kind == "llama3"},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What one tensor looks like: its shape and the logical names of its dimensions."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+
+
+def layer_weights(arch: Architecture) -> dict[str, Weight]:
+    """Returns each tensor of one layer by its name below `model.layers.N.`."""
+    D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
+    NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
+    return {
+        "input_layernorm.weight": Weight((D,), ("norm",)),
+        "self_attn.q_proj.weight": Weight((NH, D), ("heads", "embed")),
+        "self_attn.k_proj.weight": Weight((KH, D), ("heads", "embed")),
+        "self_attn.v_proj.weight": Weight((KH, D), ("heads", "embed")),
+        "self_attn.o_proj.weight": Weight((D, NH), ("embed", "heads")),
+        "post_attention_layernorm.weight": Weight((D,), ("norm",)),
+        "mlp.gate_proj.weight": Weight((F, D), ("mlp", "embed")),
+        "mlp.up_proj.weight": Weight((F, D), ("mlp", "embed")),
+        "mlp.down_proj.weight": Weight((D, F), ("embed", "mlp")),
+    }
+
+
+def weights(arch: Architecture) -> dict[str, Weight]:
+    """Returns every tensor of the model by dotted path; those of the layers have a leading L."""
+    V, D, L = arch.vocab_size, arch.hidden_size, arch.num_hidden_layers
+    table = {
+        f"layers.{name}": Weight((L, *weight.shape), ("layers", *weight.dims))
+        for name, weight in layer_weights(arch).items()
+    }
+    table["embed_tokens.weight"] = Weight((V, D), ("vocab", "row"))
+    table["norm.weight"] = Weight((D,), ("norm",))
+    if not arch.tie_word_embeddings:
+        table["lm_head.weight"] = Weight((V, D), ("vocab", "row"))
+    return table

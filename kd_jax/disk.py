@@ -1,0 +1,199 @@
+"""A model's folder on disk: hub ids, JSON, hashes, and the bytes of safetensors files."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kd_jax.config import UserError
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+INDEX = "model.safetensors.index.json"
+
+
+HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+ORBAX = "orbax"
+
+
+def resolve(path: str, field: str) -> Path:
+    """Returns the local folder of a path or hub id, downloading what a hub id lacks locally."""
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is a file")
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is not there")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+    try:
+        return Path(snapshot_download(path, allow_patterns=wanted))
+    except Exception as error:
+        raise UserError(
+            f"{field}: {path} is no local folder, and fetching it from the hub failed "
+            f"({type(error).__name__}: {first_line(error)}). "
+            "Check the name, the network and your token (HF_TOKEN), or give a folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a JSON file, which is not there") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+    return tree
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns a hash of what a folder's model or adapter is, whatever the folder's name.
+
+    Of each megabyte of weights the first 4 KiB count: training and merging change nearly all
+    values of a tensor, and so the hash, while hashing every byte would take longer than loading.
+    """
+    files = [folder / "config.json", folder / "adapter_config.json"]
+    files += [*folder.glob("*.safetensors"), *(folder / ORBAX).rglob("*")]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with open(path, "rb", buffering=0) as file:
+            for start in range(0, size, 2**20):
+                file.seek(start)
+                digest.update(file.read(2**12))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies in a safetensors file."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns the rows from `start` to `stop`, reading no byte of the others."""
+        stop = self.shape[0] if stop is None else stop
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.read_rows(out, start)
+        return out
+
+    def read_rows(self, out: np.ndarray, start: int) -> None:
+        """Fills `out`, contiguous and of this tensor's dtype, with the rows from `start`."""
+        self._read_into(out, self.offset + start * self.row_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _read_into(self, out: np.ndarray, offset: int) -> None:
+        # Not a memory map: mapped pages would count as this process's memory beside the copy.
+        assert out.flags.c_contiguous  # else reshape would copy, and the bytes would be lost
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{self.file}: ended early; it changed while it was read")
+                done += count
+
+
+# What reading a header raises where its bytes are not what the format says.
+_MALFORMED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError,
+)  # fmt: skip
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file, by name, after checking the file's length."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size - 8, HEADER_BYTES):
+                raise ValueError(f"its header is said to have {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        end = 0
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                known = ", ".join(DTYPES)
+                raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {known}")
+            begin, stop = entry["data_offsets"]
+            tensor = Tensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            if begin < 0 or stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
+                raise ValueError(f"{name} does not fill its bytes")
+            tensors[name] = tensor
+            end = max(end, stop)
+        if size < 8 + length + end:
+            raise ValueError(f"truncated: expected {8 + length + end} bytes, got {size}")
+    except FileNotFoundError:
+        raise UserError(f"{file}: expected a safetensors file, which is not there") from None
+    except _MALFORMED as error:
+        raise UserError(f"{file}: expected a whole safetensors file ({error})") from None
+    return tensors
+
+
+def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Tensor]:
+    """Returns every tensor of a folder in Hugging Face form, one file or sharded."""
+    if (folder / single).is_file():  # before an index, as in transformers
+        return read_header(folder / single)
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
+    pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        raise UserError(
+            f"{folder}: expected safetensors, got pickled weights ({', '.join(sorted(pickles))}), "
+            "which can run any code and are never loaded. Save them with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    others = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "neither"
+    raise UserError(f"{folder}: expected {single} or {INDEX}, got {others}")
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    """Returns every tensor of the files that the index names, each from the file it gives."""
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{path}: expected weight_map to give each tensor's file")
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{path}: names files that are not there: {', '.join(absent)}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = read_header(folder / file).items()
+        tensors |= {name: t for name, t in found if weight_map.get(name, file) == file}
+    lost = [f"{name} ({weight_map[name]})" for name in sorted(weight_map.keys() - tensors.keys())]
+    if lost:
+        raise UserError(f"{path}: names tensors that their files do not have: {', '.join(lost)}")
+    return tensors
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
