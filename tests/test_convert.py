@@ -291,7 +291,8 @@ def run_of(tmp_path):
         workdir = tmp_path / "run"
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
-        checkpoint.claim_workdir(config, workdir, {})
+        hashes = {"student.path": disk.fingerprint(source)}
+        checkpoint.claim_workdir(config, workdir, hashes)
         arrays = {}
         with checkpoint.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from kd_jax import hf
 from kd_jax.architecture import read_architecture, weights
-from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
+from kd_jax.config import LINEAR_NAMES, LoraConfig, MeshConfig, UserError
 from kd_jax.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
 from kd_jax.model import Decoder, Linear, LoraParam, logits, named_arrays
+from kd_jax.sharding import make_mesh
 
 CONFIG = {
     **tiny.SHAPE,
@@ -253,7 +254,7 @@ def test_merged_at_load_equals_pefts_merge(options, tmp_path):
     base = tiny.make_torch_llama(1)
     base.save_pretrained(tmp_path / "base")
     adapter = hf.load_adapter(tmp_path / "adapter", ARCH)
-    mesh = hf.make_mesh(hf.MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     ours = hf.load_arrays(tmp_path / "base", ARCH, mesh, "float32", adapter=adapter)
     plain, merged = base.state_dict(), theirs.merge_and_unload().state_dict()
     changed = 0
@@ -277,7 +278,7 @@ def test_going_on_from_pefts_factors_computes_what_peft_does(use_rslora, tmp_pat
     assert adapter.config.alpha / adapter.config.rank == pytest.approx(
         6 / (2 if use_rslora else 4), abs=1e-12
     )
-    mesh = hf.make_mesh(hf.MeshConfig(), 8)
+    mesh = make_mesh(MeshConfig(), 8)
     arrays = hf.load_arrays(tmp_path / "base", ARCH, mesh, "float32")
     decoder = Decoder(ARCH, arrays, dtype=jnp.float32)
     start = hf.stack_adapter(adapter, ARCH)
