@@ -1,6 +1,6 @@
 """Our training beside torchtune's distillation recipe: same folders, same data, same machine.
 
-python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype float32]
+python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype bfloat16]
 
 DIR holds run_torchtune.sh and the data beside it (its README says what it runs: 8 steps of 4 rows
 of GSM8K, LoRA rank 64, a Llama 3 vocabulary). Rounds alternate between the two. Printed are the
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="new folder for models, logs and results")
     parser.add_argument("--yardstick", type=Path, required=True, help="folder of run_torchtune.sh")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
     out = args.out.resolve()
     runs: dict[str, list[dict[str, float]]] = {"torchtune": [], "kd_jax": []}
