@@ -127,7 +127,8 @@ class LossConfig:
     divergence: Literal["forward_kl"] = "forward_kl"
     """What is minimised between teacher and student."""
     temperature: float = 1.0
-    """Both models' logits are divided by this in the divergence, never in the cross-entropy."""
+    """Both models' logits are divided by this in the divergence, never in the cross-entropy. The
+    divergence is not multiplied by its square."""
     chunk_tokens: int | None = None
     """Tokens per device whose logits exist at one time, in both models; None takes what suits the
     device. Memory and speed, not results."""
