@@ -92,6 +92,8 @@ def train(config: Config) -> None:
         if stop and step < num_steps:
             checkpoint.save(checkpointer, state, step, None)
             print(f"stopped by SIGTERM at step {step}; the same command resumes", flush=True)
+            return
+    print(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:

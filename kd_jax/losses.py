@@ -53,7 +53,7 @@ def entropy(log_p: jax.Array) -> jax.Array:
 def top1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """Returns 1.0 where both models rank the same token first.
 
-    By the maxima, which the softmax needs anyway: a search for their places is several times slower.
+    By the maxima, which the softmax needs anyway: finding their places takes several times longer.
     """
     first = student_logits == jnp.max(student_logits, axis=-1, keepdims=True)
     first &= teacher_logits == jnp.max(teacher_logits, axis=-1, keepdims=True)
