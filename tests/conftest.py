@@ -1,5 +1,6 @@
 """Tests run offline on eight fake CPU devices, so that no sharding test can skip by accident."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from kd_jax.text import load_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Without the `test` extra's torch only the fast tests can run, and these files have none.
+NEED_TORCH = ["test_model.py", "test_step.py", "test_train.py"]
+collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 

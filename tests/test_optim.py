@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
 
 from kd_jax.config import OptimConfig
 from kd_jax.optim import make_optimizer, make_schedule
@@ -17,6 +16,8 @@ PLAIN = OptimConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, clip_no
 
 def run_torch(config, start, gradients):
     """Returns the arrays after torch's AdamW and clipping, with our learning rates."""
+    import torch
+
     named = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
     decayed = [x for name, x in named.items() if not name.endswith("norm.weight")]
     others = [x for name, x in named.items() if name.endswith("norm.weight")]
