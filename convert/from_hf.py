@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.export import save_orbax
 
     source = resolve(args.source, "--source")
-    save_orbax(source, Path(args.out))
+    save_orbax(source, Path(args.out).expanduser())
     print(f"wrote {source} to {args.out}")
 
 

@@ -33,14 +33,15 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.export import export_adapter, export_merged
     from kd_jax.hf import load_architecture
 
-    config = read_run(Path(args.workdir))
+    workdir = Path(args.workdir).expanduser()
+    config = read_run(workdir)
     if args.format == "adapter" and config.trainable == "full":
         raise UserError("--format: expected merged, since this run trained whole weights")
     source = resolve(config.student.path, "student.path")
-    check_inputs(Path(args.workdir), {"student.path": fingerprint(source)})
+    check_inputs(workdir, {"student.path": fingerprint(source)})
     arch = load_architecture(source)
-    trained, step = load_trained(Path(args.workdir), args.step)
-    out = Path(args.out)
+    trained, step = load_trained(workdir, args.step)
+    out = Path(args.out).expanduser()
     if args.format == "adapter":
         export_adapter(source, config.student.path, arch, trained, config.lora, out)
     else:

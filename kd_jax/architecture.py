@@ -122,6 +122,11 @@ def _key_problems(config: dict[str, Any]) -> list[str]:
         heads, (kv_heads, head_dim) = config["num_attention_heads"], _head_sizes(config)
         if heads % kv_heads:
             problems.append(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
+        if config.get("head_dim") is None and config["hidden_size"] % heads:
+            problems.append(
+                f"hidden_size: expected a multiple of num_attention_heads ({heads}), "
+                f"got {config['hidden_size']}"
+            )
         if head_dim % 2:
             problems.append(f"head_dim: expected an even number, got {head_dim}")
     if not _is_positive(config.get("rms_norm_eps")):
@@ -139,7 +144,7 @@ def _key_problems(config: dict[str, Any]) -> list[str]:
     return problems + [
         f"{key}: unknown, got {value!r}"
         for key, value in config.items()
-        if key not in read and value not in (None, False, [], {})
+        if key not in read and not (value is None or value is False or value in ([], {}))
     ]
 
 
@@ -172,7 +177,10 @@ def _read_rope(config: dict[str, Any], problems: list[str]) -> Rope | None:
         if not _is_positive(fields.get(key)):
             got = repr(fields[key]) if key in fields else "none"
             problems.append(f"rope parameter {key}: expected a number above 0, got {got}")
-    unknown = sorted(fields.keys() - {"rope_theta", *_SCALING})
+    if kind == "llama3" and fields.get("low_freq_factor") == fields.get("high_freq_factor"):
+        problems.append("rope parameter high_freq_factor: expected another than low_freq_factor")
+    known = wanted if kind == "default" else ("rope_theta", *_SCALING)
+    unknown = sorted(fields.keys() - set(known))
     problems += [f"rope parameter {key}: unknown, got {fields[key]!r}" for key in unknown]
     if problems:
         return None

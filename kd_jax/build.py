@@ -49,6 +49,14 @@ def start_jax(compilation_cache: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
+def check_attention(config: Config) -> None:
+    """Raises UserError where the attention kernel asked for is not on this machine."""
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(
+            f"attention: expected auto|xla on {jax.default_backend()}, got cudnn, which needs a GPU"
+        )
+
+
 def open_source(path: str, adapter: str | None, field: str) -> Source:
     """Returns a checked model on disk; `field` (student or teacher) names it in errors."""
     folder = resolve(path, f"{field}.path")
@@ -70,7 +78,13 @@ def shared_vocab_size(student: Source, teacher: Source | None) -> int:
     Equal sizes are taken whole; sizes that differ by padding are cut to the tokenizer's.
     """
     if teacher is None:
-        return student.arch.vocab_size
+        true_size, size = max(student.tokenizer.get_vocab().values()) + 1, student.arch.vocab_size
+        if size < true_size:
+            raise UserError(
+                f"{student.folder}: expected at least {true_size} vocabulary entries (the "
+                f"tokenizer's), got {size}"
+            )
+        return size
     places = (student.folder, teacher.folder)
     true_size = check_same_tokenizer(student.tokenizer, teacher.tokenizer, *places)
     sizes = (student.arch.vocab_size, teacher.arch.vocab_size)

@@ -31,7 +31,11 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
     """
     folder = workdir.absolute() / "checkpoints"
     policies = ocp.training.preservation_policies
-    best = policies.BestN(get_metric_fn=lambda metrics: -metrics["eval_loss"], n=1)
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: -metrics["eval_loss"],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
     try:
         with ocp.training.Checkpointer(
             folder,

@@ -65,7 +65,8 @@ class TeacherConfig:
     adapter: str | None = None
     """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
     dtype: Dtype = "bfloat16"
-    """dtype of the teacher's weights and matrix products; accumulation is always float32."""
+    """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
+    always float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,12 +175,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) in float32; biases and norms are not decayed."""
+    """AdamW (arXiv 1711.05101) in float32; norms are not decayed."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay from the peak to zero after the warm-up."""
+    """After the warm-up: decay from the peak to zero, or the peak to the end."""
     warmup_steps: int = 100
     """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.01
@@ -238,7 +239,8 @@ class CheckpointConfig:
     every_steps: int = 200
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Latest checkpoints kept; the one with the lowest eval loss is kept besides."""
+    """Latest checkpoints kept; of those saved at a step that was evaluated, the one with the lowest
+    loss is kept besides."""
 
     def check(self, checks: _Checks) -> None:
         checks.require(
@@ -331,7 +333,8 @@ class Config:
         both = (self.steps, self.epochs)
         checks.require(given == 1, "steps, epochs", "a number for one, None for the other", both)
         checks.require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
-        checks.require(self.epochs is None or self.epochs > 0, "epochs", "above 0", self.epochs)
+        passes = self.epochs
+        checks.require(passes is None or 0 < passes < 1e9, "epochs", "above 0", passes)
         checks.require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
         size, count = self.data.batch_size, self.optim.accumulation_steps
         checks.require(

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kd_jax.command import parse_args, run_command
@@ -41,6 +42,7 @@ class EvaluateArgs:
     """Rows at a time over all devices; None takes the number of devices."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     max_conversations: int | None = None
     """Use only the first conversations of the data; None uses all."""
 
@@ -73,7 +75,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
     from kd_jax.sharding import make_mesh
     from kd_jax.text import chat_template_of
 
-    workdir = Path(args.model) if is_run(Path(args.model)) else None
+    folder = Path(args.model).expanduser()
+    workdir = folder if is_run(folder) else None
     config = _config(args, read_run(workdir) if workdir else None, jax.device_count())
     start_jax(config.compilation_cache)
     mesh = make_mesh(config.mesh, config.data.batch_size)
@@ -96,6 +99,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
         arrays = models.frozen
     program = make_program(config, models, vocab_size, mesh)
     values = evaluate_rows(program, mesh, arrays, models.teacher_arrays, rows, config)
+    wrong = ", ".join(f"{name} {x}" for name, x in values.items() if not math.isfinite(x))
+    if wrong:
+        raise UserError(f"{args.model}: expected finite values, got {wrong}")
     return {name: values[name] for name in NAMES if name in values}
 
 
@@ -119,7 +125,7 @@ def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
         )
     return dataclasses.replace(
         run,
-        mesh=MeshConfig(),
+        mesh=args.mesh,
         attention="auto",
         optim=dataclasses.replace(run.optim, accumulation_steps=1),
         student=dataclasses.replace(run.student, dtype=args.dtype),
@@ -128,8 +134,8 @@ def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
             run.data,
             path=args.data,
             split=args.split,
-            seq_len=args.seq_len or run.data.seq_len,
-            batch_size=args.batch_size or num_devices,
+            seq_len=run.data.seq_len if args.seq_len is None else args.seq_len,
+            batch_size=num_devices if args.batch_size is None else args.batch_size,
             chat_template=args.chat_template or run.data.chat_template,
             max_conversations=args.max_conversations,
         ),

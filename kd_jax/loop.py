@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from kd_jax import checkpoint, data
 from kd_jax.build import (
+    Source,
     check_adapter,
+    check_attention,
     load_models,
     make_program,
     open_source,
@@ -27,21 +29,26 @@ from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.sharding import make_mesh, replicated
 from kd_jax.step import Arrays, Program, TrainState, eval_step, init_state, train_step
-from kd_jax.text import chat_template_of
+from kd_jax.text import chat_template_of, check_path
 
 
 def train(config: Config) -> None:
     """Runs or resumes a run to its last step; SIGTERM saves and returns."""
     start_jax(config.compilation_cache)
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optim.accumulation_steps)
-    student = open_source(config.student.path, config.student.adapter, "student")
-    teacher = open_source(config.teacher.path, config.teacher.adapter, "teacher")
+    student, teacher = open_inputs(config)
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
     rows, eval_rows = load_rows(config, student.tokenizer, teacher.tokenizer)
     num_steps = data.num_steps(rows, config)
-    workdir = Path(config.workdir)
+    if config.optim.warmup_steps >= num_steps:
+        print(
+            f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
+            f"{num_steps} steps: the learning rate never reaches its peak and its decay",
+            flush=True,
+        )
+    workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **teacher.hashes, "data.path": rows.key}
     checkpoint.claim_workdir(config, workdir, inputs)
 
@@ -59,7 +66,10 @@ def train(config: Config) -> None:
         print(f"resumed at step {step}" if step else describe_models(models), flush=True)
         writer = stack.enter_context(closing(Writer(workdir, config.log, step, num_steps)))
         loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
-        run_step = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
+        layout = jax.tree.map(lambda x: x.sharding, state)  # of every step, the resumed ones too
+        run_step = jax.jit(
+            train_step, static_argnums=(0, 1), donate_argnums=2, out_shardings=(layout, None)
+        )
         batches = data.batches(
             rows,
             seed=config.seed,
@@ -94,6 +104,31 @@ def train(config: Config) -> None:
             print(f"stopped by SIGTERM at step {step}; the same command resumes", flush=True)
             return
     print(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
+
+
+def open_inputs(config: Config) -> tuple[Source, Source]:
+    """Returns student and teacher, checked.
+
+    Raises:
+      UserError: with what is wrong with any of the models, the data and the attention at once.
+    """
+    problems: list[str] = []
+
+    def attempt(check, *arguments):
+        try:
+            return check(*arguments)
+        except UserError as error:
+            problems.append(str(error))
+
+    attempt(check_attention, config)
+    student = attempt(open_source, config.student.path, config.student.adapter, "student")
+    teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+    attempt(check_path, config.data.path, "data.path")
+    if config.eval.path is not None:
+        attempt(check_path, config.eval.path, "eval.path")
+    if problems:
+        raise UserError("\n".join(problems))
+    return student, teacher
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
@@ -203,7 +238,7 @@ class _Loop:
         if first is None:
             return
         if step == first:
-            jax.profiler.start_trace(str(Path(self.config.workdir) / "profile"))
+            jax.profiler.start_trace(str(Path(self.config.workdir).expanduser() / "profile"))
             self.profiling = True
         if step == first + self.config.log.profile_steps:
             self.flush()

@@ -51,7 +51,7 @@ def entropy(log_p: jax.Array) -> jax.Array:
 
 
 def top1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Returns 1.0 where both models rank the same token first.
+    """Returns 1.0 where both models rank the same token first, alone or beside others.
 
     By the maxima, which the softmax needs anyway: finding their places takes several times longer.
     """

@@ -88,6 +88,13 @@ def read_conversations(path: str, split: str, limit: int | None) -> list[Convers
     return conversations
 
 
+def check_path(path: str, field: str) -> None:
+    """Raises UserError where a path names a file that is not there; hub ids are not looked up."""
+    file = Path(path).expanduser()
+    if file.suffix in (".json", ".jsonl", ".parquet") and not file.is_file():
+        raise UserError(f"{field}: expected a file, got {path}, which is not there")
+
+
 def _records(path: str, split: str) -> Iterator[tuple[str, Any]]:
     """Yields the place of each record and the record; a ValueError stands for an unreadable one."""
     file = Path(path).expanduser()

@@ -118,6 +118,7 @@ def test_a_missing_key_is_named(key):
         ("rms_norm_eps", None),
         ("rms_norm_eps", "1e-5"),
         ("tie_word_embeddings", "yes"),
+        ("hidden_size", 66),
         ("attention_dropout", 0.1),
     ],
 )
@@ -133,6 +134,8 @@ def test_a_value_of_no_use_is_named(key, value):
         {"rope_type": "default", "rope_theta": "big"},
         {"rope_type": "llama3", "rope_theta": 1e4, "factor": None},
         {**tiny.LLAMA3, "low_freq_factor": 0},
+        {**tiny.LLAMA3, "low_freq_factor": 4.0},
+        {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0},
         {**tiny.LLAMA3, "beta_fast": 32},
         "llama3",
     ],

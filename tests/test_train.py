@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert import to_hf
 from kd_jax import checkpoint, data, evaluate, loop, text, train
 from kd_jax.command import run_command
+from kd_jax.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -124,6 +126,44 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_studen
     size = sum(f.stat().st_size for f in (lora_run / "checkpoints" / "6").rglob("*") if f.is_file())
     moments_and_values = 3 * sum(x.nbytes for x in trained.values())
     assert size < moments_and_values + 200_000
+
+
+@pytest.mark.parametrize(
+    "losses, kept",
+    [
+        ([None] * 6, [5, 6]),
+        ([3, 1, 2, 4, 5, 6], [2, 5, 6]),
+        ([None, 1, None, 2, None, None], [2, 5, 6]),
+    ],
+)
+def test_the_latest_checkpoints_are_kept_and_the_best_evaluated_one(losses, kept, tmp_path):
+    with checkpoint.open_checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, loss in enumerate(losses, start=1):
+            state = TrainState({"x": jnp.ones(3)}, {}, jnp.int32(step))
+            checkpoint.save(checkpointer, state, step, loss)
+    assert sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_every_step_keeps_the_layout_and_the_program_of_the_first(run_train, tmp_path, monkeypatch):
+    traces = []
+
+    def counted(*arguments):
+        traces.append(1)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert run_train(tmp_path / "run", *mesh) == 0
+    assert len(traces) == 1
+
+
+def test_all_that_is_wrong_with_the_inputs_is_one_message(run_train, tmp_path, capsys):
+    paths = {"student.path": "/no/s", "teacher.path": "/no/t", "data.path": "/no/d.json"}
+    paths["eval.path"] = "/no/e.jsonl"
+    flags = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    assert run_train(tmp_path / "run", *flags) == 2
+    message = capsys.readouterr().err
+    assert all(f"{name}: expected" in message and path in message for name, path in paths.items())
 
 
 def test_a_finished_run_does_nothing_more(lora_run, run_train, tmp_path):
@@ -351,6 +391,13 @@ def test_evaluation_in_training_is_that_of_the_command(lora_run, config_file, ti
 def test_evaluation_without_a_teacher_gives_cross_entropy(tiny_student, tiny_data, capsys):
     values = evaluated(capsys, tiny_student, None, tiny_data)
     assert values.keys() == {"ce", "perplexity", "target_tokens"}
+
+
+@pytest.mark.parametrize("flag", ["--seq-len", "--batch-size"])
+def test_an_evaluation_of_nothing_is_refused(flag, tiny_student, tiny_data, capsys):
+    argv = ["--model", str(tiny_student), "--data", str(tiny_data), flag, "0"]
+    assert run_command(evaluate.main, argv) == 2
+    assert "expected at least" in capsys.readouterr().err
 
 
 def test_an_earlier_step_can_be_evaluated_and_an_absent_one_is_refused(
