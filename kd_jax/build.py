@@ -77,23 +77,18 @@ def shared_vocab_size(student: Source, teacher: Source | None) -> int:
 
     Equal sizes are taken whole; sizes that differ by padding are cut to the tokenizer's.
     """
-    if teacher is None:
-        true_size, size = max(student.tokenizer.get_vocab().values()) + 1, student.arch.vocab_size
-        if size < true_size:
-            raise UserError(
-                f"{student.folder}: expected at least {true_size} vocabulary entries (the "
-                f"tokenizer's), got {size}"
-            )
-        return size
-    places = (student.folder, teacher.folder)
-    true_size = check_same_tokenizer(student.tokenizer, teacher.tokenizer, *places)
-    sizes = (student.arch.vocab_size, teacher.arch.vocab_size)
+    sources, fields = [student], "student.path"
+    if teacher is not None:
+        sources, fields = [student, teacher], "student.path, teacher.path"
+        check_same_tokenizer(student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
+    true_size = max(student.tokenizer.get_vocab().values()) + 1
+    sizes = [source.arch.vocab_size for source in sources]
     if min(sizes) < true_size:
         raise UserError(
-            f"student.path, teacher.path: expected at least {true_size} vocabulary entries (the "
-            f"tokenizer's), got {sizes[0]} and {sizes[1]}"
+            f"{fields}: expected at least {true_size} vocabulary entries (the tokenizer's), got "
+            + " and ".join(map(str, sizes))
         )
-    return sizes[0] if sizes[0] == sizes[1] else true_size
+    return sizes[0] if len(set(sizes)) == 1 else true_size
 
 
 def check_adapter(source: Source, config: LoraConfig) -> None:

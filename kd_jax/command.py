@@ -81,7 +81,7 @@ def parse_args(
 
 def _check_flags(cls: type, argv: Sequence[str]) -> None:
     """Raises UserError with every flag that `cls` does not have, and what it may have meant."""
-    known = {"help", *_flags(cls)}
+    known = {"help", *flag_names(cls)}
     problems = []
     for word in argv:
         name = word.removeprefix("--").split("=")[0].replace("_", "-")
@@ -98,12 +98,12 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _flags(cls: Any, prefix: str = "") -> Iterator[str]:
+def flag_names(cls: Any, prefix: str = "") -> Iterator[str]:
     """Yields the names of a dataclass's flags, `--no-` forms of switches included."""
     for entry in dataclasses.fields(cls):
         name = entry.name.replace("_", "-")
         if dataclasses.is_dataclass(entry.type):
-            yield from _flags(entry.type, f"{prefix}{name}.")
+            yield from flag_names(entry.type, f"{prefix}{name}.")
         else:
             yield prefix + name
         if entry.type is bool:

@@ -20,7 +20,7 @@ from kd_jax.architecture import Architecture, Weight, read_architecture, weights
 from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
 from kd_jax.disk import ORBAX, Tensor, first_line, open_folder, read_json
 from kd_jax.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
-from kd_jax.sharding import RULES, Rules, weight_sharding
+from kd_jax.sharding import weight_sharding
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -190,7 +190,6 @@ def load_arrays(
     dtype: str | None,
     *,
     adapter: Adapter | None = None,
-    rules: Rules = RULES,
 ) -> dict[str, jax.Array]:
     """Returns every array of `weights(arch)`, read from the folder straight into its shards.
 
@@ -202,7 +201,7 @@ def load_arrays(
     if (folder / ORBAX).is_dir():
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
-        return _load_orbax(folder, arch, mesh, dtype, rules)
+        return _load_orbax(folder, arch, mesh, dtype)
     tensors = open_model(folder, arch)
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -211,7 +210,7 @@ def load_arrays(
             stored = [tensors[name].dtype for name in names]
             out = np.dtype(reduce(jnp.promote_types, stored) if dtype is None else jnp.dtype(dtype))
             layers = [_Layer(tensors[name], *_factors(name, adapter)) for name in names]
-            sharding = weight_sharding(mesh, weight.dims, weight.shape, rules)
+            sharding = weight_sharding(mesh, weight.dims, weight.shape)
             arrays[path] = _load_array(pool, layers, weight, sharding, out)
     return arrays
 
@@ -310,13 +309,13 @@ def orbax_leaves(folder: Path, arch: Architecture) -> dict[str, Any]:
     return saved
 
 
-def _load_orbax(folder, arch, mesh, dtype, rules):
+def _load_orbax(folder, arch, mesh, dtype):
     saved = orbax_leaves(folder, arch)
     abstract = {
         path: jax.ShapeDtypeStruct(
             weight.shape,
             saved[path].dtype if dtype is None else dtype,
-            sharding=weight_sharding(mesh, weight.dims, weight.shape, rules),
+            sharding=weight_sharding(mesh, weight.dims, weight.shape),
         )
         for path, weight in weights(arch).items()
     }

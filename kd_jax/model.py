@@ -108,13 +108,8 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:])
 
 
-class Embedding(nnx.Module):
-    def __init__(self, weight: Any):
-        self.weight = nnx.Param(weight)
-
-
-class Head(nnx.Module):
-    """The output head's weight; the product is taken by kd_head, chunk by chunk."""
+class Table(nnx.Module):
+    """A weight of [V, D]: the embedding, or the head, whose product kd_head takes in chunks."""
 
     def __init__(self, weight: Any):
         self.weight = nnx.Param(weight)
@@ -133,11 +128,11 @@ class Decoder(nnx.Module):
         remat: str = "none",
     ):
         """Takes every array of `weights(arch)` by name."""
-        self.embed_tokens = Embedding(arrays["embed_tokens.weight"])
+        self.embed_tokens = Table(arrays["embed_tokens.weight"])
         self.layers = Layer(_below(arrays, "layers."), arch, dtype, implementation)
         self.norm = RMSNorm(arrays["norm.weight"], arch.rms_norm_eps)
         tied = arch.tie_word_embeddings
-        self.lm_head = nnx.data(None if tied else Head(arrays["lm_head.weight"]))
+        self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
         self.arch = arch
         self.dtype = dtype
         self.remat = remat

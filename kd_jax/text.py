@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import DataConfig, UserError
+from kd_jax.disk import first_line
 
 Conversation = list[dict[str, str]]
 
@@ -29,7 +30,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{folder}: expected tokenizer files, which do not load ({reason})"
         ) from None
@@ -102,8 +103,7 @@ def _records(path: str, split: str) -> Iterator[tuple[str, Any]]:
     """Yields the place of each record and the record; a ValueError stands for an unreadable one."""
     file = Path(path).expanduser()
     if file.suffix in (".json", ".jsonl"):
-        if not file.is_file():
-            raise UserError(f"data: expected a file, got {path}, which is not there")
+        check_path(path, "data")
         yield from _json_records(file)
         return
     for index, record in enumerate(_load_dataset(path, file, split)):
@@ -152,7 +152,7 @@ def _load_dataset(path: str, file: Path, split: str) -> Any:
             return datasets.Dataset.from_parquet(str(file))
         return datasets.load_dataset(str(file) if file.is_dir() else path, split=split)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"data: expected a .json, .jsonl or .parquet file or a dataset on the hub, got {path}, "
             f"which cannot be read ({reason})"

@@ -10,7 +10,7 @@ import pytest
 
 from convert.from_hf import FromHfArgs
 from convert.to_hf import ToHfArgs
-from kd_jax.command import _flags
+from kd_jax.command import flag_names
 from kd_jax.config import Config
 from kd_jax.evaluate import EvaluateArgs
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
     "config", "command", "sharding", "attention", "architecture", "model", "lora", "losses",
-    "kd_head", "text", "data", "optim", "disk", "hf", "export",
+    "kd_head", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "loop", "train", "evaluate",
 ]  # fmt: skip
 
@@ -77,8 +77,8 @@ def test_every_file_that_the_documents_name_exists():
 
 
 def test_every_flag_that_the_documents_name_exists():
-    known = set(_flags(Config)) | set(_flags(EvaluateArgs)) | set(_flags(ToHfArgs))
-    known |= set(_flags(FromHfArgs)) | {"config", "help", "rounds", "yardstick", "dtype"}
+    known = set(flag_names(Config)) | set(flag_names(EvaluateArgs)) | set(flag_names(ToHfArgs))
+    known |= set(flag_names(FromHfArgs)) | {"config", "help", "rounds", "yardstick", "dtype"}
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("configs/*.py")]:
         for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", document.read_text()):
             assert flag in known, f"{document.name}: --{flag}"
