@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kd_jax.architecture import Architecture
-from kd_jax.config import Config, LoraConfig, UserError
+from kd_jax.config import Config, LoraConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.disk import fingerprint, resolve
 from kd_jax.hf import (
     Adapter,
@@ -140,7 +140,7 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
     trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
     if lora:  # small enough for every device to hold them; whole weights stay as they were loaded
         trainable = {name: jax.device_put(x, replicated(mesh)) for name, x in trainable.items()}
-    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher.dtype, config, mesh)
+    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
     return Models(
         student=structure,
         trainable=trainable,
@@ -154,9 +154,9 @@ def load_frozen_models(
     config: Config, student: Source, teacher: Source | None, mesh: Mesh
 ) -> Models:
     """Returns both models as they are on disk, none of them to be trained."""
-    arrays, structure = _load_frozen(student, config.student.dtype, config, mesh)
+    arrays, structure = _load_frozen(student, config.student, config, mesh)
     assert structure is not None
-    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher.dtype, config, mesh)
+    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
     return Models(
         student=structure,
         trainable={},
@@ -167,14 +167,17 @@ def load_frozen_models(
 
 
 def _load_frozen(
-    source: Source | None, dtype: str, config: Config, mesh: Mesh
+    source: Source | None,
+    part: StudentConfig | TeacherConfig | None,
+    config: Config,
+    mesh: Mesh,
 ) -> tuple[Arrays, Structure | None]:
     """Returns a model with its adapter merged into it; nothing for no model."""
-    if source is None:
+    if source is None or part is None:
         return {}, None
-    stored = load_arrays(source.folder, source.arch, mesh, dtype, adapter=source.adapter)
-    compute = jnp.dtype(dtype)
-    model = Decoder(source.arch, stored, dtype=compute, implementation=config.attention)
+    stored = load_arrays(source.folder, source.arch, mesh, part.dtype, adapter=source.adapter)
+    dtype = jnp.dtype(part.dtype)
+    model = Decoder(source.arch, stored, dtype=dtype, implementation=config.attention)
     return named_arrays(model)
 
 

@@ -12,7 +12,14 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+    part_of,
+)
 
 T = TypeVar("T")
 
@@ -102,8 +109,8 @@ def flag_names(cls: Any, prefix: str = "") -> Iterator[str]:
     """Yields the names of a dataclass's flags, `--no-` forms of switches included."""
     for entry in dataclasses.fields(cls):
         name = entry.name.replace("_", "-")
-        if dataclasses.is_dataclass(entry.type):
-            yield from flag_names(entry.type, f"{prefix}{name}.")
+        if part := part_of(entry.type):
+            yield from flag_names(part, f"{prefix}{name}.")
         else:
             yield prefix + name
         if entry.type is bool:
@@ -133,13 +140,43 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
     description += (
         "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
     )
-    default = None if path is None else load_config(path)
-    flags = {word.split("=")[0] for word in rest}
-    if default is not None and "--steps" in flags:
-        default = dataclasses.replace(default, steps=1, epochs=None)  # the flag gives the number
-    if default is not None and "--epochs" in flags:
-        default = dataclasses.replace(default, steps=None, epochs=1)
+    default = _blank_config() if path is None else _open_to_flags(load_config(path), rest)
     return parse_args(Config, rest, prog=prog, description=description, default=default)
+
+
+def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:
+    """Returns the config with a value of the flag's kind wherever a flag replaces None."""
+    flags = {word.split("=")[0] for word in argv}
+    if "--steps" in flags:
+        config = dataclasses.replace(config, steps=1, epochs=None)
+    if "--epochs" in flags:
+        config = dataclasses.replace(config, steps=None, epochs=1)
+    of_teacher = sorted(flag for flag in flags if flag.startswith("--teacher."))
+    if config.teacher is None and of_teacher:
+        if "--teacher.path" not in of_teacher:
+            raise UserError(
+                f"{of_teacher[0]}: expected --teacher.path beside it, since the file has no teacher"
+            )
+        config = dataclasses.replace(config, teacher=TeacherConfig(path="the flag gives it"))
+    return config
+
+
+def _blank_config() -> Config:
+    """Returns what --help shows: every field, those without a default as required."""
+    import tyro
+
+    config = Config(
+        workdir="",
+        teacher=TeacherConfig(path=""),
+        student=StudentConfig(path=""),
+        data=DataConfig(path=""),
+        epochs=1,
+    )
+    for part in (config.teacher, config.student, config.data):
+        object.__setattr__(part, "path", tyro.MISSING)  # which validation would refuse
+    object.__setattr__(config, "workdir", tyro.MISSING)
+    object.__setattr__(config, "epochs", None)
+    return config
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:

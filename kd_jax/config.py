@@ -60,6 +60,8 @@ def _name_of(kind: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
+    """The frozen model to learn from. `teacher=None`, or loss.kd_ratio 0, is plain fine-tuning."""
+
     path: str
     """Folder in Hugging Face form, output of convert.from_hf, or hub id of the frozen teacher."""
     adapter: str | None = None
@@ -124,7 +126,8 @@ class LossConfig:
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, nats per target token."""
 
     kd_ratio: float = 0.5
-    """Weight of the divergence; the cross-entropy on the labels gets the rest."""
+    """Weight of the divergence; the cross-entropy on the labels gets the rest. 0 is plain
+    fine-tuning, for which no teacher is loaded."""
     divergence: Literal["forward_kl"] = "forward_kl"
     """What is minimised between teacher and student."""
     temperature: float = 1.0
@@ -294,7 +297,7 @@ class Config:
 
     workdir: str
     """Folder of the run: metrics, configuration, checkpoints. The same folder resumes."""
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None
     student: StudentConfig
     data: DataConfig
     trainable: Literal["lora", "full"] = "lora"
@@ -343,7 +346,8 @@ class Config:
             f"a multiple of optim.accumulation-steps ({count})",
             size,
         )
-        narrow = {self.student.dtype, self.teacher.dtype} == {"bfloat16"}
+        models = [self.student] + ([] if self.teacher is None else [self.teacher])
+        narrow = {model.dtype for model in models} == {"bfloat16"}
         checks.require(
             self.attention != "cudnn" or narrow,
             "attention",
@@ -351,6 +355,11 @@ class Config:
             self.attention,
         )
         checks.finish()
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher takes part; else the loss is the cross-entropy alone."""
+        return self.teacher is not None and self.loss.kd_ratio > 0
 
 
 # Fields that may differ when a run is resumed: where, how and in how much memory, never what is
@@ -383,10 +392,17 @@ def dump(config: Config) -> dict[str, Any]:
 
 def from_json(tree: dict[str, Any]) -> Config:
     """Returns the Config that `dump` made `tree` from."""
-    kinds: dict[str, Any] = {entry.name: entry.type for entry in dataclasses.fields(Config)}
+    kinds: dict[str, Any] = {
+        entry.name: part_of(entry.type) for entry in dataclasses.fields(Config)
+    }
     tree = dict(tree)
     tree["lora"] = {**tree["lora"], "target_modules": tuple(tree["lora"]["target_modules"])}
     return Config(**{n: kinds[n](**v) if isinstance(v, dict) else v for n, v in tree.items()})
+
+
+def part_of(kind: Any) -> Any:
+    """Returns the dataclass that an annotation names, alone or beside None; else None."""
+    return next((k for k in get_args(kind) or (kind,) if dataclasses.is_dataclass(k)), None)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

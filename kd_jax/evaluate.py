@@ -83,8 +83,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, float]:
     student = open_source(config.student.path, config.student.adapter, "student")
     teacher = None
     if args.teacher is not None:
-        adapter = config.teacher.adapter if args.teacher == config.teacher.path else None
-        teacher = open_source(args.teacher, adapter, "teacher")
+        assert config.teacher is not None  # as _config set it
+        teacher = open_source(args.teacher, config.teacher.adapter, "teacher")
     vocab_size = shared_vocab_size(student, teacher)
     tokenizers = (student.tokenizer, teacher.tokenizer if teacher else None)
     rows = data.make_rows(config.data, tokenizers[0], chat_template_of(config.data, *tokenizers))
@@ -118,18 +118,23 @@ def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
             raise UserError(f"--step: expected a workdir as --model, got {args.model}")
         run = Config(
             workdir="unused",
-            teacher=TeacherConfig(path=args.teacher or ""),
+            teacher=None,
             student=StudentConfig(path=args.model),
             data=DataConfig(path=args.data),
             steps=1,
         )
+    teacher = None
+    if args.teacher is not None:  # the run's adapter belongs to the run's teacher
+        own = run.teacher
+        adapter = own.adapter if own is not None and own.path == args.teacher else None
+        teacher = TeacherConfig(path=args.teacher, adapter=adapter, dtype=args.dtype)
     return dataclasses.replace(
         run,
         mesh=args.mesh,
         attention="auto",
         optim=dataclasses.replace(run.optim, accumulation_steps=1),
         student=dataclasses.replace(run.student, dtype=args.dtype),
-        teacher=dataclasses.replace(run.teacher, dtype=args.dtype),
+        teacher=teacher,
         data=dataclasses.replace(
             run.data,
             path=args.data,

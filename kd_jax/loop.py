@@ -40,7 +40,7 @@ def train(config: Config) -> None:
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
-    rows, eval_rows = load_rows(config, student.tokenizer, teacher.tokenizer)
+    rows, eval_rows = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
     num_steps = data.num_steps(rows, config)
     if config.optim.warmup_steps >= num_steps:
         print(
@@ -49,7 +49,7 @@ def train(config: Config) -> None:
             flush=True,
         )
     workdir = Path(config.workdir).expanduser()
-    inputs = {**student.hashes, **teacher.hashes, "data.path": rows.key}
+    inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
     checkpoint.claim_workdir(config, workdir, inputs)
 
     models = load_models(config, student, teacher, mesh)
@@ -106,8 +106,8 @@ def train(config: Config) -> None:
     print(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
 
 
-def open_inputs(config: Config) -> tuple[Source, Source]:
-    """Returns student and teacher, checked.
+def open_inputs(config: Config) -> tuple[Source, Source | None]:
+    """Returns student and teacher, checked; no teacher for plain fine-tuning.
 
     Raises:
       UserError: with what is wrong with any of the models, the data and the attention at once.
@@ -122,7 +122,9 @@ def open_inputs(config: Config) -> tuple[Source, Source]:
 
     attempt(check_attention, config)
     student = attempt(open_source, config.student.path, config.student.adapter, "student")
-    teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+    teacher = None
+    if config.teacher is not None and config.distils:
+        teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
     attempt(check_path, config.data.path, "data.path")
     if config.eval.path is not None:
         attempt(check_path, config.eval.path, "eval.path")
@@ -154,9 +156,9 @@ def describe_models(models) -> str:
     trained = sum(x.size for x in models.trainable.values())
     frozen = sum(x.size for x in models.frozen.values())
     teacher = sum(x.size for x in models.teacher_arrays.values())
+    beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
     return (
-        f"student {trained + frozen:,} parameters, {trained:,} of them trained; "
-        f"teacher {teacher:,}; compiling"
+        f"student {trained + frozen:,} parameters, {trained:,} of them trained; {beside}; compiling"
     )
 
 

@@ -93,3 +93,26 @@ def test_an_adapter_is_written_and_trained_on(folders, tmp_path):
     flags = ("--student.adapter", tmp_path / "out")
     assert run(train.main, *config, *flags, "--workdir", tmp_path / "second") == 0
     assert read_losses(tmp_path / "second")[0] < read_losses(tmp_path / "first")[0]
+
+
+@pytest.mark.parametrize("how", ["no teacher", "kd_ratio 0"])
+def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
+    text = (folders / "config.py").read_text()
+    path = f"TeacherConfig(path={str(folders / 'teacher')!r})"
+    assert path in text
+    absent = "None" if how == "no teacher" else 'TeacherConfig(path="/not/there")'
+    (tmp_path / "config.py").write_text(text.replace(path, absent))
+    ratio = () if how == "no teacher" else ("--loss.kd-ratio", 0)
+    flags = ("--config", tmp_path / "config.py", "--eval.path", folders / "train.jsonl", *ratio)
+    assert run(train.main, *flags, "--workdir", tmp_path / "run") == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert all(line["loss"] == line["ce_loss"] and "kd_loss" not in line for line in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert lines[-1].keys() >= {"eval/ce", "eval/perplexity"} and "eval/kl_forward" not in lines[-1]
+    # A teacher that was fine-tuned is then distilled, as the adapter of its base or merged.
+    out = tmp_path / "adapter"
+    assert run(to_hf.main, "--workdir", tmp_path / "run", "--out", out, "--format", "adapter") == 0
+    given = ("--teacher.path", folders / "student", "--teacher.adapter", out)
+    flags = ("--config", folders / "config.py", "--steps", 1, *given)
+    assert run(train.main, *flags, "--workdir", tmp_path / "distilled") == 0

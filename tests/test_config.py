@@ -53,8 +53,8 @@ def make(**changes: Any) -> Config:
 
 def leaves(cls: type, prefix: str = "") -> Iterator[str]:
     for entry in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(entry.type):
-            yield from leaves(entry.type, f"{prefix}{entry.name}.")
+        if part := config.part_of(entry.type):
+            yield from leaves(part, f"{prefix}{entry.name}.")
         else:
             yield f"{prefix}{entry.name}"
 
@@ -76,7 +76,8 @@ def documented() -> dict[str, str]:
 def owner(name: str) -> str:
     """Returns `Class.field` of a leaf such as `data.seq_len`."""
     part, _, field = name.rpartition(".")
-    return f"{get_type_hints(Config)[part].__name__ if part else 'Config'}.{field}"
+    owner = config.part_of(get_type_hints(Config)[part]) if part else Config
+    return f"{owner.__name__}.{field}"
 
 
 def parse(*argv: str) -> Config:
@@ -196,6 +197,38 @@ def test_missing_config_file_names_the_nearest(capsys):
 def test_broken_config_file_is_one_message(source, said, tmp_path, capsys):
     (tmp_path / "file.py").write_text(source)
     assert said in refusal(capsys, "--config", str(tmp_path / "file.py"))
+
+
+WITHOUT_TEACHER = """
+from kd_jax.config import *
+
+def get_config():
+    return Config(workdir="w", teacher=None, student=StudentConfig(path="s"),
+                  data=DataConfig(path="d"), steps=1)
+"""
+
+
+def test_a_file_without_a_teacher_takes_one_from_a_flag(tmp_path, capsys):
+    file = tmp_path / "file.py"
+    file.write_text(WITHOUT_TEACHER)
+    assert parse("--config", str(file)).teacher is None
+    given = parse("--config", str(file), "--teacher.path=t", "--teacher.dtype", "float32")
+    assert given.teacher == TeacherConfig(path="t", dtype="float32") and given.distils
+    said = refusal(capsys, "--config", str(file), "--teacher.dtype", "float32")
+    assert said.startswith("error: --teacher.dtype: expected --teacher.path beside it")
+
+
+@pytest.mark.parametrize(
+    "changes, distils",
+    [
+        ({}, True),
+        ({"teacher": None}, False),
+        ({"loss": LossConfig(kd_ratio=0.0)}, False),
+    ],
+)
+def test_a_run_distils_where_a_teacher_has_weight(changes, distils):
+    assert make(**changes).distils == distils
+    assert from_json(dump(make(**changes))) == make(**changes)
 
 
 def test_flags_lie_over_the_file():

@@ -1,6 +1,7 @@
 """The step against torch's autograd, and what must never change it."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_jax import data
-from kd_jax.build import load_models, make_program, open_source, put_batch, shared_vocab_size
+from kd_jax.build import load_models, make_program, put_batch, shared_vocab_size
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -21,6 +22,7 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
 )
+from kd_jax.loop import open_inputs
 from kd_jax.model import logits, rebuild
 from kd_jax.optim import make_optimizer
 from kd_jax.sharding import make_mesh
@@ -58,8 +60,7 @@ class Run:
     def __init__(self, config):
         rows_per_pass = config.data.batch_size // config.optim.accumulation_steps
         self.config, self.mesh = config, make_mesh(config.mesh, rows_per_pass)
-        student = open_source(config.student.path, None, "student")
-        teacher = open_source(config.teacher.path, None, "teacher")
+        student, teacher = open_inputs(config)
         template = chat_template_of(config.data, student.tokenizer)
         self.rows = data.make_rows(config.data, student.tokenizer, template)
         self.models = load_models(config, student, teacher, self.mesh)
@@ -124,6 +125,24 @@ def torch_loss(student, teacher, batch, kd_ratio):
             total = total + (1 - kd_ratio) * ce + kd_ratio * kl
             count += int(keep.sum())
     return total / count
+
+
+def test_without_a_teacher_loss_and_gradients_are_those_of_cross_entropy(make_config):
+    run = Run(replace(make_config(), teacher=None))
+    batch = run.batch()
+    student = AutoModelForCausalLM.from_pretrained(run.config.student.path, dtype=torch.float64)
+    loss = torch_loss(student, student, batch, kd_ratio=0)
+    loss.backward()
+    gradients, metrics = run.gradients(batch)
+    assert metrics["loss"] == metrics["ce_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert "kd_loss" not in metrics and not run.models.teacher_arrays
+    # A teacher that weighs nothing is not loaded, and changes nothing.
+    unweighed = Run(make_config(loss={"kd_ratio": 0.0}))
+    assert not unweighed.models.teacher_arrays
+    assert_near(unweighed.gradients(batch)[0], gradients, 0)
+    named = dict(student.named_parameters())
+    norm = named["model.norm.weight"].grad.numpy()
+    assert_near({"norm": gradients["norm.weight"]}, {"norm": norm}, 1e-4)
 
 
 def test_loss_and_every_gradient_equal_torch_on_unpacked_documents(make_config):
