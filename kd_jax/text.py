@@ -239,12 +239,17 @@ def render(
             prompt = apply(messages[:1], add_generation_prompt=True)[len(after) :]
             begin = after.find(prompt)
             before = after[: begin + len(prompt)] if prompt and begin >= 0 else ""
-        if not (before and after.startswith(before) and text.startswith(after)):
+        answer = after[len(before) :].rstrip()
+        if before and after.startswith(before) and not text.startswith(before + answer):
+            # Qwen3's writes an empty thought before the last answer of a conversation alone.
+            content = turn["content"].strip()
+            answer = answer[max(answer.rfind(content), 0) :]
+        if not (before and after.startswith(before) and text.startswith(before + answer)):
             raise UserError(
                 "data.chat-template: the template rewrites earlier turns, so an answer's place in "
                 "the text is not defined. Give another template"
             )
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((len(before), len(before) + len(answer)))
     return text, spans
 
 

@@ -101,6 +101,30 @@ def test_what_follows_the_end_of_turn_has_no_loss(tokenizer):
     check_mask(tokenizer, [chat("Hi.", "Blue.", "And?", "Green.")], template, "<|eot|>")
 
 
+# Qwen3's form: an empty thought before the answers after the last question alone.
+THINKING = (
+    "{%- set last = namespace(user=0) -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- for m in messages -%}"
+    "{{- '<|start|>' + m.role + '\n' -}}"
+    "{%- if m.role == 'assistant' and loop.index0 > last.user -%}{{- '<think>\n\n</think>\n\n' -}}"
+    "{%- endif -%}"
+    "{{- m.content.strip() + '<|eot|>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@fast
+def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer):
+    messages = chat("Hi.", "Blue.", "And?", "Green.", "More?", "Blue.")
+    (document,) = text.tokenize(tokenizer, [messages], THINKING, DataConfig(path=""))
+    shown = tokenizer.decode(document.tokens[document.target], clean_up_tokenization_spaces=False)
+    assert shown == "Blue.<|eot|>Green.<|eot|><think>\n\n</think>\n\nBlue.<|eot|>"
+
+
 @fast
 def test_system_message_is_kept_and_not_trained_on(tokenizer):
     messages = chat("Be brief.", "Name it.", "Blue.", roles="sua")
