@@ -1,10 +1,11 @@
 """Our training beside torchtune's distillation recipe: same folders, same data, same machine.
 
-python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype bfloat16]
+python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype bfloat16] [--arms ...]
 
 DIR holds run_torchtune.sh and the data beside it (its README says what it runs: 8 steps of 4 rows
-of GSM8K, LoRA rank 64, a Llama 3 vocabulary). Rounds alternate between the two. Printed are the
-median target tokens a second of the steps after the second (the first ones compile), and the peak
+of GSM8K, LoRA rank 64, a Llama 3 vocabulary). Rounds alternate between the arms: torchtune, our
+distillation (kd_jax) and our fine-tuning, which has no teacher (kd_jax_sft). Printed are the median
+target tokens a second of the steps after the second (the first ones compile), and the peak
 resident memory of the whole process. OUT gets the models, the logs and yardstick.json.
 """
 
@@ -50,14 +51,17 @@ def run_torchtune(out: Path, yardstick: Path) -> dict[str, float]:
     return {"rate": statistics.median(rates[2:]), "peak": int(peak[1])}
 
 
-def run_ours(out: Path, yardstick: Path, dtype: str, number: int) -> dict[str, float]:
+def run_ours(
+    out: Path, yardstick: Path, dtype: str, number: int, kd_ratio: float
+) -> dict[str, float]:
     data = (yardstick.parent / "data" / "gsm8k_alpaca.json").resolve()
     config = out / f"kd_jax_{dtype}.py"
     config.write_text(
         CONFIG.format(models=out / "models", data=data, out=out, steps=STEPS, dtype=dtype)
     )
-    workdir = out / f"kd_jax_{dtype}_{number}"
+    workdir = out / f"kd_jax_{dtype}_{kd_ratio}_{number}"
     command = [sys.executable, "-m", "kd_jax.train", "--config", config, "--workdir", workdir]
+    command += ["--loss.kd-ratio", str(kd_ratio)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rates = [line["target_tokens_per_second"] for line in lines]
@@ -70,23 +74,30 @@ def main() -> None:
     parser.add_argument("--yardstick", type=Path, required=True, help="folder of run_torchtune.sh")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    arms = ("torchtune", "kd_jax", "kd_jax_sft")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="what to run")
     args = parser.parse_args()
-    out = args.out.resolve()
-    runs: dict[str, list[dict[str, float]]] = {"torchtune": [], "kd_jax": []}
+    out, yardstick = args.out.resolve(), args.yardstick.resolve()
+    run = {
+        "torchtune": lambda number: run_torchtune(out, yardstick),
+        "kd_jax": lambda number: run_ours(out, yardstick, args.dtype, number, kd_ratio=0.5),
+        "kd_jax_sft": lambda number: run_ours(out, yardstick, args.dtype, number, kd_ratio=0.0),
+    }
+    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in args.arms}
     for number in range(args.rounds):
-        runs["torchtune"].append(run_torchtune(out, args.yardstick.resolve()))
-        runs["kd_jax"].append(run_ours(out, args.yardstick.resolve(), args.dtype, number))
+        for arm in args.arms:
+            runs[arm].append(run[arm](number))
     rates = {name: statistics.median(run["rate"] for run in some) for name, some in runs.items()}
     peaks = {name: max(run["peak"] for run in some) for name, some in runs.items()}
     print(f"{platform.processor() or platform.machine()}, jax {jax.__version__}, {args.dtype}")
     for name, some in runs.items():
         each = ", ".join(f"{run['rate']:.1f}" for run in some)
-        print(f"{name:10}{rates[name]:8.1f} target tokens/s ({each}), {peaks[name] / 1e9:.2f} GB")
-    speed, memory = (x["kd_jax"] / x["torchtune"] for x in (rates, peaks))
-    print(f"ratio     {speed:8.2f} times the speed in {memory:.0%} of the memory")
-    (out / "yardstick.json").write_text(
-        json.dumps({"runs": runs, "speed": speed, "memory": memory})
-    )
+        print(f"{name:12}{rates[name]:8.1f} target tokens/s ({each}), {peaks[name] / 1e9:.2f} GB")
+    first, *others = args.arms
+    for arm in others:
+        speed, memory = (x[arm] / x[first] for x in (rates, peaks))
+        print(f"{arm}: {speed:.2f} times the speed of {first} in {memory:.0%} of its memory")
+    (out / "yardstick.json").write_text(json.dumps({"runs": runs, "rates": rates, "peaks": peaks}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 from kd_jax.config import (
     Config,
     DataConfig,
+    EvalConfig,
     LoraConfig,
     LossConfig,
     OptimConfig,
@@ -26,7 +27,10 @@ def get_config() -> Config:
         trainable="lora",
         lora=LoraConfig(rank=64, alpha=128.0),
         loss=LossConfig(kd_ratio=0.5, divergence="forward_kl"),
-        data=DataConfig(path="yahma/alpaca-cleaned", seq_len=2048, batch_size=4),
+        data=DataConfig(
+            path="yahma/alpaca-cleaned", split="train[:98%]", seq_len=2048, batch_size=4
+        ),
+        eval=EvalConfig(split="train[98%:]"),  # held out; --eval.path yahma/alpaca-cleaned uses it
         optim=OptimConfig(
             learning_rate=3e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01
         ),

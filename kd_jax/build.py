@@ -1,5 +1,6 @@
 """From a configuration to what runs: checked inputs, models on the mesh, the step's program."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kd_jax.architecture import Architecture
+from kd_jax.architecture import Architecture, weights
 from kd_jax.config import Config, LoraConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.disk import fingerprint, resolve
 from kd_jax.hf import (
@@ -22,7 +23,7 @@ from kd_jax.hf import (
 from kd_jax.kd_head import HeadConfig, chunk_len
 from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Decoder, Structure, named_arrays
-from kd_jax.sharding import batch_sharding, replicated
+from kd_jax.sharding import batch_sharding, replicated, weight_sharding
 from kd_jax.step import Program
 from kd_jax.text import check_same_tokenizer, load_tokenizer
 
@@ -130,13 +131,10 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
         config.student.dtype if lora else "float32",
         adapter=None if lora else student.adapter,
     )
-    dtype = jnp.dtype(config.student.dtype)
-    options = {"implementation": config.attention, "remat": config.remat}
-    model = Decoder(student.arch, stored, dtype=dtype, **options)
-    if lora:
-        start = None if student.adapter is None else stack_adapter(student.adapter, student.arch)
-        add_adapters(model, config.lora, jax.random.key(config.seed), start)
-    arrays, structure = named_arrays(model)
+    start = None
+    if lora and student.adapter is not None:
+        start = stack_adapter(student.adapter, student.arch)
+    arrays, structure = _make_student(config, student.arch, stored, start)
     trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
     if lora:  # small enough for every device to hold them; whole weights stay as they were loaded
         trainable = {name: jax.device_put(x, replicated(mesh)) for name, x in trainable.items()}
@@ -148,6 +146,77 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
         teacher=teacher_structure,
         teacher_arrays=teacher_arrays,
     )
+
+
+def _make_student(
+    config: Config, arch: Architecture, stored: Arrays, start: dict[str, Any] | None = None
+) -> tuple[Arrays, Structure]:
+    """Returns the student's arrays, with adapters where they are trained, and its structure."""
+    model = Decoder(
+        arch,
+        stored,
+        dtype=jnp.dtype(config.student.dtype),
+        implementation=config.attention,
+        remat=config.remat,
+    )
+    if config.trainable == "lora":
+        add_adapters(model, config.lora, jax.random.key(config.seed), start)
+    return named_arrays(model)
+
+
+def abstract_models(
+    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
+) -> Models:
+    """Returns a run's models with shapes, dtypes and shardings in place of arrays.
+
+    What `jax.jit(train_step).lower` takes: a run can be checked and compiled without weights.
+    """
+    lora = config.trainable == "lora"
+    stored = _abstract_arrays(student, config.student.dtype if lora else "float32", mesh)
+    arrays, structure = _abstract(lambda stored: _make_student(config, student, stored), stored)
+    placed = {
+        name: stored.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)))
+        for name, x in sorted(arrays.items())
+    }
+    teacher_arrays: Arrays = {}
+    teacher_structure = None
+    if teacher is not None and config.teacher is not None:
+        dtype = jnp.dtype(config.teacher.dtype)
+        teacher_arrays = _abstract_arrays(teacher, config.teacher.dtype, mesh)
+        _, teacher_structure = _abstract(
+            lambda stored: named_arrays(
+                Decoder(teacher, stored, dtype=dtype, implementation=config.attention)
+            ),
+            teacher_arrays,
+        )
+    return Models(
+        student=structure,
+        trainable={name: x for name, x in placed.items() if is_adapter(name) or not lora},
+        frozen={name: x for name, x in placed.items() if lora and not is_adapter(name)},
+        teacher=teacher_structure,
+        teacher_arrays=teacher_arrays,
+    )
+
+
+def _abstract_arrays(arch: Architecture, dtype: str, mesh: Mesh) -> dict[str, Any]:
+    return {
+        path: jax.ShapeDtypeStruct(
+            weight.shape, dtype, sharding=weight_sharding(mesh, weight.dims, weight.shape)
+        )
+        for path, weight in weights(arch).items()
+    }
+
+
+def _abstract(make: Callable[[Arrays], tuple[Arrays, Structure]], stored: Arrays):
+    """Returns the shapes of what `make` returns, without running it, and its structure."""
+    structures = []
+
+    def arrays_of(stored):
+        arrays, structure = make(stored)
+        structures.append(structure)
+        return arrays
+
+    return jax.eval_shape(arrays_of, stored), structures[0]
 
 
 def load_frozen_models(

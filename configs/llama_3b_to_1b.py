@@ -1,0 +1,37 @@
+"""Llama 3.2 3B Instruct into Llama 3.2 1B Instruct by LoRA, on alpaca-cleaned.
+
+Command:   python -m kd_jax.train --config configs/llama_3b_to_1b.py
+Hardware:  one GPU of 40 GB or more (bfloat16).
+Source:    8b_to_1b.py with a teacher that fits smaller devices.
+Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
+"""
+
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    LossConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/llama_3b_to_1b",
+        teacher=TeacherConfig(path="meta-llama/Llama-3.2-3B-Instruct"),
+        student=StudentConfig(path="meta-llama/Llama-3.2-1B-Instruct"),
+        trainable="lora",
+        lora=LoraConfig(rank=64, alpha=128.0),
+        loss=LossConfig(kd_ratio=0.5, divergence="forward_kl"),
+        data=DataConfig(
+            path="yahma/alpaca-cleaned", split="train[:98%]", seq_len=2048, batch_size=4
+        ),
+        eval=EvalConfig(split="train[98%:]"),  # held out; --eval.path yahma/alpaca-cleaned uses it
+        optim=OptimConfig(
+            learning_rate=3e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01
+        ),
+        epochs=1,
+    )
