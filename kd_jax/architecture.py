@@ -52,6 +52,27 @@ class Architecture:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope: Rope
+    qkv_bias: bool = False
+    """Whether q_proj, k_proj and v_proj add a bias; o_proj never does. From model_type."""
+    qk_norm: bool = False
+    """Whether each query and key head is RMS-normalised before RoPE. From model_type."""
+
+
+# model_type -> what its attention has besides Llama's.
+FAMILIES: dict[str, dict[str, bool]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+# What transformers takes for keys that config.json leaves out, where it is not what null means.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28,
+    },
+}  # fmt: skip
 
 
 # Keys of config.json that do not change what the decoder computes.
@@ -70,17 +91,16 @@ _SIZES = (
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 # Keys that change the computation, with the only values under which the decoder is right.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "attention_dropout": (0.0, None),
     "mlp_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
     "quantization_config": (None,),
     "add_cross_attention": (False,),
     "partial_rotary_factor": (None, 1.0),
 }
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -93,7 +113,9 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
       UserError: a key is missing or of no use, or asks for a computation that the decoder does not
         do; all such keys are listed.
     """
-    problems = _key_problems(config)
+    family = config.get("model_type")
+    config = _DEFAULTS.get(family, {}) | config if isinstance(family, str) else config
+    problems = _key_problems(config) + _window_problems(config)
     rope = _read_rope(config, problems)
     if problems:
         lines = "\n  ".join(problems)
@@ -107,6 +129,7 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
         rms_norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rope=rope,
+        **FAMILIES[config["model_type"]],
     )
 
 
@@ -138,14 +161,35 @@ def _key_problems(config: dict[str, Any]) -> list[str]:
         problems.append(f"tie_word_embeddings: expected true or false, got {got!r}")
     for key, values in _FIXED.items():
         if (key in config or key == "model_type") and config.get(key) not in values:
-            problems.append(f"{key}: expected {values[0]!r}, got {config.get(key)!r}")
-    read = {*_SIZES, *_OPTIONAL_SIZES, *_FIXED, *_IGNORED, "rms_norm_eps", "tie_word_embeddings"}
-    read |= {"rope_theta", "rope_scaling", "rope_parameters"}
+            wanted = "|".join(values) if key == "model_type" else repr(values[0])
+            problems.append(f"{key}: expected {wanted}, got {config.get(key)!r}")
+    read = {*_SIZES, *_OPTIONAL_SIZES, *_FIXED, *_IGNORED, *_WINDOW, "rms_norm_eps"}
+    read |= {"tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
     return problems + [
         f"{key}: unknown, got {value!r}"
         for key, value in config.items()
         if key not in read and not (value is None or value is False or value in ([], {}))
     ]
+
+
+def _window_problems(config: dict[str, Any]) -> list[str]:
+    """Returns what asks for a sliding window; keys of one that no layer has change nothing."""
+    depth, window = config.get("num_hidden_layers"), config.get("sliding_window")
+    switch = config.get("use_sliding_window")
+    if config.get("model_type") in ("qwen2", "qwen3"):
+        first = config["max_window_layers"]
+        if not switch or window is None or (isinstance(first, int) and first >= (depth or 0)):
+            window = switch = None
+    keys = {"sliding_window": (window, None), "use_sliding_window": (switch, False)}
+    problems = [
+        f"{key}: expected {wanted}, got {got!r}"
+        for key, (got, wanted) in keys.items()
+        if got is not None and got is not wanted
+    ]
+    types = config.get("layer_types")
+    if types is not None and types != ["full_attention"] * (depth or 0):
+        problems.append(f"layer_types: expected full_attention for each layer, got {types!r:.80}")
+    return problems
 
 
 def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
@@ -202,7 +246,7 @@ def layer_weights(arch: Architecture) -> dict[str, Weight]:
     """Returns each tensor of one layer by its name below `model.layers.N.`."""
     D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
     NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
-    return {
+    table = {
         "input_layernorm.weight": Weight((D,), ("norm",)),
         "self_attn.q_proj.weight": Weight((NH, D), ("heads", "embed")),
         "self_attn.k_proj.weight": Weight((KH, D), ("heads", "embed")),
@@ -213,6 +257,14 @@ def layer_weights(arch: Architecture) -> dict[str, Weight]:
         "mlp.up_proj.weight": Weight((F, D), ("mlp", "embed")),
         "mlp.down_proj.weight": Weight((D, F), ("embed", "mlp")),
     }
+    if arch.qkv_bias:
+        table["self_attn.q_proj.bias"] = Weight((NH,), ("heads",))
+        table["self_attn.k_proj.bias"] = Weight((KH,), ("heads",))
+        table["self_attn.v_proj.bias"] = Weight((KH,), ("heads",))
+    if arch.qk_norm:
+        table["self_attn.q_norm.weight"] = Weight((H,), ("norm",))
+        table["self_attn.k_norm.weight"] = Weight((H,), ("norm",))
+    return table
 
 
 def weights(arch: Architecture) -> dict[str, Weight]:

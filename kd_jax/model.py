@@ -21,10 +21,11 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ, plus scale (x Aᵀ) Bᵀ where adapters were added."""
+    """y = x Wᵀ (+ b), plus scale (x Aᵀ) Bᵀ where adapters were added."""
 
-    def __init__(self, weight: Any, dtype: Any):
+    def __init__(self, weight: Any, dtype: Any, bias: Any = None):
         self.weight = nnx.Param(weight)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
         self.dtype = dtype
         self.lora_A: LoraParam | None = nnx.data(None)
         self.lora_B: LoraParam | None = nnx.data(None)
@@ -34,6 +35,9 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
         y = _project(x, self.weight[...], self.dtype)
+        if self.bias is not None:
+            bias = self.bias[...].astype(self.dtype)  # as _project casts weights
+            y = y + bias[None, None]
         if self.lora_A is None or self.lora_B is None:
             return y
         if key is not None and self.dropout > 0:
@@ -60,15 +64,18 @@ class RMSNorm(nnx.Module):
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         normed = (x32 * scale).astype(x.dtype)  # before the weight, as in transformers
         weight = self.weight[...].astype(x.dtype)
-        return normed * weight[None, None]
+        return normed * jnp.expand_dims(weight, range(x.ndim - 1))
 
 
 class Attention(nnx.Module):
     def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, implementation: str):
-        self.q_proj = Linear(w["q_proj.weight"], dtype)
-        self.k_proj = Linear(w["k_proj.weight"], dtype)
-        self.v_proj = Linear(w["v_proj.weight"], dtype)
+        self.q_proj = Linear(w["q_proj.weight"], dtype, w.get("q_proj.bias"))
+        self.k_proj = Linear(w["k_proj.weight"], dtype, w.get("k_proj.bias"))
+        self.v_proj = Linear(w["v_proj.weight"], dtype, w.get("v_proj.bias"))
         self.o_proj = Linear(w["o_proj.weight"], dtype)
+        eps, normed = arch.rms_norm_eps, arch.qk_norm
+        self.q_norm = nnx.data(RMSNorm(w["q_norm.weight"], eps) if normed else None)
+        self.k_norm = nnx.data(RMSNorm(w["k_norm.weight"], eps) if normed else None)
         self.head_dim = arch.head_dim
         self.implementation = implementation
 
@@ -77,6 +84,8 @@ class Attention(nnx.Module):
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
         k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         out = attention(q, k, v, segment_ids, implementation=self.implementation)
         return self.o_proj(out.reshape(B, S, -1), keys[3])
@@ -116,7 +125,7 @@ class Table(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A Llama decoder; a tied head is the absence of `lm_head`."""
+    """A decoder of the Llama family; a tied head is the absence of `lm_head`."""
 
     def __init__(
         self,

@@ -31,8 +31,8 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def decays(name: str) -> bool:
-    """Tells whether weight decay applies to the array of this dotted path: not to norms."""
-    return not name.endswith("norm.weight")
+    """Tells whether weight decay applies to the array of this dotted path: not to norms, biases."""
+    return not name.endswith(("norm.weight", ".bias"))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:

@@ -42,7 +42,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory) -> Path:
     """A tied float32 Llama of transformers, logits with a deviation above 1. Read only."""
-    return tiny.write_llama(tmp_path_factory.mktemp("student"), seed=1, tie_word_embeddings=True)
+    return tiny.write_model(tmp_path_factory.mktemp("student"), seed=1, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def tiny_teacher(tmp_path_factory) -> Path:
     """An untied, wider float32 Llama with the student's tokenizer. Read only."""
     shape = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
     folder = tmp_path_factory.mktemp("teacher")
-    return tiny.write_llama(folder, seed=2, tie_word_embeddings=False, **shape)
+    return tiny.write_model(folder, seed=2, tie_word_embeddings=False, **shape)
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,22 @@
 """config.json: every key is honoured, refused by name, or ignored for a listed reason."""
 
+import math
+
 import pytest
 import tiny
+from hub_configs import HUB_CONFIGS, NUM_WEIGHTS
 
 from kd_jax import architecture as architecture_module
-from kd_jax.architecture import read_architecture
+from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import UserError
 
 pytestmark = pytest.mark.fast
 
-CONFIG = {
-    **tiny.SHAPE,
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "rope_parameters": tiny.LLAMA3,
-}
+CONFIG = tiny.make_config()
 
 
-def architecture(**changes):
-    return read_architecture({**CONFIG, **changes}, "config.json")
+def architecture(family="llama", **changes):
+    return read_architecture(tiny.make_config(family, **changes), "config.json")
 
 
 OTHER_VALUES = {
@@ -29,29 +27,66 @@ OTHER_VALUES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-4,
-    "head_dim": 32,
+    "head_dim": 48,
     "hidden_act": "gelu",
-    "model_type": "mistral",
-    "rope_parameters": tiny.DEFAULT_ROPE,
+    "model_type": "gpt2",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 123.0},
     "tie_word_embeddings": False,
     "attention_bias": True,
     "attention_dropout": 0.1,
     "mlp_bias": True,
+    "layer_types": ["sliding_attention"] * 3,
 }
+# Keys of a sliding window, which have tests of their own below.
+WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers"}
 
 
-def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ignored():
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ignored(family):
+    from transformers import AutoConfig
 
-    for key in LlamaConfig().to_dict():
+    plain = architecture(family)
+    for key in AutoConfig.for_model(family).to_dict().keys() - WINDOW:
         if key in OTHER_VALUES:
             try:
-                assert architecture(**{key: OTHER_VALUES[key]}) != architecture(), key
+                assert architecture(family, **{key: OTHER_VALUES[key]}) != plain, key
             except UserError as error:
                 assert f"{key}: expected" in str(error)
         else:
             assert key in architecture_module._IGNORED, key
-            assert architecture(**{key: "anything"}) == architecture(), key
+            assert architecture(family, **{key: "anything"}) == plain, key
+
+
+@pytest.mark.parametrize("hub_id", HUB_CONFIGS)
+def test_models_of_the_hub_have_the_number_of_weights_on_their_cards(hub_id):
+    config = HUB_CONFIGS[hub_id]
+    arch = read_architecture(config, hub_id)
+    assert sum(math.prod(w.shape) for w in weights(arch).values()) == NUM_WEIGHTS[hub_id]
+    assert arch.rope.theta == config["rope_theta"]
+    assert arch.qkv_bias == (config["model_type"] == "qwen2")
+    assert arch.qk_norm == (config["model_type"] == "qwen3")
+
+
+@pytest.mark.parametrize("hub_id", HUB_CONFIGS)
+def test_the_hubs_spelling_and_that_of_transformers_5_give_one_architecture(hub_id):
+    from transformers import AutoConfig
+
+    config = HUB_CONFIGS[hub_id]
+    new = AutoConfig.for_model(**config).to_dict()
+    assert "rope_parameters" in new and "rope_theta" not in new
+    assert read_architecture(new, "new") == read_architecture(config, "old")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_left_out_mean_what_they_mean_to_transformers(family):
+    from transformers import AutoConfig
+
+    for key in ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters"):
+        # 64 heads, because transformers' own number of key/value heads must divide them.
+        config = tiny.make_config(family, num_attention_heads=64, hidden_size=128)
+        config.pop(key, None)
+        theirs = AutoConfig.for_model(**config).to_dict()
+        assert read_architecture(config, "ours") == read_architecture(theirs, "theirs"), key
 
 
 @pytest.mark.parametrize("scaling", [None, tiny.LLAMA3, {**tiny.LLAMA3, "factor": 8.0}])
@@ -69,7 +104,7 @@ def test_the_old_spelling_of_rope_means_what_transformers_makes_of_it(scaling):
 
 
 REFUSED = {
-    "model_type": "qwen2",
+    "model_type": "gpt2",
     "hidden_act": "gelu",
     "attention_bias": True,
     "mlp_bias": True,
@@ -144,3 +179,59 @@ def test_a_value_of_no_use_is_named(key, value):
 def test_a_rope_of_no_use_is_refused(rope):
     with pytest.raises(UserError, match=r"rope"):
         architecture(rope_parameters=rope)
+
+
+ON = {"use_sliding_window": True, "sliding_window": 8}
+FULL, SLIDING = ["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+        {**ON, "max_window_layers": 3},
+        {"layer_types": FULL},
+        {"layer_types": None},
+    ],
+    ids=str,
+)
+def test_a_sliding_window_that_no_layer_has_changes_nothing(family, change):
+    from transformers import AutoConfig
+
+    assert set(AutoConfig.for_model(**tiny.make_config(family, **change)).layer_types) == {FULL[0]}
+    assert architecture(family, **change) == architecture(family)
+
+
+@pytest.mark.parametrize(
+    "family, change, named",
+    [
+        ("qwen2", {**ON, "max_window_layers": 2}, "use_sliding_window"),
+        ("qwen3", {**ON, "max_window_layers": None}, "sliding_window"),
+        ("qwen3", {"layer_types": SLIDING}, "layer_types"),
+        ("qwen2", {"layer_types": FULL[:2]}, "layer_types"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window"),
+        ("llama", {"sliding_window": 4096}, "sliding_window"),
+        ("llama", {"layer_types": SLIDING}, "layer_types"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"attention_dropout": 0.1}, "attention_dropout"),
+    ],
+    ids=str,
+)
+def test_what_would_change_the_computation_is_refused_by_name(family, change, named):
+    with pytest.raises(UserError, match=f"\n  {named}: expected"):
+        architecture(family, **change)
+
+
+def test_an_older_mistral_without_the_key_has_a_window():
+    config = tiny.make_config("mistral")
+    del config["sliding_window"]
+    with pytest.raises(UserError, match="sliding_window: expected None, got 4096"):
+        read_architecture(config, "config.json")
+
+
+def test_another_model_type_is_told_which_there_are():
+    with pytest.raises(UserError, match=r"model_type: expected llama\|mistral\|qwen2\|qwen3, got"):
+        architecture(model_type="gemma3_text")

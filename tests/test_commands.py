@@ -16,8 +16,8 @@ pytestmark = pytest.mark.fast
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny.write_plain_llama(root / "student", seed=1)
-    tiny.write_plain_llama(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
+    tiny.write_plain_model(root / "student", seed=1)
+    tiny.write_plain_model(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
     tiny.write_data(root / "train.jsonl")
     (root / "config.py").write_text(f"""
 from kd_jax.config import *

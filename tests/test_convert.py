@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
 from kd_jax import checkpoint, disk, export, hf
-from kd_jax.architecture import read_architecture, weights
+from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.build import load_models, open_source
 from kd_jax.command import run_command
 from kd_jax.config import (
@@ -36,12 +36,7 @@ from kd_jax.step import init_state
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
 PLACES = (np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)), np.ones((2, 20), np.int32))
-CONFIG = {
-    **tiny.SHAPE,
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "rope_parameters": tiny.LLAMA3,
-}
+CONFIG = tiny.make_config()
 
 
 def make_config(folder, *, trainable="lora", dtype="float32", workdir="unused", adapter=None):
@@ -103,9 +98,10 @@ def auto_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_merged_export_is_what_transformers_computes_with(tied, tmp_path):
-    source = tiny.write_llama(tmp_path / "source", 1, tie_word_embeddings=tied)
+def test_a_merged_export_is_what_transformers_computes_with(tied, family, tmp_path):
+    source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     models, arch = load(make_config(source))
     arrays = trained(models)
     scale = LORA.alpha / LORA.rank
@@ -116,9 +112,10 @@ def test_a_merged_export_is_what_transformers_computes_with(tied, tmp_path):
     assert np.abs(theirs - base).max() > 0.1 * np.abs(base).max()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_export_of_full_training_is_what_transformers_computes_with(tied, tmp_path):
-    source = tiny.write_llama(tmp_path / "source", 1, tie_word_embeddings=tied)
+def test_an_export_of_full_training_is_what_transformers_computes_with(tied, family, tmp_path):
+    source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     models, arch = load(make_config(source, trainable="full"))
     assert models.trainable.keys() == weights(arch).keys()
     arrays = trained(models, 0.05)
@@ -130,7 +127,7 @@ def test_an_export_of_full_training_is_what_transformers_computes_with(tied, tmp
 def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(dtype, tmp_path):
     import torch
 
-    source = tiny.write_llama(tmp_path / "source", 1, dtype)
+    source = tiny.write_model(tmp_path / "source", 1, dtype)
     models, arch = load(make_config(source, trainable="full"))
     arrays = trained(models, 0.05)
     export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
@@ -143,17 +140,27 @@ def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(
 
 
 @pytest.mark.parametrize("form", ["hugging face", "orbax"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_untouched_adapter_gives_back_the_sources_bytes(dtype, form, tmp_path):
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        ("llama", "float32"),
+        ("llama", "float16"),
+        ("llama", "bfloat16"),
+        ("mistral", "bfloat16"),
+        ("qwen2", "bfloat16"),
+        ("qwen3", "bfloat16"),
+    ],
+)
+def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, tmp_path):
     import torch
 
-    source = tiny.write_llama(tmp_path / "source", 1, dtype)
+    source = tiny.write_model(tmp_path / "source", 1, dtype, family=family)
     theirs = auto_model(source)
     integer = torch.int32 if dtype == "float32" else torch.int16
     for weight in theirs.parameters():
         raw = weight.data.view(-1)
         raw[:4] = torch.tensor([-0.0, 0.0, float("inf"), -float("inf")])
-        raw[4:40] = torch.arange(1, 37).to(integer).view(weight.dtype)  # denormals
+        raw[4:32] = torch.arange(1, 29).to(integer).view(weight.dtype)  # denormals
     theirs.save_pretrained(source)
     arch = hf.load_architecture(source)
     models, _ = load(make_config(source, dtype="bfloat16"))
@@ -195,14 +202,16 @@ def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
         np.testing.assert_allclose(value, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_peft_computes_with_an_exported_adapter_what_our_model_does(tiny_student, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_path):
     from peft import PeftModel
 
-    models, arch = load(make_config(tiny_student))
+    source = tiny.write_model(tmp_path / "source", 1, family=family)
+    models, arch = load(make_config(source))
     arrays = trained(models)
     out = tmp_path / "out"
-    export.export_adapter(tiny_student, str(tiny_student), arch, arrays, LORA, out)
-    base = auto_model(tiny_student)
+    export.export_adapter(source, str(source), arch, arrays, LORA, out)
+    base = auto_model(source)
     before = torch_logits(base)
     theirs = torch_logits(PeftModel.from_pretrained(base, out))
     assert_same_logits(our_logits(models, arrays), theirs)
@@ -335,12 +344,7 @@ def source(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    arch, rng = read_architecture(CONFIG, "config"), np.random.default_rng(0)
-    tensors = {
-        name: rng.standard_normal(w.shape[path.startswith("layers.") :]).astype(np.float32)
-        for path, w in weights(arch).items()
-        for name in hf.hf_names(path, arch)
-    }
+    tensors = tiny.random_tensors(CONFIG)
     save_file(tensors, folder / "model.safetensors")
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         (folder / name).write_text(name)

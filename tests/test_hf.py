@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import disk, export, hf
-from kd_jax.architecture import read_architecture, weights
+from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.sharding import make_mesh, weight_sharding
 
@@ -25,12 +25,7 @@ MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8),
     "data fsdp tensor": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-CONFIG = {
-    **tiny.SHAPE,
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "rope_parameters": tiny.LLAMA3,
-}
+CONFIG = tiny.make_config()
 UP_PROJ = "model.layers.0.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -40,21 +35,11 @@ def load(folder, dtype="float32", mesh="data", **options):
     return hf.load_arrays(folder, arch, make_mesh(MESHES[mesh], 8), dtype, **options)
 
 
-def random_tensors():
-    """Returns float32 values for every tensor of CONFIG by Hugging Face name."""
-    arch, rng = read_architecture(CONFIG, "config"), np.random.default_rng(0)
-    return {
-        name: rng.standard_normal(w.shape[path.startswith("layers.") :]).astype(np.float32)
-        for path, w in weights(arch).items()
-        for name in hf.hf_names(path, arch)
-    }
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A whole model in one file, written without torch, for a test to spoil."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(random_tensors(), tmp_path / "model.safetensors")
+    save_file(tiny.random_tensors(CONFIG), tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -85,21 +70,22 @@ def bits(x):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    "dtype, tied, max_shard_size",
+    "family, dtype, tied, max_shard_size",
     [
-        ("float32", True, "50GB"),
-        ("float32", False, "50KB"),
-        ("float16", True, "50KB"),
-        ("bfloat16", True, "50GB"),
-        ("bfloat16", False, "50KB"),
+        ("llama", "float32", True, "50GB"),
+        ("llama", "float32", False, "50KB"),
+        ("mistral", "float16", True, "50KB"),
+        ("qwen2", "bfloat16", True, "50GB"),
+        ("qwen2", "float32", False, "50KB"),
+        ("qwen3", "bfloat16", False, "50KB"),
     ],
 )
 def test_every_bit_that_transformers_wrote_arrives(
-    dtype, tied, max_shard_size, mesh, tmp_path, monkeypatch
+    family, dtype, tied, max_shard_size, mesh, tmp_path, monkeypatch
 ):
     import torch
 
-    theirs = tiny.make_torch_llama(tie_word_embeddings=tied).to(getattr(torch, dtype))
+    theirs = tiny.make_torch_model(family, tie_word_embeddings=tied).to(getattr(torch, dtype))
     integer = torch.int32 if dtype == "float32" else torch.int16
     limits = torch.iinfo(integer)
     for weight in theirs.parameters():  # any bits: infinities, denormals, NaNs, negative zeros
@@ -196,14 +182,16 @@ def test_each_of_two_processes_reads_only_its_rows(folder):
     counts = [int(process.communicate(timeout=60)[0]) for process in running]
     # fsdp splits the rows of these; of the others, both processes want a part of every row.
     split = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    wanted = sum(x.nbytes // (1 + n.endswith(split)) for n, x in random_tensors().items())
+    wanted = sum(
+        x.nbytes // (1 + n.endswith(split)) for n, x in tiny.random_tensors(CONFIG).items()
+    )
     assert counts == [wanted, wanted]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_values_are_rounded_to_the_nearest_even(stored, folder):
-    narrow = {name: x.astype(stored) for name, x in random_tensors().items()}
+    narrow = {name: x.astype(stored) for name, x in tiny.random_tensors(CONFIG).items()}
     save_file(narrow, folder / "model.safetensors")
     got = load(folder, "bfloat16")["embed_tokens.weight"]
     raw = narrow[EMBEDDING].astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -228,9 +216,10 @@ def test_layers_of_several_dtypes_are_stacked_without_loss(folder):
         np.testing.assert_array_equal(up_proj[layer], stored[name].astype(np.float32))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_name_table_is_transformers_own(tied):
-    theirs = tiny.make_torch_llama(tie_word_embeddings=tied)
+def test_the_name_table_is_transformers_own(tied, family):
+    theirs = tiny.make_torch_model(family, tie_word_embeddings=tied)
     arch = read_architecture(theirs.config.to_dict(), "config")
     shapes = {name: tuple(x.shape) for name, x in theirs.named_parameters()}
     named = [
@@ -259,6 +248,23 @@ def test_all_tensors_that_do_not_fit_are_listed(folder):
         "  unexpected: model.layers.1.self_attn.q_proj.bias [3]",
         "  unexpected: model.layers.3.mlp.up_proj.weight [2, 2]",
         f"  misshapen: {EMBEDDING}: expected [320, 64], got [64, 320]",
+    ]
+
+
+@pytest.mark.fast
+def test_a_bias_that_the_model_lacks_and_one_that_it_needs_are_named(folder):
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    edit(folder, lambda tensors: tensors.update({bias: np.zeros(64, np.float32)}))
+    (folder / "config.json").write_text(json.dumps(tiny.make_config("qwen2")))
+    with pytest.raises(UserError) as error:
+        load(folder)
+    lines = str(error.value).splitlines()[1:]
+    shapes = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    assert lines == [
+        f"  missing: model.layers.{i}.self_attn.{name}.bias [{shapes[name]}]"
+        for i in range(3)
+        for name in ("k_proj", "q_proj", "v_proj")
+        if (i, name) != (1, "q_proj")
     ]
 
 
@@ -417,7 +423,7 @@ def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(case, folder):
 
 @pytest.mark.fast
 def test_one_file_comes_before_an_index_as_in_transformers(folder):
-    tensors = random_tensors()
+    tensors = tiny.random_tensors(CONFIG)
     shard(folder)
     save_file(tensors | {EMBEDDING: tensors[EMBEDDING] + 1}, folder / "model.safetensors")
     np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], tensors[EMBEDDING] + 1)
@@ -485,7 +491,7 @@ def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
 def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_path):
-    tensors = random_tensors()
+    tensors = tiny.random_tensors(CONFIG)
     export.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / disk.INDEX).is_file()

@@ -17,12 +17,7 @@ from kd_jax.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
 from kd_jax.model import Decoder, Linear, LoraParam, logits, named_arrays
 from kd_jax.sharding import make_mesh
 
-CONFIG = {
-    **tiny.SHAPE,
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "rope_parameters": tiny.LLAMA3,
-}
+CONFIG = tiny.make_config()
 ARCH = read_architecture(CONFIG, "config")
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
 PLACES = (np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)), np.ones((2, 20), np.int32))
@@ -85,14 +80,15 @@ def test_each_factor_a_is_its_own_draw_and_follows_the_seed():
         assert name.endswith("lora_B") or (first[name] != other[name]).any()
 
 
-def peft_model(rank=4, seed=1, random_b=True, **options):
-    """Returns PEFT's model around transformers' tiny Llama, float32, B random where asked."""
+def peft_model(rank=4, seed=1, random_b=True, family="llama", **options):
+    """Returns PEFT's model around transformers' tiny model, float32, B random where asked."""
     import peft
     import torch
 
     options = {"target_modules": list(LINEAR_NAMES), "lora_alpha": 6, **options}
     theirs = peft.get_peft_model(
-        tiny.make_torch_llama(seed), peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **options)
+        tiny.make_torch_model(family, seed),
+        peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **options),
     )
     torch.manual_seed(seed)
     for name, weight in theirs.named_parameters():
@@ -246,42 +242,50 @@ def save_peft(folder, **options):
         {"target_modules": ["q_proj", "mlp.down_proj"], "layers_to_transform": [0, 2]},
         {"exclude_modules": ["q_proj"]},
         {"init_lora_weights": "gaussian"},
+        {"family": "mistral"},
+        {"family": "qwen2", "target_modules": "all-linear"},
+        {"family": "qwen3", "target_modules": "all-linear"},
     ],
     ids=str,
 )
 def test_merged_at_load_equals_pefts_merge(options, tmp_path):
     theirs = save_peft(tmp_path / "adapter", **options)
-    base = tiny.make_torch_llama(1)
+    base = tiny.make_torch_model(options.get("family", "llama"), 1)
     base.save_pretrained(tmp_path / "base")
-    adapter = hf.load_adapter(tmp_path / "adapter", ARCH)
+    arch = hf.load_architecture(tmp_path / "base")
+    adapter = hf.load_adapter(tmp_path / "adapter", arch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
-    ours = hf.load_arrays(tmp_path / "base", ARCH, mesh, "float32", adapter=adapter)
+    ours = hf.load_arrays(tmp_path / "base", arch, mesh, "float32", adapter=adapter)
     plain, merged = base.state_dict(), theirs.merge_and_unload().state_dict()
     changed = 0
     for path, array in ours.items():
-        for layer, name in enumerate(hf.hf_names(path, ARCH)):
+        for layer, name in enumerate(hf.hf_names(path, arch)):
             got = np.asarray(array[layer] if path.startswith("layers.") else array)
             np.testing.assert_allclose(got, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
             changed += not np.array_equal(plain[name], merged[name])
     assert changed == len(adapter.factors) > 0
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_going_on_from_pefts_factors_computes_what_peft_does(use_rslora, tmp_path):
+@pytest.mark.parametrize(
+    "family, use_rslora",
+    [("llama", False), ("llama", True), ("mistral", False), ("qwen2", False), ("qwen3", False)],
+)
+def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora, tmp_path):
     import torch
 
-    targets = ["q_proj", "down_proj"]
-    theirs = save_peft(tmp_path / "adapter", use_rslora=use_rslora, target_modules=targets).eval()
-    tiny.make_torch_llama(1).save_pretrained(tmp_path / "base")
-    adapter = hf.load_adapter(tmp_path / "adapter", ARCH)
+    options = {"use_rslora": use_rslora, "target_modules": ["q_proj", "down_proj"]}
+    theirs = save_peft(tmp_path / "adapter", family=family, **options).eval()
+    tiny.make_torch_model(family, 1).save_pretrained(tmp_path / "base")
+    arch = hf.load_architecture(tmp_path / "base")
+    adapter = hf.load_adapter(tmp_path / "adapter", arch)
     assert adapter.config.target_modules == ("q_proj", "down_proj")
     assert adapter.config.alpha / adapter.config.rank == pytest.approx(
         6 / (2 if use_rslora else 4), abs=1e-12
     )
     mesh = make_mesh(MeshConfig(), 8)
-    arrays = hf.load_arrays(tmp_path / "base", ARCH, mesh, "float32")
-    decoder = Decoder(ARCH, arrays, dtype=jnp.float32)
-    start = hf.stack_adapter(adapter, ARCH)
+    arrays = hf.load_arrays(tmp_path / "base", arch, mesh, "float32")
+    decoder = Decoder(arch, arrays, dtype=jnp.float32)
+    start = hf.stack_adapter(adapter, arch)
     add_adapters(decoder, adapter.config, jax.random.key(0), start)
     got = compute(decoder)
     with torch.no_grad():

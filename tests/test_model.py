@@ -10,8 +10,11 @@ import tiny
 import torch
 
 from kd_jax import model as model_module
-from kd_jax.architecture import read_architecture, weights
-from kd_jax.model import Decoder, logits, named_arrays, rebuild
+from kd_jax.architecture import FAMILIES, read_architecture, weights
+from kd_jax.config import MeshConfig
+from kd_jax.hf import load_architecture, load_arrays
+from kd_jax.model import Attention, Decoder, logits, named_arrays, rebuild, rotate
+from kd_jax.sharding import make_mesh
 
 # Both sides round float32 sums of a few hundred terms in different orders.
 TOLERANCE = 1e-4
@@ -75,11 +78,26 @@ def distance(torch_model, decoder):
     return np.abs(our_logits(decoder, tokens, positions) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_equal_transformers(shape, scaling):
-    theirs = tiny.make_torch_llama(3, rope_parameters=SCALINGS[scaling], **SHAPES[shape])
+def test_logits_equal_transformers(shape, family):
+    theirs = tiny.make_torch_model(family, 3, **SHAPES[shape])
     assert distance(theirs, port(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rotary_scalings_equal_transformers(scaling):
+    theirs = tiny.make_torch_model("llama", 3, rope_parameters=SCALINGS[scaling])
+    assert distance(theirs, port(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family, tmp_path):
+    theirs = tiny.make_torch_model(family, 3)
+    theirs.save_pretrained(tmp_path)
+    arch = load_architecture(tmp_path)
+    arrays = load_arrays(tmp_path, arch, make_mesh(MeshConfig(), 8), "float32")
+    assert distance(theirs, Decoder(arch, arrays, dtype=jnp.float32)) < TOLERANCE
 
 
 def interleaved(x, cos, sin):
@@ -101,18 +119,71 @@ def without_causal_mask(q, k, v, segment_ids, *, implementation):
     [("rotate", interleaved), ("rotate", swapped_halves), ("attention", without_causal_mask)],
 )
 def test_a_wrong_formula_is_seen(name, wrong, monkeypatch):
-    theirs = tiny.make_torch_llama(3)
+    theirs = tiny.make_torch_model("llama", 3)
     monkeypatch.setattr(model_module, name, wrong)
     assert distance(theirs, port(theirs)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
 def test_a_transposed_projection_is_seen(name):
-    theirs = tiny.make_torch_llama(3, num_key_value_heads=4)
+    theirs = tiny.make_torch_model("llama", 3, num_key_value_heads=4)
     decoder = port(theirs)
     weight = getattr(decoder.layers.self_attn, name).weight
     weight[...] = jnp.swapaxes(weight[...], 1, 2)
     assert distance(theirs, decoder) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_lost_bias_is_seen(name):
+    theirs = tiny.make_torch_model("qwen2", 3)
+    decoder = port(theirs)
+    getattr(decoder.layers.self_attn, name).bias = None
+    assert distance(theirs, decoder) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_a_head_norm_without_its_weight_is_seen(name):
+    theirs = tiny.make_torch_model("qwen3", 3)
+    decoder = port(theirs)
+    weight = getattr(decoder.layers.self_attn, name).weight
+    weight[...] = jnp.ones_like(weight[...])
+    assert distance(theirs, decoder) > 10 * TOLERANCE
+
+
+def test_swapped_or_lost_head_norms_are_seen():
+    theirs = tiny.make_torch_model("qwen3", 3)
+    swapped, lost = port(theirs), port(theirs)
+    block = swapped.layers.self_attn
+    block.q_norm, block.k_norm = block.k_norm, block.q_norm
+    assert distance(theirs, swapped) > 10 * TOLERANCE
+    lost.layers.self_attn.q_norm = lost.layers.self_attn.k_norm = None
+    assert distance(theirs, lost) > 10 * TOLERANCE
+
+
+def test_a_head_norm_after_the_rotation_is_seen(monkeypatch):
+    def norm_late(self, x, rope, segment_ids, keys):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(rotate(q, *rope)), self.k_norm(rotate(k, *rope))
+        out = model_module.attention(q, k, v, segment_ids)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+    theirs = tiny.make_torch_model("qwen3", 3)
+    monkeypatch.setattr(Attention, "__call__", norm_late)
+    assert distance(theirs, port(theirs)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_array_gets_a_gradient(family):
+    tokens, positions = some_tokens(rows=1)
+    arrays, structure = named_arrays(port(tiny.make_torch_model(family, 3)))
+
+    def score(arrays):
+        return jnp.sum(jnp.sin(rebuild(structure, arrays)(tokens, positions, 0 * tokens)))
+
+    for name, gradient in jax.jit(jax.grad(score))(arrays).items():
+        if name != "embed_tokens.weight":
+            assert (np.abs(gradient).max(axis=tuple(range(1, gradient.ndim))) > 0).all(), name
 
 
 @pytest.mark.parametrize(
@@ -129,7 +200,7 @@ def test_a_transposed_projection_is_seen(name):
     ids=str,
 )
 def test_each_constant_of_config_json_is_used(change):
-    theirs = tiny.make_torch_llama(3)
+    theirs = tiny.make_torch_model("llama", 3)
     ours = port(theirs)
     changed = read_architecture({**theirs.config.to_dict(), **change}, "config")
     arrays, _ = named_arrays(ours)
@@ -137,7 +208,7 @@ def test_each_constant_of_config_json_is_used(change):
 
 
 def test_both_spellings_of_rope_give_one_architecture():
-    config = tiny.make_torch_llama(3).config.to_dict()
+    config = tiny.make_torch_model("llama", 3).config.to_dict()
     old = {name: value for name, value in config.items() if name != "rope_parameters"}
     scaling = {name: value for name, value in tiny.LLAMA3.items() if name != "rope_theta"}
     old |= {"rope_theta": tiny.LLAMA3["rope_theta"], "rope_scaling": scaling}
@@ -145,7 +216,7 @@ def test_both_spellings_of_rope_give_one_architecture():
 
 
 def test_packed_documents_do_not_see_each_other():
-    decoder = port(tiny.make_torch_llama(3))
+    decoder = port(tiny.make_torch_model("llama", 3))
     tokens, _ = some_tokens(rows=1, length=30)
     lengths = (7, 13, 10)
     positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
@@ -160,7 +231,7 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def test_a_token_sees_its_documents_past_and_nothing_else():
-    decoder = port(tiny.make_torch_llama(3))
+    decoder = port(tiny.make_torch_model("llama", 3))
     tokens, _ = some_tokens(rows=1, length=12)
     segment_ids = np.repeat([1, 2], 6)[None].astype(np.int32)
     positions = np.tile(np.arange(6), 2)[None].astype(np.int32)
@@ -179,7 +250,7 @@ def test_a_token_sees_its_documents_past_and_nothing_else():
 
 @pytest.mark.parametrize("remat", ["dots", "layer"])
 def test_remat_changes_no_gradient(remat):
-    theirs = tiny.make_torch_llama(3)
+    theirs = tiny.make_torch_model("llama", 3)
     tokens, positions = some_tokens(rows=1)
 
     def gradient(policy):
@@ -196,8 +267,9 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(recomputed[name], value, atol=1e-5 * scale, err_msg=name)
 
 
-def test_bfloat16_stays_near_float32():
-    theirs = tiny.make_torch_llama(3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_float32(family):
+    theirs = tiny.make_torch_model(family, 3)
     exact = port(theirs)
     arrays, _ = named_arrays(exact)
     half = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
@@ -211,8 +283,9 @@ def test_bfloat16_stays_near_float32():
     assert np.abs(ours - want).max() < 1.5 * np.abs(torch_half - want).max()
 
 
-def test_arrays_round_trip_by_name():
-    decoder = port(tiny.make_torch_llama(3, tie_word_embeddings=False))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arrays_round_trip_by_name(family):
+    decoder = port(tiny.make_torch_model(family, 3, tie_word_embeddings=False))
     arrays, structure = named_arrays(decoder)
     assert arrays.keys() == weights(decoder.arch).keys()
     again, _ = named_arrays(rebuild(structure, arrays))

@@ -19,8 +19,8 @@ def run_torch(config, start, gradients):
     import torch
 
     named = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
-    decayed = [x for name, x in named.items() if not name.endswith("norm.weight")]
-    others = [x for name, x in named.items() if name.endswith("norm.weight")]
+    decayed = [x for name, x in named.items() if "norm" not in name and "bias" not in name]
+    others = [x for name, x in named.items() if "norm" in name or "bias" in name]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
@@ -46,7 +46,13 @@ def run_torch(config, start, gradients):
 def test_updates_equal_torchs_adamw(schedule, clip_norm):
     config = dataclasses.replace(PLAIN, schedule=schedule, clip_norm=clip_norm)
     rng = np.random.default_rng(0)
-    shapes = {"layers.a.weight": (5, 4), "norm.weight": (4,), "layers.b.lora_A": (2, 3)}
+    shapes = {
+        "layers.a.weight": (5, 4),
+        "layers.a.bias": (5,),
+        "layers.a_norm.weight": (2, 3),
+        "norm.weight": (4,),
+        "layers.b.lora_A": (2, 3),
+    }
 
     def draw():
         return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

@@ -236,7 +236,7 @@ def test_another_configuration_in_the_same_workdir_is_refused(lora_run, run_trai
 
 
 def test_a_changed_student_in_the_same_workdir_is_refused(lora_run, run_train, tmp_path, capsys):
-    other = tiny.write_llama(tmp_path / "other", seed=9)
+    other = tiny.write_model(tmp_path / "other", seed=9)
     assert run_train(lora_run, "--student.path", str(other)) == 2
     assert "student.path" in capsys.readouterr().err
 

@@ -25,6 +25,19 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
 }
+# What config.json of each family has besides; heads wider than hidden_size / num_attention_heads,
+# as in Qwen3 0.6B, and windows that are switched off, as in every Qwen2.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": LLAMA3},
+    "mistral": {"rope_parameters": DEFAULT_ROPE, "sliding_window": None},
+    "qwen2": {
+        "rope_parameters": {**DEFAULT_ROPE, "rope_theta": 1000000.0},
+        "use_sliding_window": False,
+        "sliding_window": 16,
+        "max_window_layers": 3,
+    },
+    "qwen3": {"rope_parameters": {**DEFAULT_ROPE, "rope_theta": 1000000.0}, "head_dim": 32},
+}
 SPECIAL = ["<|begin|>", "<|pad|>", "<|start|>", "<|end|>", "<|eot|>"]
 # Llama 3's form, and like Llama 3.1's own template it shows a date, which defaults to today's.
 TEMPLATE = (
@@ -69,18 +82,26 @@ def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
     fast.save_pretrained(folder)
 
 
-def make_torch_llama(seed: int = 0, **changes: Any) -> Any:
+def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Returns a config.json."""
+    options = {**SHAPE, "model_type": family, "tie_word_embeddings": True, **FAMILIES[family]}
+    return options | changes
+
+
+def make_torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """Returns transformers' model, float32, scaled so that logits have a deviation above 1."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    options = {**SHAPE, "tie_word_embeddings": True, "rope_parameters": LLAMA3, **changes}
-    model = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    config = AutoConfig.for_model(**make_config(family, **changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.copy_(1 + 0.3 * torch.randn_like(weight))
+            elif name.endswith(".bias"):
+                weight.copy_(torch.randn_like(weight))
             elif name.startswith(("model.embed_tokens", "lm_head")):
                 weight.copy_(torch.randn_like(weight) * 4 / weight.shape[1] ** 0.5)
             else:
@@ -88,33 +109,41 @@ def make_torch_llama(seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write_llama(folder: Path, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+def write_model(
+    folder: Path, seed: int = 0, dtype: str = "float32", *, family: str = "llama", **changes: Any
+) -> Path:
     """Writes a random model and the tiny tokenizer; returns the folder."""
     import torch
 
-    make_torch_llama(seed, **changes).to(getattr(torch, dtype)).save_pretrained(folder)
+    make_torch_model(family, seed, **changes).to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 
 
-def write_plain_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Writes a random tied model without torch, and the tiny tokenizer; returns the folder."""
-    from safetensors.numpy import save_file
-
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns a config.json's tensors by Hugging Face name, float32, without torch."""
     from kd_jax.architecture import read_architecture, weights
     from kd_jax.hf import hf_names
 
-    config = {**SHAPE, "model_type": "llama", "tie_word_embeddings": True, **changes}
-    config["rope_parameters"] = LLAMA3
-    arch = read_architecture(config, "tiny")
-    rng = np.random.default_rng(seed)
+    arch, rng = read_architecture(config, "tiny"), np.random.default_rng(seed)
     tensors = {}
     for path, weight in weights(arch).items():
         for name in hf_names(path, arch):
             shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
             value = rng.normal(size=shape) * 2 / shape[-1] ** 0.5
             tensors[name] = (1 + 0.1 * value if len(shape) == 1 else value).astype(np.float32)
+    return tensors
+
+
+def write_plain_model(
+    folder: Path, seed: int = 0, *, family: str = "llama", **changes: Any
+) -> Path:
+    """Writes a random tied model without torch, and the tiny tokenizer; returns the folder."""
+    from safetensors.numpy import save_file
+
+    config = make_config(family, **changes)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = random_tensors(config, seed)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)

@@ -1,0 +1,106 @@
+"""Runs of every family, and of a pair whose vocabularies are padded to different sizes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from convert import to_hf
+from kd_jax import evaluate, train
+from kd_jax.command import run_command
+from kd_jax.disk import open_folder
+from kd_jax.text import load_tokenizer
+
+pytestmark = pytest.mark.fast
+
+# Like Qwen2.5's 151,936 and 152,064: one tokenizer, two paddings.
+STUDENT_ROWS, TEACHER_ROWS = 320, 344
+
+
+def run(main, *argv):
+    assert run_command(main, [str(word) for word in argv]) == 0
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Returns a function that writes a pair of a family, and a config for it."""
+
+    def write(family, trainable):
+        student, teacher = tmp_path / "student", tmp_path / "teacher"
+        tiny.write_plain_model(student, 1, family=family, vocab_size=STUDENT_ROWS)
+        shape = {"hidden_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+        tiny.write_plain_model(teacher, 2, family=family, vocab_size=TEACHER_ROWS, **shape)
+        data = tiny.write_data(tmp_path / "train.jsonl")
+        (tmp_path / "config.py").write_text(f"""
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir={str(tmp_path / "run")!r},
+        teacher=TeacherConfig(path={str(teacher)!r}, dtype="float32"),
+        student=StudentConfig(path={str(student)!r}, dtype="float32"),
+        trainable={trainable!r},
+        lora=LoraConfig(rank=4, alpha=8.0),
+        data=DataConfig(path={str(data)!r}, seq_len=192, batch_size=8,
+                        cache_dir={str(tmp_path / "rows")!r}),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=1, schedule="constant"),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        compilation_cache=None,
+        steps=3,
+    )
+""")
+        return student, teacher
+
+    return write
+
+
+def values_of(model, teacher, data, capsys):
+    capsys.readouterr()
+    argv = ("--model", model, "--teacher", teacher, "--data", data, "--dtype", "float32")
+    run(evaluate.main, *argv, "--seq-len", 192, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "family, trainable",
+    [("mistral", "lora"), ("qwen2", "lora"), ("qwen2", "full"), ("qwen3", "full")],
+)
+def test_a_run_of_each_family_learns_and_is_exported(family, trainable, pair, tmp_path, capsys):
+    student, teacher = pair(family, trainable)
+    run(train.main, "--config", tmp_path / "config.py")
+    run(to_hf.main, "--workdir", tmp_path / "run", "--out", tmp_path / "out")
+    data = tmp_path / "train.jsonl"
+    before = values_of(student, teacher, data, capsys)
+    after = values_of(tmp_path / "run", teacher, data, capsys)
+    exported = values_of(tmp_path / "out", teacher, data, capsys)
+    assert after["kl_forward"] < before["kl_forward"] and after["ce"] < before["ce"]
+    for name, value in after.items():
+        # A merged adapter rounds once more than one that is applied beside its base.
+        assert exported[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    if trainable == "full":
+        was, now = open_folder(student), open_folder(tmp_path / "out")
+        assert was.keys() == now.keys()
+        unmoved = [name for name in was if np.array_equal(was[name].read(), now[name].read())]
+        assert not unmoved
+
+
+def test_what_lies_in_the_padding_of_a_vocabulary_changes_nothing(pair, tmp_path, capsys):
+    student, teacher = pair("qwen2", "lora")
+    data = tmp_path / "train.jsonl"
+    want = values_of(student, teacher, data, capsys)
+    true_size = max(load_tokenizer(student).get_vocab().values()) + 1
+    assert true_size < STUDENT_ROWS
+    for rows, fill in ((332, 0.0), (TEACHER_ROWS, 100.0), (true_size, None)):
+        other = shutil.copytree(teacher, tmp_path / f"teacher_{rows}")
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+        tensors = load_file(other / "model.safetensors")
+        table = tensors["model.embed_tokens.weight"][:rows].copy()
+        table[true_size:] = fill
+        tensors["model.embed_tokens.weight"] = table
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        got = values_of(student, other, data, capsys)
+        assert got == pytest.approx(want, rel=1e-6, abs=1e-7), rows
