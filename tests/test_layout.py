@@ -1,6 +1,8 @@
 """What holds the package together: who may import whom, and what importing costs."""
 
 import ast
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -8,11 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.from_hf import FromHfArgs
-from convert.to_hf import ToHfArgs
 from kd_jax.command import flag_names
 from kd_jax.config import Config
-from kd_jax.evaluate import EvaluateArgs
 
 pytestmark = pytest.mark.fast
 
@@ -76,9 +75,26 @@ def test_every_file_that_the_documents_name_exists():
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 
 
+def known_flags():
+    """Returns the flags of every command, and of every benchmark, that there is."""
+    known = {"config", "help", *flag_names(Config)}
+    commands = [f"kd_jax.{name}" for name in ORDER]
+    commands += [f"convert.{file.stem}" for file in (ROOT / "convert").glob("[!_]*.py")]
+    for name in commands:
+        for kind in vars(importlib.import_module(name)).values():
+            if dataclasses.is_dataclass(kind) and kind.__name__.endswith("Args"):
+                known |= set(flag_names(kind))
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"--([\w-]+)"', file.read_text()))
+    return known
+
+
 def test_every_flag_that_the_documents_name_exists():
-    known = set(flag_names(Config)) | set(flag_names(EvaluateArgs)) | set(flag_names(ToHfArgs))
-    known |= set(flag_names(FromHfArgs)) | {"config", "help", "rounds", "yardstick", "dtype"}
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("configs/*.py")]:
+    known = known_flags()
+    for document in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("configs/**/*.py"),
+    ]:
         for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", document.read_text()):
             assert flag in known, f"{document.name}: --{flag}"
