@@ -104,6 +104,7 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
         "config": dump(config),
         "inputs": inputs,
         "versions": _versions(),
+        "devices": _devices(),
         "git_commit": _git_commit(),
     }
     path = workdir / "config.json"
@@ -175,6 +176,14 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _devices() -> str:
+    """Returns how many devices of what kind run, such as `8 x NVIDIA H200`."""
+    kind = jax.devices()[0].device_kind
+    if kind == "cpu":
+        kind = f"cpu (on {os.cpu_count()} cores)"
+    return f"{jax.device_count()} x {kind}"
 
 
 def _git_commit() -> str | None:

@@ -21,6 +21,7 @@ ORDER = [
     "config", "command", "sharding", "attention", "architecture", "model", "lora", "losses",
     "kd_head", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "loop", "train", "evaluate",
+    "runs", "arms", "tables", "curves", "report", "sweep",
 ]  # fmt: skip
 
 

@@ -1,0 +1,227 @@
+"""A sweep through the real command, and what it refuses before anything starts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+
+from kd_jax import report, sweep
+from kd_jax.command import run_command
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs start on one device: eight make each of them wait, and are not what is tested here."""
+    alone = partial(subprocess.Popen, env={**os.environ, "XLA_FLAGS": ""})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", alone)
+        yield
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A configuration of tiny models, four steps long."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_plain_llama(root / "student", seed=1)
+    tiny.write_plain_llama(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
+    tiny.write_data(root / "train.jsonl")
+    file = root / "config.py"
+    file.write_text(f"""
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir={str(root / "one")!r},
+        teacher=TeacherConfig(path={str(root / "teacher")!r}),
+        student=StudentConfig(path={str(root / "student")!r}),
+        lora=LoraConfig(rank=4, alpha=8.0),
+        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=192, batch_size=8,
+                        cache_dir={str(root / "rows")!r}),
+        eval=EvalConfig(path={str(root / "train.jsonl")!r}, every_steps=2),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every_steps=2),
+        compilation_cache={str(root / "xla")!r},
+        steps=4,
+    )
+""")
+    return file
+
+
+def run(*argv):
+    return run_command(sweep.main, [str(word) for word in argv])
+
+
+def planned(capsys):
+    """Returns the flags of each printed command."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split(" ", 4)[4].split() for line in lines if line.startswith("[")]
+
+
+def test_the_runs_are_all_combinations_seed_by_seed(file, tmp_path, capsys):
+    grid = ("--set", "loss.kd-ratio", 0, 0.5, "--set", "optim.learning-rate", "1e-4", "3e-4")
+    out = tmp_path / "sweep"
+    more = ("--seeds", 2, "--lora.rank", 8, "--dry-run", "--workdir", out)
+    assert run("--config", file, *grid, *more) == 0
+    commands = planned(capsys)
+    names = [Path(command[-1]).name for command in commands]
+    assert names == [
+        f"kd-ratio={ratio},learning-rate={rate},seed={seed}"
+        for seed in (0, 1)
+        for ratio in ("0", "0.5")
+        for rate in ("1e-4", "3e-4")
+    ]
+    words = f"--config {file} --lora.rank 8 --seed 0 --loss.kd-ratio 0 --optim.learning-rate 3e-4"
+    assert commands[1] == [*words.split(), "--workdir", str(out / names[1])]
+    assert not out.exists()
+
+
+def test_switches_lists_and_paths_are_values_too(file, tmp_path, capsys):
+    grid = ("--set", "data.pack", "true", "false", "--set", "data.path", "a/x.json", "b/x.json")
+    modules = ("--set", "lora.target-modules", "q_proj", "q_proj v_proj")
+    argv = ("--config", file, *grid, *modules, "--dry-run", "--workdir", tmp_path)
+    assert run(*argv) == 0
+    commands = planned(capsys)
+    assert [command[2] for command in commands] == ["--data.pack"] * 4 + ["--data.no-pack"] * 4
+    assert commands[1][5:8] == ["--lora.target-modules", "q_proj", "v_proj"]
+    folders = [command[-1] for command in commands]
+    assert len(set(folders)) == 8 and all("/" not in Path(f).name for f in folders)
+    assert run(*argv) == 0
+    assert [command[-1] for command in planned(capsys)] == folders
+
+
+def test_the_default_folder_is_beside_the_files_own(file, capsys):
+    assert run("--config", file, "--seeds", 1, "--dry-run") == 0
+    assert planned(capsys)[0][-1] == str(file.parent / "one-sweep" / "seed=0")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--set loss.kd-rato 0 1", ["--loss.kd-rato", "Did you mean --loss.kd-ratio?"]),
+        ("--set loss.kd_ratio 0 2 7", ["loss.kd-ratio: expected 0 <= ratio <= 1, got 2.0", "7.0"]),
+        (
+            "--set loss.kd-ratio 3 0 --set optim.learning-rate -1 1",
+            ["loss.kd-ratio: expected", "optim.learning-rate: expected at least 0, got -1.0"],
+        ),
+        ("--set optim.learning-rate 1e-3 fast", ["--optim.learning-rate", "'fast'"]),
+        ("--set data.pack maybe true", ["--set data.pack: expected true or false, got maybe"]),
+        ("--set loss.kd-ratio 0.5 .5", ["kd-ratio=0.5", "kd-ratio=.5"]),
+        ("--set loss.kd-ratio 0.5 0.5", ["--set loss.kd-ratio: 0.5 is given twice"]),
+        ("--set loss.kd-ratio 0 --set loss.kd-ratio 1", ["--set loss.kd-ratio: given twice"]),
+        ("--set loss.kd-ratio 0 --loss.kd-ratio 1", ["--set loss.kd-ratio", "all runs"]),
+        ("--set loss.kd-ratio", ["--set: expected FIELD VALUE"]),
+        ("--set", ["--set: expected FIELD VALUE"]),
+        ("--set workdir a b", ["--set workdir"]),
+        ("--set seed 1 2 --seeds 2", ["--seeds: expected either"]),
+        ("--seeds 0", ["--seeds: expected at least 1, got 0"]),
+        ("--seeds 2 --lora.rnk 4", ["--lora.rnk", "Did you mean --lora.rank?"]),
+        ("", ["--set: expected a field"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(file, tmp_path, capsys, argv, words):
+    assert run("--config", file, *argv.split(), "--workdir", tmp_path / "sweep") == 2
+    streams = capsys.readouterr()
+    assert streams.err.startswith("error: ") and "Traceback" not in streams.err
+    assert all(word in streams.err for word in words), streams.err
+    lines = streams.err.splitlines()
+    assert len(set(lines)) == len(lines)
+    assert streams.out == "" and not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_without_a_file_says_so(capsys):
+    assert run("--set", "loss.kd-ratio", 0, 1) == 2
+    assert "--config" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def done(file, tmp_path_factory):
+    """A finished sweep over two arms."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    assert run("--config", file, "--set", "loss.kd-ratio", 0, 1, "--workdir", out) == 0
+    return out
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    clock = ("_seconds", "_per_second", "_bytes")
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines]
+
+
+def test_finished_runs_are_skipped_and_others_resumed(file, done, tmp_path, capfd):
+    out = shutil.copytree(done, tmp_path / "out")
+    argv = ("--config", file, "--set", "loss.kd-ratio", 0, 1, "--workdir", out)
+    cut = out / "kd-ratio=1"
+    whole = metrics(cut)
+    shutil.rmtree(cut / "checkpoints" / "4")
+    written = (out / "kd-ratio=0" / "metrics.jsonl").stat().st_mtime_ns
+    assert run(*argv) == 0
+    streams = capfd.readouterr()
+    assert streams.out.count("finished before: skipped") == 1
+    assert "resumed at step 2" in streams.out
+    assert streams.out.endswith(f"report: python -m kd_jax.report {out}/*\n")
+    assert metrics(cut) == whole
+    assert (out / "kd-ratio=0" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_finished_sweep_makes_a_report(done, tmp_path):
+    folders = [str(folder) for folder in sorted(done.iterdir())]
+    assert run_command(report.main, [*folders, "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "The control is kd-ratio=0, the one arm without a teacher." in page
+    assert "cpu (on" in page
+
+
+def test_a_folder_of_another_configuration_is_refused_at_once(file, done, capsys):
+    argv = ("--config", file, "--set", "loss.kd-ratio", 0, 1, 0.5, "--workdir", done)
+    assert run(*argv, "--optim.learning-rate", "2e-2") == 2
+    error = capsys.readouterr().err
+    assert error.count("belongs to a run with another configuration") == 2
+    assert "optim.learning_rate: 0.01 -> 0.02" in error
+    assert not (done / "kd-ratio=0.5").exists()
+    assert run("--config", file, "--seeds", 1, "--workdir", done / "kd-ratio=0") == 2
+    assert "which is one run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_failure_stops_the_sweep_unless_told_otherwise(file, tmp_path, capfd, keep_going):
+    missing, good = tmp_path / "missing", file.parent / "student"
+    argv = ("--set", "student.path", missing, good, "--loss.kd-ratio", 0, "--steps", 1)
+    argv += ("--optim.warmup-steps", 0, "--workdir", tmp_path / "out")
+    assert run("--config", file, *argv, *(["--keep-going"] if keep_going else [])) == 2
+    streams = capfd.readouterr()
+    assert "ended with status 2" in streams.err
+    assert ("[2/2]" in streams.out) is keep_going
+    assert len(list((tmp_path / "out").glob("*/metrics.jsonl"))) == keep_going
+
+
+def test_sigterm_lets_the_run_save_and_starts_no_other(file, tmp_path):
+    out = tmp_path / "out"
+    argv = ("--config", file, "--seeds", "2", "--steps", "100000", "--workdir", out, "--keep-going")
+    often = ("--checkpoint.every-steps", "100000", "--eval.every-steps", "100000")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kd_jax.sweep", *map(str, argv), *often],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        lines = out / "seed=0" / "metrics.jsonl"
+        for _ in range(600):
+            if lines.exists() and lines.stat().st_size:
+                break
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == 1
+    finally:
+        child.kill()
+    assert [folder.name for folder in out.iterdir()] == ["seed=0"]
+    assert len(list((out / "seed=0" / "checkpoints").iterdir())) == 1
