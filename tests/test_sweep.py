@@ -32,8 +32,8 @@ def one_device():
 def file(tmp_path_factory):
     """A configuration of tiny models, four steps long."""
     root = tmp_path_factory.mktemp("models")
-    tiny.write_plain_llama(root / "student", seed=1)
-    tiny.write_plain_llama(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
+    tiny.write_plain_model(root / "student", seed=1)
+    tiny.write_plain_model(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
     tiny.write_data(root / "train.jsonl")
     file = root / "config.py"
     file.write_text(f"""
