@@ -4,11 +4,14 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Fake devices share one pool of threads, which collectives block. Where XLA runs independent ones
+# side by side, each device in an order of its own, a program now and then waits for itself for
+# ever; so does one whose pool has only as many threads as two cores bring.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Threads of XLA's pool. A fake device may block several of them in collectives; with only as many
-# as two cores bring, a program on eight devices now and then waits for itself for ever.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
