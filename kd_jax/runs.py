@@ -17,6 +17,7 @@ NEEDED = {
     "step", "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second",
     "peak_memory_bytes",
 }  # fmt: skip
+COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +31,9 @@ class Run:
     held_out: Columns
     """The evaluations during training, by the names of kd_jax.evaluate."""
     evaluation: dict[str, float]
-    """What evaluation.json holds; empty where there is none."""
+    """The numbers of evaluation.json; empty where there is none."""
+    evaluated_with: dict[str, Any]
+    """The arguments beside them that must agree for numbers to be compared."""
     num_starts: int | None
     """How often training was started, from the files of TensorBoard; None without them."""
 
@@ -114,13 +117,16 @@ def read_run(folder: Path) -> Run:
     record = _read_record(folder / "config.json")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
+    evaluation = _read_object(path) if path.is_file() else {}
+    arguments = evaluation.get("arguments", {})
     events = len(list(folder.glob("tensorboard/events.out.tfevents.*")))
     return Run(
         folder=folder,
         record=record,
         train=train,
         held_out=held_out,
-        evaluation=_numbers(_read_object(path)) if path.is_file() else {},
+        evaluation=_numbers(evaluation),
+        evaluated_with={name: arguments[name] for name in COMPARED if name in arguments},
         num_starts=events or None,
     )
 

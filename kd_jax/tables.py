@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd_jax.arms import Arm, label_names
-from kd_jax.runs import Run, flatten
+from kd_jax.runs import COMPARED, Run, flatten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +36,14 @@ class Metric:
 
 METRICS = {
     "ce": Metric(label="CE", unit="nats", decimals=4),
-    "perplexity": Metric(label="Perplexity", unit="exp CE", decimals=3, compared=False),
-    "kl_forward": Metric(label="KL(teacher ‖ student)", unit="nats", decimals=4),
-    "kl_reverse": Metric(label="KL(student ‖ teacher)", unit="nats", decimals=4),
+    "perplexity": Metric(label="Perplexity", unit="exp(CE)", decimals=3, compared=False),
+    "kl_forward": Metric(label="KL(teacher\N{NO-BREAK SPACE}‖ student)", unit="nats", decimals=4),
+    "kl_reverse": Metric(label="KL(student\N{NO-BREAK SPACE}‖ teacher)", unit="nats", decimals=4),
     "top1_agreement": Metric(label="Top-1 agreement", unit="%", decimals=2, scale=100),
     "acceptance": Metric(label="Acceptance", unit="%", decimals=2, scale=100),
+    "topk_overlap": Metric(label="Top-k overlap", unit="%", decimals=2, scale=100),
+    "ece": Metric(label="Calibration error", unit="%", decimals=2, scale=100),
+    "entropy_gap": Metric(label="Entropy gap", unit="nats", decimals=4),
 }
 
 
@@ -64,6 +67,10 @@ def _best(run: Run) -> dict[str, float]:
     return {name: float(x[index]) for name, x in run.held_out.items()}
 
 
+def _evaluated(run: Run) -> dict[str, float]:
+    return run.evaluation
+
+
 SOURCES = (
     Source(
         name="the last evaluation",
@@ -79,7 +86,7 @@ SOURCES = (
     Source(
         name="kd_jax.evaluate",
         note="From evaluation.json in the workdirs.",
-        read=lambda run: run.evaluation,
+        read=_evaluated,
     ),
 )
 
@@ -139,9 +146,17 @@ def _means_table(
         title=f"Held-out text, by {source.name}",
         header=["arm", "n", *(_heading(METRICS[name]) for name in names)],
         rows=rows,
-        note=f"{source.note} Mean ± standard deviation over n seeds, per target token.",
+        note=f"{source.note} Mean ± standard deviation over n seeds, per target token."
+        + (_unlike(arms) if source.read is _evaluated else ""),
         keys=range(len(arms)),
     )
+
+
+def _unlike(arms: Sequence[Arm]) -> str:
+    """Returns a warning where kd_jax.evaluate was given different things to measure with."""
+    used = [run.evaluated_with for arm in arms for run in arm.finished if run.evaluated_with]
+    names = [name for name in COMPARED if len({str(one.get(name)) for one in used}) > 1]
+    return f" Careful: not all with the same {', '.join(names)}." if names else ""
 
 
 def _differences_table(
@@ -172,7 +187,7 @@ def _differences_table(
         keys.append(key)
     header = ["arm", "n"]
     for name in names:
-        header += [f"Δ {_heading(METRICS[name])}", "t"]
+        header += [_heading(METRICS[name]), "t"]
     table = Table(
         title=f"Differences from the control ({control.label}), by {source.name}",
         header=header,

@@ -128,7 +128,7 @@ def test_means_and_spreads_are_numpys(tmp_path):
 def test_differences_are_the_paired_t_test_of_scipy(tmp_path):
     folders = write_arms(tmp_path)
     table = find(tables_of(folders), "Differences from the control (0), by the last evaluation")
-    assert table.header[2:] == ["Δ CE,\N{NO-BREAK SPACE}nats", "t"]  # the control has no KL
+    assert table.header[2:] == ["CE,\N{NO-BREAK SPACE}nats", "t"]  # the control has no KL
     for row, ratio in zip(table.rows, (0.5, 1), strict=True):
         ours, theirs = (
             [last(tmp_path / f"{r}-{seed}", "eval/ce") for seed in range(3)] for r in (ratio, 0)
@@ -177,6 +177,13 @@ def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
     assert [numbers(row[2])[0] for row in means.rows] == [1.5, 3.5]
     deltas = find(found, "Differences from the control (0), by kd_jax.evaluate")
     assert deltas.rows[0][2:] == ["+2.0000 ± 0.0000", "–", "+0.0000 ± 0.0000", "–"]
+    assert "Careful" not in means.note
+    values = {"ce": 1.0, "arguments": {"data": "other.json", "model": "x"}}
+    (folders[0] / "evaluation.json").write_text(json.dumps(values))
+    values["arguments"]["data"] = "held_out.json"
+    (folders[1] / "evaluation.json").write_text(json.dumps(values))
+    means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
+    assert means.note.endswith("Careful: not all with the same data.")
     (folders[0] / "evaluation.json").unlink()
     found = tables_of(folders)
     assert [row[1] for row in find(found, "Held-out text, by kd_jax.evaluate").rows] == ["1", "2"]
