@@ -153,29 +153,50 @@ def _rank(shown: str) -> tuple[int, float, str]:
         return 1, 0.0, shown
 
 
-def find_control(arms: Sequence[Arm], wanted: str | None) -> tuple[Arm | None, str]:
-    """Returns the arm that the others are compared with, and a sentence that says why it is.
+def find_controls(arms: Sequence[Arm], wanted: str | None) -> tuple[dict[str, Arm], str]:
+    """Returns the control of each arm that has one, by the arm's name, and a sentence about them.
+
+    Without `wanted`, an arm's control is the one without a teacher that agrees with it in all that
+    does not concern the teacher, or the only one without a teacher that there is.
 
     Raises:
       UserError: `wanted` is neither an arm's name nor the folder of one of its runs.
     """
     if wanted is not None:
-        place = Path(wanted).expanduser().resolve()
-        for arm in arms:
-            folders = [run.folder.resolve() for run in arm.runs]
-            if wanted in (arm.name, arm.label) or place in folders:
-                return arm, f"The control is {arm.name}, as chosen."
-        known = "\n  ".join(arm.name for arm in arms)
-        near = difflib.get_close_matches(wanted, [arm.name for arm in arms], 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"--control: expected one of the runs or of the arms, got {wanted}.{hint} The arms:"
-            f"\n  {known}"
-        )
+        control = _find_arm(arms, wanted)
+        others = {arm.name: control for arm in arms if arm is not control}
+        return others, f"The control is {control.name}, as chosen."
     if len(arms) == 1:
-        return None, ""
+        return {}, ""
     plain = [arm for arm in arms if not arm.distils]
     if len(plain) == 1:
-        return plain[0], f"The control is {plain[0].name}, the one arm without a teacher."
+        others = {arm.name: plain[0] for arm in arms if arm.distils}
+        return others, f"The control is {plain[0].name}, the one arm without a teacher."
+    pairs = {}
+    for arm in arms:
+        twins = [other for other in plain if _but_for_teacher(other) == _but_for_teacher(arm)]
+        if arm.distils and len(twins) == 1:
+            pairs[arm.name] = twins[0]
+    if pairs:
+        return pairs, "An arm's control is the one without a teacher that is otherwise like it."
     count = "No arm trains" if not plain else f"{len(plain)} arms train"
-    return None, f"{count} without a teacher, so there is no control; --control names one."
+    return {}, f"{count} without a teacher, so there is no control; --control names one."
+
+
+def _but_for_teacher(arm: Arm) -> dict[str, str]:
+    return {n: v for n, v in arm.values.items() if n.split(".")[0] not in ("teacher", "loss")}
+
+
+def _find_arm(arms: Sequence[Arm], wanted: str) -> Arm:
+    place = Path(wanted).expanduser().resolve()
+    for arm in arms:
+        folders = [run.folder.resolve() for run in arm.runs]
+        if wanted in (arm.name, arm.label) or place in folders:
+            return arm
+    known = "\n  ".join(arm.name for arm in arms)
+    near = difflib.get_close_matches(wanted, [arm.name for arm in arms], 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(
+        f"--control: expected one of the runs or of the arms, got {wanted}.{hint} The arms:"
+        f"\n  {known}"
+    )

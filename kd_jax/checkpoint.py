@@ -90,11 +90,12 @@ def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.n
         return checkpointer.load(step, abstract)["trainable"], step
 
 
-def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None:
+def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_steps: int) -> None:
     """Writes WORKDIR/config.json, or checks that the one there describes the same run.
 
     Args:
       inputs: a hash of the content of each thing that the run reads, by what it is.
+      num_steps: optimizer steps, which `epochs` alone does not tell.
 
     Raises:
       UserError: the folder belongs to a run with another configuration or other inputs, or cannot
@@ -103,6 +104,7 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str]) -> None
     record = {
         "config": dump(config),
         "inputs": inputs,
+        "num_steps": num_steps,
         "versions": _versions(),
         "devices": _devices(),
         "git_commit": _git_commit(),

@@ -50,7 +50,7 @@ def train(config: Config) -> None:
         )
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
-    checkpoint.claim_workdir(config, workdir, inputs)
+    checkpoint.claim_workdir(config, workdir, inputs, num_steps)
 
     models = load_models(config, student, teacher, mesh)
     program = make_program(config, models, vocab_size, mesh)

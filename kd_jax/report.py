@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_jax.arms import Arm, find_control, make_arms
+from kd_jax.arms import Arm, find_controls, make_arms
 from kd_jax.command import parse_args, run_command
 from kd_jax.config import UserError
 from kd_jax.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
@@ -106,12 +106,16 @@ def make_report(
     if problems:
         raise UserError("\n".join(problems))
     arms = make_arms(found)
-    base, reason = find_control(arms, control)
+    controls, reason = find_controls(arms, control)
     figures = draw_figures(arms, smooth)
     tables = [
-        arms_table(arms, base), *result_tables(arms, base), cost_table(arms), runs_table(arms),
-        setup_table(arms), config_table(arms),
-    ]  # fmt: skip
+        arms_table(arms, controls),
+        *result_tables(arms, controls),
+        cost_table(arms),
+        runs_table(arms),
+        setup_table(arms),
+        config_table(arms),
+    ]
     page = _render(arms, tables, figures, title=title, reason=reason, extra=extra)
     return _write(out, page, figures)
 

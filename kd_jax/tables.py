@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,7 +91,7 @@ SOURCES = (
 )
 
 
-def arms_table(arms: Sequence[Arm], control: Arm | None) -> Table:
+def arms_table(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> Table:
     by_value = bool(label_names(arms))
     rows = []
     for arm in arms:
@@ -99,7 +99,8 @@ def arms_table(arms: Sequence[Arm], control: Arm | None) -> Table:
         status = f"{left} of {len(arm.runs)} unfinished" if left else "finished"
         name = [] if by_value else [arm.label]
         seeds = ", ".join(str(run.seed) for run in arm.runs)
-        role = "control" if arm is control else "distilled" if arm.distils else "no teacher"
+        is_control = any(arm is other for other in controls.values())
+        role = "control" if is_control else "distilled" if arm.distils else "no teacher"
         rows.append([*name, *arm.values.values(), seeds, status, role])
     names = ([] if by_value else ["arm"]) + [name.replace("_", "-") for name in arms[0].values]
     return Table(
@@ -111,7 +112,7 @@ def arms_table(arms: Sequence[Arm], control: Arm | None) -> Table:
     )
 
 
-def result_tables(arms: Sequence[Arm], control: Arm | None) -> list[Table]:
+def result_tables(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> list[Table]:
     """Returns means and differences for each source that any finished run has numbers of."""
     tables = []
     finished = [run for arm in arms for run in arm.finished]
@@ -122,8 +123,8 @@ def result_tables(arms: Sequence[Arm], control: Arm | None) -> list[Table]:
         names = [n for n in METRICS if any(n in run for runs in values for run in runs)]
         if names:
             tables.append(_means_table(source, arms, values, names))
-        if names and control is not None and len(arms) > 1:
-            tables += _differences_table(source, arms, control, names)
+        if names and controls:
+            tables += _differences_table(source, arms, controls, names)
     return tables
 
 
@@ -160,36 +161,35 @@ def _unlike(arms: Sequence[Arm]) -> str:
 
 
 def _differences_table(
-    source: Source, arms: Sequence[Arm], control: Arm, names: Sequence[str]
+    source: Source, arms: Sequence[Arm], controls: Mapping[str, Arm], names: Sequence[str]
 ) -> list[Table]:
-    """Returns each arm minus the control, seed by seed; nothing if the control has no numbers."""
-    base = {run.seed: source.read(run) for run in control.finished}
-    names = [
-        name for name in names if METRICS[name].compared and any(name in v for v in base.values())
-    ]
+    """Returns each arm minus its control, seed by seed; nothing if no control has numbers."""
+    bases = {
+        name: {run.seed: source.read(run) for run in control.finished if source.read(run)}
+        for name, control in controls.items()
+    }
+    found = [values for base in bases.values() for values in base.values()]
+    names = [n for n in names if METRICS[n].compared and any(n in values for values in found)]
     if not names:
         return []
-    base = {seed: values for seed, values in base.items() if values}
+    labels = {control.label for control in controls.values()}
     rows, counts, keys = [], set(), []
     for key, arm in enumerate(arms):
-        if arm is control:
+        if arm.name not in controls:
             continue
+        base = bases[arm.name]
         pairs = [(source.read(run), base[run.seed]) for run in arm.finished if run.seed in base]
         pairs = [(ours, theirs) for ours, theirs in pairs if ours]
-        row = [arm.label, str(len(pairs))]
-        for name in names:
-            known = all(name in ours and name in theirs for ours, theirs in pairs)
-            deltas = [ours[name] - theirs[name] for ours, theirs in pairs] if known else []
-            metric = METRICS[name]
-            row += difference([metric.scale * delta for delta in deltas], metric.decimals)
-        rows.append(row)
+        beside = [controls[arm.name].label] if len(labels) > 1 else []
+        rows.append([arm.label, *beside, str(len(pairs)), *_difference_cells(pairs, names)])
         counts.add(len(pairs))
         keys.append(key)
-    header = ["arm", "n"]
+    header = ["arm", *(["control"] if len(labels) > 1 else []), "n"]
     for name in names:
         header += [_heading(METRICS[name]), "t"]
+    which = "each arm's control" if len(labels) > 1 else f"the control ({labels.pop()})"
     table = Table(
-        title=f"Differences from the control ({control.label}), by {source.name}",
+        title=f"Differences from {which}, by {source.name}",
         header=header,
         rows=rows,
         note="Mean difference ± its standard error over n pairs of runs with the same seed, and "
@@ -197,6 +197,18 @@ def _differences_table(
         keys=keys,
     )
     return [table]
+
+
+def _difference_cells(
+    pairs: Sequence[tuple[dict[str, float], dict[str, float]]], names: Sequence[str]
+) -> list[str]:
+    cells: list[str] = []
+    for name in names:
+        known = all(name in ours and name in theirs for ours, theirs in pairs)
+        deltas = [ours[name] - theirs[name] for ours, theirs in pairs] if known else []
+        metric = METRICS[name]
+        cells += difference([metric.scale * delta for delta in deltas], metric.decimals)
+    return cells
 
 
 def _heading(metric: Metric) -> str:

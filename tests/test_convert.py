@@ -301,7 +301,7 @@ def run_of(tmp_path):
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
         hashes = {"student.path": disk.fingerprint(source)}
-        checkpoint.claim_workdir(config, workdir, hashes)
+        checkpoint.claim_workdir(config, workdir, hashes, num_steps=1)
         arrays = {}
         with checkpoint.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from kd_jax import curves, report, runs, tables
-from kd_jax.arms import find_control, make_arms
+from kd_jax.arms import find_controls, make_arms
 from kd_jax.command import run_command
 from kd_jax.config import (
     Config,
@@ -109,7 +109,7 @@ def arms_of(folders):
 
 def tables_of(folders, control=None):
     arms = arms_of(folders)
-    return tables.result_tables(arms, find_control(arms, control)[0])
+    return tables.result_tables(arms, find_controls(arms, control)[0])
 
 
 # The numbers.
@@ -338,15 +338,41 @@ def test_many_differences_make_numbered_arms(tmp_path):
 )
 def test_the_control_has_no_teacher_or_is_chosen(tmp_path, monkeypatch, ratios, wanted, name):
     monkeypatch.chdir(tmp_path)
-    control, reason = find_control(arms_of(write_arms(Path("."), ratios, seeds=2)), wanted)
-    assert (control and control.name) == name
+    arms = arms_of(write_arms(Path("."), ratios, seeds=2))
+    controls, reason = find_controls(arms, wanted)
+    others = {arm.name for arm in arms} - {name}
+    assert {n: c.name for n, c in controls.items()} == (dict.fromkeys(others, name) if name else {})
     assert name is None or name in reason
     assert name is not None or "--control" in reason
 
 
-def test_two_arms_without_a_teacher_make_no_control(tmp_path):
+def test_arms_without_a_teacher_alone_make_no_control(tmp_path):
     folders = [write_run(tmp_path / str(r), ratio=0.0, rate=r) for r in (1e-3, 1e-4)]
-    assert find_control(arms_of(folders), None)[0] is None
+    assert find_controls(arms_of(folders), None)[0] == {}
+
+
+def test_an_arms_control_is_like_it_but_for_the_teacher(tmp_path):
+    ratios, rates = (0.0, 0.5, 1.0), (1e-3, 1e-4)
+    folders = [
+        write_run(tmp_path / f"{ratio}-{rate}-{seed}", ratio=ratio, rate=rate, seed=seed)
+        for ratio in ratios
+        for rate in rates
+        for seed in range(2)
+    ]
+    controls, reason = find_controls(arms_of(folders), None)
+    assert len(controls) == 4 and "otherwise like it" in reason
+    for name, control in controls.items():
+        assert control.name == f"kd-ratio=0, {name.split(', ')[1]}"
+    table = find(tables_of(folders), "Differences from each arm's control, by the last evaluation")
+    for row in table.rows:
+        ratio, rate = row[0].split(" · ")
+        assert row[1] == f"0 · {rate}" and row[2] == "2"
+        deltas = [
+            last(tmp_path / f"{float(ratio)}-{float(rate)}-{seed}", "eval/ce")
+            - last(tmp_path / f"0.0-{float(rate)}-{seed}", "eval/ce")
+            for seed in range(2)
+        ]
+        assert numbers(row[3])[0] == pytest.approx(np.mean(deltas), abs=5e-5)
 
 
 # The page.

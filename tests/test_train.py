@@ -109,6 +109,7 @@ def test_the_contract_of_metrics_is_kept(lora_run):
 def test_config_json_says_what_ran(lora_run):
     record = json.loads((lora_run / "config.json").read_text())
     assert record["config"]["optim"]["learning_rate"] == 1e-2
+    assert record["num_steps"] == STEPS
     assert record["versions"]["jax"] and {"student.path", "teacher.path"} <= record["inputs"].keys()
 
 
