@@ -11,13 +11,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kd_jax import losses
+from kd_jax.sharding import BATCH_AXES
 
 # Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
 NEGATIVE = -1e30
 METRICS = ("ce_loss", "kd_loss", "teacher_entropy", "teacher_ce", "top1_agreement")
-EVAL_METRICS = (*METRICS, "kl_forward", "kl_reverse", "acceptance")
+SINGLE_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
+EVAL_METRICS = (
+    *SINGLE_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
+    "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct", "topk_overlap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +39,8 @@ class HeadConfig:
     """Vocabulary entries with a meaning: those above are padding in either model."""
     head_trainable: bool = False
     """Whether the student's head gets a gradient."""
+    top_k: int | None = None
+    """Entries of each model whose overlap an evaluation measures; None measures none."""
 
 
 def chunk_len(chunk_tokens: int | None, rows_per_device: int, seq_len: int) -> int:
@@ -62,15 +70,15 @@ def kd_head(config, student_hidden, teacher_hidden, student_head, teacher_head, 
     Returns:
       (loss, metrics): loss is the float32 sum over tokens of
       (1 - kd_ratio) * CE + kd_ratio * divergence, differentiable in student_hidden and, with
-      head_trainable, student_head; metrics are float32 sums by the names in EVAL_METRICS.
+      head_trainable, student_head; metrics are float32 sums by the names in METRICS.
     """
     arrays = (student_hidden, teacher_hidden, student_head, teacher_head, labels, mask)
-    loss, metrics, _ = _run(config, *arrays, with_gradient=False)
+    loss, metrics, _ = _run(config, *arrays)
     return loss, metrics
 
 
 def _forward(config, *arrays):
-    loss, metrics, (d_hidden, d_head) = _run(config, *arrays, with_gradient=True)
+    loss, metrics, (d_hidden, d_head) = _run(config, *arrays)
     if d_head is not None:  # rows that were cut get no gradient
         d_head = jnp.pad(d_head, ((0, len(arrays[2]) - len(d_head)), (0, 0)))
     return (loss, metrics), (d_hidden, d_head)
@@ -87,59 +95,105 @@ def _backward(config, gradients, cotangents):
 kd_head.defvjp(_forward, _backward)
 
 
-def _run(
-    config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask, with_gradient
-):
-    B, S, _ = student_hidden.shape
+def _run(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
     C = config.chunk_len
-    order = jnp.argsort(~mask, axis=1, stable=True)  # [B, S], tokens with a loss first
-    padded = -S % C
+    rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
+    student_head, teacher_head = _heads(rows, student_head, teacher_head)
+
+    def run_chunk(index, carry):
+        loss, metrics, d_hidden, d_head = carry
+        h_s, h_t, y, m = _chunk(rows, index, C)
+        z_s = _logits(h_s, student_head, config.vocab_size)
+        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
+        values, d_logits = _token_losses(config, z_s, z_t, y)
+        values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
+        loss += values.pop("loss")
+        metrics = {name: metrics[name] + values[name] for name in metrics}
+        d_logits = jnp.where(m[:, :, None], d_logits, 0.0).astype(h_s.dtype)
+        product = jnp.einsum(
+            "BCV,VD->BCD", d_logits, student_head, preferred_element_type=jnp.float32
+        )
+        product = product.astype(h_s.dtype)
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
+        if d_head is not None:
+            d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_s, preferred_element_type=jnp.float32)
+        return loss, metrics, d_hidden, d_head
+
+    names = METRICS if teacher_head is not None else ("ce_loss",)
+    zero = jnp.zeros((), jnp.float32)
+    d_head = jnp.zeros(student_head.shape, jnp.float32) if config.head_trainable else None
+    start = (zero, dict.fromkeys(names, zero), jnp.zeros_like(rows[0]), d_head)
+    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
+    return loss, metrics, (_put_back(d_hidden, order), d_head)
+
+
+def token_metrics(
+    config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask, *, mesh=None
+):
+    """Returns what an evaluation says of each token, [B, S] float32 by name; 0 where masked.
+
+    Distributions are those of temperature 1, but for loss and kd_loss, which are training's.
+
+    Args:
+      as kd_head's, and
+      mesh: over whose BATCH_AXES the rows are split.
+    """
+    C = config.chunk_len
+    rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
+    student_head, teacher_head = _heads(rows, student_head, teacher_head)
+
+    def run_chunk(index, metrics):
+        h_s, h_t, y, m = _chunk(rows, index, C)
+        z_s = _logits(h_s, student_head, config.vocab_size)
+        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
+        values = _token_values(config, z_s, z_t, y, mesh)
+        return {
+            name: jax.lax.dynamic_update_slice_in_dim(
+                metrics[name], jnp.where(m, value, 0.0), index * C, axis=1
+            )
+            for name, value in values.items()
+        }
+
+    names = SINGLE_METRICS if teacher_head is None else EVAL_METRICS
+    if config.top_k is None or teacher_head is None:
+        names = tuple(name for name in names if name != "topk_overlap")
+    zeros = jnp.zeros(rows[3].shape, jnp.float32)
+    metrics = jax.lax.fori_loop(0, num_chunks, run_chunk, dict.fromkeys(names, zeros))
+    return {name: _put_back(value, order) for name, value in metrics.items()}
+
+
+def _arrange(chunk_len, student_hidden, teacher_hidden, labels, mask):
+    """Returns the rows as [B, chunks * C, ...], tokens with a loss first; their order; chunks."""
+    B, S, _ = student_hidden.shape
+    order = jnp.argsort(~mask, axis=1, stable=True)  # [B, S]
+    padded = -S % chunk_len
 
     def gather(x):
         x = jnp.take_along_axis(x, order.reshape(B, S, *(1,) * (x.ndim - 2)), axis=1)
         return jnp.pad(x, [(0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 2))
 
     rows = jax.tree.map(gather, (student_hidden, teacher_hidden, labels, mask))
-    student_head = _cut(student_head, teacher_head).astype(student_hidden.dtype)
+    return rows, order, -(-jnp.max(jnp.sum(mask, axis=1)) // chunk_len)
+
+
+def _put_back(x, order):
+    """Returns arranged rows [B, chunks * C, ...] as [B, S, ...], every token in its place."""
+    back = jnp.argsort(order, axis=1).reshape(*order.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x[:, : order.shape[1]], back, axis=1)
+
+
+def _chunk(rows, index, chunk_len):
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, index * chunk_len, chunk_len, axis=1), rows
+    )
+
+
+def _heads(rows, student_head, teacher_head):
+    """Returns both heads in the dtype of their matrix products, cut to what both have."""
+    student_head = _cut(student_head, teacher_head).astype(rows[0].dtype)
     if teacher_head is not None:
-        teacher_head = _cut(teacher_head, student_head).astype(teacher_hidden.dtype)
-
-    def run_chunk(index, carry):
-        loss, metrics, d_hidden, d_head = carry
-        h_s, h_t, y, m = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=1), rows
-        )
-        z_s = _logits(h_s, student_head, config.vocab_size)
-        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
-        values, d_logits = _token_losses(config, z_s, z_t, y, with_gradient)
-        values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
-        loss += values.pop("loss")
-        metrics = {name: metrics[name] + values[name] for name in metrics}
-        if with_gradient:
-            d_logits = jnp.where(m[:, :, None], d_logits, 0.0).astype(h_s.dtype)
-            product = jnp.einsum(
-                "BCV,VD->BCD", d_logits, student_head, preferred_element_type=jnp.float32
-            )
-            product = product.astype(h_s.dtype)
-            d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
-        if d_head is not None:
-            d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_s, preferred_element_type=jnp.float32)
-        return loss, metrics, d_hidden, d_head
-
-    names = METRICS if with_gradient else EVAL_METRICS
-    if teacher_head is None:
-        names = ("ce_loss",)
-    zero = jnp.zeros((), jnp.float32)
-    d_hidden = jnp.zeros_like(rows[0]) if with_gradient else None
-    trains_head = with_gradient and config.head_trainable
-    d_head = jnp.zeros(student_head.shape, jnp.float32) if trains_head else None
-    start = (zero, dict.fromkeys(names, zero), d_hidden, d_head)
-    num_chunks = -(-jnp.max(jnp.sum(mask, axis=1)) // C)
-    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
-    if not with_gradient:
-        return loss, metrics, None
-    back = jnp.argsort(order, axis=1)[:, :, None]
-    return loss, metrics, (jnp.take_along_axis(d_hidden[:, :S], back, axis=1), d_head)
+        teacher_head = _cut(teacher_head, student_head).astype(rows[1].dtype)
+    return student_head, teacher_head
 
 
 def _cut(head, other):
@@ -156,7 +210,7 @@ def _logits(hidden, head, vocab_size):
     return jnp.where(real[None, None], z, NEGATIVE)
 
 
-def _token_losses(config, z_s, z_t, labels, with_gradient):
+def _token_losses(config, z_s, z_t, labels):
     """Returns each token's loss and metrics [B, C], and the loss's gradient in z_s [B, C, V]."""
     log_q = jax.nn.log_softmax(z_s, axis=-1)
     ce, d_ce = losses.cross_entropy(log_q, labels)
@@ -164,8 +218,7 @@ def _token_losses(config, z_s, z_t, labels, with_gradient):
         return {"loss": ce, "ce_loss": ce}, d_ce
     log_p = jax.nn.log_softmax(z_t, axis=-1)
     T = config.temperature
-    log_q_t = log_q if T == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
-    log_p_t = log_p if T == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
+    log_q_t, log_p_t = _tempered(z_s, log_q, T), _tempered(z_t, log_p, T)
     kd, d_kd = losses.DIVERGENCES[config.divergence](log_q_t, log_p_t)
     values = {
         "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
@@ -175,9 +228,55 @@ def _token_losses(config, z_s, z_t, labels, with_gradient):
         "teacher_ce": losses.pick(log_p, labels),
         "top1_agreement": losses.top1_agreement(z_s, z_t),
     }
-    if with_gradient:
-        return values, (1 - config.kd_ratio) * d_ce + config.kd_ratio * d_kd / T
-    values["kl_forward"] = losses.forward_kl(log_q, log_p)[0]
-    values["kl_reverse"] = losses.forward_kl(log_p, log_q)[0]
-    values["acceptance"] = losses.acceptance(log_q, log_p)
-    return values, None
+    return values, (1 - config.kd_ratio) * d_ce + config.kd_ratio * d_kd / T
+
+
+def _tempered(z, log_q, temperature):
+    """Returns the log-probabilities at a temperature; log_q are those at temperature 1."""
+    return log_q if temperature == 1 else jax.nn.log_softmax(z / temperature, axis=-1)
+
+
+def _token_values(config, z_s, z_t, labels, mesh):
+    """Returns the metrics of evaluation, [B, C] each."""
+    log_q = jax.nn.log_softmax(z_s, axis=-1)
+    ce = losses.pick(log_q, labels)
+    values = {
+        "ce": ce,
+        "entropy": losses.entropy(log_q),
+        "confidence": losses.confidence(log_q),
+        "correct": losses.correct(z_s, labels),
+    }
+    if z_t is None:
+        return {"loss": ce, **values}
+    log_p = jax.nn.log_softmax(z_t, axis=-1)
+    T = config.temperature
+    tempered = _tempered(z_s, log_q, T), _tempered(z_t, log_p, T)
+    kd, _ = losses.DIVERGENCES[config.divergence](*tempered)
+    values |= {
+        "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
+        "kd_loss": kd,
+        "kl_forward": losses.forward_kl(log_q, log_p)[0],
+        "kl_reverse": losses.forward_kl(log_p, log_q)[0],
+        "top1_agreement": losses.top1_agreement(z_s, z_t),
+        "acceptance": losses.acceptance(log_q, log_p),
+        "teacher_ce": losses.pick(log_p, labels),
+        "teacher_entropy": losses.entropy(log_p),
+        "teacher_confidence": losses.confidence(log_p),
+        "teacher_correct": losses.correct(z_t, labels),
+    }
+    if config.top_k is not None:
+        places = (_top_k(z, config.top_k, mesh) for z in (z_s, z_t))
+        values["topk_overlap"] = losses.overlap(*places)
+    return values
+
+
+def _top_k(z, k, mesh):
+    """Returns where the k largest logits of each token are, [B, C, k] int32."""
+
+    def places(z):
+        return jax.lax.top_k(z, k)[1]
+
+    if mesh is None:
+        return places(z)
+    rows = PartitionSpec(BATCH_AXES)  # left to itself, XLA gathers every device's logits for this
+    return jax.shard_map(places, mesh=mesh, in_specs=rows, out_specs=rows)(z)

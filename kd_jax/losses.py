@@ -63,3 +63,20 @@ def top1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.
 def acceptance(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
     """sum_v min(p, q): the chance that a speculative draft token is accepted (arXiv 2211.17192)."""
     return jnp.sum(jnp.exp(jnp.minimum(log_q, log_p)), axis=-1)
+
+
+def confidence(log_q: jax.Array) -> jax.Array:
+    """Returns the probability of the likeliest entry."""
+    return jnp.exp(jnp.max(log_q, axis=-1))
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns 1.0 where the label is ranked first, alone or beside others."""
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return (picked == jnp.max(logits, axis=-1)).astype(jnp.float32)
+
+
+def overlap(places: jax.Array, others: jax.Array) -> jax.Array:
+    """Returns the share of k entries [..., k] that are among the k others."""
+    same = places[..., :, None] == others[..., None, :]
+    return jnp.sum(same, axis=(-1, -2)).astype(jnp.float32) / places.shape[-1]
