@@ -3,21 +3,15 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kd_jax.command import parse_args, run_command
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    Dtype,
-    MeshConfig,
-    StudentConfig,
-    TeacherConfig,
-    UserError,
-)
+from kd_jax.config import Config, Dtype, MeshConfig, UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,15 +19,28 @@ class EvaluateArgs:
     model: str
     """Folder in Hugging Face form, hub id, output of convert.from_hf, or a workdir."""
     teacher: str | None = None
-    """The model to compare with; without it only cross-entropy and perplexity are given."""
+    """The model to compare with; without it only what needs no teacher is given."""
+    against: str | None = None
+    """A second model in any of --model's forms: differences (model less against) on the same data,
+    with 95 % intervals."""
     data: str
     """Conversations in any form that data.path of a run takes."""
     split: str = "test"
     """Split to read when data is a hub id."""
     dtype: Dtype = "bfloat16"
     """dtype of weights and matrix products; float32 uses what is stored at full precision."""
+    top_k: int = 10
+    """Entries of student and teacher whose overlap is measured."""
+    bootstrap_samples: int = 2000
+    """Times that the documents are drawn anew for the intervals of --against."""
+    seed: int = 0
+    """Seeds those draws."""
     json: bool = False
-    """Print one JSON object instead of lines."""
+    """Print one JSON object instead of lines and tables."""
+    out: str | None = None
+    """File to write the JSON object to."""
+    save: bool = False
+    """Write the JSON object to WORKDIR/evaluation.json, where --model is a workdir."""
     step: int | None = None
     """Checkpoint of the workdir to evaluate; None takes the latest."""
     seq_len: int | None = None
@@ -50,91 +57,127 @@ class EvaluateArgs:
 def main(argv: Sequence[str]) -> None:
     prog = "python -m kd_jax.evaluate"
     args = parse_args(EvaluateArgs, argv, prog=prog, description=__doc__)
-    values = evaluate(args)
-    if args.json:
-        print(json.dumps(values))
-    else:
-        print("\n".join(f"{name:16}{value:.6g}" for name, value in values.items()))
+    files = _files(args)
+    result = evaluate(args)
+    text = json.dumps(result)
+    for file in files:
+        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        beside.write_text(text + "\n")
+        os.replace(beside, file)
+    print(text if args.json else describe(result))
 
 
-def evaluate(args: EvaluateArgs) -> dict[str, float]:
-    """Returns means over target tokens, nats, by the names of the contract."""
+def _files(args: EvaluateArgs) -> list[Path]:
+    """Returns the files to write, after a look at what the arguments say of them and of numbers."""
+    files = [] if args.out is None else [Path(args.out).expanduser()]
+    problems = []
+    if files and (files[0].is_dir() or not files[0].parent.is_dir()):
+        problems.append(f"--out: expected a file in a folder that is there, got {args.out}")
+    if args.save:
+        workdir = Path(args.model).expanduser()
+        files.append(workdir / "evaluation.json")
+        if not (workdir / "checkpoints").is_dir():
+            problems.append(f"--save: expected a workdir as --model, got {args.model}")
+    for name in ("top_k", "bootstrap_samples"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            problems.append(f"--{flag}: expected at least 1, got {getattr(args, name)}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return files
+
+
+def evaluate(args: EvaluateArgs) -> dict[str, Any]:
+    """Returns the object that --json prints.
+
+    Returns:
+      numbers by the names in scores.NAMES, means over target tokens, nats; `by_position`, a list
+      of the same for target tokens at positions from `start` to below `stop` of their documents;
+      `against`, {name: {value, difference, low, high}}; `arguments`, what was evaluated.
+    """
     import jax  # seconds that --help need not pay
 
-    from kd_jax import data
-    from kd_jax.build import (
-        load_frozen_models,
-        load_models,
-        make_program,
-        open_source,
-        shared_vocab_size,
-        start_jax,
-    )
-    from kd_jax.checkpoint import check_inputs, is_run, load_trained, read_run
-    from kd_jax.loop import evaluate_rows
+    from kd_jax import data, scores
+    from kd_jax.build import start_jax
+    from kd_jax.inference import load_model
     from kd_jax.sharding import make_mesh
     from kd_jax.text import chat_template_of
 
-    folder = Path(args.model).expanduser()
-    workdir = folder if is_run(folder) else None
-    config = _config(args, read_run(workdir) if workdir else None, jax.device_count())
+    student, teacher, against = _open(args)
+    config = _config(args, student.config, jax.device_count())
     start_jax(config.compilation_cache)
     mesh = make_mesh(config.mesh, config.data.batch_size)
-    student = open_source(config.student.path, config.student.adapter, "student")
-    teacher = None
+    tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
+    template = chat_template_of(config.data, *tokenizers)
+    rows = data.make_rows(config.data, tokenizers[0], template)
+    loaded = load_model(teacher, mesh) if teacher else None
+    documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
+    values = scores.whole(documents)
+    result: dict[str, Any] = {name: values[name] for name in scores.NAMES if name in values}
+    _check_finite(args.model, result)
+    result["by_position"] = scores.by_position(positions)
+    if against:
+        theirs, _ = _measure(args, config, against, teacher, loaded, rows, mesh)
+        _check_finite(args.against, scores.whole(theirs))
+        result["against"] = scores.compare(documents, theirs, args.bootstrap_samples, args.seed)
+    shown = ("model", "teacher", "against", "data", "split", "dtype", "step", "top_k")
+    result["arguments"] = {name: getattr(args, name) for name in shown}
+    return result
+
+
+def _open(args: EvaluateArgs):
+    """Returns student, teacher and the model to compare with, checked; None for none."""
+    from kd_jax.inference import open_model
+    from kd_jax.text import check_same_tokenizer
+
+    student = open_model(args.model, args.dtype, args.step)
+    teacher = against = None
     if args.teacher is not None:
-        assert config.teacher is not None  # as _config set it
-        teacher = open_source(args.teacher, config.teacher.adapter, "teacher")
-    vocab_size = shared_vocab_size(student, teacher)
-    tokenizers = (student.tokenizer, teacher.tokenizer if teacher else None)
-    rows = data.make_rows(config.data, tokenizers[0], chat_template_of(config.data, *tokenizers))
-    if workdir is not None:
-        check_inputs(workdir, student.hashes)
-        models = load_models(config, student, teacher, mesh)
-        arrays = models.frozen | models.trainable
-        trained, _ = load_trained(workdir, args.step)
-        arrays |= {n: jax.device_put(x, arrays[n].sharding) for n, x in trained.items()}
-    else:
-        models = load_frozen_models(config, student, teacher, mesh)
-        arrays = models.frozen
+        own = student.config.teacher  # a run's adapter belongs to the run's teacher
+        adapter = own.adapter if own is not None and own.path == args.teacher else None
+        teacher = open_model(args.teacher, args.dtype, adapter=adapter, field="teacher")
+    if args.against is not None:
+        against = open_model(args.against, args.dtype)
+    for flag, other in (("--teacher", teacher), ("--against", against)):
+        if other is not None:
+            ours, theirs = student.source, other.source
+            check_same_tokenizer(
+                ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder, f"--model, {flag}"
+            )
+    return student, teacher, against
+
+
+def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
+    """Returns a model's sums by document and by position, and keeps nothing of it in memory."""
+    from kd_jax.build import make_program, shared_vocab_size
+    from kd_jax.evaluation import evaluate_rows
+    from kd_jax.inference import load_model
+
+    vocab_size = shared_vocab_size(student.source, teacher and teacher.source)
+    if args.top_k > vocab_size:
+        raise UserError(f"--top-k: expected at most {vocab_size}, the vocabulary, got {args.top_k}")
+    models = load_model(student, mesh)
+    if loaded_teacher is not None:
+        arrays = loaded_teacher.frozen
+        models = dataclasses.replace(models, teacher=loaded_teacher.student, teacher_arrays=arrays)
     program = make_program(config, models, vocab_size, mesh)
-    values = evaluate_rows(program, mesh, arrays, models.teacher_arrays, rows, config)
+    head = dataclasses.replace(program.head, top_k=args.top_k)
+    program = dataclasses.replace(program, head=head)
+    return evaluate_rows(program, mesh, models.frozen, models.teacher_arrays, rows, config)
+
+
+def _check_finite(model: str | None, values: dict[str, float]) -> None:
     wrong = ", ".join(f"{name} {x}" for name, x in values.items() if not math.isfinite(x))
     if wrong:
-        raise UserError(f"{args.model}: expected finite values, got {wrong}")
-    return {name: values[name] for name in NAMES if name in values}
+        raise UserError(f"{model}: expected finite values, got {wrong}")
 
 
-NAMES = (
-    "ce", "perplexity", "kl_forward", "kl_reverse", "top1_agreement", "acceptance", "teacher_ce",
-    "target_tokens",
-)  # fmt: skip
-
-
-def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
-    """Returns the run's configuration, or a plain one, with the arguments laid over it."""
-    if run is None:
-        if args.step is not None:
-            raise UserError(f"--step: expected a workdir as --model, got {args.model}")
-        run = Config(
-            workdir="unused",
-            teacher=None,
-            student=StudentConfig(path=args.model),
-            data=DataConfig(path=args.data),
-            steps=1,
-        )
-    teacher = None
-    if args.teacher is not None:  # the run's adapter belongs to the run's teacher
-        own = run.teacher
-        adapter = own.adapter if own is not None and own.path == args.teacher else None
-        teacher = TeacherConfig(path=args.teacher, adapter=adapter, dtype=args.dtype)
+def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
+    """Returns the run's configuration with the arguments laid over it."""
     return dataclasses.replace(
         run,
         mesh=args.mesh,
-        attention="auto",
         optim=dataclasses.replace(run.optim, accumulation_steps=1),
-        student=dataclasses.replace(run.student, dtype=args.dtype),
-        teacher=teacher,
         data=dataclasses.replace(
             run.data,
             path=args.data,
@@ -145,6 +188,26 @@ def _config(args: EvaluateArgs, run: Config | None, num_devices: int) -> Config:
             max_conversations=args.max_conversations,
         ),
     )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Returns the object as lines and tables, for people."""
+    lines = [f"{n:16}{x:.6g}" for n, x in result.items() if isinstance(x, int | float)]
+    columns = [n for n in ("ce", "kl_forward", "top1_agreement", "ece") if n in result]
+    lines += ["", "by position of the target token in its document", ""]
+    lines.append("".join(f"{n:>16}" for n in ("positions", "target_tokens", *columns)))
+    for row in result["by_position"]:
+        place = f"{row['start']}-{row['stop'] - 1}"
+        numbers = "".join(f"{row[name]:16.6g}" for name in columns)
+        lines.append(f"{place:>16}{row['target_tokens']:16}{numbers}")
+    if "against" in result:
+        named = result["arguments"]
+        lines += ["", f"{named['model']} less {named['against']}, 95 % interval", ""]
+        lines.append(f"{'':16}{'model':>12}{'against':>12}{'difference':>12}    interval")
+        for name, row in result["against"].items():
+            numbers = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))
+            lines.append(f"{name:16}{numbers}    [{row['low']:.6g}, {row['high']:.6g}]")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

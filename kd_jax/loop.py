@@ -1,4 +1,4 @@
-"""The training loop, and the evaluation that it and kd_jax.evaluate share."""
+"""The training loop."""
 
 import math
 import signal
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import checkpoint, data
+from kd_jax import checkpoint, data, scores
 from kd_jax.build import (
     Source,
     check_adapter,
@@ -25,10 +25,11 @@ from kd_jax.build import (
     start_jax,
 )
 from kd_jax.config import Config, UserError
+from kd_jax.evaluation import evaluate_rows
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.sharding import make_mesh, replicated
-from kd_jax.step import Arrays, Program, TrainState, eval_step, init_state, train_step
+from kd_jax.step import Arrays, TrainState, init_state, train_step
 from kd_jax.text import chat_template_of, check_path
 
 
@@ -89,9 +90,10 @@ def train(config: Config) -> None:
             if eval_rows is not None and (last or step % config.eval.every_steps == 0):
                 loop.flush()
                 arrays = models.frozen | state.trainable
-                values = evaluate_rows(
+                documents, _ = evaluate_rows(
                     program, mesh, arrays, models.teacher_arrays, eval_rows, config
                 )
+                values = scores.whole(documents)
                 writer.write(step, {f"eval/{name}": value for name, value in values.items()})
                 eval_loss = values["loss"]
                 loop.restart_clock()
@@ -251,27 +253,3 @@ class _Loop:
         if self.profiling:
             jax.profiler.stop_trace()
             self.profiling = False
-
-
-def evaluate_rows(
-    program: Program,
-    mesh: Mesh,
-    arrays: Arrays,
-    teacher_arrays: Arrays,
-    rows: data.Rows,
-    config: Config,
-) -> dict[str, float]:
-    """Returns the means over the rows' target tokens, in nats, by the names of the contract."""
-    run = jax.jit(eval_step, static_argnums=0)
-    micro_rows = config.data.batch_size // config.optim.accumulation_steps
-    sums: dict[str, float] = {}
-    for batch in data.eval_batches(rows, micro_rows):
-        stacked = put_batch({name: x[None] for name, x in batch.items()}, mesh)
-        placed = {name: x[0] for name, x in stacked.items()}
-        for name, value in jax.device_get(run(program, arrays, teacher_arrays, placed)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)  # float64
-    count = sums.pop("target_tokens")
-    means = {name: value / count for name, value in sums.items()}
-    means["ce"] = means.pop("ce_loss")
-    means["perplexity"] = math.exp(min(means["ce"], 700.0))
-    return {**means, "target_tokens": int(count)}

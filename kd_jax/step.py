@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from kd_jax.kd_head import HeadConfig, kd_head
+from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.model import Decoder, Structure, rebuild
 from kd_jax.sharding import BATCH_AXES, constrain
 
@@ -51,18 +51,17 @@ def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
     return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
 
 
-def head_loss(
+def head_inputs(
     program: Program, student: Decoder, teacher: Decoder | None, batch: Arrays, dropout_key=None
-) -> tuple[jax.Array, Arrays]:
-    """Returns the summed loss of a batch of rows [B, S] and the metrics' sums, float32."""
+) -> tuple[Any, ...]:
+    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets."""
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     labels, mask = targets(batch)
     teacher_hidden = teacher_head = None
     if teacher is not None:
         teacher_hidden = constrain(teacher(*inputs), program.mesh, BATCH_AXES)
         teacher_head = constrain(teacher.head_weight(), program.mesh)
-    return kd_head(
-        program.head,
+    return (
         constrain(student(*inputs, dropout_key), program.mesh, BATCH_AXES),
         jax.lax.stop_gradient(teacher_hidden),
         constrain(student.head_weight(), program.mesh),  # gathered here once, not in every chunk
@@ -93,7 +92,8 @@ def train_step(
 
     def micro_loss(trainable, micro_batch, key):
         student = rebuild(program.student, trainable, frozen)
-        loss, metrics = head_loss(program, student, teacher, micro_batch, key)
+        inputs = head_inputs(program, student, teacher, micro_batch, key)
+        loss, metrics = kd_head(program.head, *inputs)
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
 
     def accumulate(gradients, indexed):
@@ -115,9 +115,9 @@ def train_step(
 
 def eval_step(
     program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
-) -> Arrays:
-    """Returns float32 sums over the target tokens of rows [B, S], and their number."""
+) -> tuple[jax.Array, Arrays]:
+    """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
     student = rebuild(program.student, student_arrays)
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
-    loss, metrics = head_loss(program, student, teacher, batch)
-    return {"loss": loss, **metrics, "target_tokens": jnp.sum(targets(batch)[1])}
+    inputs = head_inputs(program, student, teacher, batch)
+    return inputs[-1], token_metrics(program.head, *inputs, mesh=program.mesh)

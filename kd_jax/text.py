@@ -41,7 +41,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_same_tokenizer(student: Any, teacher: Any, student_path: Any, teacher_path: Any) -> int:
+def check_same_tokenizer(
+    student: Any,
+    teacher: Any,
+    student_path: Any,
+    teacher_path: Any,
+    fields: str = "student.path, teacher.path",
+) -> int:
     """Returns the vocabulary size that both tokenizers share; templates may differ.
 
     Raises:
@@ -54,8 +60,8 @@ def check_same_tokenizer(student: Any, teacher: Any, student_path: Any, teacher_
         shown = [f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in sorted(differ)[:3]]
         what = f"{len(differ)} tokens ({'; '.join(shown)})" if differ else "the merges"
         raise UserError(
-            f"student.path, teacher.path: expected one tokenizer, got {student_path} and "
-            f"{teacher_path}, which differ in {what}. Take a teacher of the student's family"
+            f"{fields}: expected one tokenizer, got {student_path} and {teacher_path}, which "
+            f"differ in {what}. Take models of one family"
         )
     return max(ours.values()) + 1
 

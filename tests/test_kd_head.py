@@ -11,7 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax import losses
 from kd_jax.config import MeshConfig
-from kd_jax.kd_head import EVAL_METRICS, METRICS, HeadConfig, chunk_len, kd_head
+from kd_jax.kd_head import (
+    EVAL_METRICS,
+    METRICS,
+    SINGLE_METRICS,
+    HeadConfig,
+    chunk_len,
+    kd_head,
+    token_metrics,
+)
 from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast
@@ -83,9 +91,9 @@ def test_value_and_metrics_equal_float64(kd_ratio, temperature):
     inputs = make_inputs()
     want = expected(config, *inputs)
     trained, _ = value_and_gradients(config, *inputs)
-    evaluated = jax.jit(kd_head, static_argnums=0)(config, *inputs)
-    assert trained.keys() == {"loss", *METRICS} and evaluated[1].keys() == set(EVAL_METRICS)
-    for values in (trained, {"loss": evaluated[0], **evaluated[1]}):
+    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, *inputs)
+    assert trained.keys() == {"loss", *METRICS}
+    for values in (trained, {"loss": loss, **metrics}):
         for name, value in values.items():
             assert float(value) == pytest.approx(want[name], rel=1e-6), name
 
@@ -109,6 +117,58 @@ def test_bfloat16_inputs_stay_near_float64():
     assert float(values["loss"]) == pytest.approx(expected(config, *inputs)["loss"], rel=1e-5)
     close(d_hidden, numerical_gradient(config, inputs, 0), 1e-2)
     close(d_head, numerical_gradient(config, inputs, 2), 1e-2)
+
+
+def token_values(config, *inputs, mesh=None):
+    run = jax.jit(token_metrics, static_argnums=0, static_argnames="mesh")
+    return {n: np.asarray(x) for n, x in run(config, *inputs, mesh=mesh).items()}
+
+
+def expected_tokens(config, *inputs):
+    """Returns each token's metrics in float64 NumPy, of the same arrays; 0 where masked."""
+    h_s, h_t, w_s, w_t = (np.asarray(x, np.float64) for x in inputs[:4])
+    z_s, z_t = h_s @ w_s[:V].T, h_t @ w_t[:V].T
+    values = reference.evaluate(z_s, z_t, inputs[4], top_k=config.top_k)
+    values["kd_loss"] = reference.kl(
+        *(reference.log_softmax(z / config.temperature) for z in (z_t, z_s))
+    )
+    ratio = config.kd_ratio
+    values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
+    return {name: value * inputs[5] for name, value in values.items()}
+
+
+@pytest.mark.parametrize("length", [1, 4, 64])
+@pytest.mark.parametrize("sizes", [(V, V), (V + 7, V), (V + 3, V + 9)])
+def test_each_tokens_metrics_equal_float64(length, sizes):
+    changes = {"chunk_len": length, "top_k": 3, "temperature": 2.0}
+    config = dataclasses.replace(CONFIG, **changes)
+    inputs = make_inputs(student_vocab=sizes[0], teacher_vocab=sizes[1])
+    inputs[1][:, :, :DS], inputs[3][:V, :DS] = inputs[0], inputs[2][:V]  # models akin
+    for row, model in ((0, 0), (2, 1)):  # where the one model or the other is right
+        inputs[4][row] = (inputs[model][row] @ inputs[2 + model][:V].T).argmax(-1)
+    got = token_values(config, *inputs)
+    want = expected_tokens(config, *inputs)
+    assert got.keys() == want.keys() == set(EVAL_METRICS)
+    for name, value in want.items():
+        assert got[name].dtype == np.float32, name
+        np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
+    for name in ("correct", "teacher_correct", "top1_agreement", "topk_overlap"):
+        assert 0 < want[name].sum() < inputs[5].sum(), name  # both outcomes were compared
+
+
+def test_each_tokens_metrics_without_a_teacher_are_those_of_the_student():
+    config = dataclasses.replace(CONFIG, top_k=3)
+    hidden, _, head, _, labels, mask = make_inputs()
+    got = token_values(config, hidden, None, head, None, labels, mask)
+    both = token_values(config, *make_inputs())
+    assert got.keys() == set(SINGLE_METRICS)
+    np.testing.assert_array_equal(got["loss"], got["ce"])
+    for name in SINGLE_METRICS[1:]:
+        np.testing.assert_allclose(got[name], both[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_the_overlap_is_measured_only_where_a_k_is_given():
+    assert "topk_overlap" not in token_values(CONFIG, *make_inputs())
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 11, 64])
@@ -198,6 +258,10 @@ def test_devices_change_nothing(sizes):
         assert float(got[name]) == pytest.approx(float(value), rel=1e-6), name
     for ours, theirs in zip(gradients, want_gradients, strict=True):
         close(ours, theirs, 1e-6)
+    config = dataclasses.replace(config, top_k=3)
+    alone = token_values(config, *inputs)
+    for name, value in token_values(config, *placed, mesh=mesh).items():
+        np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 # torchtune's own test inputs (bfloat16, [2, 4, 4]) and what it expects of them.
@@ -224,7 +288,8 @@ def test_torchtunes_values_are_reached():
     _, sums = jax.jit(kd_head, static_argnums=0)(config, *arrays)
     means = {name: float(value) / 8 for name, value in sums.items()}
     assert means["kd_loss"] + means["teacher_entropy"] == pytest.approx(1.7208780, abs=1e-6)
-    assert means["kl_reverse"] == pytest.approx(0.6774863, abs=1e-6)
+    reverse = token_values(config, *arrays)["kl_reverse"]
+    assert reverse.mean() == pytest.approx(0.6774863, abs=1e-6)
     assert means["teacher_entropy"] == pytest.approx(1.0915937, abs=1e-6)
     assert means["ce_loss"] == pytest.approx(1.4755845, abs=1e-6)
 

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
     "config", "command", "sharding", "attention", "architecture", "model", "lora", "losses",
-    "kd_head", "disk", "text", "data", "optim", "hf", "export",
-    "step", "checkpoint", "metrics", "build", "loop", "train", "evaluate",
-    "runs", "arms", "tables", "curves", "report", "sweep",
+    "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
+    "step", "checkpoint", "metrics", "build", "inference", "evaluation", "loop", "train",
+    "evaluate", "runs", "arms", "tables", "curves", "report", "sweep",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, data, evaluate, loop, text, train
+from kd_jax import checkpoint, data, evaluate, loop, scores, text, train
 from kd_jax.command import run_command
 from kd_jax.step import TrainState, train_step
 
@@ -314,7 +314,8 @@ def evaluated(capsys, model, teacher, rows, *flags):
     argv += ["--teacher", str(teacher)] if teacher else []
     capsys.readouterr()
     assert run_command(evaluate.main, [*argv, "--json", *flags]) == 0
-    return json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
+    return {name: value for name, value in result.items() if name in scores.NAMES}
 
 
 def torch_evaluation(model, teacher, folder, rows):
@@ -337,6 +338,8 @@ def torch_evaluation(model, teacher, folder, rows):
         values = {
             "ce": -q.gather(1, labels),
             "teacher_ce": -p.gather(1, labels),
+            "entropy": -(q.exp() * q).sum(-1),
+            "teacher_entropy": -(p.exp() * p).sum(-1),
             "kl_forward": (p.exp() * (p - q)).sum(-1),
             "kl_reverse": (q.exp() * (q - p)).sum(-1),
             "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
@@ -361,7 +364,7 @@ def test_the_exported_student_is_the_one_that_was_trained(
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs = torch_evaluation(model, teacher, tmp_path / "out", tiny_data)
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
     assert evaluated(capsys, tmp_path / "out", tiny_teacher, tiny_data) == pytest.approx(
         ours, rel=1e-4
     )
@@ -378,20 +381,29 @@ def test_the_exported_adapter_is_the_one_that_was_trained(
     model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     theirs = torch_evaluation(model, teacher, tiny_student, tiny_data)
-    assert evaluated(capsys, lora_run, tiny_teacher, tiny_data) == pytest.approx(theirs, rel=1e-4)
+    ours = evaluated(capsys, lora_run, tiny_teacher, tiny_data)
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
 
 
 def test_evaluation_in_training_is_that_of_the_command(lora_run, config_file, tiny_teacher, capsys):
     held_out = config_file.parent / "held_out.jsonl"
     values = evaluated(capsys, lora_run, tiny_teacher, held_out)
     logged = [line for line in read_metrics(lora_run) if "eval/ce" in line][-1]
-    for name in ("ce", "kl_forward", "kl_reverse", "acceptance", "top1_agreement"):
+    for name in (
+        "ce",
+        "kl_forward",
+        "kl_reverse",
+        "acceptance",
+        "top1_agreement",
+        "ece",
+        "entropy",
+    ):
         assert logged[f"eval/{name}"] == pytest.approx(values[name], rel=1e-5), name
 
 
 def test_evaluation_without_a_teacher_gives_cross_entropy(tiny_student, tiny_data, capsys):
     values = evaluated(capsys, tiny_student, None, tiny_data)
-    assert values.keys() == {"ce", "perplexity", "target_tokens"}
+    assert values.keys() == {"ce", "perplexity", "entropy", "ece", "target_tokens"}
 
 
 @pytest.mark.parametrize("flag", ["--seq-len", "--batch-size"])

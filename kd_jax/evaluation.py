@@ -1,0 +1,52 @@
+"""Rows through the models to sums by document and by position."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax import data
+from kd_jax.build import put_batch
+from kd_jax.config import Config
+from kd_jax.scores import Sums, tally
+from kd_jax.sharding import replicated
+from kd_jax.step import Arrays, Program, eval_step
+
+
+def evaluate_rows(
+    program: Program,
+    mesh: Mesh,
+    arrays: Arrays,
+    teacher_arrays: Arrays,
+    rows: data.Rows,
+    config: Config,
+) -> tuple[Sums, Sums]:
+    """Returns sums over the rows' target tokens by document, and by position in the document.
+
+    Bucket b of the positions holds those from 2^b to below 2^(b + 1); a document begins at 0.
+    """
+    run = jax.jit(eval_step, static_argnums=0, out_shardings=replicated(mesh))  # for every host
+    num_rows = config.data.batch_size // config.optim.accumulation_steps
+    num_buckets = rows.tokens.shape[1].bit_length()
+    documents, positions = [], []
+    for batch in data.eval_batches(rows, num_rows):
+        stacked = put_batch({name: x[None] for name, x in batch.items()}, mesh)
+        placed = {name: x[0] for name, x in stacked.items()}
+        mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
+        values = {name: value[mask] for name, value in metrics.items()}
+        groups, num_groups = _documents(batch["segment_ids"], mask)
+        documents.append(tally(values, groups, num_groups))
+        position = batch["positions"][mask] + 1  # of the token that is predicted
+        buckets = np.frexp(position)[1] - 1  # floor(log2)
+        positions.append(tally(values, buckets, num_buckets))
+    return (
+        {name: np.concatenate([sums[name] for sums in documents]) for name in documents[0]},
+        {name: np.sum([sums[name] for sums in positions], axis=0) for name in positions[0]},
+    )
+
+
+def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns the document of each unmasked token, numbered from 0, and how many there are."""
+    per_row = int(segment_ids.max()) + 1
+    number = np.arange(len(segment_ids))[:, None] * per_row + segment_ids
+    found, groups = np.unique(number[mask], return_inverse=True)
+    return groups, len(found)
