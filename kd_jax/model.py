@@ -80,15 +80,19 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(self, x, rope, segment_ids, keys):
+        q, k, v = self.heads(x, rope, keys)
+        out = attention(q, k, v, segment_ids, implementation=self.implementation)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
+
+    def heads(self, x, rope, keys):
+        """Maps [B, S, D] to rotated queries [B, S, N, H] and keys, and values, [B, S, K, H]."""
         B, S, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
         k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        out = attention(q, k, v, segment_ids, implementation=self.implementation)
-        return self.o_proj(out.reshape(B, S, -1), keys[3])
+        return rotate(q, *rope), rotate(k, *rope), v
 
 
 class MLP(nnx.Module):

@@ -259,6 +259,11 @@ def render(
     return text, spans
 
 
+def render_prompt(tokenizer: Any, messages: Conversation, template: str, date: str) -> str:
+    """Returns the conversation as text up to where the assistant's answer begins."""
+    return _apply_template(tokenizer, messages, template, date, add_generation_prompt=True)
+
+
 def _apply_template(
     tokenizer: Any, turns: Conversation, template: str, date: str, **options: Any
 ) -> str:

@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Without the `test` extra's torch only the fast tests can run, and these files have none.
-NEED_TORCH = ["test_model.py", "test_step.py", "test_train.py"]
+NEED_TORCH = ["test_decoding.py", "test_model.py", "test_step.py", "test_train.py"]
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))

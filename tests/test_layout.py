@@ -18,10 +18,10 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "command", "sharding", "attention", "architecture", "model", "lora", "losses",
-    "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
+    "config", "command", "sharding", "attention", "architecture", "model", "decoding", "lora",
+    "losses", "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "inference", "evaluation", "loop", "train",
-    "evaluate", "runs", "arms", "tables", "curves", "report", "sweep",
+    "evaluate", "generate", "runs", "arms", "tables", "curves", "report", "sweep",
 ]  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""Greedy generation beside transformers': same folder, same prompts, same dtype, warm.
+
+python benchmarks/generate.py FOLDER... [--dtypes float32 bfloat16] [--batches 1 8] [--rounds 3]
+
+Both make --tokens new tokens after prompts of 32, without stopping early. Rounds alternate; printed
+are medians of new tokens a second, prefill included. Needs torch.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kd_jax.build import start_jax
+from kd_jax.config import MeshConfig
+from kd_jax.decoding import generate_all, unstack
+from kd_jax.inference import load_model, open_model
+from kd_jax.model import rebuild
+from kd_jax.sharding import make_mesh
+
+PROMPT = 32
+
+
+def ours(folder: Path, dtype: str, tokens: int):
+    """Returns a function from prompts to the seconds and tokens of a generation."""
+    opened = open_model(str(folder), dtype)
+    models = load_model(opened, make_mesh(MeshConfig(), jax.device_count()))
+    arch, weights = opened.source.arch, unstack(rebuild(models.student, models.frozen))
+
+    def run(prompts):
+        begin = time.perf_counter()
+        rows = generate_all(arch, weights, prompts, max_new_tokens=tokens)
+        return time.perf_counter() - begin, rows
+
+    return run
+
+
+def theirs(folder: Path, dtype: str, tokens: int):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+
+    def run(prompts):
+        ids = torch.tensor(prompts)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options
+            )
+        return time.perf_counter() - begin, out[:, PROMPT:].tolist()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    start_jax(None)
+    print(f"{platform.processor() or platform.machine()}, jax {jax.__version__}")
+    rng = np.random.default_rng(0)
+    for folder in args.folders:
+        for dtype in args.dtypes:
+            sides = {
+                "kd_jax": ours(folder, dtype, args.tokens),
+                "transformers": theirs(folder, dtype, args.tokens),
+            }
+            for batch in args.batches:
+                prompts = rng.integers(1000, 50_000, (batch, PROMPT)).tolist()
+                found = {name: run(prompts)[1] for name, run in sides.items()}  # warm
+                same = found["kd_jax"] == found["transformers"]
+                rates: dict[str, list[float]] = {name: [] for name in sides}
+                for _ in range(args.rounds):
+                    for name, run in sides.items():
+                        rates[name].append(batch * args.tokens / run(prompts)[0])
+                middle = {name: statistics.median(values) for name, values in rates.items()}
+                print(
+                    f"{folder.name} {dtype} batch {batch}: kd_jax {middle['kd_jax']:.1f}, "
+                    f"transformers {middle['transformers']:.1f} tokens/s, "
+                    f"ratio {middle['kd_jax'] / middle['transformers']:.2f}, same tokens {same}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Decoding: a compiled prefill of the prompts, then one compiled step a token, with a KV cache."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax.architecture import Architecture
+from kd_jax.attention import attention
+from kd_jax.model import Decoder, Layer, RMSNorm, Table, rope_tables
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
+NO_KEYS = (None,) * 4  # no dropout
+
+
+class Weights(NamedTuple):
+    """A decoder whose layers are arrays of their own, so that no step has to slice a stack."""
+
+    embed_tokens: Table
+    layers: tuple[Layer, ...]
+    norm: RMSNorm
+    head: jax.Array
+    """[V, D]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen; static under jit."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest alone."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that have this probability together."""
+
+
+def unstack(model: Decoder) -> Weights:
+    """Returns the decoder's weights for `generate`; the stacked ones can be dropped."""
+    depth = model.arch.num_hidden_layers
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(depth))
+    return Weights(model.embed_tokens, layers, model.norm, model.head_weight())
+
+
+def generate(
+    arch: Architecture,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Collection[int] = (),
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields each row's next token, step by step; None for rows that have ended.
+
+    A row ends before a stop token, which is not given, or after `max_new_tokens`.
+
+    Args:
+      prompts: token ids, none empty, of any lengths.
+      vocab_size: entries of the vocabulary with a meaning; None takes all.
+    """
+    tokens, start = _left_pad(prompts)
+    B, P = tokens.shape
+    # The prompt's length and the number of new tokens are rounded up: few programs serve all.
+    length = P + _round_up(max_new_tokens, 64)
+    fixed = (arch, sampling, vocab_size or arch.vocab_size)
+    key = jax.random.key(seed)
+    cache, ids = _prefill(fixed, length, weights, tokens, start, key)
+    alive = np.ones(B, bool)
+    for i in range(max_new_tokens):
+        here = ids
+        if i + 1 < max_new_tokens:  # begun before this step's tokens are looked at
+            cache, ids = _step(fixed, weights, cache, here, np.int32(P + i), start, key)
+        found = np.asarray(here)
+        alive &= ~np.isin(found, list(stop_tokens))
+        if not alive.any():
+            return
+        yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
+
+
+def generate_all(*args, **options) -> list[list[int]]:
+    """Returns what `generate` yields, gathered for each row."""
+    rows: list[list[int]] = []
+    for tokens in generate(*args, **options):
+        rows = rows or [[] for _ in tokens]
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows or [[] for _ in args[2]]
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens [B, P] that end together, and where each prompt starts, [B]; both int32."""
+    assert prompts and all(prompts)
+    longest = max(map(len, prompts))
+    size = _round_up(longest, 32 if longest <= 256 else 256)
+    tokens = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[size - len(prompt) :] = prompt
+    return tokens, np.array([size - len(prompt) for prompt in prompts], np.int32)
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prefill(fixed, length, weights: Weights, tokens, start, key):
+    """Returns the cache [B, length, ...] filled with the prompts, and the next tokens, [B]."""
+    arch = fixed[0]
+    B, P = tokens.shape
+    place = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+    segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding sees padding alone
+    rope = _rope(arch, weights, jnp.maximum(place - start[:, None], 0))
+    x = _embed(weights, tokens)
+    cache = []
+    for layer in weights.layers:
+
+        def attend(q, k, v, implementation=layer.self_attn.implementation):
+            return attention(q, k, v, segment_ids, implementation=implementation), (k, v)
+
+        x, (k, v) = _run_layer(layer, x, rope, attend)
+        room = ((0, 0), (0, length - P), (0, 0), (0, 0))
+        cache.append((jnp.pad(k, room), jnp.pad(v, room)))
+    return tuple(cache), _next_tokens(fixed, weights, x[:, -1], jax.random.fold_in(key, P))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(fixed, weights: Weights, cache: Cache, tokens, index, start, key):
+    """Returns the cache with `tokens` [B] at place `index`, and the next tokens, [B]."""
+    T = cache[0][0].shape[1]
+    place = jnp.arange(T)[None]
+    seen = (place >= start[:, None]) & (place <= index)  # [B, T]
+    rope = _rope(fixed[0], weights, (index - start)[:, None])
+    x = _embed(weights, tokens[:, None])
+    after = []
+    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
+
+        def attend(q, k, v, keys=keys, values=values):
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+            mask = seen[:, None, None]
+            return jax.nn.dot_product_attention(q, keys, values, mask=mask), (keys, values)
+
+        x, pair = _run_layer(layer, x, rope, attend)
+        after.append(pair)
+    return tuple(after), _next_tokens(fixed, weights, x[:, 0], jax.random.fold_in(key, index + 1))
+
+
+def _run_layer(layer: Layer, x, rope, attend):
+    """Returns the layer's output [B, S, D], and what `attend` gives besides the attention's."""
+    heads = layer.self_attn.heads(layer.input_layernorm(x), rope, NO_KEYS)
+    out, pair = attend(*heads)
+    x = x + layer.self_attn.o_proj(out.reshape(*x.shape[:2], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x), NO_KEYS), pair
+
+
+def _embed(weights: Weights, tokens) -> jax.Array:
+    dtype = weights.layers[0].self_attn.q_proj.dtype
+    return weights.embed_tokens.weight[...][tokens].astype(dtype)
+
+
+def _rope(arch: Architecture, weights: Weights, positions):
+    dtype = weights.layers[0].self_attn.q_proj.dtype
+    return rope_tables(positions, arch.rope, arch.head_dim, dtype)
+
+
+def _next_tokens(fixed, weights: Weights, x, key) -> jax.Array:
+    """Returns the tokens [B] chosen after hidden states [B, D] of the last layer."""
+    _, sampling, vocab_size = fixed
+    hidden = weights.norm(x[:, None])[:, 0]
+    head = weights.head.astype(hidden.dtype)
+    logits = jnp.einsum("BD,VD->BV", hidden, head, preferred_element_type=jnp.float32)
+    return choose(logits[:, :vocab_size], sampling, key)
+
+
+def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
+    """Returns a token for each row of logits [B, V] float32, [B] int32."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
+        least = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
