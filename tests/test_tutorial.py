@@ -1,0 +1,80 @@
+"""The tutorial's commands, run in its order with small models in place of the big ones."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+
+from kd_jax import sweep, train
+from kd_jax.command import run_command
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "tutorial.md").read_text()
+COMMANDS = re.findall(r"^python -m (?:kd_jax|convert)\.\w+ .*$", TEXT, re.MULTILINE)
+# Commands of other programs, and the one with a benchmark that only the hub has.
+ELSEWHERE = ("pip ", "hf ", "vllm ", "python -m kd_jax.lm_eval ")
+TEACHERS = (
+    "Llama-3.1-8B",
+    "Llama-3.3-70B",
+    "Llama-3.2-3B",
+    "Qwen2-1.5B",
+    "Qwen2.5-7B",
+    "Qwen3-14B",
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with configs/ as the repository has them, but for small models, rows and runs."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    tiny.write_plain_model(folder / "student", seed=1)
+    tiny.write_plain_model(folder / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
+    tiny.write_data(folder / "data.jsonl")
+    (folder / "configs").mkdir()
+    for file in (ROOT / "configs").glob("*.py"):
+        text = shrink(file.read_text(), folder)
+        for name, value in {"seq_len": 192, "batch_size": 8, "warmup_steps": 1, "rank": 4}.items():
+            text = re.sub(rf"\b{name}=\d+", f"{name}={value}", text)
+        text = text.replace("epochs=1", "steps=2, compilation_cache=None")
+        (folder / "configs" / file.name).write_text(text)
+    return folder
+
+
+def shrink(text, folder):
+    """Returns text with the folder's models and data in place of what the hub has."""
+    for name in set(re.findall(r"(?:meta-llama|Qwen)/[\w.-]+\w", text)):
+        part = "teacher" if any(big in name for big in TEACHERS) else "student"
+        text = text.replace(name, str(folder / part))
+    return text.replace("yahma/alpaca-cleaned", str(folder / "data.jsonl"))
+
+
+def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
+    monkeypatch.chdir(small)
+    # tests/test_sweep.py starts processes; here a sweep's runs are this one's.
+    monkeypatch.setattr(
+        sweep, "_run", lambda command: (run_command(train.main, command[2:]), False)
+    )
+    for command in COMMANDS:
+        if command.startswith(ELSEWHERE):
+            continue
+        words = shlex.split(shrink(command, small).replace("--seeds 2", "--seeds 1"))
+        module = importlib.import_module(words[2])
+        assert run_command(module.main, words[3:]) == 0, f"{command}\n{capsys.readouterr().err}"
+    runs = sorted(path.parent for path in small.glob("runs/**/metrics.jsonl"))
+    assert len(runs) == 9  # teacher, control, distilled, Qwen's, and those of two sweeps
+    for folder in ("8b_adapter", "llama-1b-distilled"):
+        assert list((small / "out" / folder).glob("*.safetensors"))
+    assert list((small / "out" / "report").glob("*.html"))
+    distilled = (small / "runs" / "8b_to_1b" / "config.json").read_text()
+    assert "teacher.adapter" in json.loads(distilled)["inputs"]
+
+
+def test_every_line_that_looks_like_a_command_is_known():
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    lines = "".join(text for language, text in blocks if not language).splitlines()
+    unknown = [x for x in lines if x not in COMMANDS and not x.startswith((*ELSEWHERE, "loss"))]
+    assert len(COMMANDS) > 10 and not unknown
