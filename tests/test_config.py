@@ -36,7 +36,7 @@ pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
-CONFIGS = sorted(EXAMPLE.parent.glob("*.py"))
+CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
 MAX_SECONDS = 2.0
 
 
@@ -362,7 +362,7 @@ def test_config_files_are_lab_records(path):
     assert isinstance(load_config(path), Config)
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert {"Command:", "Hardware:", "Expected:"} <= set(text.split())
-    assert f"--config configs/{path.name}" in text
+    assert f"--config {path.relative_to(ROOT)}" in text
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ ORDER = [
     "losses", "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "inference", "evaluation", "loop", "train",
     "evaluate", "generate", "runs", "arms", "tables", "curves", "report", "sweep",
+    "grammar", "scratch", "outcome", "demo",
 ]  # fmt: skip
 
 

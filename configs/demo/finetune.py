@@ -1,0 +1,36 @@
+"""The demo's control arm: a smaller Llama, from random weights, on few examples and no teacher.
+
+Command:   python -m kd_jax.train --config configs/demo/finetune.py
+           after python -m kd_jax.demo, which writes what is read here.
+Hardware:  two CPU cores.
+Expected:  far from the language's entropy: it learns the few answers by heart, slips and all;
+           docs/benchmarks.md has a record.
+"""
+
+from kd_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LossConfig,
+    OptimConfig,
+    StudentConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/demo/seed0/finetune",
+        teacher=None,
+        student=StudentConfig(path="runs/demo/seed0/untouched", dtype="float32"),
+        trainable="full",
+        loss=LossConfig(chunk_tokens=4096),
+        data=DataConfig(path="runs/demo/seed0/few.jsonl", seq_len=96, batch_size=8),
+        eval=EvalConfig(path="runs/demo/held_out.jsonl", every_steps=25),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.1, beta2=0.98),
+        checkpoint=CheckpointConfig(every_steps=50),
+        log=LogConfig(tensorboard=False),
+        steps=150,
+        remat="none",
+    )

@@ -1,0 +1,326 @@
+"""python -m kd_jax.demo: the whole story in minutes, from a corpus and random weights to a report.
+
+A teacher reads many examples of a small language whose entropy is known (kd_jax.grammar). A smaller
+student gets few: untouched, fine-tuned on them, and distilled from the teacher on them.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, TextIO
+
+from kd_jax import grammar
+from kd_jax.command import load_config, parse_args, run_command
+from kd_jax.config import Config, UserError
+from kd_jax.disk import read_json
+from kd_jax.outcome import COLUMNS, format_value, make_table, show
+from kd_jax.runs import completion
+
+NUM_MANY, NUM_FEW, NUM_HELD_OUT = 16_000, 400, 600
+VOCAB_SIZE = 640
+TEACHER = {"hidden_size": 128, "intermediate_size": 384}
+STUDENT = {"hidden_size": 64, "intermediate_size": 192}
+COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS = ("teacher", "finetune", "distil")
+MARK, LOG = "demo.json", "demo.log"
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoArgs:
+    out: str = "runs/demo"
+    """Folder of all that is made. The same folder goes on where it was stopped."""
+    seeds: int = 1
+    """Students, each with its own few examples, first weights and order of rows. From two on the
+    numbers have standard errors."""
+    json: bool = False
+    """Print one JSON object; what happens meanwhile goes to stderr."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Where the story takes place, and where it is told."""
+
+    out: Path
+    console: Any
+    log: TextIO
+    """What the commands print."""
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(DemoArgs, argv, prog="python -m kd_jax.demo", description=__doc__)
+    if args.seeds < 1:
+        raise UserError(f"--seeds: expected at least 1, got {args.seeds}")
+    from rich.console import Console
+
+    out = Path(args.out).expanduser()
+    claim(out)
+    console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
+    with (out / LOG).open("a", buffering=1) as log:
+        result = run_demo(Stage(out=out, console=console, log=log), args.seeds)
+    write(out / "result.json", json.dumps(result, indent=2) + "\n")
+    show(console, result)
+    if args.json:
+        print(json.dumps(result))
+
+
+def claim(out: Path) -> None:
+    """Makes the demo's folder, or checks that it is one of this very version.
+
+    Raises:
+      UserError: the folder holds other things, or what another version of the demo made.
+    """
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("grammar", "scratch", "demo")]
+    files += [find_config(name) for name in CONFIGS]
+    recipe = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    how = "Give another --out, or remove it"
+    if (out / MARK).is_file():
+        if read_json(out / MARK).get("recipe") != recipe:
+            raise UserError(f"--out: {out} was made by another version of the demo. {how}")
+        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(
+            f"--out: expected a new folder or one of an earlier demo, got {out}, which is another. "
+            f"{how}"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / MARK, json.dumps({"recipe": recipe}) + "\n")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error})") from None
+
+
+def find_config(name: str) -> Path:
+    """Returns the demo's config file, in a clone or beside the installed package."""
+    here = Path(__file__).parent
+    folders = (here.parent / "configs" / "demo", here / "demo_configs")
+    found = next(folder for folder in folders if folder.is_dir()) / f"{name}.py"
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
+    """Returns what `--json` prints: the entropies, each model's numbers by seed, and the costs."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    held_out = grammar.draw(NUM_HELD_OUT, "held out")
+    tokenizer = write_corpus(stage, held_out)
+
+    def num_tokens(answer: str) -> int:
+        return len(tokenizer.encode(answer, add_special_tokens=False)) + 1  # the end of the turn
+
+    entropy = {
+        "expected": grammar.expected_floor(num_tokens),
+        "held_out": grammar.realised_floor(held_out, num_tokens),
+    }
+    stage.console.print(
+        f"  known entropy of the answers, nats per token: {entropy['expected']:.4f}; "
+        f"of the held-out ones: {entropy['held_out']:.4f}"
+    )
+    models: dict[str, list[Values]] = {"teacher": [teach(stage, tokenizer)]}
+    for seed in range(num_seeds):
+        for name, values in learn(stage, tokenizer, seed).items():
+            models.setdefault(name, []).append(values)
+    for values in (values for rows in models.values() for values in rows):
+        values["excess"] = values["ce"] - entropy["held_out"]
+    result = {"seeds": num_seeds, "entropy": entropy, "models": models}
+    ask(stage, stage.out / "seed0" / "distil_hf", "What is three plus four?")
+    result["report"] = str(report(stage, result))
+    from kd_jax.metrics import peak_memory_bytes
+
+    return result | {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def write_corpus(stage: Stage, held_out: Sequence[tuple[grammar.Question, str]]) -> Any:
+    """Writes the examples of teacher and evaluation; returns the tokenizer trained on the first."""
+    from kd_jax.scratch import make_tokenizer
+
+    many = grammar.draw(NUM_MANY, "many")
+    questions = grammar.make_questions()
+    stage.console.print(
+        f"A language of {len(questions)} questions, {sum(q.exact for q in questions)} of which "
+        f"have one right answer. Examples: {NUM_MANY:,} for the teacher, {NUM_FEW} for each "
+        f"student, {NUM_HELD_OUT} held out."
+    )
+    for question in (questions[0], next(q for q in questions if q.exact)):
+        odds = sorted(question.answers.items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{answer} {p:.0%}" for answer, p in odds[:3])
+        more = ", ..." if len(odds) > 3 else ""
+        stage.console.print(f"  {question.instruction}  {shown}{more}", style="dim")
+    write(stage.out / "many.jsonl", grammar.to_lines(many))
+    write(stage.out / "held_out.jsonl", grammar.to_lines(held_out))
+    return make_tokenizer([(q.instruction, a) for q, a in many], VOCAB_SIZE)
+
+
+def teach(stage: Stage, tokenizer: Any) -> Values:
+    """Trains, exports and evaluates the teacher."""
+    from kd_jax.scratch import write_llama
+
+    first, workdir = stage.out / "teacher_init", stage.out / "teacher"
+    if not first.exists():
+        write_llama(first, tokenizer, seed=1000, **COMMON, **TEACHER)
+    paths = {"student.path": first, "data.path": stage.out / "many.jsonl"}
+    train(stage, "teacher", workdir, paths, seed=0)
+    return measure(stage, workdir, export(stage, workdir), teacher=None)
+
+
+def learn(stage: Stage, tokenizer: Any, seed: int) -> dict[str, Values]:
+    """Trains, exports and evaluates the students of one seed; returns their numbers by arm."""
+    from kd_jax.scratch import write_llama
+
+    folder, teacher = stage.out / f"seed{seed}", stage.out / "teacher_hf"
+    untouched = folder / "untouched"
+    write(folder / "few.jsonl", grammar.to_lines(grammar.draw(NUM_FEW, f"few {seed}")))
+    if not untouched.exists():
+        write_llama(untouched, tokenizer, seed=seed, **COMMON, **STUDENT)
+    found = {"untouched": measure(stage, untouched, untouched, teacher)}
+    paths = {"student.path": untouched, "data.path": folder / "few.jsonl"}
+    for name, more in {"finetune": {}, "distil": {"teacher.path": teacher}}.items():
+        train(stage, name, folder / name, paths | more, seed)
+        exported = export(stage, folder / name)
+        found[name] = measure(stage, folder / name, exported, teacher)
+    return found
+
+
+def run(stage: Stage, command: str, main: Callable, words: Sequence[str], done: bool) -> float:
+    """Shows a command as a user would type it, and runs it in this process unless it was done.
+
+    Returns:
+      seconds that it took.
+    """
+    line = shlex.join(["python", "-m", command, *words])
+    stage.console.print(f"$ {line}", style="dim" if done else "bold")
+    if done:
+        return 0.0
+    stage.log.write(f"$ {line}\n")
+    start = time.perf_counter()
+    with redirect_stdout(stage.log):
+        main(words)
+    return time.perf_counter() - start
+
+
+def train(stage: Stage, name: str, workdir: Path, paths: dict[str, Path], seed: int) -> None:
+    from kd_jax.train import main
+
+    file = find_config(name)
+    config = load_config(file)
+    wanted = {
+        "workdir": str(workdir),
+        **{field: str(path) for field, path in paths.items()},
+        "eval.path": str(stage.out / "held_out.jsonl"),
+        "seed": str(seed),
+    }
+    words = ["--config", str(file), *flags_over(config, wanted)]
+    seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir) or False)
+    if not completion(workdir):
+        raise KeyboardInterrupt  # SIGTERM, after which training saves and returns
+    if seconds:
+        stage.console.print(f"  {config.steps} steps in {seconds:.0f} s")
+
+
+def flags_over(config: Config, wanted: dict[str, str]) -> list[str]:
+    """Returns the flags of those fields that a config file has otherwise."""
+    words = []
+    for field, value in wanted.items():
+        if str(reduce(getattr, field.split("."), config)) != value:
+            words += [f"--{field}", value]
+    return words
+
+
+def export(stage: Stage, workdir: Path) -> Path:
+    from convert.to_hf import main
+
+    out = workdir.with_name(f"{workdir.name}_hf")
+    words = ["--workdir", str(workdir), "--out", str(out)]
+    run(stage, "convert.to_hf", main, words, done=out.exists())
+    return out
+
+
+def measure(stage: Stage, model: Path, exported: Path, teacher: Path | None) -> Values:
+    """Returns a model's numbers on the held-out examples and its share of right answers."""
+    values = evaluate(stage, model, teacher) | {"right": share_right(exported)}
+    shown = (f"{COLUMNS[name][0]} {format_value(x, name)}" for name, x in values.items())
+    stage.console.print(f"  {', '.join(shown)}")
+    return values
+
+
+def evaluate(stage: Stage, model: Path, teacher: Path | None) -> Values:
+    """Returns what kd_jax.evaluate finds on the held-out examples."""
+    from kd_jax.evaluate import main
+
+    words = ["--model", str(model), "--data", str(stage.out / "held_out.jsonl")]
+    words += ["--dtype", "float32", "--batch-size", "16"]
+    if teacher is not None:
+        words += ["--teacher", str(teacher)]
+    if (model / "checkpoints").is_dir():
+        file, where = model / "evaluation.json", ["--save"]
+    else:
+        file = model.with_name(f"{model.name}.json")
+        where = ["--seq-len", str(load_config(find_config("distil")).data.seq_len)]
+        where += ["--out", str(file)]
+    run(stage, "kd_jax.evaluate", main, [*words, *where], done=file.is_file())
+    found = read_json(file)
+    return {name: found[name] for name in COLUMNS if name in found}
+
+
+def share_right(model: Path) -> float:
+    """Returns the share of the questions with a right answer that a model's folder gets right.
+
+    Its answers are the likeliest tokens, one after the other; they are kept beside the folder.
+    """
+    from kd_jax.generate import GenerateArgs, answers
+
+    exact = {q.instruction: q.likeliest for q in grammar.make_questions() if q.exact}
+    prompts = tuple(exact)
+    file = model.with_name(f"{model.name}_answers.json")
+    if not file.is_file():
+        said = [""] * len(prompts)
+        args = GenerateArgs(model=str(model), prompt=prompts, max_new_tokens=12, dtype="float32")
+        for row, text in answers(args):
+            said[row] += text
+        write(file, json.dumps(dict(zip(prompts, said, strict=True)), indent=2) + "\n")
+    said_to = read_json(file)
+    return sum(said_to[prompt] == right for prompt, right in exact.items()) / len(exact)
+
+
+def ask(stage: Stage, model: Path, prompt: str) -> None:
+    """Shows an exported model's answer to a question."""
+    from kd_jax.generate import main
+
+    run(stage, "kd_jax.generate", main, ["--model", str(model), "--prompt", prompt], done=False)
+    stage.console.print(f"  {(stage.out / LOG).read_text().splitlines()[-1]}")
+
+
+def report(stage: Stage, result: dict[str, Any]) -> Path:
+    """Writes the page about the first seed's runs, with the table of all before it."""
+    from kd_jax.report import make_report
+
+    out = stage.out / "report"
+    shutil.rmtree(out, ignore_errors=True)  # half a report, had it been interrupted, is refused
+    runs = [stage.out / "seed0" / name for name in ("finetune", "distil")]
+    title = "The demo: a student fine-tuned and distilled on few examples"
+    return make_report(runs, out, title=title, extra=[make_table(result)])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
