@@ -65,19 +65,22 @@ def generate(
       prompts: token ids, none empty, of any lengths.
       vocab_size: entries of the vocabulary with a meaning; None takes all.
     """
+    num_rows = len(prompts)
+    if num_rows == 1 and _dtype(weights) == jnp.bfloat16 and jax.default_backend() == "cpu":
+        prompts = [*prompts, prompts[0]]  # XLA is five times slower with a single row there
     tokens, start = _left_pad(prompts)
-    B, P = tokens.shape
+    P = tokens.shape[1]
     # The prompt's length and the number of new tokens are rounded up: few programs serve all.
     length = P + _round_up(max_new_tokens, 64)
     fixed = (arch, sampling, vocab_size or arch.vocab_size)
     key = jax.random.key(seed)
     cache, ids = _prefill(fixed, length, weights, tokens, start, key)
-    alive = np.ones(B, bool)
+    alive = np.ones(num_rows, bool)
     for i in range(max_new_tokens):
         here = ids
         if i + 1 < max_new_tokens:  # begun before this step's tokens are looked at
             cache, ids = _step(fixed, weights, cache, here, np.int32(P + i), start, key)
-        found = np.asarray(here)
+        found = np.asarray(here)[:num_rows]
         alive &= ~np.isin(found, list(stop_tokens))
         if not alive.any():
             return
@@ -161,14 +164,16 @@ def _run_layer(layer: Layer, x, rope, attend):
     return x + layer.mlp(layer.post_attention_layernorm(x), NO_KEYS), pair
 
 
+def _dtype(weights: Weights):
+    return weights.layers[0].self_attn.q_proj.dtype
+
+
 def _embed(weights: Weights, tokens) -> jax.Array:
-    dtype = weights.layers[0].self_attn.q_proj.dtype
-    return weights.embed_tokens.weight[...][tokens].astype(dtype)
+    return weights.embed_tokens.weight[...][tokens].astype(_dtype(weights))
 
 
 def _rope(arch: Architecture, weights: Weights, positions):
-    dtype = weights.layers[0].self_attn.q_proj.dtype
-    return rope_tables(positions, arch.rope, arch.head_dim, dtype)
+    return rope_tables(positions, arch.rope, arch.head_dim, _dtype(weights))
 
 
 def _next_tokens(fixed, weights: Weights, x, key) -> jax.Array:
