@@ -12,7 +12,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: jax.Array,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array],
     *,
     implementation: Implementation = "auto",
 ) -> jax.Array:
@@ -22,7 +22,8 @@ def attention(
       q: [B, S, N, H].
       k: [B, S, K, H], with N a multiple of K; each key head serves N / K query heads.
       v: [B, S, K, H].
-      segment_ids: [B, S] int32; tokens of one document share a number.
+      segment_ids: [B, S] int32; tokens of one document share a number. A second such array beside
+        it names a document that a token sees besides its own: a prompt that several answers share.
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "auto".
 
     Returns:
@@ -38,7 +39,10 @@ def attention(
         implementation = "cudnn" if fits else "xla"
     if implementation == "cudnn" and q.dtype != jnp.bfloat16:
         raise ValueError(f"attention: cudnn works in bfloat16, got {q.dtype}. Use attention=xla")
-    same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, S, T]
+    own, *others = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
+    seen = own[:, None, :, None] == own[:, None, None, :]  # [B, 1, S, T]
+    for other in others:
+        seen |= other[:, None, :, None] == own[:, None, None, :]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=same_document, is_causal=True, implementation=implementation
+        q, k, v, mask=seen, is_causal=True, implementation=implementation
     )

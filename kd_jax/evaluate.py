@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from kd_jax.command import parse_args, run_command
 from kd_jax.config import Config, Dtype, MeshConfig, UserError
+from kd_jax.disk import check_out_file, write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,18 +61,14 @@ def main(argv: Sequence[str]) -> None:
     result = evaluate(args)
     text = json.dumps(result)
     for file in files:
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        beside.write_text(text + "\n")
-        os.replace(beside, file)
+        write_whole(file, text + "\n")
     print(text if args.json else describe(result))
 
 
 def _files(args: EvaluateArgs) -> list[Path]:
     """Returns the files to write, after a look at what the arguments say of them and of numbers."""
-    files = [] if args.out is None else [Path(args.out).expanduser()]
+    files = [] if args.out is None else [check_out_file(args.out, "--out")]
     problems = []
-    if files and (files[0].is_dir() or not files[0].parent.is_dir()):
-        problems.append(f"--out: expected a file in a folder that is there, got {args.out}")
     if args.save:
         workdir = Path(args.model).expanduser()
         files.append(workdir / "evaluation.json")

@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import jax
 import pytest
@@ -29,6 +29,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Without the `test` extra's torch only the fast tests can run, and these files have none.
 NEED_TORCH = ["test_decoding.py", "test_model.py", "test_step.py", "test_train.py"]
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
+if not importlib.util.find_spec("lm_eval"):
+    collect_ignore = [*collect_ignore, "test_lm_eval.py"]
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -1,0 +1,279 @@
+"""The model `kd_jax` of the lm-eval harness: scores and answers as its own `hf` model gives them.
+
+Importing this module, which needs the `eval` extra, registers the model:
+`lm_eval.simple_evaluate("kd_jax", "pretrained=FOLDER_OR_WORKDIR,dtype=float32", tasks=[...])`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from kd_jax.build import Source, shared_vocab_size, start_jax
+from kd_jax.config import MeshConfig, UserError
+from kd_jax.decoding import Sampling, Weights, generate, unstack
+from kd_jax.generate import stop_tokens
+from kd_jax.inference import load_model, open_model
+from kd_jax.model import rebuild
+from kd_jax.scoring import Request, Scorer, score
+from kd_jax.sharding import make_mesh
+
+ROW_TOKENS = 512
+MAX_NEW_TOKENS = 256  # as the harness's own models, where a task sets none
+
+
+@register_model("kd_jax")
+class KdJaxLM(TemplateLM):
+    """A folder in Hugging Face form, or the workdir of a run.
+
+    Requests are cut on the left at max_length; those that are the same are run once, and those
+    that share a context run it once.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "bfloat16",
+        step: int | None = None,
+        batch_size: int | str = "auto",
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        compilation_cache: str | None = "~/.cache/kd_jax/xla",
+    ):
+        """Loads the model.
+
+        Args:
+          pretrained: what --model of kd_jax.evaluate takes.
+          dtype: of weights and matrix products, bfloat16 or float32.
+          step: checkpoint of the workdir; None takes the latest.
+          batch_size: rows of 512 tokens at a time, over all devices; prompts to answer at a time.
+          max_length: tokens that the model sees at most; None takes config.json's.
+          add_bos_token: whether texts are encoded with special tokens; None asks the tokenizer.
+          prefix_token_id: stands for an empty context; None takes BOS, or else EOS.
+          chat_template_args: further variables of the chat template.
+          compilation_cache: folder of compiled programs; None compiles anew.
+        """
+        super().__init__()
+        model = open_model(pretrained, dtype, step)  # type: ignore[arg-type]
+        folder = model.source.folder
+        start_jax(compilation_cache)
+        mesh = make_mesh(MeshConfig(), jax.device_count())
+        models = load_model(model, mesh)
+        self.arch = model.source.arch
+        self.tokenizer = _tokenizer(model.source, add_bos_token)
+        self.stop_tokens = stop_tokens(folder, self.tokenizer)
+        self.max_length = max_length or _max_length(folder, self.tokenizer)
+        self.add_bos_token = add_bos_token
+        self.custom_prefix_token_id = prefix_token_id
+        self.chat_template_args = chat_template_args or {}
+        self.prompts_at_once = 16 if batch_size == "auto" else int(batch_size)
+        self.scorer = Scorer(
+            structure=models.student,
+            arrays=models.frozen,
+            mesh=mesh,
+            vocab_size=shared_vocab_size(model.source, None),
+            row_tokens=ROW_TOKENS,
+            batch_tokens=_batch_tokens() if batch_size == "auto" else int(batch_size) * ROW_TOKENS,
+        )
+
+    # What the harness asks of a tokenizer.
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        for token in (self.custom_prefix_token_id, self.tokenizer.bos_token_id):
+            if token is not None:
+                return token
+        return self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        if add_special_tokens is None:
+            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = False if begun else self.add_bos_token
+        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **given, **options)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self.chat_template_args,
+        )
+
+    # Log-likelihoods.
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **options: Any,
+    ) -> list[tuple[float, bool]]:
+        places: dict[Request, list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            places.setdefault(self._fit(context, continuation), []).append(i)
+        results: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            for request, answer in score(self.scorer, list(places)):
+                for i in places[request]:
+                    results[i] = tuple(answer)
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                bar.update(len(places[request]))
+        return results
+
+    def _fit(self, context: list[int], continuation: list[int]) -> Request:
+        """Returns a request without the tokens on its left for which the model has no room."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"lm-eval: expected continuations of 1 to {self.max_length} tokens, the model's "
+                f"context, got one of {len(continuation)}: "
+                f"{self.tokenizer.decode(continuation[:20])!r}"
+            )
+        context = context[-(self.max_length + 1 - len(continuation)) :]
+        return tuple(context), tuple(continuation)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (value, _) in zip(owners, scores, strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # Generation.
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        weights = unstack(rebuild(self.scorer.structure, self.scorer.arrays))
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        results = [""] * len(requests)
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
+            for group in groups.values():
+                prompts = {i: self._prompt(requests[i].args[0]) for i in group}
+                group.sort(key=lambda i: -len(prompts[i]))
+                for first in range(0, len(group), self.prompts_at_once):
+                    some = group[first : first + self.prompts_at_once]
+                    options = requests[some[0]].args[1]
+                    texts = self._answer(weights, [prompts[i] for i in some], options)
+                    for i, text in zip(some, texts, strict=True):
+                        results[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                        bar.update()
+        return results
+
+    def _prompt(self, context: str) -> list[int]:
+        begun = has_bos_prefix(context, self.tokenizer.bos_token)
+        return self.tok_encode(context, add_special_tokens=False if begun else self.add_bos_token)
+
+    def _answer(
+        self, weights: Weights, prompts: list[list[int]], options: dict[str, Any]
+    ) -> list[str]:
+        """Returns the texts that follow the prompts, each without what stops it."""
+        options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)  # type: ignore[assignment]
+        until = [text for text in options.pop("until") if text]
+        room = self.max_length - options.pop("max_gen_toks")
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks: expected below {self.max_length}, the model's context, got "
+                f"{self.max_length - room}"
+            )
+        ids = {self.tokenizer.convert_tokens_to_ids(text) for text in until} - {None}
+        ends = {
+            id for id in ids if not self._text([id])
+        }  # special tokens, of which no text is left
+        steps = generate(
+            self.arch,
+            weights,
+            [prompt[-room:] for prompt in prompts],
+            max_new_tokens=self.max_length - room,
+            stop_tokens=self.stop_tokens | ends,
+            sampling=_sampling(options),
+        )
+        rows: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(rows)
+        for step in steps:
+            for r, token in enumerate(step):
+                if token is None:
+                    ended[r] = True
+                elif not ended[r]:
+                    rows[r].append(token)
+                    ended[r] = any(text in self._text(rows[r]) for text in until)
+            if all(ended):
+                break
+        return [postprocess_generated_text(self._text(row), until, None) for row in rows]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _tokenizer(source: Source, add_bos_token: bool | None) -> Any:
+    if add_bos_token is None:
+        return source.tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        source.folder, local_files_only=True, add_bos_token=add_bos_token
+    )
+
+
+def _max_length(folder: Path, tokenizer: Any) -> int:
+    from transformers import AutoConfig
+
+    return resolve_max_length(AutoConfig.from_pretrained(folder, local_files_only=True), tokenizer)
+
+
+def _batch_tokens() -> int:
+    per_device = 4096 if jax.default_backend() == "cpu" else 16384
+    return per_device * jax.device_count()
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """Returns how tokens are chosen; raises UserError for an option that is not known here."""
+    known = {"do_sample", "temperature", "top_k", "top_p"}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(
+            f"generation_kwargs: expected until, max_gen_toks or {', '.join(sorted(known))}, got "
+            + ", ".join(unknown)
+        )
+    if not options.pop("do_sample"):
+        return Sampling()
+    return Sampling(**options)

@@ -1,0 +1,165 @@
+"""Log-likelihoods of continuations: requests packed into rows, a prompt computed once for all.
+
+A request is a context and its continuation, in tokens. Requests with one context share it: its
+tokens stand in a row once, and after them each continuation as a document of its own that sees the
+context besides itself. The head runs at the tokens that predict a continuation's and nowhere else.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.build import put_batch
+from kd_jax.data import pack
+from kd_jax.kd_head import HeadConfig, chunk_len, token_metrics
+from kd_jax.model import Structure, rebuild
+from kd_jax.sharding import BATCH_AXES, constrain, replicated
+from kd_jax.step import Arrays
+
+Tokens = tuple[int, ...]
+Request = tuple[Tokens, Tokens]
+Batch = dict[str, np.ndarray]
+
+
+class Score(NamedTuple):
+    log_likelihood: float
+    """Of the continuation after the context, nats."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A model on the mesh, and how requests are laid out for it."""
+
+    structure: Structure
+    arrays: Arrays
+    mesh: Mesh
+    vocab_size: int
+    row_tokens: int
+    """Length of a row, doubled until the request fits that it is to hold."""
+    batch_tokens: int
+    """Tokens at a time over all devices, about."""
+
+
+def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request, Score]]:
+    """Yields every different request with its score, in an order of its own."""
+    by_length: dict[int, list[_Piece]] = {}
+    for piece in _pieces(dict.fromkeys(requests), scorer.row_tokens):
+        by_length.setdefault(_row_length(piece.length, scorer.row_tokens), []).append(piece)
+    for length, pieces in sorted(by_length.items(), reverse=True):
+        rows = [[pieces[i] for i in row] for row in pack([x.length for x in pieces], length)]
+        for some in _batches(rows, scorer, length):
+            yield from _score_rows(scorer, some, length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A context but its last token, and continuations that follow it."""
+
+    context: Tokens
+    continuations: list[Tokens]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) - 1 + sum(map(len, self.continuations))
+
+
+def _row_length(length: int, row_tokens: int) -> int:
+    while row_tokens < length:
+        row_tokens *= 2
+    return row_tokens
+
+
+def _pieces(requests: Iterable[Request], row_tokens: int) -> Iterator[_Piece]:
+    """Yields the requests by context, in pieces no longer than the row that the longest needs."""
+    by_context: dict[Tokens, list[Tokens]] = {}
+    for context, continuation in requests:
+        by_context.setdefault(context, []).append(continuation)
+    for context, continuations in by_context.items():
+        continuations.sort(key=lambda x: (-len(x), x))
+        room = _row_length(_Piece(context, continuations[:1]).length, row_tokens)
+        some: list[Tokens] = []
+        for continuation in continuations:
+            if _Piece(context, [*some, continuation]).length > room:
+                yield _Piece(context, some)
+                some = []
+            some.append(continuation)
+        yield _Piece(context, some)
+
+
+def _batches(rows: list[Any], scorer: Scorer, length: int) -> Iterator[list[Any]]:
+    """Yields equal numbers of rows, whole shares for every device; the last may lack some."""
+    shares = scorer.mesh.shape["data"] * scorer.mesh.shape["fsdp"]
+    most = max(scorer.batch_tokens // length // shares, 1) * shares
+    count = -(-len(rows) // most)
+    size = -(-len(rows) // (count * shares)) * shares
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        yield some + [[]] * (size - len(some))
+
+
+COLUMNS = ("tokens", "positions", "segment_ids", "context_ids", "labels")
+
+
+def _score_rows(
+    scorer: Scorer, rows: list[list[_Piece]], length: int
+) -> Iterator[tuple[Request, Score]]:
+    batch: Batch = {name: np.zeros((len(rows), length), np.int32) for name in COLUMNS}
+    batch["mask"] = np.zeros((len(rows), length), bool)
+    places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
+    stacked = put_batch({name: x[None] for name, x in batch.items()}, scorer.mesh)
+    placed = {name: x[0] for name, x in stacked.items()}
+    rows_per_device = len(rows) // (scorer.mesh.shape["data"] * scorer.mesh.shape["fsdp"])
+    head = HeadConfig(
+        kd_ratio=0.0,
+        divergence="forward_kl",
+        temperature=1.0,
+        chunk_len=chunk_len(None, rows_per_device, length),
+        vocab_size=scorer.vocab_size,
+    )
+    run = jax.jit(_score_step, static_argnums=(0, 1, 2), out_shardings=replicated(scorer.mesh))
+    out = jax.device_get(run(scorer.structure, head, scorer.mesh, scorer.arrays, placed))
+    for r, request, first, last in places:
+        nats, correct = (x[r, first:last] for x in out)
+        yield request, Score(-float(nats.sum(dtype=np.float64)), bool(correct.all()))
+
+
+def _fill(batch: Batch, r: int, row: list[_Piece]) -> Iterator[tuple[Request, int, int]]:
+    """Writes a row, and yields each request with the place where its tokens are predicted."""
+    at, segment = 0, 0
+
+    def write(tokens: Tokens, position: int, context: int) -> slice:
+        here = slice(at, at + len(tokens))
+        batch["tokens"][r, here] = tokens
+        batch["positions"][r, here] = position + np.arange(len(tokens))
+        batch["segment_ids"][r, here] = segment
+        batch["context_ids"][r, here] = context
+        return here
+
+    for piece in row:
+        shared = len(piece.context) - 1
+        segment += 1
+        context = segment
+        at = write(piece.context[:-1], 0, context).stop
+        for continuation in piece.continuations:
+            segment += 1
+            here = write((piece.context[-1], *continuation[:-1]), shared, context)
+            batch["labels"][r, here] = continuation
+            batch["mask"][r, here] = True
+            at = here.stop
+            yield (piece.context, continuation), here.start, here.stop
+
+
+def _score_step(structure, head, mesh, arrays, batch):
+    """Returns -log p of each label, nats, and whether it is the likeliest token, [B, S] float32."""
+    model = rebuild(structure, arrays)
+    segments = (batch["segment_ids"], batch["context_ids"])
+    hidden = constrain(model(batch["tokens"], batch["positions"], segments), mesh, BATCH_AXES)
+    weight = constrain(model.head_weight(), mesh)  # gathered here once, not in every chunk
+    metrics = token_metrics(head, hidden, None, weight, None, batch["labels"], batch["mask"])
+    return metrics["ce"], metrics["correct"]
