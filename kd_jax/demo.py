@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
@@ -318,8 +318,11 @@ def report(stage: Stage, result: dict[str, Any]) -> Path:
     out = stage.out / "report"
     shutil.rmtree(out, ignore_errors=True)  # half a report, had it been interrupted, is refused
     runs = [stage.out / "seed0" / name for name in ("finetune", "distil")]
+    table = make_table(result)
+    if result["seeds"] > 1:
+        table = replace(table, note=f"{table.note} What follows is about the first seed alone.")
     title = "The demo: a student fine-tuned and distilled on few examples"
-    return make_report(runs, out, title=title, extra=[make_table(result)])
+    return make_report(runs, out, title=title, extra=[table])
 
 
 if __name__ == "__main__":
