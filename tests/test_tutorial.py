@@ -1,4 +1,4 @@
-"""The tutorial's commands, run in its order with small models in place of the big ones."""
+"""The tutorial's commands, run in its order with the demo's models in place of the big ones."""
 
 import importlib
 import json
@@ -7,10 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny
 
-from kd_jax import sweep, train
+from kd_jax import grammar, sweep, train
 from kd_jax.command import run_command
+from kd_jax.demo import COMMON, STUDENT, TEACHER, VOCAB_SIZE
+from kd_jax.scratch import make_tokenizer, write_llama
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
@@ -31,9 +32,11 @@ TEACHERS = (
 def small(tmp_path_factory):
     """A folder with configs/ as the repository has them, but for small models, rows and runs."""
     folder = tmp_path_factory.mktemp("tutorial")
-    tiny.write_plain_model(folder / "student", seed=1)
-    tiny.write_plain_model(folder / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
-    tiny.write_data(folder / "data.jsonl")
+    exchanges = grammar.draw(200, "tutorial")
+    tokenizer = make_tokenizer([(q.instruction, answer) for q, answer in exchanges], VOCAB_SIZE)
+    write_llama(folder / "student", tokenizer, seed=1, **COMMON, **STUDENT)
+    write_llama(folder / "teacher", tokenizer, seed=2, **COMMON, **TEACHER)
+    (folder / "data.jsonl").write_text(grammar.to_lines(exchanges))
     (folder / "configs").mkdir()
     for file in (ROOT / "configs").glob("*.py"):
         text = shrink(file.read_text(), folder)
