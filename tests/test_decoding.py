@@ -86,23 +86,14 @@ def frequencies(sampling, logits, count=4000):
 
 
 @pytest.mark.parametrize(
-    "options, warper",
-    [
-        ({}, None),
-        ({"top_k": 3}, TopKLogitsWarper(3)),
-        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
-        ({"top_k": 4, "top_p": 0.6}, None),
-    ],
-    ids=str,
+    "options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.6}], ids=str
 )
-def test_draws_have_the_odds_of_transformers_warpers(options, warper):
+def test_draws_have_the_odds_of_transformers_warpers(options):
     logits = np.array([2.0, 1.5, 0.3, 0.0, -1.0, 1.4, -3.0], np.float32)
     scores = torch.tensor(logits)[None] / 1.3
-    warpers = [warper] if warper else []
-    if len(options) == 2:
-        warpers = [TopKLogitsWarper(4), TopPLogitsWarper(0.6)]
-    for warp in warpers:
-        scores = warp(None, scores)
+    for name, make in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper)):
+        if name in options:
+            scores = make(options[name])(None, scores)
     want = scores.softmax(-1)[0].numpy()
     got = frequencies(Sampling(temperature=1.3, **options), jnp.asarray(logits))
     assert (got[want == 0] == 0).all()
