@@ -196,7 +196,7 @@ def test_unfinished_runs_take_no_part_in_means(tmp_path):
     folders.append(write_run(tmp_path / "cut", ratio=1.0, seed=2, last=11))
     assert [table.rows for table in tables_of(folders)] == [table.rows for table in whole]
     arms = arms_of(folders)
-    assert find([tables.arms_table(arms, None)], "Arms").rows[1][2] == "1 of 3 unfinished"
+    assert find([tables.arms_table(arms, {})], "Arms").rows[1][2] == "1 of 3 unfinished"
     assert ["cut", "2", "unfinished at step 11 of 20"] in [
         list(row[:3]) for row in tables.runs_table(arms).rows
     ]
