@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.command import flag_names
-from kd_jax.config import Config, UserError
-from kd_jax.runs import Run, flatten, identity
+from kd_jax.config import Config, UserError, flatten
+from kd_jax.runs import Run, identity
 
 # Fields that neither change what is learned nor what it costs.
 IGNORED = re.compile(

@@ -23,7 +23,7 @@ from kd_jax.hf import (
 from kd_jax.kd_head import HeadConfig, chunk_len
 from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Decoder, Structure, named_arrays
-from kd_jax.sharding import batch_sharding, replicated, weight_sharding
+from kd_jax.sharding import batch_sharding, num_batch_shards, replicated, weight_sharding
 from kd_jax.step import Program
 from kd_jax.text import check_same_tokenizer, load_tokenizer
 
@@ -253,7 +253,7 @@ def _load_frozen(
 def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) -> Program:
     """Returns what is fixed while the step is compiled."""
     rows = config.data.batch_size // config.optim.accumulation_steps
-    rows_per_device = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows_per_device = rows // num_batch_shards(mesh)
     head = HeadConfig(
         kd_ratio=config.loss.kd_ratio,
         divergence=config.loss.divergence,
@@ -273,9 +273,8 @@ def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) ->
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
-    """Returns a batch of [A, B, S] arrays on the mesh; each process sends only its own rows."""
-    sharding = batch_sharding(mesh)
+    """Returns [A, B, S] or [B, S] arrays on the mesh; each process sends only its own rows."""
     return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
         for name, x in batch.items()
     }

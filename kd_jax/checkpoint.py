@@ -14,6 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import Config, UserError, differences, dump, from_json
+from kd_jax.disk import write_whole
 from kd_jax.step import TrainState
 
 PACKAGES = (
@@ -122,9 +123,7 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_ste
                     + "\n  ".join(changed)
                     + "\nGive another --workdir, or the old values"
                 )
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(beside, path)
+        write_whole(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
     except (json.JSONDecodeError, KeyError) as error:

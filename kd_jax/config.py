@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -178,7 +177,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) in float32; norms are not decayed."""
+    """AdamW (arXiv 1711.05101) in float32; norms and biases are not decayed."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -407,7 +406,7 @@ def part_of(kind: Any) -> Any:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns `field: old -> new` for each field of two dumps that resuming may not change."""
-    old_fields, new_fields = dict(_fields(old)), dict(_fields(new))
+    old_fields, new_fields = flatten(old), flatten(new)
     changed = []
     for name in sorted(old_fields.keys() | new_fields.keys()):
         before, after = old_fields.get(name), new_fields.get(name)
@@ -417,9 +416,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _fields(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested dict's leaves by dotted name."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            flat[prefix + name] = value
+    return flat

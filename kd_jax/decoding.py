@@ -87,15 +87,16 @@ def generate(
         yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
 
 
-def generate_all(*args, **options) -> list[list[int]]:
+def generate_all(
+    arch: Architecture, weights: Weights, prompts: Sequence[Sequence[int]], **options
+) -> list[list[int]]:
     """Returns what `generate` yields, gathered for each row."""
-    rows: list[list[int]] = []
-    for tokens in generate(*args, **options):
-        rows = rows or [[] for _ in tokens]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate(arch, weights, prompts, **options):
         for row, token in zip(rows, tokens, strict=True):
             if token is not None:
                 row.append(token)
-    return rows or [[] for _ in args[2]]
+    return rows
 
 
 def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ student gets few: untouched, fine-tuned on them, and distilled from the teacher 
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -21,7 +20,7 @@ from typing import Any, TextIO
 from kd_jax import grammar
 from kd_jax.command import load_config, parse_args, run_command
 from kd_jax.config import Config, UserError
-from kd_jax.disk import read_json
+from kd_jax.disk import read_json, write_whole
 from kd_jax.outcome import COLUMNS, format_value, make_table, show
 from kd_jax.runs import completion
 
@@ -109,11 +108,8 @@ def find_config(name: str) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, text)
 
 
 def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:

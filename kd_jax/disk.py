@@ -206,7 +206,7 @@ def check_out_file(path: str, flag: str) -> Path:
 def write_whole(file: Path, text: str) -> None:
     """Writes a file so that nobody ever reads half of it."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
 
 

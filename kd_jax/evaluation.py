@@ -29,8 +29,7 @@ def evaluate_rows(
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
     for batch in data.eval_batches(rows, num_rows):
-        stacked = put_batch({name: x[None] for name, x in batch.items()}, mesh)
-        placed = {name: x[0] for name, x in stacked.items()}
+        placed = put_batch(batch, mesh)
         mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
         values = {name: value[mask] for name, value in metrics.items()}
         groups, num_groups = _documents(batch["segment_ids"], mask)

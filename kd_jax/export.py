@@ -22,7 +22,7 @@ from kd_jax.hf import (
     hf_names,
     load_architecture,
     load_arrays,
-    open_model,
+    open_tensors,
     orbax_leaves,
     read_orbax,
 )
@@ -186,7 +186,7 @@ def _check_trained(trained: Mapping[str, np.ndarray], arch: Architecture, source
 def _reader(source: Path, arch: Architecture, place: dict[str, tuple[str, int | None]]):
     """Returns how to read one tensor of the source by its Hugging Face name, and its dtype."""
     if not (source / ORBAX).is_dir():
-        tensors = open_model(source, arch)
+        tensors = open_tensors(source, arch)
         return (lambda name: tensors[name].read()), (lambda name: tensors[name].dtype)
     from orbax.checkpoint import v1 as ocp
 

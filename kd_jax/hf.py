@@ -39,7 +39,7 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
     return [path if path == HEAD else f"model.{path}"]
 
 
-def open_model(folder: Path, arch: Architecture) -> dict[str, Tensor]:
+def open_tensors(folder: Path, arch: Architecture) -> dict[str, Tensor]:
     """Returns a folder's tensors once they are known to be exactly this architecture's.
 
     Raises:
@@ -110,7 +110,7 @@ def check_source(folder: Path, arch: Architecture) -> None:
     if (folder / ORBAX).is_dir():
         orbax_leaves(folder, arch)
     else:
-        open_model(folder, arch)
+        open_tensors(folder, arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def load_arrays(
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
         return _load_orbax(folder, arch, mesh, dtype)
-    tensors = open_model(folder, arch)
+    tensors = open_tensors(folder, arch)
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
         for path, weight in weights(arch).items():

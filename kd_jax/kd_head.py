@@ -98,13 +98,11 @@ kd_head.defvjp(_forward, _backward)
 def _run(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
     C = config.chunk_len
     rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
-    student_head, teacher_head = _heads(rows, student_head, teacher_head)
+    heads = student_head, teacher_head = _heads(rows, student_head, teacher_head)
 
     def run_chunk(index, carry):
         loss, metrics, d_hidden, d_head = carry
-        h_s, h_t, y, m = _chunk(rows, index, C)
-        z_s = _logits(h_s, student_head, config.vocab_size)
-        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
+        h_s, z_s, z_t, y, m = _chunk(config, rows, heads, index)
         values, d_logits = _token_losses(config, z_s, z_t, y)
         values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
         loss += values.pop("loss")
@@ -140,12 +138,10 @@ def token_metrics(
     """
     C = config.chunk_len
     rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
-    student_head, teacher_head = _heads(rows, student_head, teacher_head)
+    heads = _heads(rows, student_head, teacher_head)
 
     def run_chunk(index, metrics):
-        h_s, h_t, y, m = _chunk(rows, index, C)
-        z_s = _logits(h_s, student_head, config.vocab_size)
-        z_t = None if h_t is None else _logits(h_t, teacher_head, config.vocab_size)
+        _, z_s, z_t, y, m = _chunk(config, rows, heads, index)
         values = _token_values(config, z_s, z_t, y, mesh)
         return {
             name: jax.lax.dynamic_update_slice_in_dim(
@@ -182,10 +178,15 @@ def _put_back(x, order):
     return jnp.take_along_axis(x[:, : order.shape[1]], back, axis=1)
 
 
-def _chunk(rows, index, chunk_len):
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, index * chunk_len, chunk_len, axis=1), rows
+def _chunk(config, rows, heads, index):
+    """Returns a chunk's student hidden states, both models' logits, labels and mask."""
+    C = config.chunk_len
+    h_s, h_t, labels, mask = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=1), rows
     )
+    z_s = _logits(h_s, heads[0], config.vocab_size)
+    z_t = None if h_t is None else _logits(h_t, heads[1], config.vocab_size)
+    return h_s, z_s, z_t, labels, mask
 
 
 def _heads(rows, student_head, teacher_head):
@@ -218,7 +219,8 @@ def _token_losses(config, z_s, z_t, labels):
         return {"loss": ce, "ce_loss": ce}, d_ce
     log_p = jax.nn.log_softmax(z_t, axis=-1)
     T = config.temperature
-    log_q_t, log_p_t = _tempered(z_s, log_q, T), _tempered(z_t, log_p, T)
+    log_q_t = log_q if T == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
+    log_p_t = log_p if T == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
     kd, d_kd = losses.DIVERGENCES[config.divergence](log_q_t, log_p_t)
     values = {
         "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
@@ -231,36 +233,24 @@ def _token_losses(config, z_s, z_t, labels):
     return values, (1 - config.kd_ratio) * d_ce + config.kd_ratio * d_kd / T
 
 
-def _tempered(z, log_q, temperature):
-    """Returns the log-probabilities at a temperature; log_q are those at temperature 1."""
-    return log_q if temperature == 1 else jax.nn.log_softmax(z / temperature, axis=-1)
-
-
 def _token_values(config, z_s, z_t, labels, mesh):
     """Returns the metrics of evaluation, [B, C] each."""
+    values, _ = _token_losses(config, z_s, z_t, labels)  # XLA drops the gradient, unused
     log_q = jax.nn.log_softmax(z_s, axis=-1)
-    ce = losses.pick(log_q, labels)
-    values = {
-        "ce": ce,
+    values |= {
+        "ce": values.pop("ce_loss"),
         "entropy": losses.entropy(log_q),
         "confidence": losses.confidence(log_q),
         "correct": losses.correct(z_s, labels),
     }
     if z_t is None:
-        return {"loss": ce, **values}
+        return values
     log_p = jax.nn.log_softmax(z_t, axis=-1)
-    T = config.temperature
-    tempered = _tempered(z_s, log_q, T), _tempered(z_t, log_p, T)
-    kd, _ = losses.DIVERGENCES[config.divergence](*tempered)
     values |= {
-        "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
-        "kd_loss": kd,
         "kl_forward": losses.forward_kl(log_q, log_p)[0],
         "kl_reverse": losses.forward_kl(log_p, log_q)[0],
-        "top1_agreement": losses.top1_agreement(z_s, z_t),
         "acceptance": losses.acceptance(log_q, log_p),
-        "teacher_ce": losses.pick(log_p, labels),
-        "teacher_entropy": losses.entropy(log_p),
+        "teacher_entropy": losses.entropy(log_p),  # at temperature 1, unlike training's
         "teacher_confidence": losses.confidence(log_p),
         "teacher_correct": losses.correct(z_t, labels),
     }

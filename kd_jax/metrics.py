@@ -1,7 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the console."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from kd_jax.config import LogConfig
+from kd_jax.disk import write_whole
 
 
 def peak_memory_bytes() -> int:
@@ -101,9 +101,7 @@ def _keep_until(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept))
-    os.replace(beside, path)
+    write_whole(path, "".join(kept))
 
 
 def _progress_bar(start_step: int, num_steps: int):

@@ -35,7 +35,7 @@ class ReportArgs:
     which is replaced."""
     control: str | None = None
     """Run, or arm by the name that the report shows, that the others are compared with; None takes
-    the arm without a teacher if there is just one."""
+    for each the arm without a teacher that is otherwise like it, or the only such arm."""
     smooth: int | None = None
     """Optimizer steps in the moving average of training curves; None takes a thirtieth of the
     longest run, 1 draws what was logged."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.config import UserError
+from kd_jax.config import UserError, flatten
+from kd_jax.disk import read_json
 
 Columns = dict[str, np.ndarray]
 
@@ -117,7 +118,7 @@ def read_run(folder: Path) -> Run:
     record = _read_record(folder / "config.json")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
-    evaluation = _read_object(path) if path.is_file() else {}
+    evaluation = read_json(path) if path.is_file() else {}
     arguments = evaluation.get("arguments", {})
     events = len(list(folder.glob("tensorboard/events.out.tfevents.*")))
     return Run(
@@ -155,21 +156,11 @@ def _nearest(folder: Path) -> str:
     return f" Did you mean {folder.parent / near[0]}?" if near else ""
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected JSON of kd_jax, got {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected one JSON object, got {type(tree).__name__}")
-    return tree
-
-
 def _read_record(path: Path) -> dict[str, Any]:
     """Returns what claim_workdir wrote; raises UserError where something else did."""
     if not path.is_file():
         raise UserError(f"{path.parent}: expected a workdir of kd_jax.train, got no config.json")
-    record = _read_object(path)
+    record = read_json(path)
     parts = {"config", "inputs", "versions"}
     foreign = UserError(f"{path}: not written by kd_jax.train; {path.parent} is no workdir")
     if not all(isinstance(record.get(part), dict) for part in parts):
@@ -220,17 +211,6 @@ def _columns(lines: Sequence[dict[str, Any]]) -> Columns:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: x for name, x in values.items() if isinstance(x, (int, float))}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested dict's leaves by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def identity(value: Any) -> str:

@@ -5,7 +5,7 @@ tokens stand in a row once, and after them each continuation as a document of it
 context besides itself. The head runs at the tokens that predict a continuation's and nowhere else.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from kd_jax.build import put_batch
 from kd_jax.data import pack
 from kd_jax.kd_head import HeadConfig, chunk_len, token_metrics
 from kd_jax.model import Structure, rebuild
-from kd_jax.sharding import BATCH_AXES, constrain, replicated
+from kd_jax.sharding import BATCH_AXES, constrain, num_batch_shards, replicated
 from kd_jax.step import Arrays
 
 Tokens = tuple[int, ...]
@@ -48,13 +48,14 @@ class Scorer:
 
 def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request, Score]]:
     """Yields every different request with its score, in an order of its own."""
+    run = jax.jit(_score_step, static_argnums=(0, 1, 2), out_shardings=replicated(scorer.mesh))
     by_length: dict[int, list[_Piece]] = {}
     for piece in _pieces(dict.fromkeys(requests), scorer.row_tokens):
         by_length.setdefault(_row_length(piece.length, scorer.row_tokens), []).append(piece)
     for length, pieces in sorted(by_length.items(), reverse=True):
         rows = [[pieces[i] for i in row] for row in pack([x.length for x in pieces], length)]
         for some in _batches(rows, scorer, length):
-            yield from _score_rows(scorer, some, length)
+            yield from _score_rows(scorer, run, some, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def _pieces(requests: Iterable[Request], row_tokens: int) -> Iterator[_Piece]:
 
 def _batches(rows: list[Any], scorer: Scorer, length: int) -> Iterator[list[Any]]:
     """Yields equal numbers of rows, whole shares for every device; the last may lack some."""
-    shares = scorer.mesh.shape["data"] * scorer.mesh.shape["fsdp"]
+    shares = num_batch_shards(scorer.mesh)
     most = max(scorer.batch_tokens // length // shares, 1) * shares
     count = -(-len(rows) // most)
     size = -(-len(rows) // (count * shares)) * shares
@@ -107,14 +108,12 @@ COLUMNS = ("tokens", "positions", "segment_ids", "context_ids", "labels")
 
 
 def _score_rows(
-    scorer: Scorer, rows: list[list[_Piece]], length: int
+    scorer: Scorer, run: Callable, rows: list[list[_Piece]], length: int
 ) -> Iterator[tuple[Request, Score]]:
     batch: Batch = {name: np.zeros((len(rows), length), np.int32) for name in COLUMNS}
     batch["mask"] = np.zeros((len(rows), length), bool)
     places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
-    stacked = put_batch({name: x[None] for name, x in batch.items()}, scorer.mesh)
-    placed = {name: x[0] for name, x in stacked.items()}
-    rows_per_device = len(rows) // (scorer.mesh.shape["data"] * scorer.mesh.shape["fsdp"])
+    rows_per_device = len(rows) // num_batch_shards(scorer.mesh)
     head = HeadConfig(
         kd_ratio=0.0,
         divergence="forward_kl",
@@ -122,7 +121,7 @@ def _score_rows(
         chunk_len=chunk_len(None, rows_per_device, length),
         vocab_size=scorer.vocab_size,
     )
-    run = jax.jit(_score_step, static_argnums=(0, 1, 2), out_shardings=replicated(scorer.mesh))
+    placed = put_batch(batch, scorer.mesh)
     out = jax.device_get(run(scorer.structure, head, scorer.mesh, scorer.arrays, placed))
     for r, request, first, last in places:
         nats, correct = (x[r, first:last] for x in out)

@@ -1,5 +1,6 @@
 """The device mesh and the rule table from a weight's dimensions to mesh axes."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -63,9 +64,14 @@ def weight_sharding(
     return NamedSharding(mesh, P(*whole))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch's arrays, [accumulation, B, S]."""
-    return NamedSharding(mesh, P(None, BATCH_AXES))
+def batch_sharding(mesh: Mesh, num_dims: int = 3) -> NamedSharding:
+    """Returns the sharding of a batch's arrays, [accumulation, B, S] or, with two dims, [B, S]."""
+    return NamedSharding(mesh, P(*(None,) * (num_dims - 2), BATCH_AXES))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Returns the shares that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd_jax.arms import Arm, label_names
-from kd_jax.runs import COMPARED, Run, flatten
+from kd_jax.config import flatten
+from kd_jax.runs import COMPARED, Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,11 +277,7 @@ def cost_table(arms: Sequence[Arm]) -> Table:
         ("tokens/s, median", 0, lambda run: float(np.nanmedian(run.train["tokens_per_second"]))),
         ("tokens, thousands", 1, lambda run: tokens(run) / 1e3),
         ("target tokens, thousands", 1, lambda run: tokens(run, "target_tokens_per_second") / 1e3),
-        (
-            "peak memory,\N{NO-BREAK SPACE}GiB",
-            2,
-            lambda run: float(np.nanmax(run.train["peak_memory_bytes"])) / 2**30,
-        ),
+        ("peak memory,\N{NO-BREAK SPACE}GiB", 2, _peak_gib),
     ]
     rows = []
     for arm in arms:
