@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from kd_jax.config import (
     Config,
@@ -90,9 +90,12 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
     """Raises UserError with every flag that `cls` does not have, and what it may have meant."""
     known = {"help", *flag_names(cls)}
     problems = []
-    for word in argv:
-        name = word.removeprefix("--").split("=")[0].replace("_", "-")
-        if not word.startswith("--") or name in known:
+    given = [w.removeprefix("--").split("=")[0].replace("_", "-") for w in argv if w[:2] == "--"]
+    for name in flag_names(cls, only=tuple):  # of which the parser would keep the last alone
+        if given.count(name) > 1:
+            problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
+    for name in given:
+        if name in known:
             continue
         group = f"{name.split('.')[0]}."
         near = difflib.get_close_matches(name, known, 1)
@@ -105,15 +108,19 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def flag_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the names of a dataclass's flags, `--no-` forms of switches included."""
+def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:
+    """Yields the names of a dataclass's flags, `--no-` forms of switches included.
+
+    Args:
+      only: a kind of values, such as tuple for flags that take several; None yields all.
+    """
     for entry in dataclasses.fields(cls):
         name = entry.name.replace("_", "-")
         if part := part_of(entry.type):
-            yield from flag_names(part, f"{prefix}{name}.")
-        else:
+            yield from flag_names(part, f"{prefix}{name}.", only)
+        elif only is None or only in (entry.type, get_origin(entry.type)):
             yield prefix + name
-        if entry.type is bool:
+        if entry.type is bool and only is None:
             yield f"{prefix}no-{name}"
 
 

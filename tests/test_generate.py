@@ -83,6 +83,7 @@ def get_config():
     "flags, said",
     [
         (("--prompt", ""), "--prompt: expected text"),
+        (("--prompt", "A", "--prompt", "B"), "--prompt: given twice"),
         (("--prompt", "Hi.", "--temperature", -1), "--temperature: expected at least 0"),
         (("--prompt", "Hi.", "--top-k", 3), "--temperature: expected above 0"),
         (("--prompt", "Hi.", "--temperature", 1, "--top-p", 1.5), "--top-p: expected 0 < p <= 1"),
