@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from kd_jax.config import LINEAR_NAMES, LoraConfig
-from kd_jax.model import Decoder, Linear, LoraParam
+from kd_jax.model import Decoder, Layer, Linear, LoraParam
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -44,6 +44,21 @@ def add_adapters(
             linear.lora_B = nnx.data(LoraParam(B))
             linear.scale = config.alpha / config.rank
             linear.dropout = config.dropout
+
+
+def merge_adapters(layer: Layer) -> None:
+    """Adds the adapters of one layer, cut out of the stack, to its weights, which keep their dtype.
+
+    Summed in float32 and rounded once, as `merge` does for what is exported.
+    """
+    for block in (layer.self_attn, layer.mlp):
+        for linear in vars(block).values():
+            if isinstance(linear, Linear) and linear.lora_A is not None:
+                assert linear.lora_B is not None
+                weight = linear.weight[...]
+                delta = linear.scale * (linear.lora_B[...] @ linear.lora_A[...])
+                linear.weight[...] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+                linear.lora_A = linear.lora_B = nnx.data(None)
 
 
 def is_adapter(name: str) -> bool:

@@ -49,6 +49,10 @@ class Linear(nnx.Module):
 
 def _project(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     weight = weight.astype(dtype)  # float32 master weights multiply in the model's dtype
+    if x.shape[1] == 1:
+        # One token a row, in decoding: a CPU is several times faster weight first, float32 out.
+        y = jnp.einsum("oi,BSi->oBS", weight, x, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(y, 0, -1).astype(dtype)
     return jnp.einsum("BSi,oi->BSo", x, weight)
 
 

@@ -10,8 +10,11 @@ from test_model import port
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kd_jax import decoding
-from kd_jax.architecture import FAMILIES
-from kd_jax.decoding import Sampling, choose, generate_all, unstack
+from kd_jax.architecture import FAMILIES, layer_weights
+from kd_jax.config import LoraConfig
+from kd_jax.decoding import Sampling, argmax, choose, generate_all, unstack
+from kd_jax.lora import add_adapters, is_adapter, merge
+from kd_jax.model import Decoder, named_arrays
 
 NEW = 200
 
@@ -77,6 +80,49 @@ def test_a_wrong_position_is_seen(monkeypatch):
     wrong = generate_all(arch, weights, [prompt], max_new_tokens=50)
     decoding._step.clear_cache()
     assert wrong[0] != torch_greedy(theirs, prompt, 50)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, top_k=5, top_p=0.9)])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_bfloat16_generates_for_any_number_of_rows(rows, sampling):
+    exact = port(tiny.make_torch_model("qwen2", 3))
+    half = {name: x.astype(jnp.bfloat16) for name, x in named_arrays(exact)[0].items()}
+    weights = unstack(Decoder(exact.arch, half, dtype=jnp.bfloat16))
+    prompts = [prompts_of((9,))[0]] * rows
+    found = generate_all(
+        exact.arch, weights, prompts, max_new_tokens=12, sampling=sampling, vocab_size=300
+    )
+    assert [len(row) for row in found] == [12] * rows
+    assert all(token < 300 for row in found for token in row)
+    if sampling.temperature == 0:
+        assert all(row == found[0] for row in found)
+
+
+def test_adapters_are_merged_into_the_weights_once():
+    model = port(tiny.make_torch_model("qwen2", 3))
+    config = LoraConfig(rank=4, alpha=6.0, target_modules=("q_proj", "down_proj"))
+    add_adapters(model, config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    factors = {n: rng.normal(size=x.shape) for n, x in named_arrays(model)[0].items()}
+    start = {n: x.astype(np.float32) for n, x in factors.items() if is_adapter(n)}
+    add_adapters(model, config, jax.random.key(0), start)
+    stacked, weights = named_arrays(model)[0], unstack(model)
+    assert len(start) == 4
+    for i, layer in enumerate(weights.layers):
+        assert layer.keys() == layer_weights(model.arch).keys()
+        for name, got in layer.items():
+            want = np.asarray(stacked[f"layers.{name}"][i])
+            module = f"layers.{name.removesuffix('.weight')}"
+            if f"{module}.lora_A" in start:
+                A, B = (start[f"{module}.{factor}"][i] for factor in ("lora_A", "lora_B"))
+                want = merge(want, (A, B), 1.5)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 7, 300, 320, 4096])
+def test_the_place_of_the_maximum_is_the_first_one(size):
+    x = np.random.default_rng(0).integers(0, 4, (5, size)).astype(np.float32)
+    np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(axis=1))
 
 
 def frequencies(sampling, logits, count=4000):

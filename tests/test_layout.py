@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "command", "sharding", "attention", "architecture", "model", "decoding", "lora",
+    "config", "command", "sharding", "attention", "architecture", "model", "lora", "decoding",
     "losses", "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "inference", "evaluation", "scoring", "loop",
     "train", "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves",
