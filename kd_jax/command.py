@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib.util
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -189,6 +190,8 @@ def _blank_config() -> Config:
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Returns the exit status of `main(argv)`: 0 done, 2 a mistake of the user's, else 1."""
     argv = sys.argv[1:] if argv is None else argv
+    # Else transformers, where no torch is installed, begins every command by saying so.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         main(argv)
     except UserError as error:

@@ -1,7 +1,6 @@
 """Records to tokens: reading files, chat templates, and which tokens are to be predicted."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,8 +22,6 @@ FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
 
 def load_tokenizer(folder: Path) -> Any:
     """Returns the fast tokenizer of a folder in Hugging Face form."""
-    # Else transformers, where no torch is installed, begins every command by saying so.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # seconds that other imports of this file need not pay
 
     try:
