@@ -250,14 +250,18 @@ def _load_frozen(
     return named_arrays(model)
 
 
-def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) -> Program:
-    """Returns what is fixed while the step is compiled."""
+def make_program(
+    config: Config, models: Models, vocab_size: int, mesh: Mesh, num_steps: int | None = None
+) -> Program:
+    """Returns what is fixed while the step is compiled.
+
+    Args:
+      num_steps: of the run, for what follows a schedule; evaluation needs none.
+    """
     rows = config.data.batch_size // config.optim.accumulation_steps
     rows_per_device = rows // num_batch_shards(mesh)
     head = HeadConfig(
-        kd_ratio=config.loss.kd_ratio,
-        divergence=config.loss.divergence,
-        temperature=config.loss.temperature,
+        loss=config.loss,
         chunk_len=chunk_len(config.loss.chunk_tokens, rows_per_device, config.data.seq_len),
         vocab_size=vocab_size,
         head_trainable=config.trainable == "full",
@@ -269,6 +273,7 @@ def make_program(config: Config, models: Models, vocab_size: int, mesh: Mesh) ->
         mesh=mesh,
         dropout=config.trainable == "lora" and config.lora.dropout > 0,
         seed=config.seed,
+        schedule_steps=config.loss.schedule_steps or num_steps,
     )
 
 

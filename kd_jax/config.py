@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -127,20 +128,52 @@ class LossConfig:
     kd_ratio: float = 0.5
     """Weight of the divergence; the cross-entropy on the labels gets the rest. 0 is plain
     fine-tuning, for which no teacher is loaded."""
+    kd_ratio_end: float | None = None
+    """kd_ratio where the schedule ends, and in every evaluation; None keeps it as it is."""
     divergence: Literal["forward_kl"] = "forward_kl"
     """What is minimised between teacher and student."""
     temperature: float = 1.0
     """Both models' logits are divided by this in the divergence, never in the cross-entropy. The
     divergence is not multiplied by its square."""
+    temperature_end: float | None = None
+    """temperature where the schedule ends, and in every evaluation; None keeps it as it is."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How kd_ratio and temperature go to their ends, from the first optimizer step on."""
+    schedule_steps: int | None = None
+    """Optimizer steps of the schedule, whose last one has the ends; None takes the whole run."""
     chunk_tokens: int | None = None
     """Tokens per device whose logits exist at one time, in both models; None takes what suits the
     device. Memory and speed, not results."""
 
     def check(self, checks: _Checks) -> None:
-        checks.require(0 <= self.kd_ratio <= 1, "loss.kd-ratio", "0 <= ratio <= 1", self.kd_ratio)
-        checks.require(self.temperature > 0, "loss.temperature", "above 0", self.temperature)
+        for name, value in (("kd-ratio", self.kd_ratio), ("kd-ratio-end", self.kd_ratio_end)):
+            holds = value is None or 0 <= value <= 1
+            checks.require(holds, f"loss.{name}", "0 <= ratio <= 1", value)
+        for name, value in (
+            ("temperature", self.temperature),
+            ("temperature-end", self.temperature_end),
+        ):
+            holds = value is None or 0 < value < math.inf
+            checks.require(holds, f"loss.{name}", "above 0 and finite", value)
+        self._check_schedule(checks)
         chunk = self.chunk_tokens
         checks.require(chunk is None or chunk >= 1, "loss.chunk-tokens", "at least 1", chunk)
+
+    def _check_schedule(self, checks: _Checks) -> None:
+        count = self.schedule_steps
+        if self.schedule == "constant":
+            expected = "linear or cosine beside loss.kd-ratio-end or loss.temperature-end"
+            checks.require(not self.is_scheduled, "loss.schedule", expected, self.schedule)
+            expected = "None with loss.schedule constant"
+            checks.require(count is None, "loss.schedule-steps", expected, count)
+        else:
+            expected = "constant without loss.kd-ratio-end or loss.temperature-end"
+            checks.require(self.is_scheduled, "loss.schedule", expected, self.schedule)
+            checks.require(count is None or count >= 2, "loss.schedule-steps", "at least 2", count)
+
+    @property
+    def is_scheduled(self) -> bool:
+        return self.kd_ratio_end is not None or self.temperature_end is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -335,6 +368,13 @@ class Config:
         both = (self.steps, self.epochs)
         checks.require(given == 1, "steps, epochs", "a number for one, None for the other", both)
         checks.require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
+        longest = self.loss.schedule_steps or 0
+        checks.require(
+            self.steps is None or longest <= self.steps,
+            "loss.schedule-steps",
+            f"at most steps ({self.steps})",
+            longest,
+        )
         passes = self.epochs
         checks.require(passes is None or 0 < passes < 1e9, "epochs", "above 0", passes)
         checks.require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
@@ -358,7 +398,8 @@ class Config:
     @property
     def distils(self) -> bool:
         """Whether a teacher takes part; else the loss is the cross-entropy alone."""
-        return self.teacher is not None and self.loss.kd_ratio > 0
+        highest = max(self.loss.kd_ratio, self.loss.kd_ratio_end or 0)
+        return self.teacher is not None and highest > 0
 
 
 # Fields that may differ when a run is resumed: where, how and in how much memory, never what is

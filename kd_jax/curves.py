@@ -143,7 +143,8 @@ def series(run: Run, figure: Figure) -> Curve:
 def minimises_kl(run: Run) -> bool:
     """Tells whether the divergence of a run is KL(teacher || student), which others may not be."""
     loss = run.record["config"]["loss"]
-    return loss["divergence"] == "forward_kl" and loss["temperature"] == 1
+    constant = loss.get("temperature_end") in (None, 1)
+    return loss["divergence"] == "forward_kl" and loss["temperature"] == 1 and constant
 
 
 def moving_average(steps: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:

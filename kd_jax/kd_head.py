@@ -8,12 +8,14 @@ Tokens without a loss are moved behind the others first, and chunks that hold no
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kd_jax import losses
+from kd_jax.config import LossConfig
 from kd_jax.sharding import BATCH_AXES
 
 # Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
@@ -30,9 +32,7 @@ EVAL_METRICS = (
 class HeadConfig:
     """What the head computes; static under jit."""
 
-    kd_ratio: float
-    divergence: str
-    temperature: float
+    loss: LossConfig
     chunk_len: int
     """Positions of each row in a chunk."""
     vocab_size: int
@@ -41,6 +41,18 @@ class HeadConfig:
     """Whether the student's head gets a gradient."""
     top_k: int | None = None
     """Entries of each model whose overlap an evaluation measures; None measures none."""
+
+    @property
+    def temperature(self) -> float | None:
+        """What is known while compiling; None where it follows a schedule."""
+        return self.loss.temperature if self.loss.temperature_end is None else None
+
+
+class LossScalars(NamedTuple):
+    """What a schedule may change from step to step: float32 scalars."""
+
+    kd_ratio: jax.Array
+    temperature: jax.Array
 
 
 def chunk_len(chunk_tokens: int | None, rows_per_device: int, seq_len: int) -> int:
@@ -55,13 +67,16 @@ def chunk_len(chunk_tokens: int | None, rows_per_device: int, seq_len: int) -> i
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kd_head(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
+def kd_head(
+    config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask
+):
     """Returns the summed loss and the sums of the metrics over unmasked tokens.
 
     Args:
       config: HeadConfig.
+      scalars: LossScalars; None for no teacher.
       student_hidden: [B, S, Ds]; its dtype is that of the matrix products.
-      teacher_hidden: [B, S, Dt], likewise; None for no teacher, with kd_ratio 0.
+      teacher_hidden: [B, S, Dt], likewise; None for no teacher, where the loss is CE.
       student_head: [V, Ds], any V of at least config.vocab_size.
       teacher_head: [V', Dt], likewise.
       labels: [B, S] int32.
@@ -73,12 +88,12 @@ def kd_head(config, student_hidden, teacher_hidden, student_head, teacher_head, 
       head_trainable, student_head; metrics are float32 sums by the names in METRICS.
     """
     arrays = (student_hidden, teacher_hidden, student_head, teacher_head, labels, mask)
-    loss, metrics, _ = _run(config, *arrays)
+    loss, metrics, _ = _run(config, scalars, *arrays)
     return loss, metrics
 
 
-def _forward(config, *arrays):
-    loss, metrics, (d_hidden, d_head) = _run(config, *arrays)
+def _forward(config, scalars, *arrays):
+    loss, metrics, (d_hidden, d_head) = _run(config, scalars, *arrays)
     if d_head is not None:  # rows that were cut get no gradient
         d_head = jnp.pad(d_head, ((0, len(arrays[2]) - len(d_head)), (0, 0)))
     return (loss, metrics), (d_hidden, d_head)
@@ -89,13 +104,13 @@ def _backward(config, gradients, cotangents):
     d_hidden, d_head = gradients
     d_hidden = (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype)
     d_head = None if d_head is None else d_head * scale
-    return d_hidden, None, d_head, None, None, None
+    return None, d_hidden, None, d_head, None, None, None
 
 
 kd_head.defvjp(_forward, _backward)
 
 
-def _run(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
+def _run(config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
     C = config.chunk_len
     rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
     heads = student_head, teacher_head = _heads(rows, student_head, teacher_head)
@@ -103,7 +118,7 @@ def _run(config, student_hidden, teacher_hidden, student_head, teacher_head, lab
     def run_chunk(index, carry):
         loss, metrics, d_hidden, d_head = carry
         h_s, z_s, z_t, y, m = _chunk(config, rows, heads, index)
-        values, d_logits = _token_losses(config, z_s, z_t, y)
+        values, d_logits = _token_losses(config, scalars, z_s, z_t, y)
         values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
         loss += values.pop("loss")
         metrics = {name: metrics[name] + values[name] for name in metrics}
@@ -126,7 +141,16 @@ def _run(config, student_hidden, teacher_hidden, student_head, teacher_head, lab
 
 
 def token_metrics(
-    config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask, *, mesh=None
+    config,
+    scalars,
+    student_hidden,
+    teacher_hidden,
+    student_head,
+    teacher_head,
+    labels,
+    mask,
+    *,
+    mesh=None,
 ):
     """Returns what an evaluation says of each token, [B, S] float32 by name; 0 where masked.
 
@@ -142,7 +166,7 @@ def token_metrics(
 
     def run_chunk(index, metrics):
         _, z_s, z_t, y, m = _chunk(config, rows, heads, index)
-        values = _token_values(config, z_s, z_t, y, mesh)
+        values = _token_values(config, scalars, z_s, z_t, y, mesh)
         return {
             name: jax.lax.dynamic_update_slice_in_dim(
                 metrics[name], jnp.where(m, value, 0.0), index * C, axis=1
@@ -211,31 +235,31 @@ def _logits(hidden, head, vocab_size):
     return jnp.where(real[None, None], z, NEGATIVE)
 
 
-def _token_losses(config, z_s, z_t, labels):
+def _token_losses(config, scalars, z_s, z_t, labels):
     """Returns each token's loss and metrics [B, C], and the loss's gradient in z_s [B, C, V]."""
     log_q = jax.nn.log_softmax(z_s, axis=-1)
     ce, d_ce = losses.cross_entropy(log_q, labels)
     if z_t is None:
         return {"loss": ce, "ce_loss": ce}, d_ce
     log_p = jax.nn.log_softmax(z_t, axis=-1)
-    T = config.temperature
-    log_q_t = log_q if T == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
-    log_p_t = log_p if T == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
-    kd, d_kd = losses.DIVERGENCES[config.divergence](log_q_t, log_p_t)
+    T = scalars.temperature if config.temperature is None else config.temperature
+    log_q_t = log_q if config.temperature == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
+    log_p_t = log_p if config.temperature == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
+    kd, d_kd = losses.DIVERGENCES[config.loss.divergence](log_q_t, log_p_t)
     values = {
-        "loss": (1 - config.kd_ratio) * ce + config.kd_ratio * kd,
+        "loss": (1 - scalars.kd_ratio) * ce + scalars.kd_ratio * kd,
         "ce_loss": ce,
         "kd_loss": kd,
         "teacher_entropy": losses.entropy(log_p_t),
         "teacher_ce": losses.pick(log_p, labels),
         "top1_agreement": losses.top1_agreement(z_s, z_t),
     }
-    return values, (1 - config.kd_ratio) * d_ce + config.kd_ratio * d_kd / T
+    return values, (1 - scalars.kd_ratio) * d_ce + scalars.kd_ratio * d_kd / T
 
 
-def _token_values(config, z_s, z_t, labels, mesh):
+def _token_values(config, scalars, z_s, z_t, labels, mesh):
     """Returns the metrics of evaluation, [B, C] each."""
-    values, _ = _token_losses(config, z_s, z_t, labels)  # XLA drops the gradient, unused
+    values, _ = _token_losses(config, scalars, z_s, z_t, labels)  # XLA drops the gradient, unused
     log_q = jax.nn.log_softmax(z_s, axis=-1)
     values |= {
         "ce": values.pop("ce_loss"),

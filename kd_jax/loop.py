@@ -43,6 +43,11 @@ def train(config: Config) -> None:
         check_adapter(student, config.lora)
     rows, eval_rows = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
     num_steps = data.num_steps(rows, config)
+    if (config.loss.schedule_steps or 0) > num_steps:
+        raise UserError(
+            f"loss.schedule-steps: expected at most {num_steps}, the run's optimizer steps, got "
+            f"{config.loss.schedule_steps}"
+        )
     if config.optim.warmup_steps >= num_steps:
         print(
             f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
@@ -54,7 +59,7 @@ def train(config: Config) -> None:
     checkpoint.claim_workdir(config, workdir, inputs, num_steps)
 
     models = load_models(config, student, teacher, mesh)
-    program = make_program(config, models, vocab_size, mesh)
+    program = make_program(config, models, vocab_size, mesh, num_steps)
     optimizer = make_optimizer(config.optim, num_steps)
     state = _place(init_state(models.trainable, optimizer), mesh)
     with (

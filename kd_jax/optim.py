@@ -1,7 +1,8 @@
-"""Learning-rate schedules and the optax chain."""
+"""Schedules and the optax chain."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,12 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         return config.learning_rate * jnp.where(step < config.warmup_steps, warm, shape)
 
     return schedule
+
+
+def interpolate(start: float, end: float, shape: str, step: Any, num_steps: int) -> jax.Array:
+    """Returns what goes from `start` at step 0 to `end` at the last of num_steps, and stays."""
+    progress = jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1)
+    return end + (start - end) * SHAPES[shape](jnp.minimum(progress, 1.0))
 
 
 def decays(name: str) -> bool:

@@ -59,7 +59,9 @@ class Run:
     @property
     def distils(self) -> bool:
         config = self.record["config"]
-        return config["teacher"] is not None and config["loss"]["kd_ratio"] > 0
+        loss = config["loss"]
+        highest = max(loss["kd_ratio"], loss.get("kd_ratio_end") or 0)
+        return config["teacher"] is not None and highest > 0
 
     @property
     def status(self) -> str:

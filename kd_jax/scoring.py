@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.build import put_batch
+from kd_jax.config import LossConfig
 from kd_jax.data import pack
 from kd_jax.kd_head import HeadConfig, chunk_len, token_metrics
 from kd_jax.model import Structure, rebuild
@@ -115,9 +116,7 @@ def _score_rows(
     places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
     rows_per_device = len(rows) // num_batch_shards(scorer.mesh)
     head = HeadConfig(
-        kd_ratio=0.0,
-        divergence="forward_kl",
-        temperature=1.0,
+        loss=LossConfig(),  # unused without a teacher
         chunk_len=chunk_len(None, rows_per_device, length),
         vocab_size=scorer.vocab_size,
     )
@@ -160,5 +159,5 @@ def _score_step(structure, head, mesh, arrays, batch):
     segments = (batch["segment_ids"], batch["context_ids"])
     hidden = constrain(model(batch["tokens"], batch["positions"], segments), mesh, BATCH_AXES)
     weight = constrain(model.head_weight(), mesh)  # gathered here once, not in every chunk
-    metrics = token_metrics(head, hidden, None, weight, None, batch["labels"], batch["mask"])
+    metrics = token_metrics(head, None, hidden, None, weight, None, batch["labels"], batch["mask"])
     return metrics["ce"], metrics["correct"]

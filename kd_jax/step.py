@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
+from kd_jax.kd_head import HeadConfig, LossScalars, kd_head, token_metrics
 from kd_jax.model import Decoder, Structure, rebuild
+from kd_jax.optim import interpolate
 from kd_jax.sharding import BATCH_AXES, constrain
 
 Arrays = dict[str, jax.Array]
@@ -35,6 +36,8 @@ class Program:
     mesh: Mesh | None = None
     dropout: bool = False
     seed: int = 0
+    schedule_steps: int | None = None
+    """Optimizer steps that head.loss.schedule takes; None where nothing is trained."""
 
 
 def init_state(trainable: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
@@ -71,6 +74,25 @@ def head_inputs(
     )
 
 
+def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
+    """Returns the loss's scalars after `step` updates; None stands for the schedule's end.
+
+    Evaluations take the end, so that those of one run can be compared.
+    """
+    loss = program.head.loss
+
+    def value(start, end):
+        if end is None or step is None:
+            return jnp.float32(start if end is None else end)
+        assert program.schedule_steps is not None
+        return interpolate(start, end, loss.schedule, step, program.schedule_steps)
+
+    return LossScalars(
+        kd_ratio=value(loss.kd_ratio, loss.kd_ratio_end),
+        temperature=value(loss.temperature, loss.temperature_end),
+    )
+
+
 def train_step(
     program: Program,
     optimizer: optax.GradientTransformation,
@@ -88,12 +110,13 @@ def train_step(
     """
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
     num_tokens = jnp.sum(targets(batch)[1]).astype(jnp.float32)
+    scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_loss(trainable, micro_batch, key):
         student = rebuild(program.student, trainable, frozen)
         inputs = head_inputs(program, student, teacher, micro_batch, key)
-        loss, metrics = kd_head(program.head, *inputs)
+        loss, metrics = kd_head(program.head, scalars, *inputs)
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
 
     def accumulate(gradients, indexed):
@@ -109,6 +132,8 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     metrics["target_tokens"] = num_tokens
     metrics["grad_norm"] = optax.global_norm(gradients)
+    if program.head.loss.is_scheduled:
+        metrics |= scalars._asdict()
     trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(trainable, opt_state, state.step + 1), metrics
 
@@ -120,4 +145,5 @@ def eval_step(
     student = rebuild(program.student, student_arrays)
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
     inputs = head_inputs(program, student, teacher, batch)
-    return inputs[-1], token_metrics(program.head, *inputs, mesh=program.mesh)
+    scalars = loss_scalars(program, None)
+    return inputs[-1], token_metrics(program.head, scalars, *inputs, mesh=program.mesh)

@@ -224,6 +224,9 @@ def test_a_file_without_a_teacher_takes_one_from_a_flag(tmp_path, capsys):
         ({}, True),
         ({"teacher": None}, False),
         ({"loss": LossConfig(kd_ratio=0.0)}, False),
+        ({"loss": LossConfig(kd_ratio=0.0, kd_ratio_end=0.0, schedule="linear")}, False),
+        ({"loss": LossConfig(kd_ratio=0.0, kd_ratio_end=0.1, schedule="linear")}, True),
+        ({"loss": LossConfig(kd_ratio=0.1, kd_ratio_end=0.0, schedule="cosine")}, True),
     ],
 )
 def test_a_run_distils_where_a_teacher_has_weight(changes, distils):
@@ -273,6 +276,13 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
           "optim.warmup-steps", "optim.weight-decay"]),
         ({"loss": LossConfig(kd_ratio=1.5, temperature=0.0, chunk_tokens=0)},
          ["loss.chunk-tokens", "loss.kd-ratio", "loss.temperature"]),
+        ({"loss": LossConfig(kd_ratio_end=-0.1, temperature_end=0.0, schedule_steps=11)},
+         ["loss.kd-ratio-end", "loss.schedule", "loss.schedule-steps", "loss.schedule-steps",
+          "loss.temperature-end"]),
+        ({"loss": LossConfig(schedule="cosine", schedule_steps=1)},
+         ["loss.schedule", "loss.schedule-steps"]),
+        ({"loss": LossConfig(schedule="linear", temperature_end=2.0, schedule_steps=11)},
+         ["loss.schedule-steps"]),
         ({"lora": LoraConfig(rank=0, alpha=0.0, dropout=1.0, target_modules=())},
          ["lora.alpha", "lora.dropout", "lora.rank", "lora.target-modules"]),
         ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=0)}, ["mesh", "mesh.tensor"]),
@@ -307,6 +317,7 @@ def test_problems_say_what_was_expected():
         {"attention": "cudnn"},
         {"steps": None, "epochs": 2},
         {"optim": OptimConfig(clip_norm=None, learning_rate=0)},
+        {"loss": LossConfig(temperature_end=2.0, schedule="linear", schedule_steps=10)},
     ],
 )
 def test_what_is_meant_is_accepted(changes):
@@ -353,7 +364,7 @@ def literal(cls: type, name: str) -> set[str]:
 
 def test_choices_are_what_is_implemented():
     assert literal(LossConfig, "divergence") == set(losses.DIVERGENCES)
-    assert literal(OptimConfig, "schedule") == set(optim.SHAPES)
+    assert literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(optim.SHAPES)
     assert literal(Config, "attention") == set(get_args(attention.Implementation))
 
 

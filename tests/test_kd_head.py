@@ -10,12 +10,13 @@ import reference
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax import losses
-from kd_jax.config import MeshConfig
+from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.kd_head import (
     EVAL_METRICS,
     METRICS,
     SINGLE_METRICS,
     HeadConfig,
+    LossScalars,
     chunk_len,
     kd_head,
     token_metrics,
@@ -25,9 +26,17 @@ from kd_jax.sharding import make_mesh
 pytestmark = pytest.mark.fast
 
 B, S, DS, DT, V = 4, 11, 8, 12, 50
-CONFIG = HeadConfig(
-    kd_ratio=0.4, divergence="forward_kl", temperature=1.0, chunk_len=4, vocab_size=V
-)
+CONFIG = HeadConfig(loss=LossConfig(kd_ratio=0.4), chunk_len=4, vocab_size=V)
+
+
+def make_head(head_trainable=False, **loss):
+    """Returns CONFIG with other fields of its loss."""
+    loss = dataclasses.replace(CONFIG.loss, **loss)
+    return dataclasses.replace(CONFIG, loss=loss, head_trainable=head_trainable)
+
+
+def scalars_of(config):
+    return LossScalars(*map(np.float32, (config.loss.kd_ratio, config.loss.temperature)))
 
 
 def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
@@ -46,9 +55,10 @@ def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
 
 def value_and_gradients(config, *inputs):
     """Returns loss, metrics and the gradients in the student's hidden states and head."""
+    scalars = scalars_of(config)
 
     def loss(hidden, head):
-        return kd_head(config, hidden, inputs[1], head, *inputs[3:])
+        return kd_head(config, scalars, hidden, inputs[1], head, *inputs[3:])
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, metrics), gradients = run(inputs[0], inputs[2])
@@ -59,7 +69,7 @@ def expected(config, *inputs):
     """Returns what float64 NumPy says of the same arrays."""
     h_s, h_t, w_s, w_t = (np.asarray(x, np.float64) for x in inputs[:4])
     logits = (h_s @ w_s[:V].T, h_t @ w_t[:V].T)
-    options = {"kd_ratio": config.kd_ratio, "temperature": config.temperature}
+    options = {"kd_ratio": config.loss.kd_ratio, "temperature": config.loss.temperature}
     return reference.distil(*logits, *inputs[4:], **options)
 
 
@@ -87,11 +97,11 @@ def close(got, want, tolerance):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
 def test_value_and_metrics_equal_float64(kd_ratio, temperature):
-    config = dataclasses.replace(CONFIG, kd_ratio=kd_ratio, temperature=temperature)
+    config = make_head(kd_ratio=kd_ratio, temperature=temperature)
     inputs = make_inputs()
     want = expected(config, *inputs)
     trained, _ = value_and_gradients(config, *inputs)
-    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, *inputs)
+    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *inputs)
     assert trained.keys() == {"loss", *METRICS}
     for values in (trained, {"loss": loss, **metrics}):
         for name, value in values.items():
@@ -101,8 +111,7 @@ def test_value_and_metrics_equal_float64(kd_ratio, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
 def test_gradients_equal_float64(kd_ratio, temperature):
-    options = {"kd_ratio": kd_ratio, "temperature": temperature, "head_trainable": True}
-    config = dataclasses.replace(CONFIG, **options)
+    config = make_head(kd_ratio=kd_ratio, temperature=temperature, head_trainable=True)
     inputs = make_inputs()
     _, (d_hidden, d_head) = value_and_gradients(config, *inputs)
     close(d_hidden, numerical_gradient(config, inputs, 0), 1e-5)
@@ -121,7 +130,8 @@ def test_bfloat16_inputs_stay_near_float64():
 
 def token_values(config, *inputs, mesh=None):
     run = jax.jit(token_metrics, static_argnums=0, static_argnames="mesh")
-    return {n: np.asarray(x) for n, x in run(config, *inputs, mesh=mesh).items()}
+    out = run(config, scalars_of(config), *inputs, mesh=mesh)
+    return {n: np.asarray(x) for n, x in out.items()}
 
 
 def expected_tokens(config, *inputs):
@@ -130,9 +140,9 @@ def expected_tokens(config, *inputs):
     z_s, z_t = h_s @ w_s[:V].T, h_t @ w_t[:V].T
     values = reference.evaluate(z_s, z_t, inputs[4], top_k=config.top_k)
     values["kd_loss"] = reference.kl(
-        *(reference.log_softmax(z / config.temperature) for z in (z_t, z_s))
+        *(reference.log_softmax(z / config.loss.temperature) for z in (z_t, z_s))
     )
-    ratio = config.kd_ratio
+    ratio = config.loss.kd_ratio
     values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
     return {name: value * inputs[5] for name, value in values.items()}
 
@@ -140,8 +150,7 @@ def expected_tokens(config, *inputs):
 @pytest.mark.parametrize("length", [1, 4, 64])
 @pytest.mark.parametrize("sizes", [(V, V), (V + 7, V), (V + 3, V + 9)])
 def test_each_tokens_metrics_equal_float64(length, sizes):
-    changes = {"chunk_len": length, "top_k": 3, "temperature": 2.0}
-    config = dataclasses.replace(CONFIG, **changes)
+    config = dataclasses.replace(make_head(temperature=2.0), chunk_len=length, top_k=3)
     inputs = make_inputs(student_vocab=sizes[0], teacher_vocab=sizes[1])
     inputs[1][:, :, :DS], inputs[3][:V, :DS] = inputs[0], inputs[2][:V]  # models akin
     for row, model in ((0, 0), (2, 1)):  # where the one model or the other is right
@@ -214,10 +223,22 @@ def test_padded_vocabulary_entries_are_absent(sizes):
     assert d_head.shape == inputs[2].shape and (np.asarray(d_head)[V:] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_temperature_that_is_traced_is_the_same(temperature):
+    config = make_head(temperature=temperature)
+    traced = make_head(temperature=temperature, temperature_end=9.0, schedule="linear")
+    assert traced.temperature is None
+    want, (d_want, _) = value_and_gradients(config, *make_inputs())
+    got, (d_got, _) = value_and_gradients(traced, *make_inputs())
+    for name, value in want.items():
+        assert float(got[name]) == pytest.approx(float(value), rel=1e-6), name
+    close(d_got, d_want, 1e-6)
+
+
 def test_the_divergence_of_equal_models_is_zero():
     inputs = make_inputs()
     inputs = (inputs[0], inputs[0], inputs[2], inputs[2], *inputs[4:])
-    config = dataclasses.replace(CONFIG, kd_ratio=1.0)
+    config = make_head(kd_ratio=1.0)
     values, (d_hidden, _) = value_and_gradients(config, *inputs)
     assert float(values["loss"]) == 0 and (np.asarray(d_hidden) == 0).all()
     assert float(values["top1_agreement"]) == inputs[5].sum()
@@ -233,7 +254,7 @@ def test_extreme_logits_stay_finite():
 
 
 def test_without_a_teacher_the_loss_is_cross_entropy():
-    config = dataclasses.replace(CONFIG, kd_ratio=0.0)
+    config = make_head(kd_ratio=0.0)
     hidden, _, head, _, labels, mask = make_inputs()
     values, (d_hidden, _) = value_and_gradients(config, hidden, None, head, None, labels, mask)
     both, (d_both, _) = value_and_gradients(config, *make_inputs())
@@ -283,9 +304,9 @@ LABELS = [[0, 3, 3, 1], [1, 1, 1, 1]]
 def test_torchtunes_values_are_reached():
     student, teacher = (np.asarray(x, jnp.bfloat16).astype(np.float32) for x in (STUDENT, TEACHER))
     eye = np.eye(4, dtype=np.float32)  # the hidden states are the logits
-    config = dataclasses.replace(CONFIG, kd_ratio=0.5, chunk_len=2, vocab_size=4)
+    config = dataclasses.replace(make_head(kd_ratio=0.5), chunk_len=2, vocab_size=4)
     arrays = (student, teacher, eye, eye, np.array(LABELS), np.ones((2, 4), bool))
-    _, sums = jax.jit(kd_head, static_argnums=0)(config, *arrays)
+    _, sums = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *arrays)
     means = {name: float(value) / 8 for name, value in sums.items()}
     assert means["kd_loss"] + means["teacher_entropy"] == pytest.approx(1.7208780, abs=1e-6)
     reverse = token_values(config, *arrays)["kl_reverse"]

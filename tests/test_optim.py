@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from kd_jax.config import OptimConfig
-from kd_jax.optim import make_optimizer, make_schedule
+from kd_jax.optim import interpolate, make_optimizer, make_schedule
 
 STEPS = 12
 PLAIN = OptimConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, clip_norm=None)
@@ -80,3 +80,16 @@ def test_the_learning_rate_rises_to_its_peak_and_ends_near_zero(name):
     middle = {"cosine": 0.05 * (1 + np.cos(np.pi / 3)), "linear": 0.1 * 2 / 3, "constant": 0.1}
     assert rates[6] == pytest.approx(middle[name], rel=1e-6)
     assert rates[STEPS] == pytest.approx(0.1 if name == "constant" else 0.0, abs=1e-8)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("ends", [(0.2, 0.8), (4.0, 1.0)])
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_scheduled_value_goes_from_its_start_to_its_end_and_stays(shape, ends):
+    start, end = ends
+    progress = np.minimum(np.arange(STEPS + 3) / (STEPS - 1), 1)
+    risen = {"linear": progress, "cosine": (1 - np.cos(np.pi * progress)) / 2}[shape]
+    want = start + (end - start) * risen
+    got = [float(interpolate(start, end, shape, step, STEPS)) for step in range(STEPS + 3)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert got[STEPS - 1 :] == [float(np.float32(end))] * 4  # evaluations take it: not nearly

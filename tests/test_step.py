@@ -26,7 +26,7 @@ from kd_jax.loop import open_inputs
 from kd_jax.model import logits, rebuild
 from kd_jax.optim import make_optimizer
 from kd_jax.sharding import make_mesh
-from kd_jax.step import eval_step, init_state, targets, train_step
+from kd_jax.step import eval_step, init_state, loss_scalars, targets, train_step
 from kd_jax.text import chat_template_of
 
 STEPS = 4
@@ -65,7 +65,7 @@ class Run:
         self.rows = data.make_rows(config.data, student.tokenizer, template)
         self.models = load_models(config, student, teacher, self.mesh)
         vocab_size = shared_vocab_size(student, teacher)
-        self.program = make_program(config, self.models, vocab_size, self.mesh)
+        self.program = make_program(config, self.models, vocab_size, self.mesh, STEPS)
         self.optimizer = make_optimizer(config.optim, STEPS)
         self.state = init_state(self.models.trainable, self.optimizer)
 
@@ -194,6 +194,46 @@ def test_how_it_is_computed_changes_nothing(make_config, change, plain):
     assert_near(got, want, 1e-5)
     for name, value in want_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-6 if name != "grad_norm" else 1e-5)
+
+
+SCHEDULED = {
+    "kd_ratio": 0.2, "kd_ratio_end": 0.8, "temperature": 4.0, "temperature_end": 1.0,
+    "schedule": "cosine", "schedule_steps": 3,
+}  # fmt: skip
+
+
+def test_a_schedule_gives_each_step_its_loss_however_it_is_accumulated(make_config):
+    wanted = []
+    for step in range(STEPS):
+        risen = (1 - np.cos(np.pi * min(step / 2, 1))) / 2
+        loss = {"kd_ratio": 0.2 + 0.6 * risen, "temperature": 4 - 3 * risen}
+        run = Run(make_config(loss=loss))
+        wanted.append(run.step(run.batch()) | loss)
+    split = {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "tensor": 4}}
+    for change in ({}, split):
+        run = Run(make_config(loss=SCHEDULED, **change))
+        start, batch = run.state, run.batch()
+        for step, want in enumerate(wanted):
+            run.state = start._replace(step=jnp.int32(step))
+            got = run.step(batch)
+            assert got.keys() == want.keys()
+            for name, value in want.items():
+                rel = 1e-5 if name == "grad_norm" else 1e-6
+                assert got[name] == pytest.approx(value, rel=rel), (step, name)
+
+
+def test_an_evaluation_takes_the_schedules_end_at_any_step(make_config):
+    scheduled = Run(make_config(loss=SCHEDULED))
+    assert [float(x) for x in loss_scalars(scheduled.program, None)] == [np.float32(0.8), 1]
+    run = Run(make_config(loss={"kd_ratio": 0.8}))
+    arrays = run.models.frozen | run.state.trainable
+    batch = {name: x[0] for name, x in run.arguments(run.batch())[-1].items()}
+    evaluate = jax.jit(eval_step, static_argnums=0)
+    (_, want), (_, got) = (
+        evaluate(one.program, arrays, run.models.teacher_arrays, batch) for one in (run, scheduled)
+    )
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_packing_changes_nothing(make_config):

@@ -220,6 +220,19 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path):
+    flags = ("--loss.kd-ratio", "1", "--loss.kd-ratio-end", "0", "--loss.schedule", "linear")
+    flags += ("--loss.temperature-end", "3", "--loss.schedule-steps", "5")
+    assert run_train(tmp_path / "whole", *flags) == 0
+    copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "6")
+    assert run_train(copy, *flags) == 0
+    assert losses(copy) == losses(tmp_path / "whole")
+    steps = [line for line in read_metrics(copy) if "loss" in line]
+    assert [line["kd_ratio"] for line in steps] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert [line["temperature"] for line in steps] == [1, 1.5, 2, 2.5, 3, 3]
+
+
 def test_a_run_resumes_on_other_devices(lora_run, run_train, tmp_path):
     copy = shutil.copytree(lora_run, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "6")
@@ -284,6 +297,19 @@ def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
         (["--data.overlong", "error", "--data.seq-len", "100"], ["longer than data.seq-len"]),
         (["--lora.target-modules", "qproj"], ["lora.target-modules", "q_proj"]),
         (["--loss.kd-ration", "0.5"], ["--loss.kd-ratio"]),
+        (
+            [
+                "--epochs",
+                "1",
+                "--loss.schedule",
+                "linear",
+                "--loss.kd-ratio-end",
+                "1",
+                "--loss.schedule-steps",
+                "4",
+            ],
+            ["loss.schedule-steps: expected at most", "got 4"],
+        ),
         (["--attention", "cudnn"], ["attention"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
