@@ -141,10 +141,11 @@ def series(run: Run, figure: Figure) -> Curve:
 
 
 def minimises_kl(run: Run) -> bool:
-    """Tells whether the divergence of a run is KL(teacher || student), which others may not be."""
+    """Tells whether kd_loss of a run is KL(teacher || student), which others may not be."""
     loss = run.record["config"]["loss"]
-    constant = loss.get("temperature_end") in (None, 1)
-    return loss["divergence"] == "forward_kl" and loss["temperature"] == 1 and constant
+    plain = loss["temperature"] == 1 and loss.get("temperature_end") in (None, 1)
+    plain = plain and loss.get("compat") != "torchtune"  # whose forward KL is a cross-entropy
+    return loss["divergence"] == "forward_kl" and plain
 
 
 def moving_average(steps: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:

@@ -18,8 +18,6 @@ from kd_jax import losses
 from kd_jax.config import LossConfig
 from kd_jax.sharding import BATCH_AXES
 
-# Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
-NEGATIVE = -1e30
 METRICS = ("ce_loss", "kd_loss", "teacher_entropy", "teacher_ce", "top1_agreement")
 SINGLE_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
 EVAL_METRICS = (
@@ -232,7 +230,7 @@ def _logits(hidden, head, vocab_size):
     if head.shape[0] == vocab_size:
         return z
     real = jnp.arange(head.shape[0]) < vocab_size
-    return jnp.where(real[None, None], z, NEGATIVE)
+    return jnp.where(real[None, None], z, losses.NEGATIVE)
 
 
 def _token_losses(config, scalars, z_s, z_t, labels):
@@ -245,7 +243,9 @@ def _token_losses(config, scalars, z_s, z_t, labels):
     T = scalars.temperature if config.temperature is None else config.temperature
     log_q_t = log_q if config.temperature == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
     log_p_t = log_p if config.temperature == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
-    kd, d_kd = losses.DIVERGENCES[config.loss.divergence](log_q_t, log_p_t)
+    kd, d_kd = losses.divergence(log_q_t, log_p_t, config.loss)
+    scale = losses.t2_factor(T, config.loss)
+    kd, d_kd = scale * kd, scale / T * d_kd  # from here on in the logits
     values = {
         "loss": (1 - scalars.kd_ratio) * ce + scalars.kd_ratio * kd,
         "ce_loss": ce,
@@ -254,7 +254,7 @@ def _token_losses(config, scalars, z_s, z_t, labels):
         "teacher_ce": losses.pick(log_p, labels),
         "top1_agreement": losses.top1_agreement(z_s, z_t),
     }
-    return values, (1 - scalars.kd_ratio) * d_ce + scalars.kd_ratio * d_kd / T
+    return values, (1 - scalars.kd_ratio) * d_ce + scalars.kd_ratio * d_kd
 
 
 def _token_values(config, scalars, z_s, z_t, labels, mesh):
@@ -271,8 +271,8 @@ def _token_values(config, scalars, z_s, z_t, labels, mesh):
         return values
     log_p = jax.nn.log_softmax(z_t, axis=-1)
     values |= {
-        "kl_forward": losses.forward_kl(log_q, log_p)[0],
-        "kl_reverse": losses.forward_kl(log_p, log_q)[0],
+        "kl_forward": losses.kl(log_p, log_q),
+        "kl_reverse": losses.kl(log_q, log_p),
         "acceptance": losses.acceptance(log_q, log_p),
         "teacher_entropy": losses.entropy(log_p),  # at temperature 1, unlike training's
         "teacher_confidence": losses.confidence(log_p),

@@ -54,6 +54,8 @@ def train(config: Config) -> None:
             f"{num_steps} steps: the learning rate never reaches its peak and its decay",
             flush=True,
         )
+    if config.distils and config.loss.warning:
+        print(f"warning: {config.loss.warning}", flush=True)
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
     checkpoint.claim_workdir(config, workdir, inputs, num_steps)

@@ -1,28 +1,239 @@
 """Every divergence once: its value and its closed-form gradient, per token, in float32.
 
-Inputs are log-probabilities over the last dimension: `log_q` of the student, `log_p` of the
-teacher. A padded vocabulary entry has a large negative log-probability in both.
+u = log q are the student's log-probabilities and v = log p the teacher's, over the last dimension,
+both at the temperature of the loss. A divergence is given entry by entry, before any sum, so that
+the fused head can take it in one pass: as f, whose sum over V is the value, and a = dL/du with the
+entries of u taken as free. The softmax then makes of a the gradient with respect to the student's
+logits over the temperature, a - q sum(a); terms c q of a, which cancel there, are left out.
+docs/losses.md has the table.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-Divergence = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+from kd_jax.config import COMPATS, LossConfig
+
+# Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
+NEGATIVE = -1e30
+# Powers of p / q have no bound where a parameter of alpha_beta is below 0; exponents are cut here.
+MAX_EXPONENT = 60.0
+
+Terms = tuple[jax.Array, jax.Array]
+Divergence = Callable[[jax.Array, jax.Array, LossConfig], Terms]
 
 
-def forward_kl(log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """KL(teacher || student) = sum_v p (log p - log q), nats.
+def forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """KL(teacher || student) = sum p (log p - log q), nats; a = q - p sums to 0 by itself."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return p * (log_p - log_q), q - p
 
-    Returns:
-      value [...] and its gradient with respect to the student's logits, q - p, [..., V].
+
+def reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """KL(student || teacher) = sum q (log q - log p), nats."""
+    f = jnp.exp(log_q) * (log_q - log_p)
+    return f, f
+
+
+def symmetric_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """w KL(teacher || student) + (1 - w) KL(student || teacher), w = symmetric_weight."""
+    return _mix(log_q, log_p, config, config.symmetric_weight, 1 - config.symmetric_weight)
+
+
+def adaptive_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """w KL(teacher || student) + (1 - w) KL(student || teacher), w a token's own (2404.02657)."""
+    weight = adaptive_weight(log_q, log_p, config.akl_mass)[..., None]
+    return _mix(log_q, log_p, config, weight, 1 - weight)
+
+
+def _mix(log_q, log_p, config, forward_weight, reverse_weight):
+    forward, reverse = forward_kl(log_q, log_p, config), reverse_kl(log_q, log_p, config)
+    pairs = zip(forward, reverse, strict=True)
+    f, a = (forward_weight * x + reverse_weight * y for x, y in pairs)
+    return f, a
+
+
+def jsd(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = jsd_beta (arXiv 2306.13649).
+
+    It vanishes as b nears 0 or 1; exactly there it is the forward or the reverse KL, as in TRL.
+    """
+    b = config.jsd_beta
+    if b in (0, 1):
+        return (reverse_kl if b else forward_kl)(log_q, log_p, config)
+    over_p, over_q, _ = _against_mixture(log_q, log_p, b)
+    a = (1 - b) * jnp.exp(log_q) * over_q
+    return b * jnp.exp(log_p) * over_p + a, a
+
+
+def jsd_cross(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """(1 - b) KL(p || m) + b KL(q || m), m = b p + (1 - b) q: from forward to reverse KL."""
+    b = config.jsd_beta
+    if b in (0, 1):
+        return (reverse_kl if b else forward_kl)(log_q, log_p, config)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    over_p, over_q, ratio = _against_mixture(log_q, log_p, b)
+    reverse = b * q * over_q
+    return (1 - b) * p * over_p + reverse, reverse - (1 - b) * ratio * ((1 - b) * p + b * q)
+
+
+def skew_forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """KL(p || s p + (1 - s) q), s = skew_alpha (arXiv 2402.03898)."""
+    s = config.skew_alpha
+    if s == 0:
+        return forward_kl(log_q, log_p, config)
+    p = jnp.exp(log_p)
+    over_p, _, ratio = _against_mixture(log_q, log_p, s)
+    return p * over_p, -(1 - s) * p * ratio
+
+
+def skew_reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """KL(q || (1 - s) p + s q), s = skew_alpha (arXiv 2402.03898)."""
+    s = config.skew_alpha
+    if s == 0:
+        return reverse_kl(log_q, log_p, config)
+    q = jnp.exp(log_q)
+    _, over_q, ratio = _against_mixture(log_q, log_p, 1 - s)
+    return q * over_q, q * (over_q - s * ratio)
+
+
+def _against_mixture(log_q, log_p, weight):
+    """Returns log(p / m), log(q / m) and q / m, m = weight p + (1 - weight) q, 0 < weight < 1.
+
+    By the smaller of p and q over the larger, which neither overflows nor is 0 / 0.
+    """
+    gap = log_q - log_p
+    small = jnp.exp(-jnp.abs(gap))
+    teacher_leads = gap < 0
+    m = jnp.where(teacher_leads, weight + (1 - weight) * small, 1 - weight + weight * small)
+    log_m = jnp.log(m)  # of m over the larger
+    ratio = jnp.where(teacher_leads, small, 1.0) / m
+    return -jnp.maximum(gap, 0.0) - log_m, jnp.minimum(gap, 0.0) - log_m, ratio
+
+
+def tvd(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """Total variation distance, sum |p - q| / 2: the chance that a draft token is refused."""
+    q = jnp.exp(log_q)
+    more = q - jnp.exp(log_p)
+    return 0.5 * jnp.abs(more), 0.5 * q * jnp.sign(more)
+
+
+def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """The alpha-beta divergence of ABKD (arXiv 2505.04560): (1, 0) forward, (0, 1) reverse KL.
+
+    -1 / (A B) sum [p^A q^B - A / (A + B) p^(A + B) - B / (A + B) q^(A + B)], A = ab_alpha and
+    B = ab_beta; its limits where A, B or A + B is 0.
+    """
+    A, B = config.ab_alpha, config.ab_beta
+    gap = log_q - log_p
+    if A == 0 and B == 0:
+        return 0.5 * gap * gap, gap
+    if A + B == 0:
+        power = jnp.expm1(jnp.minimum(-A * gap, MAX_EXPONENT))
+        return (A * gap + power) / A**2, -power / A
+    if A == 0:
+        p, q = jnp.exp(B * log_p), jnp.exp(B * log_q)
+        return (B * q * gap - q + p) / B**2, q * gap
+    if B == 0:
+        p, q = jnp.exp(A * log_p), jnp.exp(A * log_q)
+        return (q - p - A * p * gap) / A**2, (q - p) / A
+    # Over the larger of p and q, to the power A + B: small numbers are not differences of large.
+    fall, student_leads = -jnp.abs(gap), gap > 0
+    power = jnp.where(student_leads, A, B)
+    cross = jnp.expm1(jnp.minimum(power * fall, MAX_EXPONENT))
+    small = jnp.expm1((A + B) * fall)
+    large = jnp.exp((A + B) * jnp.maximum(log_q, log_p))
+    f = -large * (cross - power / (A + B) * small) / (A * B)
+    return f, -large * (cross - jnp.where(student_leads, 0.0, small)) / A
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "jsd_cross": jsd_cross,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "adaptive_kl": adaptive_kl,
+    "alpha_beta": alpha_beta,
+}
+# Those whose a sums to 0: the gradient is a, and sum(a) need not be taken.
+CENTRED = frozenset({"forward_kl"})
+
+
+def divergence_terms(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+    """Returns f and a, [..., V] float32, of the divergence that is configured, as it reports it."""
+    log_q, log_p = jnp.maximum(log_q, NEGATIVE), jnp.maximum(log_p, NEGATIVE)
+    f, a = DIVERGENCES[config.divergence](log_q, log_p, config)
+    if config.compat == "torchtune":  # its forward KL lacks the teacher's entropy
+        shares = {"forward_kl": 1.0, "symmetric_kl": config.symmetric_weight, "reverse_kl": 0.0}
+        f -= shares[config.divergence] * jnp.exp(log_p) * log_p
+    return f, a
+
+
+def divergence(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the divergence, [...], and its gradient in the student's logits / T, [..., V]."""
+    f, a = divergence_terms(log_q, log_p, config)
+    if config.divergence not in CENTRED:
+        a -= jnp.exp(log_q) * jnp.sum(a, axis=-1, keepdims=True)
+    return jnp.sum(f, axis=-1), a
+
+
+def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax.Array:
+    """Returns what the divergence and its gradient are multiplied by (arXiv 1503.02531)."""
+    scale = config.scale_by_t2
+    if scale is None:
+        scale = COMPATS[config.compat].scale_by_t2
+    return temperature * temperature if scale else 1.0
+
+
+# Log-probabilities nearer than this count as ties: four times the rounding of those near -10.
+RESOLUTION = 4e-6
+
+
+def adaptive_weight(log_q: jax.Array, log_p: jax.Array, mass: float) -> jax.Array:
+    """Returns the forward KL's weight, [...], a constant: the head's share of sum |p - q|.
+
+    The head is the likeliest entries of the teacher that together have at most `mass`, and the
+    first in any case. Entries that tie are in it together or not at all. Its least probability is
+    searched for, between bounds that draw nearer: ten times faster than sorting the vocabulary.
     """
     p = jnp.exp(log_p)
-    return expectation(p, log_p - log_q), jnp.exp(log_q) - p
+    # The likeliest entry outside has at least a V-th of the mass outside.
+    depth = math.log(log_p.shape[-1] / (1 - mass))
+    high = jnp.max(log_p, axis=-1) - RESOLUTION
+    low = jnp.minimum(high, -depth - RESOLUTION)
+    count = 1 if jax.default_backend() == "cpu" else 7  # accelerators try several in one pass
+
+    def narrow(_, bounds):
+        low, high = bounds
+        thresholds = [low + (high - low) * (i / (count + 1)) for i in range(1, count + 1)]
+        for threshold in thresholds:
+            inside = jnp.where(p >= jnp.exp(threshold)[..., None], p, 0.0)
+            fits = jnp.sum(inside, axis=-1) <= mass
+            high = jnp.where(fits, jnp.minimum(high, threshold), high)
+            low = jnp.where(fits, low, jnp.maximum(low, threshold))
+        return low, high
+
+    num_passes = math.ceil(math.log(depth / RESOLUTION, count + 1))
+    _, high = jax.lax.fori_loop(0, num_passes, narrow, (low, high))
+    difference = jnp.abs(p - jnp.exp(log_q))
+    # The bound is next above an entry outside, and p may be rounded otherwise than in the search.
+    least = jnp.exp(high + 0.5 * RESOLUTION)[..., None]
+    in_head = jnp.where(p >= least, difference, 0.0)
+    total = jnp.sum(difference, axis=-1)
+    return jnp.sum(in_head, axis=-1) / jnp.maximum(total, 1e-30)  # of equal models, 0
 
 
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
+def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p || q) = sum_v p (log p - log q), nats, [...]."""
+    return expectation(jnp.exp(log_p), log_p - log_q)
 
 
 def expectation(p: jax.Array, x: jax.Array) -> jax.Array:

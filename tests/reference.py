@@ -14,14 +14,97 @@ def kl(log_a, log_b):
     return np.where(a > 0, a * (log_a - log_b), 0).sum(-1)
 
 
-def distil(student, teacher, labels, mask, *, kd_ratio=0.5, temperature=1.0):
-    """Returns sums over unmasked tokens of loss and metrics; logits are [..., V]."""
+def divergence(name, student, teacher, *, temperature=1.0, weight=None, **options):
+    """Returns the divergence of each token [...] from its definition; logits are [..., V].
+
+    Args:
+      weight: the forward KL's in adaptive_kl, which is a constant to its gradient.
+      options: by the fields of LossConfig.
+    """
+    log_q, log_p = (
+        log_softmax(np.asarray(z, np.float64) / temperature) for z in (student, teacher)
+    )
+    q, p = np.exp(log_q), np.exp(log_p)
+    forward, reverse = kl(log_p, log_q), kl(log_q, log_p)
+    if name == "forward_kl":
+        return forward
+    if name == "reverse_kl":
+        return reverse
+    if name == "symmetric_kl":
+        weight = options.get("symmetric_weight", 0.5)
+        return weight * forward + (1 - weight) * reverse
+    if name in ("jsd", "jsd_cross"):
+        beta = options.get("jsd_beta", 0.5)
+        if beta in (0, 1):
+            return reverse if beta else forward
+        of_teacher, of_student = (kl(x, np.log(beta * p + (1 - beta) * q)) for x in (log_p, log_q))
+        weight = beta if name == "jsd" else 1 - beta
+        return weight * of_teacher + (1 - weight) * of_student
+    if name == "skew_forward_kl":
+        alpha = options.get("skew_alpha", 0.1)
+        return kl(log_p, np.log(alpha * p + (1 - alpha) * q))
+    if name == "skew_reverse_kl":
+        alpha = options.get("skew_alpha", 0.1)
+        return kl(log_q, np.log((1 - alpha) * p + alpha * q))
+    if name == "tvd":
+        return 1 - np.minimum(p, q).sum(-1)
+    if name == "adaptive_kl":
+        if weight is None:
+            weight = adaptive_weight(q, p, options.get("akl_mass", 0.5))
+        return weight * forward + (1 - weight) * reverse
+    assert name == "alpha_beta"
+    return alpha_beta(q, p, options.get("ab_alpha", 0.2), options.get("ab_beta", 0.7))
+
+
+def adaptive_weight(q, p, mass):
+    """Returns the forward KL's weight in adaptive_kl, by sorting (arXiv 2404.02657)."""
+    order = np.argsort(-p, axis=-1, kind="stable")
+    p, q = (np.take_along_axis(x, order, -1) for x in (p, q))
+    head = np.cumsum(p, axis=-1) <= mass
+    head[..., 0] = True
+    error = np.abs(p - q)
+    return (error * head).sum(-1) / error.sum(-1)
+
+
+def alpha_beta(q, p, A, B):
+    """Returns the alpha-beta divergence and its limits, as doi 10.3390/e13010134 has them."""
+    if A == 0 and B == 0:
+        return ((np.log(p) - np.log(q)) ** 2).sum(-1) / 2
+    if A == 0:
+        return (q**B * np.log(q**B / p**B) - q**B + p**B).sum(-1) / B**2
+    if B == 0:
+        return (p**A * np.log(p**A / q**A) - p**A + q**A).sum(-1) / A**2
+    if A + B == 0:
+        return (np.log(q**A / p**A) + p**A / q**A - 1).sum(-1) / A**2
+    terms = p**A * q**B - A / (A + B) * p ** (A + B) - B / (A + B) * q ** (A + B)
+    return -terms.sum(-1) / (A * B)
+
+
+def distil(
+    student,
+    teacher,
+    labels,
+    mask,
+    *,
+    kd_ratio=0.5,
+    temperature=1.0,
+    scale=1.0,
+    divergence_name="forward_kl",
+    **options,
+):
+    """Returns sums over unmasked tokens of loss and metrics; logits are [..., V].
+
+    Args:
+      scale: what the divergence is multiplied by.
+      options: of the divergence.
+    """
     student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     log_q, log_p = log_softmax(student), log_softmax(teacher)
-    log_q_t, log_p_t = log_softmax(student / temperature), log_softmax(teacher / temperature)
+    log_p_t = log_softmax(teacher / temperature)
     picked = np.asarray(labels)[..., None]
     ce = -np.take_along_axis(log_q, picked, -1)[..., 0]
-    kd = kl(log_p_t, log_q_t)
+    options["temperature"] = temperature
+    kd = scale * divergence(divergence_name, student, teacher, **options)
     values = {
         "loss": (1 - kd_ratio) * ce + kd_ratio * kd,
         "ce_loss": ce,

@@ -279,6 +279,22 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
         ({"loss": LossConfig(kd_ratio_end=-0.1, temperature_end=0.0, schedule_steps=11)},
          ["loss.kd-ratio-end", "loss.schedule", "loss.schedule-steps", "loss.schedule-steps",
           "loss.temperature-end"]),
+        ({"loss": LossConfig(divergence="jsd", jsd_beta=1.1, akl_mass=0.7)},
+         ["loss.akl-mass", "loss.jsd-beta"]),
+        ({"loss": LossConfig(divergence="symmetric_kl", symmetric_weight=-0.1, skew_alpha=0.5)},
+         ["loss.skew-alpha", "loss.symmetric-weight"]),
+        ({"loss": LossConfig(divergence="skew_forward_kl", skew_alpha=1.0)}, ["loss.skew-alpha"]),
+        ({"loss": LossConfig(divergence="adaptive_kl", akl_mass=0.0)}, ["loss.akl-mass"]),
+        ({"loss": LossConfig(divergence="alpha_beta", ab_alpha=-1.0, ab_beta=float("nan"))},
+         ["loss.ab-alpha", "loss.ab-beta"]),
+        ({"loss": LossConfig(divergence="tvd", compat="trl", scale_by_t2=True)},
+         ["loss.divergence", "loss.scale-by-t2"]),
+        ({"loss": LossConfig(compat="torchtune", temperature=2.0, temperature_end=3.0,
+                             schedule="linear")},
+         ["loss.temperature", "loss.temperature-end"]),
+        ({"loss": LossConfig(divergence="jsd", jsd_beta=0.1, compat="distillkit",
+                             scale_by_t2=False)},
+         ["loss.jsd-beta", "loss.scale-by-t2"]),
         ({"loss": LossConfig(schedule="cosine", schedule_steps=1)},
          ["loss.schedule", "loss.schedule-steps"]),
         ({"loss": LossConfig(schedule="linear", temperature_end=2.0, schedule_steps=11)},
@@ -305,6 +321,15 @@ def test_all_problems_are_reported_at_once(changes, names):
     assert sorted(line.split(":")[0] for line in str(caught.value).splitlines()) == names
 
 
+@pytest.mark.parametrize(
+    "beta, near", [(0.0, None), (0.04, 0), (0.05, None), (0.5, None), (0.96, 1), (1.0, None)]
+)
+def test_a_divergence_that_all_but_vanishes_is_warned_of(beta, near):
+    warning = LossConfig(divergence="jsd", jsd_beta=beta).warning
+    assert warning is None if near is None else f"jsd-beta {beta} is near {near}" in warning
+    assert LossConfig(divergence="jsd_cross", jsd_beta=beta).warning is None
+
+
 def test_problems_say_what_was_expected():
     with pytest.raises(UserError, match=r"^remat: expected none\|dots\|layer, got 'layers'$"):
         make(remat="layers")
@@ -317,6 +342,9 @@ def test_problems_say_what_was_expected():
         {"attention": "cudnn"},
         {"steps": None, "epochs": 2},
         {"optim": OptimConfig(clip_norm=None, learning_rate=0)},
+        {"loss": LossConfig(divergence="jsd", jsd_beta=0.0, compat="trl", scale_by_t2=False)},
+        {"loss": LossConfig(divergence="alpha_beta", ab_alpha=1.5, ab_beta=-0.5)},
+        {"loss": LossConfig(compat="maxtext", temperature=2.0, scale_by_t2=True)},
         {"loss": LossConfig(temperature_end=2.0, schedule="linear", schedule_steps=10)},
     ],
 )
@@ -364,6 +392,9 @@ def literal(cls: type, name: str) -> set[str]:
 
 def test_choices_are_what_is_implemented():
     assert literal(LossConfig, "divergence") == set(losses.DIVERGENCES)
+    assert literal(LossConfig, "compat") == set(config.COMPATS)
+    assert all(set(x.divergences) < set(losses.DIVERGENCES) for x in config.COMPATS.values())
+    assert {n for used in config.OPTIONS.values() for n in used} < set(losses.DIVERGENCES)
     assert literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(optim.SHAPES)
     assert literal(Config, "attention") == set(get_args(attention.Implementation))
 

@@ -407,10 +407,20 @@ def test_figures_are_drawn_for_what_was_measured(made, tmp_path):
     assert files == {"loss", "ce", "throughput", "grad_norm", "learning_rate"}
 
 
-def test_a_divergence_at_a_temperature_is_not_drawn_as_kl(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 2.0},
+        {"temperature_end": 2.0, "schedule": "linear"},
+        {"divergence": "reverse_kl"},
+        {"compat": "torchtune"},
+    ],
+    ids=str,
+)
+def test_a_divergence_that_is_not_the_kl_is_not_drawn_as_it(change, tmp_path):
     folder = write_run(tmp_path / "run")
     tree = json.loads((folder / "config.json").read_text())
-    tree["config"]["loss"]["temperature"] = 2.0
+    tree["config"]["loss"] |= change
     (folder / "config.json").write_text(json.dumps(tree))
     page = report.make_report([folder], tmp_path / "out")
     files = {path.stem for path in page.parent.glob("*.png")}

@@ -220,10 +220,12 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
-def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path):
+def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, capsys):
     flags = ("--loss.kd-ratio", "1", "--loss.kd-ratio-end", "0", "--loss.schedule", "linear")
     flags += ("--loss.temperature-end", "3", "--loss.schedule-steps", "5")
+    flags += ("--loss.divergence", "jsd", "--loss.jsd-beta", "0.97")
     assert run_train(tmp_path / "whole", *flags) == 0
+    assert "warning: loss.jsd-beta 0.97 is near 1" in capsys.readouterr().out
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "6")
     assert run_train(copy, *flags) == 0

@@ -1,0 +1,369 @@
+"""Every divergence against float64 NumPy, published implementations, and what must hold of it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import published
+import pytest
+import reference
+
+from kd_jax import losses
+from kd_jax.config import LossConfig
+from kd_jax.kd_head import HeadConfig, LossScalars, kd_head
+
+pytestmark = pytest.mark.fast
+
+N, V = 5, 40
+CASES = [
+    {"divergence": "forward_kl"},
+    {"divergence": "reverse_kl"},
+    {"divergence": "symmetric_kl", "symmetric_weight": 0.3},
+    *({"divergence": "jsd", "jsd_beta": beta} for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
+    *({"divergence": "jsd_cross", "jsd_beta": beta} for beta in (0.0, 0.2, 0.5, 0.97, 1.0)),
+    *({"divergence": "skew_forward_kl", "skew_alpha": alpha} for alpha in (0.0, 0.1, 0.7)),
+    *({"divergence": "skew_reverse_kl", "skew_alpha": alpha} for alpha in (0.0, 0.1, 0.7)),
+    {"divergence": "tvd"},
+    *({"divergence": "adaptive_kl", "akl_mass": mass} for mass in (0.5, 0.9)),
+    *(
+        {"divergence": "alpha_beta", "ab_alpha": alpha, "ab_beta": beta}
+        for alpha, beta in [
+            (0.2, 0.7), (1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (0.0, 0.0),
+            (0.5, -0.5), (-0.5, 0.5), (1.0, 1.0), (1.5, -0.5), (-0.3, 1.0),
+        ]
+    ),
+]  # fmt: skip
+
+
+def name_of(case):
+    return " ".join(str(value) for value in case.values())
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
+
+
+def make_logits(seed=0, num_tokens=N, size=V, deviation=2.5):
+    """Returns the student's and the teacher's logits, float32, which agree in part."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(num_tokens, size))
+    logits = (0.6 * shared + 0.8 * rng.normal(size=(num_tokens, size)) for _ in range(2))
+    return tuple((deviation * z).astype(np.float32) for z in logits)
+
+
+def run(case, student, teacher, temperature=1.0, padding=0):
+    """Returns each token's divergence [N] and its gradient in the student's logits [N, V]."""
+    config = LossConfig(**case)
+
+    wide = [(0, 0), (0, padding)]
+    logits = (jnp.pad(z, wide, constant_values=losses.NEGATIVE) for z in (student, teacher))
+    logs = (jax.nn.log_softmax(z / temperature) for z in logits)
+    value, gradient = losses.divergence(*logs, config)
+    gradient = gradient / temperature
+    assert value.dtype == gradient.dtype == np.float32
+    assert (np.asarray(gradient)[:, student.shape[1] :] == 0).all()
+    return np.asarray(value), np.asarray(gradient)[:, : student.shape[1]]
+
+
+def options_of(case):
+    options = {name: value for name, value in case.items() if name != "divergence"}
+    return {**options, "name": case["divergence"]}
+
+
+def expected(case, student, teacher, temperature=1.0):
+    """Returns the same from the definitions, the gradient by central differences."""
+    options = {**options_of(case), "temperature": temperature}
+    if case["divergence"] == "adaptive_kl":
+        q, p = (
+            np.exp(reference.log_softmax(np.float64(z) / temperature)) for z in (student, teacher)
+        )
+        options["weight"] = reference.adaptive_weight(q, p, case["akl_mass"])
+    student, gradient = np.float64(student), np.zeros(student.shape)
+    for v in range(student.shape[1]):
+        step = 1e-5 * (np.arange(student.shape[1]) == v)
+        above, below = (
+            reference.divergence(student=student + s, teacher=teacher, **options)
+            for s in (step, -step)
+        )
+        gradient[:, v] = (above - below) / 2e-5
+    return reference.divergence(student=student, teacher=teacher, **options), gradient
+
+
+def assert_equal(got, want):
+    """Compares values to 1e-6, and gradients to 1e-5 of a token's largest."""
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6, atol=1e-6)
+    largest = np.abs(want[1]).max(axis=-1, keepdims=True)
+    assert (np.abs(got[1] - want[1]) <= 1e-5 * largest).all()
+
+
+@every_case
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_value_and_gradient_equal_float64(case, temperature, padding):
+    student, teacher = make_logits()
+    got = run(case, student, teacher, temperature, padding)
+    assert_equal(got, expected(case, student, teacher, temperature))
+
+
+ONE_EACH = {case["divergence"]: case for case in CASES if case.get("jsd_beta") not in (0.5, 1.0)}
+
+
+def is_seen(case):
+    """Tells whether the comparison with float64 fails."""
+    logits = make_logits()
+    try:
+        assert_equal(run(case, *logits), expected(case, *logits))
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_swapped_models_are_seen(name, monkeypatch):
+    right = losses.DIVERGENCES[name]
+    assert not is_seen(ONE_EACH[name])
+    monkeypatch.setitem(losses.DIVERGENCES, name, lambda u, v, config: right(v, u, config))
+    assert is_seen(ONE_EACH[name])
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES.keys() - {"forward_kl"})
+def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
+    monkeypatch.setattr(losses, "CENTRED", {name})
+    assert is_seen(ONE_EACH[name])
+
+
+@pytest.mark.parametrize("name", ["jsd", "jsd_cross", "skew_forward_kl", "skew_reverse_kl"])
+def test_the_wrong_side_of_a_mixture_is_seen(name, monkeypatch):
+    right = losses._against_mixture
+    monkeypatch.setattr(losses, "_against_mixture", lambda u, v, share: right(u, v, 1 - share))
+    assert is_seen(ONE_EACH[name])
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", "adaptive_kl"])
+def test_the_wrong_share_of_the_forward_kl_is_seen(name, monkeypatch):
+    right = losses._mix
+    monkeypatch.setattr(losses, "_mix", lambda u, v, config, w, r: right(u, v, config, r, w))
+    assert is_seen(ONE_EACH[name])
+
+
+PUBLISHED = [
+    pytest.param(case, id=f"{system} {name_of(case['loss'])}")
+    for system, record in json.loads(published.FILE.read_text()).items()
+    for case in record["cases"]
+]
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_values_and_gradients_are_those_of_published_code(case):
+    config = LossConfig(**case["loss"])
+    logits = [jnp.asarray(z, jnp.float32) / config.temperature for z in published.make_logits()]
+    value, gradient = losses.divergence(*map(jax.nn.log_softmax, logits), config)
+    scale = losses.t2_factor(config.temperature, config)
+    # Most of that code takes the softmax in float32, as this does: twice the rounding.
+    assert float(jnp.mean(value)) * scale == pytest.approx(case["value"], rel=2e-6)
+    want = np.array(case["gradient"])
+    got = np.asarray(gradient) * scale / config.temperature
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_kl_of_maxtext_is_that_of_optax():
+    config = LossConfig(compat="maxtext", temperature=3.0)
+    log_q, log_p = (jax.nn.log_softmax(z / 3) for z in make_logits())
+    got = losses.divergence(log_q, log_p, config)[0] * losses.t2_factor(3.0, config)
+    want = 9 * optax.losses.kl_divergence(log_q, jnp.exp(log_p))  # as its soft loss has it
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+def test_the_temperature_is_squared_where_asked_for_or_where_the_system_does():
+    systems = {"none": 1, "torchtune": 1, "trl": 1, "distillkit": 9, "maxtext": 9}
+    for compat, factor in systems.items():
+        assert losses.t2_factor(3.0, LossConfig(compat=compat)) == factor
+    assert losses.t2_factor(3.0, LossConfig(scale_by_t2=True)) == 9
+    assert losses.t2_factor(3.0, LossConfig(scale_by_t2=False)) == 1
+
+
+def value_of(*logits, **case):
+    return run(case, *logits)[0]
+
+
+def spread():
+    """Returns logits of many kinds of tokens: alike, unlike, flat, sure of the same or another."""
+    parts = [make_logits(seed, 20, deviation=d) for seed, d in enumerate((0.01, 1.0, 4.0, 30.0))]
+    student, teacher = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return np.concatenate([student, teacher[:20]]), np.concatenate([teacher, teacher[:20]])
+
+
+@every_case
+def test_a_divergence_is_never_below_zero_and_zero_for_equal_models(case):
+    student, teacher = spread()
+    value, gradient = run(case, student, teacher)
+    assert (value >= -1e-6).all() and (value[:80] > 1e-7).any()
+    np.testing.assert_allclose(value[80:], 0, atol=1e-6)
+    np.testing.assert_allclose(gradient[80:], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_bounds_hold(beta):
+    logits = spread()
+    entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
+    jsd = value_of(*logits, divergence="jsd", jsd_beta=beta)
+    assert jsd.max() <= entropy + 1e-6 and jsd.max() > 0.9 * entropy
+    # A skewed KL is no more than the log of the share that is mixed in.
+    for side in ("forward", "reverse"):
+        skewed = value_of(*logits, divergence=f"skew_{side}_kl", skew_alpha=beta)
+        assert skewed.max() <= -np.log(beta) + 1e-5
+    distance = value_of(*logits, divergence="tvd")
+    assert distance.max() <= 1 + 1e-6 and distance.max() > 0.9
+    forward = value_of(*logits, divergence="forward_kl")
+    assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
+    accepted = losses.acceptance(*map(jax.nn.log_softmax, logits))
+    np.testing.assert_allclose(distance, 1 - accepted, atol=1e-6)
+
+
+FORWARD, REVERSE = {"divergence": "forward_kl"}, {"divergence": "reverse_kl"}
+NEARLY = 1e-4  # the limits are approached in proportion to it
+
+
+@pytest.mark.parametrize(
+    "case, limit, factor",
+    [
+        ({"divergence": "jsd_cross", "jsd_beta": NEARLY}, FORWARD, 1),
+        ({"divergence": "jsd_cross", "jsd_beta": 1 - NEARLY}, REVERSE, 1),
+        ({"divergence": "jsd", "jsd_beta": NEARLY}, FORWARD, NEARLY),
+        ({"divergence": "jsd", "jsd_beta": 1 - NEARLY}, REVERSE, NEARLY),
+        ({"divergence": "skew_forward_kl", "skew_alpha": NEARLY}, FORWARD, 1),
+        ({"divergence": "skew_reverse_kl", "skew_alpha": NEARLY}, REVERSE, 1),
+        ({"divergence": "alpha_beta", "ab_alpha": 1.0, "ab_beta": NEARLY}, FORWARD, 1),
+        ({"divergence": "alpha_beta", "ab_alpha": NEARLY, "ab_beta": 1.0}, REVERSE, 1),
+        *(
+            (
+                {"divergence": "alpha_beta", "ab_alpha": alpha + by, "ab_beta": beta + NEARLY},
+                {"divergence": "alpha_beta", "ab_alpha": alpha, "ab_beta": beta},
+                1,
+            )
+            for alpha, beta, by in [
+                (0.0, 0.5, NEARLY), (0.5, 0.0, NEARLY), (0.5, -0.5, NEARLY), (0.0, 0.0, NEARLY),
+                (0.0, 0.0, -NEARLY),
+            ]
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_limits_are_reached(case, limit, factor):
+    logits = make_logits(deviation=1.0)
+    got, want = run(case, *logits), run(limit, *logits)
+    np.testing.assert_allclose(got[0], factor * want[0], rtol=1e-2)
+    largest = np.abs(want[1]).max()
+    np.testing.assert_allclose(got[1] / factor, want[1], atol=1e-2 * largest)
+
+
+@pytest.mark.parametrize(
+    "case, same",
+    [
+        ({"divergence": "alpha_beta", "ab_alpha": 1.0, "ab_beta": 0.0}, FORWARD),
+        ({"divergence": "alpha_beta", "ab_alpha": 0.0, "ab_beta": 1.0}, REVERSE),
+        ({"divergence": "symmetric_kl", "symmetric_weight": 1.0}, FORWARD),
+        ({"divergence": "symmetric_kl", "symmetric_weight": 0.0}, REVERSE),
+        ({"divergence": "jsd_cross", "jsd_beta": 0.5}, {"divergence": "jsd"}),
+        *(
+            ({"divergence": name, field: end}, REVERSE if end else FORWARD)
+            for name, field in (("jsd", "jsd_beta"), ("jsd_cross", "jsd_beta"))
+            for end in (0.0, 1.0)
+        ),
+        ({"divergence": "skew_forward_kl", "skew_alpha": 0.0}, FORWARD),
+        ({"divergence": "skew_reverse_kl", "skew_alpha": 0.0}, REVERSE),
+    ],
+    ids=str,
+)
+def test_special_cases_are_the_same_divergence(case, same):
+    logits = make_logits()
+    for got, want in zip(run(case, *logits), run(same, *logits), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
+
+
+@every_case
+def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
+    rng = np.random.default_rng(0)
+    config = LossConfig(**case)
+    for scale in (1e4, -1e4):
+        student = (1e4 * rng.normal(size=(N, V))).astype(np.float32)
+        teacher = (scale / 1e4 * student).astype(np.float32)
+        for size in (V, V - 7):
+            pads = np.where(np.arange(V) < size, 0.0, -np.inf)
+            logs = [jax.nn.log_softmax(z + pads) for z in (student, teacher)]
+            value, gradient = losses.divergence(*logs, config)
+            assert np.isfinite(value).all() and np.isfinite(gradient).all()
+            assert (np.asarray(gradient)[:, size:] == 0).all()
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("deviation", [0.3, 2.0, 8.0])
+def test_the_head_of_the_teachers_mass_is_that_of_a_sort(mass, deviation):
+    student, teacher = make_logits(3, num_tokens=40, size=5000, deviation=deviation)
+    log_q, log_p = (np.asarray(jax.nn.log_softmax(z)) for z in (student, teacher))
+    got = jax.jit(losses.adaptive_weight, static_argnums=2)(log_q, log_p, mass)
+    q, p = (np.exp(np.float64(x)) for x in (log_q, log_p))
+    want = reference.adaptive_weight(q, p, mass)
+    assert np.ptp(want) > 0.001
+    error = np.abs(got - want)
+    assert (error < 2e-6).mean() > 0.95
+    # At the boundary two entries may all but tie, and the sum may all but equal the mass.
+    assert error.max() < 1e-3
+
+
+def test_entries_that_tie_are_in_the_head_together():
+    log_p = jnp.log(
+        jnp.array([[0.4, 0.2, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
+    )
+    log_q = jnp.log(jnp.array([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3], [0.4, 0.2, 0.2, 0.2]]))
+    # Of 0.7 the first alone, since three of 0.2 are too many; all four of 0.25; the first always.
+    got = losses.adaptive_weight(log_q, log_p, 0.7 - 0.01)
+    np.testing.assert_allclose(got, [0.5, 1.0, 0.5], rtol=1e-5)
+
+
+B, S, DS, DT = 2, 7, 5, 6
+
+
+def run_head(case, temperature, padding, length):
+    """Returns what the head and float64 NumPy say of loss, kd_loss and the hidden gradient."""
+    rng = np.random.default_rng(4)
+    h_s, h_t = (rng.normal(size=(B, S, D)).astype(np.float32) for D in (DS, DT))
+    w_s, w_t = (rng.normal(size=(V + padding, D)).astype(np.float32) for D in (DS, DT))
+    labels, mask = rng.integers(0, V, (B, S)), rng.random((B, S)) < 0.7
+    loss = LossConfig(kd_ratio=0.4, temperature=temperature, scale_by_t2=True, **case)
+    config = HeadConfig(loss=loss, chunk_len=length, vocab_size=V)
+    scalars = LossScalars(jnp.float32(0.4), jnp.float32(temperature))
+
+    @jax.jit
+    def measure(hidden):
+        return kd_head(config, scalars, hidden, h_t, w_s, w_t, labels, mask)
+
+    (value, metrics), gradient = jax.value_and_grad(measure, has_aux=True)(h_s)
+    teacher = np.float64(h_t) @ np.float64(w_t[:V]).T
+    options = {**options_of(case), "kd_ratio": 0.4, "temperature": temperature}
+    options |= {"scale": temperature**2, "divergence_name": options.pop("name")}
+    if case["divergence"] == "adaptive_kl":
+        logits = np.float64(h_s) @ np.float64(w_s[:V]).T
+        q, p = (np.exp(reference.log_softmax(z / temperature)) for z in (logits, teacher))
+        options["weight"] = reference.adaptive_weight(q, p, case["akl_mass"])
+
+    def exact(hidden):
+        return reference.distil(hidden @ np.float64(w_s[:V]).T, teacher, labels, mask, **options)
+
+    slopes = np.zeros(h_s.shape)
+    for place in np.ndindex(h_s.shape):
+        step = np.zeros(h_s.shape)
+        step[place] = 1e-5
+        slopes[place] = (exact(h_s + step)["loss"] - exact(h_s - step)["loss"]) / 2e-5
+    want = exact(np.float64(h_s))
+    return (value, metrics["kd_loss"], gradient), (want["loss"], want["kd_loss"], slopes)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+@pytest.mark.parametrize("temperature, padding, length", [(1.0, 0, 7), (2.5, 3, 7), (2.5, 3, 3)])
+def test_the_head_minimises_each_divergence(name, temperature, padding, length):
+    got, want = run_head(ONE_EACH[name], temperature, padding, length)
+    for ours, exact in zip(got[:2], want[:2], strict=True):
+        assert float(ours) == pytest.approx(exact, rel=2e-6)
+    assert np.abs(got[2] - want[2]).max() <= 1e-5 * np.abs(want[2]).max()
