@@ -4,8 +4,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kd_jax.matmul import SAVED_ATTENTION
 
 Implementation = Literal["auto", "xla", "cudnn"]
+NEGATIVE = -1e30
+"""Logit of a token that is not seen; finite, so that no difference of two is NaN."""
 
 
 def attention(
@@ -39,10 +44,116 @@ def attention(
         implementation = "cudnn" if fits else "xla"
     if implementation == "cudnn" and q.dtype != jnp.bfloat16:
         raise ValueError(f"attention: cudnn works in bfloat16, got {q.dtype}. Use attention=xla")
-    own, *others = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
-    seen = own[:, None, :, None] == own[:, None, None, :]  # [B, 1, S, T]
-    for other in others:
-        seen |= other[:, None, :, None] == own[:, None, None, :]
+    documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
+    if implementation == "xla":
+        return _blockwise(q, k, v, documents)
+    seen = _same_document(documents, slice(None), slice(None))
     return jax.nn.dot_product_attention(
-        q, k, v, mask=seen, is_causal=True, implementation=implementation
+        q, k, v, mask=seen[:, None], is_causal=True, implementation="cudnn"
     )
+
+
+def _same_document(documents, queries: slice, keys: slice) -> jax.Array:
+    """Returns which keys are of a document that a query sees, [B, S, T]."""
+    own, *_ = documents
+    seen = [x[:, queries, None] == own[:, None, keys] for x in documents]
+    return jnp.any(jnp.stack(seen), axis=0) if len(seen) > 1 else seen[0]
+
+
+@jax.custom_vjp
+def _blockwise(q, k, v, documents):
+    """Attention by blocks of queries, each with the keys up to its end and no others.
+
+    No array of queries x keys outlives its block: the backward pass makes the weights again from
+    each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
+    """
+    return _forward(q, k, v, documents)[0]
+
+
+def _forward(q, k, v, documents):
+    queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
+    values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)  # sums the weights
+    outputs, logsumexps = [], []
+    for block in _blocks(q.shape[1]):
+        z = _block_logits(queries, keys, documents, block)
+        highest = jnp.max(z, axis=-1, keepdims=True)
+        weights = jnp.exp(z - highest).astype(v.dtype)  # as the matrix unit takes them
+        sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, : block.stop])
+        sums = sums.reshape(*weights.shape[:4], -1)
+        outputs.append((sums[..., :-1] / sums[..., -1:]).astype(q.dtype))
+        logsumexps.append(highest + jnp.log(sums[..., -1:]))
+    output = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_ATTENTION)
+    logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=3), SAVED_ATTENTION)
+    return output, (q, k, v, documents, output, logsumexp)
+
+
+def _backward(residuals, d_output):
+    q, k, v, documents, output, logsumexp = residuals
+    queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
+    d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # it is a sum
+    inner = _grouped(jnp.sum(d_output32 * output32, axis=-1, keepdims=True), k)
+    d_outputs = _grouped(d_output, k)
+    d_queries = []
+    d_keys, d_values = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    for block in _blocks(q.shape[1]):
+        seen = slice(0, block.stop)
+        d_block, q_block = d_outputs[:, :, :, block], queries[:, :, :, block]
+        weights = jnp.exp(
+            _block_logits(queries, keys, documents, block) - logsumexp[:, :, :, block]
+        )
+        d_weights = _product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
+        d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
+        weights = weights.astype(v.dtype)
+        d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
+        d_keys = d_keys.at[:, :, seen].add(_product("BKGST,BKGSH->BKTH", d_logits, q_block))
+        d_values = d_values.at[:, :, seen].add(_product("BKGST,BKGSH->BKTH", weights, d_block))
+    scale = q.shape[-1] ** -0.5
+    dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * scale
+    dk, dv = _heads_first(d_keys) * scale, _heads_first(d_values)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _blocks(num_tokens: int) -> list[slice]:
+    """Returns blocks of queries: of 128, or as many more as keeps them to sixteen."""
+    size = max(128, -(-num_tokens // 16))
+    return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
+
+
+def _block_logits(queries, keys, documents, block):
+    """Returns float32 logits of a block's queries and the keys up to its end, [B, K, G, S, T]."""
+    queries = queries[:, :, :, block]
+    z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, : block.stop])
+    z = z.reshape(*queries.shape[:4], -1)
+    seen = _same_document(documents, block, slice(0, block.stop))
+    place = jnp.arange(block.stop)
+    seen &= place[None, block, None] >= place[None, None]
+    return jnp.where(seen[:, None, None], z * queries.shape[-1] ** -0.5, NEGATIVE)
+
+
+def _product(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(product, a, b, preferred_element_type=jnp.float32)
+
+
+def _rows(x):
+    """Returns [B, K, G, S, ...] as [B, K, G * S, ...], rows of one matrix."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _heads_first(x):
+    """Swaps tokens and heads of [B, S, K, H]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _grouped(x, k):
+    """Returns [B, S, N, ...] as [B, K, G, S, ...]: G query heads with the key head they share."""
+    B, S, _, H = x.shape
+    return x.reshape(B, S, k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x):
+    """Returns [B, K, G, S, H] as [B, S, N, H]."""
+    B, K, G, S, H = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(B, S, K * G, H)

@@ -20,7 +20,7 @@ from kd_jax.hf import (
     load_arrays,
     stack_adapter,
 )
-from kd_jax.kd_head import HeadConfig, chunk_len
+from kd_jax.kd_head import HeadConfig, chunk_tokens
 from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Decoder, Structure, named_arrays
 from kd_jax.sharding import batch_sharding, num_batch_shards, replicated, weight_sharding
@@ -259,10 +259,16 @@ def make_program(
       num_steps: of the run, for what follows a schedule; evaluation needs none.
     """
     rows = config.data.batch_size // config.optim.accumulation_steps
-    rows_per_device = rows // num_batch_shards(mesh)
+    num_shards = num_batch_shards(mesh)
     head = HeadConfig(
         loss=config.loss,
-        chunk_len=chunk_len(config.loss.chunk_tokens, rows_per_device, config.data.seq_len),
+        chunk_tokens=chunk_tokens(
+            config.loss.chunk_tokens,
+            mesh.devices.flat[0].platform,
+            vocab_size,
+            rows * config.data.seq_len // num_shards,
+        ),
+        num_shards=num_shards,
         vocab_size=vocab_size,
         head_trainable=config.trainable == "full",
     )

@@ -459,8 +459,9 @@ class Config:
     """Passes over the packed rows; give this or steps. The flag replaces the file's steps."""
     seed: int = 0
     """Seeds adapters, dropout and the order of the rows."""
-    remat: Literal["none", "dots", "layer"] = "layer"
-    """What the student's backward pass recomputes: nothing, all but matrix products, or layers."""
+    remat: Literal["none", "dots", "attention", "layer"] = "layer"
+    """What the student's backward pass recomputes: nothing; all but matrix products and attention;
+    all but attention; or whole layers. Memory and speed, not results."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention kernel; auto takes cudnn for bfloat16 on NVIDIA GPUs, else xla."""
     compilation_cache: str | None = "~/.cache/kd_jax/xla"

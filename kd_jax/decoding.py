@@ -192,7 +192,7 @@ def _next_tokens(fixed, weights: Weights, x, key) -> jax.Array:
     """Returns the tokens [B] chosen after hidden states [B, D] of the last layer."""
     arch, sampling, vocab_size = fixed
     hidden = RMSNorm(weights.norm, arch.rms_norm_eps)(x[:, None])[:, 0]
-    # The head first, as in model._project; the barrier keeps XLA from turning the product around.
+    # The head first, as in matmul.project; the barrier keeps XLA from turning the product around.
     z = jnp.einsum("VD,BD->VB", weights.head, hidden, preferred_element_type=jnp.float32)
     logits = jax.lax.optimization_barrier(z).T
     if vocab_size < logits.shape[1]:

@@ -8,7 +8,7 @@ from kd_jax import data
 from kd_jax.build import put_batch
 from kd_jax.config import Config
 from kd_jax.scores import Sums, tally
-from kd_jax.sharding import replicated
+from kd_jax.sharding import compiler_options, replicated
 from kd_jax.step import Arrays, Program, eval_step
 
 
@@ -24,7 +24,12 @@ def evaluate_rows(
 
     Bucket b of the positions holds those from 2^b to below 2^(b + 1); a document begins at 0.
     """
-    run = jax.jit(eval_step, static_argnums=0, out_shardings=replicated(mesh))  # for every host
+    run = jax.jit(
+        eval_step,
+        static_argnums=0,
+        out_shardings=replicated(mesh),  # for every host
+        compiler_options=compiler_options(mesh),
+    )
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []

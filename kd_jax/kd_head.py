@@ -18,11 +18,15 @@ from kd_jax import losses
 from kd_jax.config import LossConfig
 from kd_jax.sharding import BATCH_AXES
 
-METRICS = ("ce_loss", "kd_loss", "teacher_entropy", "teacher_ce", "top1_agreement")
-SINGLE_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
-EVAL_METRICS = (
+SINGLE_METRICS = ("ce_loss", "entropy")
+METRICS = (
     *SINGLE_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
-    "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct", "topk_overlap",
+    "teacher_ce", "teacher_entropy",
+)  # fmt: skip
+SINGLE_EVAL_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
+EVAL_METRICS = (
+    *SINGLE_EVAL_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
+    "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct",
 )  # fmt: skip
 
 
@@ -31,10 +35,12 @@ class HeadConfig:
     """What the head computes; static under jit."""
 
     loss: LossConfig
-    chunk_len: int
-    """Positions of each row in a chunk."""
+    chunk_tokens: int
+    """Tokens of each shard of the rows in a chunk."""
     vocab_size: int
     """Vocabulary entries with a meaning: those above are padding in either model."""
+    num_shards: int = 1
+    """Shards that the rows of a batch are split into; each gathers its own tokens."""
     head_trainable: bool = False
     """Whether the student's head gets a gradient."""
     top_k: int | None = None
@@ -53,15 +59,15 @@ class LossScalars(NamedTuple):
     temperature: jax.Array
 
 
-def chunk_len(chunk_tokens: int | None, rows_per_device: int, seq_len: int) -> int:
-    """Returns positions of each row in a chunk of about `chunk_tokens` tokens a device.
+def chunk_tokens(wanted: int | None, platform: str, vocab_size: int, shard_tokens: int) -> int:
+    """Returns how many of a shard's tokens are in a chunk.
 
-    None takes what docs/benchmarks.md found best: on a CPU little more than its caches hold, on
-    an accelerator enough rows to keep its matrix units full.
+    None takes what docs/benchmarks.md found best on a CPU, little more than its caches hold; on an
+    accelerator, whose matrix units want many rows, what makes two float32 logits fill a gibibyte.
     """
-    if chunk_tokens is None:
-        chunk_tokens = 128 if jax.default_backend() == "cpu" else 1024
-    return max(1, min(seq_len, chunk_tokens // rows_per_device))
+    if wanted is None:
+        wanted = 128 if platform == "cpu" else max(128, 2**27 // vocab_size // 128 * 128)
+    return min(wanted, shard_tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,33 +115,30 @@ kd_head.defvjp(_forward, _backward)
 
 
 def _run(config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
-    C = config.chunk_len
-    rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
-    heads = student_head, teacher_head = _heads(rows, student_head, teacher_head)
+    C = config.chunk_tokens
+    rows, order, num_chunks = _arrange(config, student_hidden, teacher_hidden, labels, mask)
+    heads = _heads(rows, student_head, teacher_head)
+    entries = _entries(heads)
 
     def run_chunk(index, carry):
-        loss, metrics, d_hidden, d_head = carry
+        sums, d_hidden, d_head = carry
         h_s, z_s, z_t, y, m = _chunk(config, rows, heads, index)
-        values, d_logits = _token_losses(config, scalars, z_s, z_t, y)
-        values = {name: jnp.sum(jnp.where(m, value, 0.0)) for name, value in values.items()}
-        loss += values.pop("loss")
-        metrics = {name: metrics[name] + values[name] for name in metrics}
-        d_logits = jnp.where(m[:, :, None], d_logits, 0.0).astype(h_s.dtype)
-        product = jnp.einsum(
-            "BCV,VD->BCD", d_logits, student_head, preferred_element_type=jnp.float32
-        )
-        product = product.astype(h_s.dtype)
+        values, d_logits = _token_losses(config, scalars, z_s, z_t, y, m, entries)
+        sums = {name: x + jnp.sum(jnp.where(m, values[name], 0.0)) for name, x in sums.items()}
+        d_logits = d_logits.astype(h_s.dtype)
+        product = jnp.einsum("NV,DV->ND", d_logits, heads[0], preferred_element_type=jnp.float32)
+        product = product.astype(h_s.dtype).reshape(-1, C, h_s.shape[-1])
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
         if d_head is not None:
-            d_head += jnp.einsum("BCV,BCD->VD", d_logits, h_s, preferred_element_type=jnp.float32)
-        return loss, metrics, d_hidden, d_head
+            d_head += jnp.einsum("NV,ND->VD", d_logits, h_s, preferred_element_type=jnp.float32)
+        return sums, d_hidden, d_head
 
-    names = METRICS if teacher_head is not None else ("ce_loss",)
-    zero = jnp.zeros((), jnp.float32)
-    d_head = jnp.zeros(student_head.shape, jnp.float32) if config.head_trainable else None
-    start = (zero, dict.fromkeys(names, zero), jnp.zeros_like(rows[0]), d_head)
-    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
-    return loss, metrics, (_put_back(d_hidden, order), d_head)
+    names = ("loss", *(SINGLE_METRICS if teacher_head is None else METRICS))
+    sums = dict.fromkeys(names, jnp.zeros((), jnp.float32))
+    d_head = jnp.zeros(heads[0].shape[::-1], jnp.float32) if config.head_trainable else None
+    start = (sums, jnp.zeros_like(rows[0]), d_head)
+    sums, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
+    return sums.pop("loss"), sums, (_put_back(d_hidden, order, mask), d_head)
 
 
 def token_metrics(
@@ -158,65 +161,87 @@ def token_metrics(
       as kd_head's, and
       mesh: over whose BATCH_AXES the rows are split.
     """
-    C = config.chunk_len
-    rows, order, num_chunks = _arrange(C, student_hidden, teacher_hidden, labels, mask)
+    C = config.chunk_tokens
+    rows, order, num_chunks = _arrange(config, student_hidden, teacher_hidden, labels, mask)
     heads = _heads(rows, student_head, teacher_head)
+    entries = _entries(heads)
 
     def run_chunk(index, metrics):
         _, z_s, z_t, y, m = _chunk(config, rows, heads, index)
-        values = _token_values(config, scalars, z_s, z_t, y, mesh)
+        # XLA drops the gradient, which is not used.
+        values, _ = _token_losses(config, scalars, z_s, z_t, y, m, entries)
+        if "topk_overlap" in metrics:
+            places = (_top_k(z, config.top_k, mesh) for z in (z_s, z_t))
+            values["topk_overlap"] = losses.overlap(*places)
         return {
             name: jax.lax.dynamic_update_slice_in_dim(
-                metrics[name], jnp.where(m, value, 0.0), index * C, axis=1
+                x, jnp.where(m, values[name], 0.0).reshape(-1, C), index * C, axis=1
             )
-            for name, value in values.items()
+            for name, x in metrics.items()
         }
 
-    names = SINGLE_METRICS if teacher_head is None else EVAL_METRICS
-    if config.top_k is None or teacher_head is None:
-        names = tuple(name for name in names if name != "topk_overlap")
+    names = SINGLE_EVAL_METRICS if teacher_head is None else EVAL_METRICS
+    if config.top_k is not None and teacher_head is not None:
+        names += ("topk_overlap",)
     zeros = jnp.zeros(rows[3].shape, jnp.float32)
     metrics = jax.lax.fori_loop(0, num_chunks, run_chunk, dict.fromkeys(names, zeros))
-    return {name: _put_back(value, order) for name, value in metrics.items()}
+    return {name: _put_back(value, order, mask) for name, value in metrics.items()}
 
 
-def _arrange(chunk_len, student_hidden, teacher_hidden, labels, mask):
-    """Returns the rows as [B, chunks * C, ...], tokens with a loss first; their order; chunks."""
-    B, S, _ = student_hidden.shape
-    order = jnp.argsort(~mask, axis=1, stable=True)  # [B, S]
-    padded = -S % chunk_len
+def _arrange(config, *rows):
+    """Returns rows [B, S, ...] as [G, chunks * C, ...], a shard's tokens with a loss first.
+
+    Returns:
+      the rows, the last of which is the mask; the order of the tokens; chunks that are needed.
+    """
+    G, C = config.num_shards, config.chunk_tokens
+    rows = jax.tree.map(lambda x: x.reshape(G, -1, *x.shape[2:]), rows)
+    mask = rows[-1]
+    order = jnp.argsort(~mask, axis=1, stable=True)  # [G, B * S / G]
+    padded = -mask.shape[1] % C
 
     def gather(x):
-        x = jnp.take_along_axis(x, order.reshape(B, S, *(1,) * (x.ndim - 2)), axis=1)
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
         return jnp.pad(x, [(0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 2))
 
-    rows = jax.tree.map(gather, (student_hidden, teacher_hidden, labels, mask))
-    return rows, order, -(-jnp.max(jnp.sum(mask, axis=1)) // chunk_len)
+    return jax.tree.map(gather, rows), order, -(-jnp.max(jnp.sum(mask, axis=1)) // C)
 
 
-def _put_back(x, order):
-    """Returns arranged rows [B, chunks * C, ...] as [B, S, ...], every token in its place."""
+def _put_back(x, order, like):
+    """Returns arranged rows [G, chunks * C, ...] as [B, S, ...], as the mask `like` is laid out."""
     back = jnp.argsort(order, axis=1).reshape(*order.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x[:, : order.shape[1]], back, axis=1)
+    x = jnp.take_along_axis(x[:, : order.shape[1]], back, axis=1)
+    return x.reshape(*like.shape, *x.shape[2:])
 
 
 def _chunk(config, rows, heads, index):
-    """Returns a chunk's student hidden states, both models' logits, labels and mask."""
-    C = config.chunk_len
-    h_s, h_t, labels, mask = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=1), rows
-    )
-    z_s = _logits(h_s, heads[0], config.vocab_size)
-    z_t = None if h_t is None else _logits(h_t, heads[1], config.vocab_size)
+    """Returns student hidden states, logits, labels and mask of a chunk's N = G * C tokens."""
+    C = config.chunk_tokens
+
+    def cut(x):
+        x = jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=1)
+        return x.reshape(-1, *x.shape[2:])
+
+    h_s, h_t, labels, mask = jax.tree.map(cut, rows)
+    z_s = _logits("ND,DV->NV", h_s, heads[0], config.vocab_size)
+    z_t = None if h_t is None else _logits("ND,VD->NV", h_t, heads[1], config.vocab_size)
     return h_s, z_s, z_t, labels, mask
 
 
 def _heads(rows, student_head, teacher_head):
-    """Returns both heads in the dtype of their matrix products, cut to what both have."""
-    student_head = _cut(student_head, teacher_head).astype(rows[0].dtype)
+    """Returns the student's head as [D, V] and the teacher's as [V, D], cut to what both have.
+
+    The student's is multiplied from both sides: a CPU, which wants a copy, makes it once here.
+    """
+    heads = [_cut(student_head, teacher_head).astype(rows[0].dtype).T]
     if teacher_head is not None:
-        teacher_head = _cut(teacher_head, student_head).astype(rows[1].dtype)
-    return student_head, teacher_head
+        heads.append(_cut(teacher_head, student_head).astype(rows[1].dtype))
+    return heads
+
+
+def _entries(heads):
+    """Returns 0 to V - 1; counted anew for every logit, they cost a CPU as much as its softmax."""
+    return jax.lax.optimization_barrier(jnp.arange(heads[0].shape[1]))
 
 
 def _cut(head, other):
@@ -224,64 +249,110 @@ def _cut(head, other):
     return head if other is None else head[: min(len(head), len(other))]
 
 
-def _logits(hidden, head, vocab_size):
-    """Returns [B, C, V] float32; padding entries hold NEGATIVE."""
-    z = jnp.einsum("BCD,VD->BCV", hidden, head, preferred_element_type=jnp.float32)
-    if head.shape[0] == vocab_size:
-        return z
-    real = jnp.arange(head.shape[0]) < vocab_size
-    return jnp.where(real[None, None], z, losses.NEGATIVE)
+def _logits(product, hidden, head, vocab_size):
+    """Returns [N, V] float32; padding entries hold losses.NEGATIVE."""
+    z = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
+    real = jnp.arange(z.shape[1]) < vocab_size
+    return z if z.shape[1] == vocab_size else jnp.where(real[None], z, losses.NEGATIVE)
 
 
-def _token_losses(config, scalars, z_s, z_t, labels):
-    """Returns each token's loss and metrics [B, C], and the loss's gradient in z_s [B, C, V]."""
-    log_q = jax.nn.log_softmax(z_s, axis=-1)
-    ce, d_ce = losses.cross_entropy(log_q, labels)
-    if z_t is None:
-        return {"loss": ce, "ce_loss": ce}, d_ce
-    log_p = jax.nn.log_softmax(z_t, axis=-1)
-    T = scalars.temperature if config.temperature is None else config.temperature
-    log_q_t = log_q if config.temperature == 1 else jax.nn.log_softmax(z_s / T, axis=-1)
-    log_p_t = log_p if config.temperature == 1 else jax.nn.log_softmax(z_t / T, axis=-1)
-    kd, d_kd = losses.divergence(log_q_t, log_p_t, config.loss)
-    scale = losses.t2_factor(T, config.loss)
-    kd, d_kd = scale * kd, scale / T * d_kd  # from here on in the logits
-    values = {
-        "loss": (1 - scalars.kd_ratio) * ce + scalars.kd_ratio * kd,
-        "ce_loss": ce,
-        "kd_loss": kd,
-        "teacher_entropy": losses.entropy(log_p_t),
-        "teacher_ce": losses.pick(log_p, labels),
-        "top1_agreement": losses.top1_agreement(z_s, z_t),
+def _token_losses(config, scalars, z_s, z_t, labels, mask, entries):
+    """Returns each token's loss and metrics, [N], and the masked loss's gradient in z_s, [N, V].
+
+    Four passes over the vocabulary: maxima, sums of exponentials, losses, gradient.
+    """
+    T = None if z_t is None else config.temperature or scalars.temperature
+    student, *teachers = _softmaxes([z_s] if z_t is None else [z_s, z_t], T)
+    values = _model_values(student, z_s, labels)
+    values["ce_loss"] = values["ce"]
+    if not teachers:
+        return values | {"loss": values["ce"]}, _d_ce(student, z_s, labels, mask, entries)
+    (teacher,), ratio = teachers, scalars.kd_ratio
+    for name, value in _model_values(teacher, z_t, labels).items():
+        values[f"teacher_{name}"] = value
+    weight = losses.token_weight(
+        _log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config.loss
+    )
+    value, slope = losses.divergence_terms(
+        _log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config.loss, weight
+    )
+    agree = (z_s == student.highest) & (z_t == teacher.highest)
+    terms = {
+        "kd_loss": value,
+        "slope": slope,
+        "top1_agreement": agree.astype(jnp.float32),
+        **losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t)),
     }
-    return values, (1 - scalars.kd_ratio) * d_ce + scalars.kd_ratio * d_kd
+    sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values()), strict=True))
+    total_slope, scale = sums.pop("slope"), losses.t2_factor(T, config.loss)
+    values |= {name: x[:, 0] for name, x in sums.items()}
+    values["kd_loss"] *= scale
+    values["top1_agreement"] = jnp.minimum(values["top1_agreement"], 1.0)  # several may tie
+    values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
+    # The barrier has XLA compute the exponentials again rather than store them.
+    student, teacher = jax.lax.optimization_barrier((student, teacher))
+    log_q = _log_probs(student, z_s, T)
+    _, slope = losses.divergence_terms(log_q, _log_probs(teacher, z_t, T), config.loss, weight)
+    d_kd = (slope - jnp.exp(log_q) * total_slope) * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
+    return values, d_kd + _d_ce(student, z_s, labels, jnp.where(mask, 1 - ratio, 0.0), entries)
 
 
-def _token_values(config, scalars, z_s, z_t, labels, mesh):
-    """Returns the metrics of evaluation, [B, C] each."""
-    values, _ = _token_losses(config, scalars, z_s, z_t, labels)  # XLA drops the gradient, unused
-    log_q = jax.nn.log_softmax(z_s, axis=-1)
-    values |= {
-        "ce": values.pop("ce_loss"),
-        "entropy": losses.entropy(log_q),
-        "confidence": losses.confidence(log_q),
-        "correct": losses.correct(z_s, labels),
+class _Softmax(NamedTuple):
+    """What the softmax of one model's logits needs besides them, [N, 1] each."""
+
+    highest: jax.Array
+    """The largest logit."""
+    log_sum: jax.Array
+    """log sum_v exp(logit - highest)."""
+    tempered_log_sum: jax.Array
+    """log sum_v exp((logit - highest) / T)."""
+    entropy: jax.Array
+    """Nats, at temperature 1."""
+
+
+def _softmaxes(logits, T):
+    """Returns the _Softmax of each model's logits: one pass for all maxima, one for all sums."""
+    highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits)
+    shifted = [z - m for z, m in zip(logits, highest, strict=True)]
+    terms = [term for x in shifted for term in (jnp.exp(x), jnp.exp(x) * x)]
+    if not _is_one(T):
+        terms += [jnp.exp(x / T) for x in shifted]
+    sums = losses.over_vocab(jnp.add, 0.0, terms)
+    K = len(logits)
+    totals, moments, tempered = sums[: 2 * K : 2], sums[1 : 2 * K : 2], sums[2 * K :]
+    return [
+        _Softmax(m, jnp.log(total), jnp.log(hot), jnp.log(total) - moment / total)
+        for m, total, moment, hot in zip(highest, totals, moments, tempered or totals, strict=True)
+    ]
+
+
+def _is_one(T):
+    return T is None or (isinstance(T, (int, float)) and T == 1)
+
+
+def _log_probs(softmax, logits, T=None):
+    """Returns log-probabilities [N, V] at temperature T, 1 by default."""
+    if _is_one(T):
+        return logits - softmax.highest - softmax.log_sum
+    return (logits - softmax.highest) / T - softmax.tempered_log_sum
+
+
+def _d_ce(softmax, logits, labels, weights, entries):
+    """Returns the gradient of -log q[label] in the logits, weights (q - onehot), [N, V]."""
+    weights = weights[:, None].astype(jnp.float32)
+    onehot = jnp.where(labels[:, None] == entries[None], weights, 0.0)
+    return jnp.exp(_log_probs(softmax, logits)) * weights - onehot
+
+
+def _model_values(softmax, logits, labels):
+    """Returns what is said of each token of one model alone, [N]."""
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return {
+        "ce": (softmax.log_sum - (picked - softmax.highest))[:, 0],
+        "entropy": softmax.entropy[:, 0],
+        "confidence": jnp.exp(-softmax.log_sum)[:, 0],
+        "correct": (picked == softmax.highest)[:, 0].astype(jnp.float32),
     }
-    if z_t is None:
-        return values
-    log_p = jax.nn.log_softmax(z_t, axis=-1)
-    values |= {
-        "kl_forward": losses.kl(log_p, log_q),
-        "kl_reverse": losses.kl(log_q, log_p),
-        "acceptance": losses.acceptance(log_q, log_p),
-        "teacher_entropy": losses.entropy(log_p),  # at temperature 1, unlike training's
-        "teacher_confidence": losses.confidence(log_p),
-        "teacher_correct": losses.correct(z_t, labels),
-    }
-    if config.top_k is not None:
-        places = (_top_k(z, config.top_k, mesh) for z in (z_s, z_t))
-        values["topk_overlap"] = losses.overlap(*places)
-    return values
 
 
 def _top_k(z, k, mesh):

@@ -28,7 +28,7 @@ from kd_jax.config import Config, UserError
 from kd_jax.evaluation import evaluate_rows
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
-from kd_jax.sharding import make_mesh, replicated
+from kd_jax.sharding import compiler_options, make_mesh, replicated
 from kd_jax.step import Arrays, TrainState, init_state, train_step
 from kd_jax.text import chat_template_of, check_path
 
@@ -76,7 +76,11 @@ def train(config: Config) -> None:
         loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
         layout = jax.tree.map(lambda x: x.sharding, state)  # of every step, the resumed ones too
         run_step = jax.jit(
-            train_step, static_argnums=(0, 1), donate_argnums=2, out_shardings=(layout, None)
+            train_step,
+            static_argnums=(0, 1),
+            donate_argnums=2,
+            out_shardings=(layout, None),
+            compiler_options=compiler_options(mesh),
         )
         batches = data.batches(
             rows,

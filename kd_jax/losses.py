@@ -4,12 +4,12 @@ u = log q are the student's log-probabilities and v = log p the teacher's, over 
 both at the temperature of the loss. A divergence is given entry by entry, before any sum, so that
 the fused head can take it in one pass: as f, whose sum over V is the value, and a = dL/du with the
 entries of u taken as free. The softmax then makes of a the gradient with respect to the student's
-logits over the temperature, a - q sum(a); terms c q of a, which cancel there, are left out.
-docs/losses.md has the table.
+logits over the temperature, a - q sum(a); terms c q of a cancel there, and are chosen so that a is
+0 where the models agree. docs/losses.md has the table.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ NEGATIVE = -1e30
 MAX_EXPONENT = 60.0
 
 Terms = tuple[jax.Array, jax.Array]
-Divergence = Callable[[jax.Array, jax.Array, LossConfig], Terms]
+Divergence = Callable[..., Terms]
 
 
 def forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
@@ -42,9 +42,11 @@ def symmetric_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Term
     return _mix(log_q, log_p, config, config.symmetric_weight, 1 - config.symmetric_weight)
 
 
-def adaptive_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
+def adaptive_kl(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None = None
+) -> Terms:
     """w KL(teacher || student) + (1 - w) KL(student || teacher), w a token's own (2404.02657)."""
-    weight = adaptive_weight(log_q, log_p, config.akl_mass)[..., None]
+    weight = adaptive_weight(log_q, log_p, config.akl_mass) if weight is None else weight
     return _mix(log_q, log_p, config, weight, 1 - weight)
 
 
@@ -76,7 +78,8 @@ def jsd_cross(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     over_p, over_q, ratio = _against_mixture(log_q, log_p, b)
     reverse = b * q * over_q
-    return (1 - b) * p * over_p + reverse, reverse - (1 - b) * ratio * ((1 - b) * p + b * q)
+    mixture = ratio * ((1 - b) * p + b * q)
+    return (1 - b) * p * over_p + reverse, reverse + (1 - b) * (q - mixture)
 
 
 def skew_forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
@@ -86,7 +89,7 @@ def skew_forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> T
         return forward_kl(log_q, log_p, config)
     p = jnp.exp(log_p)
     over_p, _, ratio = _against_mixture(log_q, log_p, s)
-    return p * over_p, -(1 - s) * p * ratio
+    return p * over_p, (1 - s) * (jnp.exp(log_q) - p * ratio)
 
 
 def skew_reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
@@ -96,7 +99,7 @@ def skew_reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> T
         return reverse_kl(log_q, log_p, config)
     q = jnp.exp(log_q)
     _, over_q, ratio = _against_mixture(log_q, log_p, 1 - s)
-    return q * over_q, q * (over_q - s * ratio)
+    return q * over_q, q * (over_q + s * (1 - ratio))
 
 
 def _against_mixture(log_q, log_p, weight):
@@ -161,18 +164,29 @@ DIVERGENCES: dict[str, Divergence] = {
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
 }
-# Those whose a sums to 0: the gradient is a, and sum(a) need not be taken.
-CENTRED = frozenset({"forward_kl"})
 
 
-def divergence_terms(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
-    """Returns f and a, [..., V] float32, of the divergence that is configured, as it reports it."""
+def divergence_terms(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None = None
+) -> Terms:
+    """Returns f and a, [..., V] float32, of the divergence that is configured, as it reports it.
+
+    Args:
+      weight: token_weight's, of which whole rows are needed; None finds it anew.
+    """
     log_q, log_p = jnp.maximum(log_q, NEGATIVE), jnp.maximum(log_p, NEGATIVE)
-    f, a = DIVERGENCES[config.divergence](log_q, log_p, config)
+    whole_rows = () if weight is None else (weight,)
+    f, a = DIVERGENCES[config.divergence](log_q, log_p, config, *whole_rows)
     if config.compat == "torchtune":  # its forward KL lacks the teacher's entropy
         shares = {"forward_kl": 1.0, "symmetric_kl": config.symmetric_weight, "reverse_kl": 0.0}
         f -= shares[config.divergence] * jnp.exp(log_p) * log_p
     return f, a
+
+
+def token_weight(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> jax.Array | None:
+    """Returns what divergence_terms needs of whole rows, [..., 1]; None for most divergences."""
+    adaptive = config.divergence == "adaptive_kl"
+    return adaptive_weight(log_q, log_p, config.akl_mass) if adaptive else None
 
 
 def divergence(
@@ -180,9 +194,8 @@ def divergence(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the divergence, [...], and its gradient in the student's logits / T, [..., V]."""
     f, a = divergence_terms(log_q, log_p, config)
-    if config.divergence not in CENTRED:
-        a -= jnp.exp(log_q) * jnp.sum(a, axis=-1, keepdims=True)
-    return jnp.sum(f, axis=-1), a
+    value, slope = over_vocab(jnp.add, 0.0, [f, a])
+    return value[..., 0], a - jnp.exp(log_q) * slope
 
 
 def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax.Array:
@@ -195,96 +208,67 @@ def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax
 
 # Log-probabilities nearer than this count as ties: four times the rounding of those near -10.
 RESOLUTION = 4e-6
+THRESHOLDS = 8
+"""Parts that a pass of the search divides what is left into."""
 
 
 def adaptive_weight(log_q: jax.Array, log_p: jax.Array, mass: float) -> jax.Array:
-    """Returns the forward KL's weight, [...], a constant: the head's share of sum |p - q|.
+    """Returns the forward KL's weight, [..., 1], a constant: the head's share of sum |p - q|.
 
     The head is the likeliest entries of the teacher that together have at most `mass`, and the
     first in any case. Entries that tie are in it together or not at all. Its least probability is
-    searched for, between bounds that draw nearer: ten times faster than sorting the vocabulary.
+    searched for, several thresholds in a pass, between bounds that draw nearer: much faster than
+    sorting the vocabulary.
     """
     p = jnp.exp(log_p)
     # The likeliest entry outside has at least a V-th of the mass outside.
     depth = math.log(log_p.shape[-1] / (1 - mass))
-    high = jnp.max(log_p, axis=-1) - RESOLUTION
+    high = jnp.max(log_p, axis=-1, keepdims=True) - RESOLUTION
     low = jnp.minimum(high, -depth - RESOLUTION)
-    count = 1 if jax.default_backend() == "cpu" else 7  # accelerators try several in one pass
 
     def narrow(_, bounds):
         low, high = bounds
-        thresholds = [low + (high - low) * (i / (count + 1)) for i in range(1, count + 1)]
-        for threshold in thresholds:
-            inside = jnp.where(p >= jnp.exp(threshold)[..., None], p, 0.0)
-            fits = jnp.sum(inside, axis=-1) <= mass
-            high = jnp.where(fits, jnp.minimum(high, threshold), high)
-            low = jnp.where(fits, low, jnp.maximum(low, threshold))
+        thresholds = [low + (high - low) * (i / THRESHOLDS) for i in range(1, THRESHOLDS)]
+        inside = [jnp.where(p >= jnp.exp(threshold), p, 0.0) for threshold in thresholds]
+        for threshold, total in zip(thresholds, over_vocab(jnp.add, 0.0, inside), strict=True):
+            high = jnp.where(total <= mass, jnp.minimum(high, threshold), high)
+            low = jnp.where(total <= mass, low, jnp.maximum(low, threshold))
         return low, high
 
-    num_passes = math.ceil(math.log(depth / RESOLUTION, count + 1))
+    num_passes = math.ceil(math.log(depth / RESOLUTION, THRESHOLDS))
     _, high = jax.lax.fori_loop(0, num_passes, narrow, (low, high))
     difference = jnp.abs(p - jnp.exp(log_q))
     # The bound is next above an entry outside, and p may be rounded otherwise than in the search.
-    least = jnp.exp(high + 0.5 * RESOLUTION)[..., None]
-    in_head = jnp.where(p >= least, difference, 0.0)
-    total = jnp.sum(difference, axis=-1)
-    return jnp.sum(in_head, axis=-1) / jnp.maximum(total, 1e-30)  # of equal models, 0
+    in_head = jnp.where(p >= jnp.exp(high + 0.5 * RESOLUTION), difference, 0.0)
+    head, total = over_vocab(jnp.add, 0.0, [in_head, difference])
+    return head / jnp.maximum(total, 1e-30)  # of equal models, 0
 
 
-def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q) = sum_v p (log p - log q), nats, [...]."""
-    return expectation(jnp.exp(log_p), log_p - log_q)
+def over_vocab(combine, start: float, arrays: Iterable[jax.Array]) -> list[jax.Array]:
+    """Returns each float32 array [..., V] reduced over V, [..., 1]: all of them in one pass."""
+    arrays = tuple(arrays)
+    starts = (jnp.float32(start),) * len(arrays)
+
+    def combine_all(some, others):
+        return tuple(map(combine, some, others))
+
+    reduced = jax.lax.reduce(arrays, starts, combine_all, dimensions=(arrays[0].ndim - 1,))
+    return [x[..., None] for x in reduced]
 
 
-def expectation(p: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns sum_v p x, where entries without probability count nothing even if x is infinite."""
-    return jnp.sum(jnp.where(p > 0, p * x, 0.0), axis=-1)
+def agreement_terms(log_q: jax.Array, log_p: jax.Array) -> dict[str, jax.Array]:
+    """Returns what says how near two models are, to be summed over V, [..., V].
 
-
-def cross_entropy(log_q: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-log q[label], nats.
-
-    Returns:
-      value [...] and its gradient with respect to the student's logits, q - onehot, [..., V].
+    KL(teacher || student) and KL(student || teacher), nats, and the acceptance, sum min(p, q): the
+    chance that a draft token of the student's is accepted by the teacher (arXiv 2211.17192).
     """
-    picked = labels[..., None] == jnp.arange(log_q.shape[-1]).reshape((1,) * labels.ndim + (-1,))
-    return pick(log_q, labels), jnp.exp(log_q) - picked
-
-
-def pick(log_q: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns -log q[label] of [..., V] log-probabilities, [...]."""
-    return -jnp.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
-
-
-def entropy(log_p: jax.Array) -> jax.Array:
-    """-sum_v p log p, nats."""
-    return -expectation(jnp.exp(log_p), log_p)
-
-
-def top1_agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Returns 1.0 where both models rank the same token first, alone or beside others.
-
-    By the maxima, which the softmax needs anyway: finding their places takes several times longer.
-    """
-    first = student_logits == jnp.max(student_logits, axis=-1, keepdims=True)
-    first &= teacher_logits == jnp.max(teacher_logits, axis=-1, keepdims=True)
-    return jnp.any(first, axis=-1).astype(jnp.float32)
-
-
-def acceptance(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
-    """sum_v min(p, q): the chance that a speculative draft token is accepted (arXiv 2211.17192)."""
-    return jnp.sum(jnp.exp(jnp.minimum(log_q, log_p)), axis=-1)
-
-
-def confidence(log_q: jax.Array) -> jax.Array:
-    """Returns the probability of the likeliest entry."""
-    return jnp.exp(jnp.max(log_q, axis=-1))
-
-
-def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns 1.0 where the label is ranked first, alone or beside others."""
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return (picked == jnp.max(logits, axis=-1)).astype(jnp.float32)
+    log_q, log_p = jnp.maximum(log_q, NEGATIVE), jnp.maximum(log_p, NEGATIVE)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return {
+        "kl_forward": p * (log_p - log_q),
+        "kl_reverse": q * (log_q - log_p),
+        "acceptance": jnp.minimum(p, q),
+    }
 
 
 def overlap(places: jax.Array, others: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from kd_jax.architecture import Architecture, Rope
 from kd_jax.attention import attention
+from kd_jax.matmul import SAVED_ATTENTION, SAVED_PRODUCT, project
 
 
 class LoraParam(nnx.Param):
@@ -34,26 +35,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
-        y = _project(x, self.weight[...], self.dtype)
+        y = project(x, self.weight[...], self.dtype)
         if self.bias is not None:
-            bias = self.bias[...].astype(self.dtype)  # as _project casts weights
+            bias = self.bias[...].astype(self.dtype)  # as project casts weights
             y = y + bias[None, None]
         if self.lora_A is None or self.lora_B is None:
             return y
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = _project(x, self.lora_A[...], self.dtype)
-        return y + self.scale * _project(low, self.lora_B[...], self.dtype)
-
-
-def _project(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    weight = weight.astype(dtype)  # float32 master weights multiply in the model's dtype
-    if x.shape[1] == 1:
-        # One token a row, in decoding: a CPU is several times faster weight first, float32 out.
-        y = jnp.einsum("oi,BSi->oBS", weight, x, preferred_element_type=jnp.float32)
-        return jnp.moveaxis(y, 0, -1).astype(dtype)
-    return jnp.einsum("BSi,oi->BSo", x, weight)
+        low = project(x, self.lora_A[...], self.dtype)
+        return y + self.scale * project(low, self.lora_B[...], self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -183,8 +175,12 @@ class Decoder(nnx.Module):
 def _with_remat(run_layer, policy: str):
     if policy == "none":
         return run_layer
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    saved = {"layer": None, "dots": dots}[policy]
+    kept = {
+        "layer": (),
+        "attention": (SAVED_ATTENTION,),
+        "dots": (SAVED_ATTENTION, SAVED_PRODUCT),
+    }[policy]
+    saved = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(run_layer, policy=saved, prevent_cse=False)
 
 

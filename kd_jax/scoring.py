@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from kd_jax.build import put_batch
 from kd_jax.config import LossConfig
 from kd_jax.data import pack
-from kd_jax.kd_head import HeadConfig, chunk_len, token_metrics
+from kd_jax.kd_head import HeadConfig, chunk_tokens, token_metrics
 from kd_jax.model import Structure, rebuild
-from kd_jax.sharding import BATCH_AXES, constrain, num_batch_shards, replicated
+from kd_jax.sharding import BATCH_AXES, compiler_options, constrain, num_batch_shards, replicated
 from kd_jax.step import Arrays
 
 Tokens = tuple[int, ...]
@@ -49,7 +49,12 @@ class Scorer:
 
 def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request, Score]]:
     """Yields every different request with its score, in an order of its own."""
-    run = jax.jit(_score_step, static_argnums=(0, 1, 2), out_shardings=replicated(scorer.mesh))
+    run = jax.jit(
+        _score_step,
+        static_argnums=(0, 1, 2),
+        out_shardings=replicated(scorer.mesh),
+        compiler_options=compiler_options(scorer.mesh),
+    )
     by_length: dict[int, list[_Piece]] = {}
     for piece in _pieces(dict.fromkeys(requests), scorer.row_tokens):
         by_length.setdefault(_row_length(piece.length, scorer.row_tokens), []).append(piece)
@@ -114,10 +119,13 @@ def _score_rows(
     batch: Batch = {name: np.zeros((len(rows), length), np.int32) for name in COLUMNS}
     batch["mask"] = np.zeros((len(rows), length), bool)
     places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
-    rows_per_device = len(rows) // num_batch_shards(scorer.mesh)
+    platform, num_shards = scorer.mesh.devices.flat[0].platform, num_batch_shards(scorer.mesh)
     head = HeadConfig(
         loss=LossConfig(),  # unused without a teacher
-        chunk_len=chunk_len(None, rows_per_device, length),
+        chunk_tokens=chunk_tokens(
+            None, platform, scorer.vocab_size, len(rows) * length // num_shards
+        ),
+        num_shards=num_shards,
         vocab_size=scorer.vocab_size,
     )
     placed = put_batch(batch, scorer.mesh)

@@ -49,6 +49,17 @@ def make_mesh(config: MeshConfig, batch_rows: int) -> Mesh:
     )
 
 
+def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
+    """Returns what XLA is told besides its defaults, for programs on these devices.
+
+    A CPU's sums over the vocabulary are vectorised only if their terms may be added in any order;
+    NaN and infinity stay what they are. docs/benchmarks.md has the times.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
+
+
 def weight_sharding(
     mesh: Mesh, dims: tuple[str, ...], shape: tuple[int, ...], rules: Rules = RULES
 ) -> NamedSharding:

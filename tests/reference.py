@@ -99,20 +99,11 @@ def distil(
       options: of the divergence.
     """
     student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
-    log_q, log_p = log_softmax(student), log_softmax(teacher)
-    log_p_t = log_softmax(teacher / temperature)
-    picked = np.asarray(labels)[..., None]
-    ce = -np.take_along_axis(log_q, picked, -1)[..., 0]
     options["temperature"] = temperature
     kd = scale * divergence(divergence_name, student, teacher, **options)
-    values = {
-        "loss": (1 - kd_ratio) * ce + kd_ratio * kd,
-        "ce_loss": ce,
-        "kd_loss": kd,
-        "teacher_entropy": -(np.exp(log_p_t) * log_p_t).sum(-1),
-        "teacher_ce": -np.take_along_axis(log_p, picked, -1)[..., 0],
-        "top1_agreement": student.argmax(-1) == teacher.argmax(-1),
-    }
+    values = evaluate(student, teacher, labels, top_k=1)
+    ce = values["ce"]
+    values |= {"loss": (1 - kd_ratio) * ce + kd_ratio * kd, "ce_loss": ce, "kd_loss": kd}
     return {name: float((value * mask).sum()) for name, value in values.items()}
 
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "command", "sharding", "attention", "architecture", "model", "lora", "decoding",
-    "losses", "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
+    "config", "command", "sharding", "matmul", "attention", "architecture", "model", "lora",
+    "decoding", "losses", "kd_head", "scores", "disk", "text", "data", "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "inference", "evaluation", "scoring", "loop",
     "train", "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves",
     "report", "sweep", "grammar", "scratch", "outcome", "demo",

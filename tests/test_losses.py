@@ -129,7 +129,16 @@ def test_swapped_models_are_seen(name, monkeypatch):
 
 @pytest.mark.parametrize("name", losses.DIVERGENCES.keys() - {"forward_kl"})
 def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
-    monkeypatch.setattr(losses, "CENTRED", {name})
+    right = losses.over_vocab
+
+    def no_slope(*arguments):
+        value, slope = right(*arguments)
+        return value, 0 * slope
+
+    weight = losses.adaptive_weight  # which takes sums of its own
+    monkeypatch.setattr(losses, "adaptive_weight", lambda *x: jax.jit(weight, static_argnums=2)(*x))
+    assert not is_seen(ONE_EACH[name])
+    monkeypatch.setattr(losses, "over_vocab", no_slope)
     assert is_seen(ONE_EACH[name])
 
 
@@ -217,8 +226,9 @@ def test_bounds_hold(beta):
     assert distance.max() <= 1 + 1e-6 and distance.max() > 0.9
     forward = value_of(*logits, divergence="forward_kl")
     assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
-    accepted = losses.acceptance(*map(jax.nn.log_softmax, logits))
-    np.testing.assert_allclose(distance, 1 - accepted, atol=1e-6)
+    terms = losses.agreement_terms(*map(jax.nn.log_softmax, logits))
+    (accepted,) = losses.over_vocab(jnp.add, 0.0, [terms["acceptance"]])
+    np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
 
 
 FORWARD, REVERSE = {"divergence": "forward_kl"}, {"divergence": "reverse_kl"}
@@ -302,7 +312,7 @@ def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
 def test_the_head_of_the_teachers_mass_is_that_of_a_sort(mass, deviation):
     student, teacher = make_logits(3, num_tokens=40, size=5000, deviation=deviation)
     log_q, log_p = (np.asarray(jax.nn.log_softmax(z)) for z in (student, teacher))
-    got = jax.jit(losses.adaptive_weight, static_argnums=2)(log_q, log_p, mass)
+    got = jax.jit(losses.adaptive_weight, static_argnums=2)(log_q, log_p, mass)[:, 0]
     q, p = (np.exp(np.float64(x)) for x in (log_q, log_p))
     want = reference.adaptive_weight(q, p, mass)
     assert np.ptp(want) > 0.001
@@ -319,7 +329,7 @@ def test_entries_that_tie_are_in_the_head_together():
     log_q = jnp.log(jnp.array([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3], [0.4, 0.2, 0.2, 0.2]]))
     # Of 0.7 the first alone, since three of 0.2 are too many; all four of 0.25; the first always.
     got = losses.adaptive_weight(log_q, log_p, 0.7 - 0.01)
-    np.testing.assert_allclose(got, [0.5, 1.0, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(got, [[0.5], [1.0], [0.5]], rtol=1e-5)
 
 
 B, S, DS, DT = 2, 7, 5, 6
@@ -332,7 +342,7 @@ def run_head(case, temperature, padding, length):
     w_s, w_t = (rng.normal(size=(V + padding, D)).astype(np.float32) for D in (DS, DT))
     labels, mask = rng.integers(0, V, (B, S)), rng.random((B, S)) < 0.7
     loss = LossConfig(kd_ratio=0.4, temperature=temperature, scale_by_t2=True, **case)
-    config = HeadConfig(loss=loss, chunk_len=length, vocab_size=V)
+    config = HeadConfig(loss=loss, chunk_tokens=length, vocab_size=V)
     scalars = LossScalars(jnp.float32(0.4), jnp.float32(temperature))
 
     @jax.jit

@@ -248,7 +248,7 @@ def test_a_token_sees_its_documents_past_and_nothing_else():
     assert (seen[:6] == 0).all() and (seen[9:] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "layer"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "layer"])
 def test_remat_changes_no_gradient(remat):
     theirs = tiny.make_torch_model("llama", 3)
     tokens, positions = some_tokens(rows=1)

@@ -1,0 +1,128 @@
+"""Attention by blocks and its backward pass, against jax's own and float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax import attention as module
+from kd_jax.attention import attention
+from kd_jax.matmul import project
+
+pytestmark = pytest.mark.fast
+
+B, N, K, H = 2, 4, 2, 8
+
+
+def make_inputs(S, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = ((B, S, N, H), (B, S, K, H), (B, S, K, H), (B, S, N, H))
+    q, k, v, d = ((2 * rng.normal(size=shape)).astype(dtype) for shape in shapes)
+    segments = np.sort(rng.integers(0, 3, (B, S)), axis=1).astype(np.int32)
+    return q, k, v, segments, d
+
+
+def expected(q, k, v, segments):
+    """Returns attention in float64 NumPy, written out token by token."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, s, n in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(segments[b, : s + 1] == segments[b, s])
+        z = k[b, seen, n * K // N] @ q[b, s, n] / H**0.5
+        weights = np.exp(z - z.max())
+        out[b, s, n] = weights @ v[b, seen, n * K // N] / weights.sum()
+    return out
+
+
+def with_gradients(run, q, k, v, segments, d):
+    def both(q, k, v):
+        out, vjp = jax.vjp(lambda *x: run(*x, segments), q, k, v)
+        return out, *vjp(d)
+
+    return jax.jit(both)(q, k, v)
+
+
+def jaxs_own(q, k, v, segments):
+    seen = segments[:, None, :, None] == segments[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, implementation="xla")
+
+
+@pytest.mark.parametrize("S", [1, 60, 128, 129, 300])
+def test_attention_equals_float64(S):
+    q, k, v, segments, _ = make_inputs(S)
+    got = jax.jit(attention)(q, k, v, segments)
+    np.testing.assert_allclose(got, expected(q, k, v, segments), atol=5e-6)
+
+
+@pytest.mark.parametrize("S", [60, 300])
+def test_gradients_equal_those_of_jaxs_own(S):
+    inputs = make_inputs(S)
+    for ours, theirs in zip(
+        with_gradients(attention, *inputs), with_gradients(jaxs_own, *inputs), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_block_that_sees_too_little_is_noticed(monkeypatch):
+    blocks = module._blocks
+    monkeypatch.setattr(
+        module, "_blocks", lambda n: [slice(x.start, x.stop - 1) for x in blocks(n)]
+    )
+    q, k, v, segments, _ = make_inputs(300)
+    got = jax.jit(lambda *x: attention(*x))(q, k, v, segments)
+    assert got.shape != q.shape or np.abs(got - expected(q, k, v, segments)).max() > 1e-3
+
+
+def test_bfloat16_stays_as_near_as_jaxs_own():
+    inputs = make_inputs(300, jnp.bfloat16)
+    q, k, v, segments, d = inputs
+    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+    exact = with_gradients(jaxs_own, *wide, segments, np.asarray(d, np.float32))
+    ours, theirs = (with_gradients(run, *inputs) for run in (attention, jaxs_own))
+    for got, peer, want in zip(ours, theirs, exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        got, peer, want = (np.asarray(x, np.float32) for x in (got, peer, want))
+        assert np.abs(got - want).max() < 1.5 * np.abs(peer - want).max() + 1e-3
+
+
+def largest_array(run, *inputs):
+    """Returns the elements of the largest array that a function and its gradient make."""
+    closed = jax.make_jaxpr(lambda *x: with_gradients(run, *x))(*inputs)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (out.aval.size for out in equation.outvars)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    return max(sizes(closed.jaxpr))
+
+
+def test_no_array_of_all_queries_and_keys_exists():
+    inputs = make_inputs(1024)
+    every = B * N * 1024 * 1024
+    assert largest_array(attention, *inputs) <= every / 8
+    assert largest_array(jaxs_own, *inputs) >= every
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_products_and_their_gradients_equal_float64(dtype):
+    rng = np.random.default_rng(1)
+    x, weight, d = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((B, 9, 40), (30, 40), (B, 9, 30))
+    )
+    x, d = x.astype(dtype), d.astype(dtype)
+
+    def both(x, weight):
+        y, vjp = jax.vjp(lambda *a: project(*a, dtype), x, weight)
+        return y, *vjp(d)
+
+    y, dx, d_weight = jax.jit(both)(x, weight)
+    assert (y.dtype, dx.dtype, d_weight.dtype) == (dtype, dtype, np.float32)
+    x64, d64 = np.asarray(x, np.float64), np.asarray(d, np.float64)
+    used = np.asarray(weight.astype(dtype), np.float64)
+    rounding = 1e-6 if dtype == np.float32 else 2**-8
+    np.testing.assert_allclose(y, x64 @ used.T, atol=rounding * 40)
+    np.testing.assert_allclose(dx, d64 @ used, atol=rounding * 30)
+    # The weight's gradient never is bfloat16.
+    np.testing.assert_allclose(d_weight, np.einsum("bso,bsi->oi", d64, x64), rtol=1e-4, atol=1e-5)
