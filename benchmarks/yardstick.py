@@ -35,7 +35,6 @@ def get_config():
         data=DataConfig(path="{data}", seq_len=512, batch_size=4, max_conversations=400,
                         cache_dir="{out}/rows"),
         optim=OptimConfig(warmup_steps=10, clip_norm=None),
-        remat="none",
         compilation_cache=None,
         steps={steps},
     )

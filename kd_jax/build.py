@@ -1,7 +1,7 @@
 """From a configuration to what runs: checked inputs, models on the mesh, the step's program."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ def open_source(path: str, adapter: str | None, field: str) -> Source:
         hashes[f"{field}.adapter"] = fingerprint(adapter_folder)
     tokenizer = load_tokenizer(folder)
     return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, hashes=hashes)
+
+
+def without_tokenizer(source: Source) -> Source:
+    """Returns the source without its tokenizer, which takes more memory than a small model."""
+    return replace(source, tokenizer=None)
 
 
 def shared_vocab_size(student: Source, teacher: Source | None) -> int:

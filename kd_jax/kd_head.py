@@ -66,7 +66,7 @@ def chunk_tokens(wanted: int | None, platform: str, vocab_size: int, shard_token
     accelerator, whose matrix units want many rows, what makes two float32 logits fill a gibibyte.
     """
     if wanted is None:
-        wanted = 128 if platform == "cpu" else max(128, 2**27 // vocab_size // 128 * 128)
+        wanted = 96 if platform == "cpu" else max(128, 2**27 // vocab_size // 128 * 128)
     return min(wanted, shard_tokens)
 
 

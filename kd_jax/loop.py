@@ -23,6 +23,7 @@ from kd_jax.build import (
     put_batch,
     shared_vocab_size,
     start_jax,
+    without_tokenizer,
 )
 from kd_jax.config import Config, UserError
 from kd_jax.evaluation import evaluate_rows
@@ -42,6 +43,7 @@ def train(config: Config) -> None:
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
     rows, eval_rows = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
+    student, teacher = without_tokenizer(student), teacher and without_tokenizer(teacher)
     num_steps = data.num_steps(rows, config)
     if (config.loss.schedule_steps or 0) > num_steps:
         raise UserError(
