@@ -115,29 +115,36 @@ kd_head.defvjp(_forward, _backward)
 
 
 def _run(config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
-    C = config.chunk_tokens
+    G, C = config.num_shards, config.chunk_tokens
     rows, order, num_chunks = _arrange(config, student_hidden, teacher_hidden, labels, mask)
     heads = _heads(rows, student_head, teacher_head)
     entries = _entries(heads)
+
+    def by_shard(x):  # what is summed in the loop is summed over the shards after it
+        return x.reshape(G, C, *x.shape[1:])
 
     def run_chunk(index, carry):
         sums, d_hidden, d_head = carry
         h_s, z_s, z_t, y, m = _chunk(config, rows, heads, index)
         values, d_logits = _token_losses(config, scalars, z_s, z_t, y, m, entries)
-        sums = {name: x + jnp.sum(jnp.where(m, values[name], 0.0)) for name, x in sums.items()}
+        for name, x in sums.items():
+            sums[name] = x + jnp.sum(by_shard(jnp.where(m, values[name], 0.0)), axis=1)
         d_logits = d_logits.astype(h_s.dtype)
         product = jnp.einsum("NV,DV->ND", d_logits, heads[0], preferred_element_type=jnp.float32)
-        product = product.astype(h_s.dtype).reshape(-1, C, h_s.shape[-1])
+        product = by_shard(product.astype(h_s.dtype))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
         if d_head is not None:
-            d_head += jnp.einsum("NV,ND->VD", d_logits, h_s, preferred_element_type=jnp.float32)
+            operands = by_shard(d_logits), by_shard(h_s)
+            d_head += jnp.einsum("GCV,GCD->GVD", *operands, preferred_element_type=jnp.float32)
         return sums, d_hidden, d_head
 
     names = ("loss", *(SINGLE_METRICS if teacher_head is None else METRICS))
-    sums = dict.fromkeys(names, jnp.zeros((), jnp.float32))
-    d_head = jnp.zeros(heads[0].shape[::-1], jnp.float32) if config.head_trainable else None
+    sums = dict.fromkeys(names, jnp.zeros(G, jnp.float32))
+    d_head = jnp.zeros((G, *heads[0].shape[::-1]), jnp.float32) if config.head_trainable else None
     start = (sums, jnp.zeros_like(rows[0]), d_head)
     sums, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
+    sums = {name: jnp.sum(x) for name, x in sums.items()}
+    d_head = None if d_head is None else jnp.sum(d_head, axis=0)
     return sums.pop("loss"), sums, (_put_back(d_hidden, order, mask), d_head)
 
 

@@ -1,6 +1,7 @@
 """The fused head and the losses against float64 NumPy, and torchtune's published values."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,35 @@ def test_devices_change_nothing(sizes):
     alone = token_values(config, *inputs)
     for name, value in token_values(sharded, *placed, mesh=mesh).items():
         np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def loop_bodies(program):
+    """Yields the text of each while loop's body in a compiled program, with what it calls."""
+    parts = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S))
+    for body in re.findall(r"body=(%[\w.-]+)", program):
+        seen, waiting = set(), [body]
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += [called for called in parts if f"{called}," in parts[name]]
+        yield "".join(parts[name] for name in seen)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (2, 4)])
+def test_devices_say_nothing_to_each_other_between_chunks(sizes):
+    config = dataclasses.replace(CONFIG, head_trainable=True, num_shards=8, chunk_tokens=2)
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1]), 2 * B)
+    inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
+    inputs[2], inputs[3] = make_inputs()[2:4]
+    rows, whole = (NamedSharding(mesh, PartitionSpec(x)) for x in (("data", "fsdp"), None))
+    placed = [jax.device_put(x, whole if i in (2, 3) else rows) for i, x in enumerate(inputs)]
+    run = jax.jit(lambda *x: value_and_gradients(config, *x))
+    program = run.lower(*placed).compile().as_text()
+    collectives = re.compile("all-(reduce|gather|to-all)|reduce-scatter|collective-permute")
+    bodies = list(loop_bodies(program))
+    assert collectives.search(program) and any("dot" in body for body in bodies)
+    assert not any(collectives.search(body) for body in bodies)
 
 
 # torchtune's own test inputs (bfloat16, [2, 4, 4]) and what it expects of them.

@@ -127,7 +127,7 @@ def test_swapped_models_are_seen(name, monkeypatch):
     assert is_seen(ONE_EACH[name])
 
 
-@pytest.mark.parametrize("name", losses.DIVERGENCES.keys() - {"forward_kl"})
+@pytest.mark.parametrize("name", sorted(losses.DIVERGENCES.keys() - {"forward_kl"}))
 def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
     right = losses.over_vocab
 
