@@ -23,7 +23,8 @@ from kd_jax.kd_head import (
     kd_head,
     token_metrics,
 )
-from kd_jax.sharding import make_mesh
+from kd_jax.losses import DIVERGENCES
+from kd_jax.sharding import compiler_options, make_mesh
 
 pytestmark = pytest.mark.fast
 
@@ -369,3 +370,18 @@ def test_two_models_logits_of_a_chunk_fill_at_most_a_gibibyte():
     for vocab_size in (32_000, 128_256, 152_064):
         tokens = chunk_tokens(None, "gpu", vocab_size, shard_tokens=10**6)
         assert 2**29 < 2 * 4 * tokens * vocab_size <= 2**30
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
+    config = dataclasses.replace(make_head(divergence=divergence), chunk_tokens=64, vocab_size=8000)
+    shapes = [(2, 128, DS), (2, 128, DT), (8000, DS), (8000, DT)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    arrays += [jax.ShapeDtypeStruct((2, 128), kind) for kind in (jnp.int32, jnp.bool)]
+    mesh = make_mesh(MeshConfig(data=8), 8)
+    run = jax.jit(
+        lambda *x: value_and_gradients(config, *x), compiler_options=compiler_options(mesh)
+    )
+    memory = run.lower(*arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 4 * 64 * 8000 * 4
