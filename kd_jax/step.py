@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from kd_jax.kd_head import HeadConfig, LossScalars, kd_head, token_metrics
+from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.model import Decoder, Structure, rebuild
 from kd_jax.optim import interpolate
 from kd_jax.sharding import BATCH_AXES, constrain
+from kd_jax.token_loss import LossScalars
 
 Arrays = dict[str, jax.Array]
 

@@ -12,7 +12,8 @@ import reference
 
 from kd_jax import losses
 from kd_jax.config import LossConfig
-from kd_jax.kd_head import HeadConfig, LossScalars, kd_head
+from kd_jax.kd_head import HeadConfig, kd_head
+from kd_jax.token_loss import LossScalars
 
 pytestmark = pytest.mark.fast
 

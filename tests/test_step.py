@@ -321,6 +321,7 @@ def test_no_array_of_tokens_by_vocabulary_beyond_one_chunk(make_config, trainabl
     vocab_size = run.program.head.vocab_size
     widths = (64, 96)
     heads = {(vocab_size, D) for D in widths} | {(D, vocab_size) for D in widths}
+    heads |= {(1, vocab_size, D) for D in widths}  # a shard's gradient
     arguments = run.arguments(run.batch())
     step = jax.jit(train_step, static_argnums=(0, 1))
     text = step.lower(run.program, run.optimizer, *arguments).compile().as_text()

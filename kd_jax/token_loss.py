@@ -1,0 +1,142 @@
+"""From both models' logits to each token's loss, metrics and gradient, in few passes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.config import LossConfig
+
+# What training sums up, and what an evaluation says of each token; without a teacher the SINGLE_.
+SINGLE_METRICS = ("ce_loss", "entropy")
+METRICS = (
+    *SINGLE_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
+    "teacher_ce", "teacher_entropy",
+)  # fmt: skip
+SINGLE_EVAL_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
+EVAL_METRICS = (
+    *SINGLE_EVAL_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
+    "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct",
+)  # fmt: skip
+
+
+class LossScalars(NamedTuple):
+    """What a schedule may change from step to step: float32 scalars."""
+
+    kd_ratio: jax.Array
+    temperature: jax.Array
+
+
+def static_temperature(config: LossConfig) -> float | None:
+    """Returns the temperature that is known while compiling; None where it follows a schedule."""
+    return config.temperature if config.temperature_end is None else None
+
+
+def token_losses(config, scalars, z_s, z_t, labels, mask, entries):
+    """Returns each token's loss and metrics, and the gradient of the masked loss.
+
+    Four passes over the vocabulary: maxima, sums of exponentials, losses, gradient.
+
+    Args:
+      config: LossConfig.
+      scalars: LossScalars; None for no teacher.
+      z_s: [N, V] float32, the student's logits.
+      z_t: [N, V] float32, the teacher's; None for no teacher, where the loss is CE.
+      labels: [N] int32.
+      mask: [N] bool; a token without a loss has no gradient.
+      entries: [V] int32, 0 to V - 1.
+
+    Returns:
+      values by the names above, [N] float32, mask or not; the gradient in z_s, [N, V] float32.
+    """
+    T = None if z_t is None else static_temperature(config) or scalars.temperature
+    student, *teachers = _softmaxes([z_s] if z_t is None else [z_s, z_t], T)
+    values = _model_values(student, z_s, labels)
+    values["ce_loss"] = values["ce"]
+    if not teachers:
+        return values | {"loss": values["ce"]}, _d_ce(student, z_s, labels, mask, entries)
+    (teacher,), ratio = teachers, scalars.kd_ratio
+    for name, value in _model_values(teacher, z_t, labels).items():
+        values[f"teacher_{name}"] = value
+    weight = losses.token_weight(_log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config)
+    value, slope = losses.divergence_terms(
+        _log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config, weight
+    )
+    agree = (z_s == student.highest) & (z_t == teacher.highest)
+    terms = {
+        "kd_loss": value,
+        "slope": slope,
+        "top1_agreement": agree.astype(jnp.float32),
+        **losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t)),
+    }
+    sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values()), strict=True))
+    total_slope, scale = sums.pop("slope"), losses.t2_factor(T, config)
+    values |= {name: x[:, 0] for name, x in sums.items()}
+    values["kd_loss"] *= scale
+    values["top1_agreement"] = jnp.minimum(values["top1_agreement"], 1.0)  # several may tie
+    values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
+    # The barrier has XLA compute the exponentials again rather than store them.
+    student, teacher = jax.lax.optimization_barrier((student, teacher))
+    log_q = _log_probs(student, z_s, T)
+    _, slope = losses.divergence_terms(log_q, _log_probs(teacher, z_t, T), config, weight)
+    d_kd = (slope - jnp.exp(log_q) * total_slope) * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
+    return values, d_kd + _d_ce(student, z_s, labels, jnp.where(mask, 1 - ratio, 0.0), entries)
+
+
+class _Softmax(NamedTuple):
+    """What the softmax of one model's logits needs besides them, [N, 1] each."""
+
+    highest: jax.Array
+    """The largest logit."""
+    log_sum: jax.Array
+    """log sum_v exp(logit - highest)."""
+    tempered_log_sum: jax.Array
+    """log sum_v exp((logit - highest) / T)."""
+    entropy: jax.Array
+    """Nats, at temperature 1."""
+
+
+def _softmaxes(logits, T):
+    """Returns the _Softmax of each model's logits: one pass for all maxima, one for all sums."""
+    highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits)
+    shifted = [z - m for z, m in zip(logits, highest, strict=True)]
+    terms = [term for x in shifted for term in (jnp.exp(x), jnp.exp(x) * x)]
+    if not _is_one(T):
+        terms += [jnp.exp(x / T) for x in shifted]
+    sums = losses.over_vocab(jnp.add, 0.0, terms)
+    K = len(logits)
+    totals, moments, tempered = sums[: 2 * K : 2], sums[1 : 2 * K : 2], sums[2 * K :]
+    return [
+        _Softmax(m, jnp.log(total), jnp.log(hot), jnp.log(total) - moment / total)
+        for m, total, moment, hot in zip(highest, totals, moments, tempered or totals, strict=True)
+    ]
+
+
+def _is_one(T):
+    return T is None or (isinstance(T, (int, float)) and T == 1)
+
+
+def _log_probs(softmax, logits, T=None):
+    """Returns log-probabilities [N, V] at temperature T, 1 by default."""
+    if _is_one(T):
+        return logits - softmax.highest - softmax.log_sum
+    return (logits - softmax.highest) / T - softmax.tempered_log_sum
+
+
+def _d_ce(softmax, logits, labels, weights, entries):
+    """Returns the gradient of -log q[label] in the logits, weights (q - onehot), [N, V]."""
+    weights = weights[:, None].astype(jnp.float32)
+    onehot = jnp.where(labels[:, None] == entries[None], weights, 0.0)
+    return jnp.exp(_log_probs(softmax, logits)) * weights - onehot
+
+
+def _model_values(softmax, logits, labels):
+    """Returns what is said of each token of one model alone, [N]."""
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return {
+        "ce": (softmax.log_sum - (picked - softmax.highest))[:, 0],
+        "entropy": softmax.entropy[:, 0],
+        "confidence": jnp.exp(-softmax.log_sum)[:, 0],
+        "correct": (picked == softmax.highest)[:, 0].astype(jnp.float32),
+    }
