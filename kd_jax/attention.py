@@ -117,8 +117,8 @@ _blockwise.defvjp(_forward, _backward)
 
 
 def _blocks(num_tokens: int) -> list[slice]:
-    """Returns blocks of queries: of 128, or as many more as keeps them to sixteen."""
-    size = max(128, -(-num_tokens // 16))
+    """Returns blocks of queries: of 128, or of as many more as keep them to eight."""
+    size = max(128, -(-num_tokens // 8))
     return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
 
 
