@@ -20,6 +20,7 @@ from kd_jax.hf import (
     load_arrays,
     stack_adapter,
 )
+from kd_jax.hidden import PROJECTION, init_projection, projection_weight
 from kd_jax.kd_head import HeadConfig, chunk_tokens
 from kd_jax.lora import add_adapters, is_adapter
 from kd_jax.model import Decoder, Structure, named_arrays
@@ -143,6 +144,10 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
     trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
     if lora:  # small enough for every device to hold them; whole weights stay as they were loaded
         trainable = {name: jax.device_put(x, replicated(mesh)) for name, x in trainable.items()}
+    wide = None if teacher is None else teacher.arch
+    for name, like in _abstract_projection(config, student.arch, wide, mesh).items():
+        value = init_projection(like.shape, config.seed)
+        trainable[name] = jax.device_put(value, like.sharding)
     teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
     return Models(
         student=structure,
@@ -196,7 +201,8 @@ def abstract_models(
         )
     return Models(
         student=structure,
-        trainable={name: x for name, x in placed.items() if is_adapter(name) or not lora},
+        trainable={name: x for name, x in placed.items() if is_adapter(name) or not lora}
+        | _abstract_projection(config, student, teacher, mesh),
         frozen={name: x for name, x in placed.items() if lora and not is_adapter(name)},
         teacher=teacher_structure,
         teacher_arrays=teacher_arrays,
@@ -210,6 +216,17 @@ def _abstract_arrays(arch: Architecture, dtype: str, mesh: Mesh) -> dict[str, An
         )
         for path, weight in weights(arch).items()
     }
+
+
+def _abstract_projection(
+    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
+) -> dict[str, Any]:
+    """Returns the projection of the hidden-state loss by its name; nothing for none."""
+    weight = projection_weight(config, student, teacher)
+    if weight is None:
+        return {}
+    sharding = weight_sharding(mesh, weight.dims, weight.shape)
+    return {PROJECTION: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding)}
 
 
 def _abstract(make: Callable[[Arrays], tuple[Arrays, Structure]], stored: Arrays):
@@ -281,6 +298,7 @@ def make_program(
         student=models.student,
         teacher=models.teacher,
         head=head,
+        hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
         dropout=config.trainable == "lora" and config.lora.dropout > 0,
         seed=config.seed,

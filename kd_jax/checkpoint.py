@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import Config, UserError, differences, dump, from_json
 from kd_jax.disk import write_whole
+from kd_jax.hidden import PROJECTION
 from kd_jax.step import TrainState
 
 PACKAGES = (
@@ -71,7 +72,10 @@ def restore(checkpointer: ocp.training.Checkpointer, like: TrainState) -> TrainS
 
 
 def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
-    """Returns a checkpoint's trained arrays by dotted path, and its step; None takes the latest."""
+    """Returns the student's arrays in a checkpoint by dotted path, and its step; None: the latest.
+
+    What is trained beside the student, the hidden-state loss's projection, is not read.
+    """
     folder = workdir.absolute() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no checkpoints in it")
@@ -85,10 +89,13 @@ def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.n
             raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
         saved = checkpointer.metadata(step).metadata
         abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved)
-        abstract["trainable"] = {
-            name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved["trainable"].items()
+        abstract["trainable"] |= {
+            name: np.empty(leaf.shape, leaf.dtype)
+            for name, leaf in saved["trainable"].items()
+            if name != PROJECTION
         }
-        return checkpointer.load(step, abstract)["trainable"], step
+        loaded = checkpointer.load(step, abstract)["trainable"]
+        return {name: x for name, x in loaded.items() if name != PROJECTION}, step
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_steps: int) -> None:

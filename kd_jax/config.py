@@ -289,6 +289,42 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenConfig:
+    """An optional term, hidden.weight * hidden_loss, that brings layers' outputs to the teacher's.
+
+    States are divided by their root mean square. Where the models' widths differ, a projection is
+    trained for each pair of layers; it is checkpointed and never exported. Evaluations leave the
+    term out.
+    """
+
+    weight: float = 0.0
+    """Weight of the hidden-state loss, added to the loss on the tokens; 0 turns it off."""
+    kind: Literal["mse", "cosine"] = "mse"
+    """Mean square of projected student less teacher over the width, or 1 - their cosine; mean over
+    the pairs of layers, and over the target tokens."""
+    student_layers: tuple[int, ...] = ()
+    """Student layers whose outputs are compared, from 0; -1 is the last one."""
+    teacher_layers: tuple[int, ...] = ()
+    """The teacher's layer for each of student_layers, in the same order."""
+
+    def check(self, checks: _Checks) -> None:
+        checks.require(0 <= self.weight < float("inf"), "hidden.weight", "at least 0", self.weight)
+        wanted = len(self.student_layers)
+        checks.require(
+            len(self.teacher_layers) == wanted,
+            "hidden.teacher-layers",
+            f"as many as hidden.student-layers, {wanted}",
+            self.teacher_layers,
+        )
+        checks.require(
+            self.weight == 0 or wanted > 0,
+            "hidden.student-layers",
+            "at least one layer with hidden.weight above 0",
+            self.student_layers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     path: str
     """Training data: .json (array or lines), .jsonl, .parquet, or a dataset id on the hub."""
@@ -448,6 +484,7 @@ class Config:
     """Train low-rank adapters on the student, or all of its weights."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -473,7 +510,7 @@ class Config:
         checks.finish()  # values of a wrong type cannot be compared
         if self.trainable == "lora":
             self.lora.check(checks)
-        for part in (self.loss, self.data, self.optim, self.mesh, self.checkpoint):
+        for part in (self.loss, self.hidden, self.data, self.optim, self.mesh, self.checkpoint):
             part.check(checks)
         self.eval.check(checks)
         self.log.check(checks)
@@ -506,6 +543,12 @@ class Config:
             "auto or xla with a float32 student or teacher",
             self.attention,
         )
+        checks.require(
+            self.hidden.weight == 0 or self.distils,
+            "hidden.weight",
+            "0 without a teacher or with loss.kd-ratio 0",
+            self.hidden.weight,
+        )
         checks.finish()
 
     @property
@@ -513,6 +556,11 @@ class Config:
         """Whether a teacher takes part; else the loss is the cross-entropy alone."""
         highest = max(self.loss.kd_ratio, self.loss.kd_ratio_end or 0)
         return self.teacher is not None and highest > 0
+
+    @property
+    def compares_hidden(self) -> bool:
+        """Whether layers' outputs are compared with the teacher's."""
+        return self.distils and self.hidden.weight > 0
 
 
 # Fields that may differ when a run is resumed: where, how and in how much memory, never what is
@@ -548,9 +596,14 @@ def from_json(tree: dict[str, Any]) -> Config:
     kinds: dict[str, Any] = {
         entry.name: part_of(entry.type) for entry in dataclasses.fields(Config)
     }
-    tree = dict(tree)
-    tree["lora"] = {**tree["lora"], "target_modules": tuple(tree["lora"]["target_modules"])}
-    return Config(**{n: kinds[n](**v) if isinstance(v, dict) else v for n, v in tree.items()})
+    return Config(
+        **{n: kinds[n](**_tuples(v)) if isinstance(v, dict) else v for n, v in tree.items()}
+    )
+
+
+def _tuples(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a part with tuples for the lists that JSON made of them."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in part.items()}
 
 
 def part_of(kind: Any) -> Any:

@@ -27,6 +27,7 @@ from kd_jax.build import (
 )
 from kd_jax.config import Config, UserError
 from kd_jax.evaluation import evaluate_rows
+from kd_jax.hidden import PROJECTION, check_layers
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.sharding import compiler_options, make_mesh, replicated
@@ -140,6 +141,8 @@ def open_inputs(config: Config) -> tuple[Source, Source | None]:
     teacher = None
     if config.teacher is not None and config.distils:
         teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+    if config.compares_hidden:
+        attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
     attempt(check_path, config.data.path, "data.path")
     if config.eval.path is not None:
         attempt(check_path, config.eval.path, "eval.path")
@@ -168,10 +171,13 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | 
 
 
 def describe_models(models) -> str:
-    trained = sum(x.size for x in models.trainable.values())
+    trained = sum(x.size for name, x in models.trainable.items() if name != PROJECTION)
     frozen = sum(x.size for x in models.frozen.values())
     teacher = sum(x.size for x in models.teacher_arrays.values())
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
+    projection = models.trainable.get(PROJECTION)
+    if projection is not None:
+        beside += f", projection {projection.size:,}"
     return (
         f"student {trained + frozen:,} parameters, {trained:,} of them trained; {beside}; compiling"
     )

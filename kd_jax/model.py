@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kd_jax.architecture import Architecture, Rope
@@ -154,22 +155,62 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Maps tokens, positions and segment ids, each [B, S] int32, to hidden states [B, S, D]."""
+        return self.with_layers(tokens, positions, segment_ids, (), dropout_key)[0]
+
+    def with_layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        layers: tuple[int, ...],
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the hidden states, and the outputs of chosen layers [len(layers), B, S, D].
+
+        A layer's output is the residual stream behind it, before the final norm. Negative layers
+        count from the last one; no layers have None. Outputs of other layers are not kept.
+        """
         x = self.embed_tokens.weight[...][tokens].astype(self.dtype)
         rope = rope_tables(positions, self.arch.rope, self.arch.head_dim, self.dtype)
 
-        def run_layer(x, layer_and_key):
-            layer, key = layer_and_key
-            return layer(x, rope, segment_ids, key), None
+        def run_layer(x, layer, key):
+            return layer(x, rope, segment_ids, key)
+
+        run_layer = _with_remat(run_layer, self.remat)
+
+        def run_and_keep(carry, layer_key_and_slot):
+            x, kept = carry
+            layer, key, slot = layer_key_and_slot
+            x = run_layer(x, layer, key)
+            if kept is not None:  # outside what is recomputed, whose backward pass needs none of it
+                kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+            return (x, kept), None
 
         depth = self.arch.num_hidden_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
-        x, _ = jax.lax.scan(_with_remat(run_layer, self.remat), x, (self.layers, keys))
-        return self.norm(x)
+        slots, order = _slots(layers, depth)
+        kept = jnp.zeros((slots[-1] + 1, *x.shape), x.dtype) if layers else None
+        xs = (self.layers, keys, slots if layers else None)
+        (x, kept), _ = jax.lax.scan(run_and_keep, (x, kept), xs)
+        if kept is not None:
+            kept = kept[: len(order)] if order == sorted(set(order)) else kept[np.array(order)]
+        return self.norm(x), kept
 
     def head_weight(self) -> jax.Array:
         """Returns the output head, [V, D]."""
         source = self.embed_tokens if self.lm_head is None else self.lm_head
         return source.weight[...]
+
+
+def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:
+    """Returns the slot that each layer's output is written to, [L], and the slots of `layers`.
+
+    A layer that was not chosen writes where the next chosen one follows, or, behind the last of
+    them, to a slot that is not read: every layer does the same, without a branch.
+    """
+    wanted = [range(depth)[layer] for layer in layers]
+    chosen = sorted(set(wanted))
+    return np.searchsorted(chosen, np.arange(depth)), [chosen.index(layer) for layer in wanted]
 
 
 def _with_remat(run_layer, policy: str):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from kd_jax.config import HiddenConfig
+from kd_jax.hidden import PROJECTION, hidden_loss
 from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.model import Decoder, Structure, rebuild
 from kd_jax.optim import interpolate
@@ -34,6 +36,7 @@ class Program:
     student: Structure
     teacher: Structure | None
     head: HeadConfig
+    hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
     dropout: bool = False
     seed: int = 0
@@ -56,23 +59,34 @@ def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
 
 
 def head_inputs(
-    program: Program, student: Decoder, teacher: Decoder | None, batch: Arrays, dropout_key=None
-) -> tuple[Any, ...]:
-    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets."""
+    program: Program,
+    student: Decoder,
+    teacher: Decoder | None,
+    batch: Arrays,
+    dropout_key: jax.Array | None = None,
+    pairs: HiddenConfig | None = None,
+) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets.
+
+    And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
+    """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     labels, mask = targets(batch)
-    teacher_hidden = teacher_head = None
+    ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
+    teacher_hidden = teacher_head = teacher_kept = None
     if teacher is not None:
-        teacher_hidden = constrain(teacher(*inputs), program.mesh, BATCH_AXES)
+        teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
+        teacher_hidden = constrain(teacher_hidden, program.mesh, BATCH_AXES)
         teacher_head = constrain(teacher.head_weight(), program.mesh)
+    student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
     return (
-        constrain(student(*inputs, dropout_key), program.mesh, BATCH_AXES),
+        constrain(student_hidden, program.mesh, BATCH_AXES),
         jax.lax.stop_gradient(teacher_hidden),
         constrain(student.head_weight(), program.mesh),  # gathered here once, not in every chunk
         jax.lax.stop_gradient(teacher_head),
         labels,
         mask,
-    )
+    ), (student_kept, jax.lax.stop_gradient(teacher_kept))
 
 
 def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
@@ -116,8 +130,15 @@ def train_step(
 
     def micro_loss(trainable, micro_batch, key):
         student = rebuild(program.student, trainable, frozen)
-        inputs = head_inputs(program, student, teacher, micro_batch, key)
+        inputs, kept = head_inputs(program, student, teacher, micro_batch, key, program.hidden)
         loss, metrics = kd_head(program.head, scalars, *inputs)
+        if program.hidden is not None:
+            projection = trainable.get(PROJECTION)
+            if projection is not None:
+                projection = constrain(projection, program.mesh)  # gathered once, as the heads are
+            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1])
+            loss += program.hidden.weight * extra
+            metrics["hidden_loss"] = extra
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
 
     def accumulate(gradients, indexed):
@@ -145,6 +166,6 @@ def eval_step(
     """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
     student = rebuild(program.student, student_arrays)
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
-    inputs = head_inputs(program, student, teacher, batch)
+    inputs, _ = head_inputs(program, student, teacher, batch)
     scalars = loss_scalars(program, None)
     return inputs[-1], token_metrics(program.head, scalars, *inputs, mesh=program.mesh)

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
     "config", "command", "sharding", "matmul", "attention", "architecture", "model", "lora",
-    "decoding", "losses", "token_loss", "kd_head", "scores", "disk", "text", "data", "optim",
-    "hf", "export",
+    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data",
+    "optim", "hf", "export",
     "step", "checkpoint", "metrics", "build", "inference", "evaluation", "scoring", "loop",
     "train", "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves",
     "report", "sweep", "grammar", "scratch", "outcome", "demo",
