@@ -49,7 +49,7 @@ def chunk_tokens(wanted: int | None, platform: str, vocab_size: int, shard_token
     accelerator, whose matrix units want many rows, what makes two float32 logits fill a gibibyte.
     """
     if wanted is None:
-        wanted = 96 if platform == "cpu" else max(128, 2**27 // vocab_size // 128 * 128)
+        wanted = 80 if platform == "cpu" else max(128, 2**27 // vocab_size // 128 * 128)
     return min(wanted, shard_tokens)
 
 
@@ -113,7 +113,8 @@ def _run(config, scalars, student_hidden, teacher_hidden, student_head, teacher_
         for name, x in sums.items():
             sums[name] = x + jnp.sum(by_shard(jnp.where(m, values[name], 0.0)), axis=1)
         d_logits = d_logits.astype(h_s.dtype)
-        product = jnp.einsum("NV,DV->ND", d_logits, heads[0], preferred_element_type=jnp.float32)
+        back = f"NV,{_student_dims(heads[0])}->ND"
+        product = jnp.einsum(back, d_logits, heads[0], preferred_element_type=jnp.float32)
         product = by_shard(product.astype(h_s.dtype))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=1)
         if d_head is not None:
@@ -123,7 +124,9 @@ def _run(config, scalars, student_hidden, teacher_hidden, student_head, teacher_
 
     names = ("loss", *(SINGLE_METRICS if teacher_head is None else METRICS))
     sums = dict.fromkeys(names, jnp.zeros(G, jnp.float32))
-    d_head = jnp.zeros((G, *heads[0].shape[::-1]), jnp.float32) if config.head_trainable else None
+    d_head = None
+    if config.head_trainable:
+        d_head = jnp.zeros((G, len(entries), rows[0].shape[-1]), jnp.float32)
     start = (sums, jnp.zeros_like(rows[0]), d_head)
     sums, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, start)
     sums = {name: jnp.sum(x) for name, x in sums.items()}
@@ -213,25 +216,34 @@ def _chunk(config, rows, heads, index):
         return x.reshape(-1, *x.shape[2:])
 
     h_s, h_t, labels, mask = jax.tree.map(cut, rows)
-    z_s = _logits("ND,DV->NV", h_s, heads[0], config.vocab_size)
+    z_s = _logits(f"ND,{_student_dims(heads[0])}->NV", h_s, heads[0], config.vocab_size)
     z_t = None if h_t is None else _logits("ND,VD->NV", h_t, heads[1], config.vocab_size)
     return h_s, z_s, z_t, labels, mask
 
 
 def _heads(rows, student_head, teacher_head):
-    """Returns the student's head as [D, V] and the teacher's as [V, D], cut to what both have.
+    """Returns both heads [V, D] cut to the V that both have, in their products' dtype.
 
-    The student's is multiplied from both sides: a CPU, which wants a copy, makes it once here.
+    The student's is [D, V] in bfloat16: a CPU, which multiplies it from both sides faster so, makes
+    that copy once here.
     """
-    heads = [_cut(student_head, teacher_head).astype(rows[0].dtype).T]
+    head = _cut(student_head, teacher_head).astype(rows[0].dtype)
+    heads = [head.T if head.dtype == jnp.bfloat16 else head]
     if teacher_head is not None:
         heads.append(_cut(teacher_head, student_head).astype(rows[1].dtype))
     return heads
 
 
+def _student_dims(head):
+    """Returns the dims of the student's head as `_heads` laid it out."""
+    return "DV" if head.dtype == jnp.bfloat16 else "VD"
+
+
 def _entries(heads):
     """Returns 0 to V - 1; counted anew for every logit, they cost a CPU as much as its softmax."""
-    return jax.lax.optimization_barrier(jnp.arange(heads[0].shape[1]))
+    return jax.lax.optimization_barrier(
+        jnp.arange(heads[0].shape[_student_dims(heads[0]).index("V")])
+    )
 
 
 def _cut(head, other):

@@ -472,3 +472,18 @@ def test_the_loop_waits_for_no_device(monkeypatch):
     loop_.log(1, {"loss": 1}, 5)
     loop_.log(2, {"loss": 2}, 5)
     assert written == [None, (1, {"loss": 1}, 5)]
+
+
+def test_the_step_is_measured(config_file, tmp_path):
+    out = tmp_path / "out.json"
+    command = ["benchmarks/train_step.py", "--config", str(config_file), "--json", str(out)]
+    command += ["--workdir", str(tmp_path / "unused"), "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(out.read_text())
+    assert measured["tokens_per_second"] > measured["target_tokens_per_second"] > 0
+    assert measured["flop_per_step"] > 0 and len(measured["seconds"]) == 3
+    assert not (tmp_path / "unused").exists()

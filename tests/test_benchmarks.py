@@ -1,0 +1,39 @@
+"""The benchmarks run, in sizes that say nothing of speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    command = [sys.executable, "benchmarks/kd_head.py", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_head_is_measured_beside_its_products(tmp_path):
+    shape = ("--tokens", 40, "--widths", 8, 12, "--vocab", 300, "--chunk-tokens", 16)
+    options = ("--divergences", "forward_kl", "jsd", "--masked", 0.5, "--rounds", 1)
+    done = run(*shape, *options, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    sides = {x["side"]: x for x in results if x["dtype"] == "float32"}
+    assert sides.keys() >= {"products", "kd_jax forward_kl", "kd_jax jsd", "dense forward_kl"}
+    assert sides["kd_jax forward_kl"]["loss"] == pytest.approx(
+        sides["dense forward_kl"]["loss"], rel=1e-5
+    )
+    assert "kd_jax masked 0.5" in sides and "/ products" in done.stdout
+
+
+def test_a_wrong_shape_is_refused():
+    done = run("--tokens", 0, "--masked", 1)
+    assert done.returncode == 2
+    assert "--tokens: expected at least 1" in done.stderr and "--masked" in done.stderr
