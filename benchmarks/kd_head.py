@@ -37,10 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import losses
-from kd_jax.build import start_jax
+from kd_jax.build import make_head, start_jax
 from kd_jax.command import run_command
 from kd_jax.config import LossConfig, MeshConfig, UserError
-from kd_jax.kd_head import HeadConfig, chunk_tokens, kd_head
+from kd_jax.kd_head import HeadConfig, kd_head
 from kd_jax.sharding import compiler_options, make_mesh
 from kd_jax.token_loss import LossScalars
 
@@ -157,9 +157,11 @@ def products(config: HeadConfig, inputs: Inputs) -> Side:
     rows = (inputs.student_hidden, inputs.teacher_hidden)
     rows = [jnp.pad(x[0], ((0, num_chunks * C - num_tokens), (0, 0))) for x in rows]
     dtype, V = inputs.student_head.dtype, len(inputs.student_head)
-    turned = dtype == jnp.bfloat16  # as the head lays it out
-    heads = (inputs.student_head.T if turned else inputs.student_head, inputs.teacher_head)
-    dims = "DV" if turned else "VD"
+    heads = (
+        inputs.student_head.T if config.turn_head else inputs.student_head,
+        inputs.teacher_head,
+    )
+    dims = "DV" if config.turn_head else "VD"
     d_logits = jnp.ones((C, V), dtype) / V
 
     def multiply(rows, heads, d_logits):
@@ -272,20 +274,27 @@ def absent(name: str, config: HeadConfig) -> str | None:
     return None
 
 
-def make_sides(
-    args: argparse.Namespace, num_tokens: int, dtype: str, chunk: int
-) -> dict[str, Side]:
-    """Returns what is compared, by name, the floor first."""
-    first, *_ = args.divergences
-    configs = {
-        name: HeadConfig(
-            loss=LossConfig(divergence=name),
-            chunk_tokens=chunk,
-            vocab_size=args.vocab,
-            head_trainable=args.head_trainable,
+def make_configs(args: argparse.Namespace, num_tokens: int, dtype: str) -> dict[str, HeadConfig]:
+    """Returns the head for each divergence, as a run on this device has it."""
+    mesh = make_mesh(MeshConfig(), 1, jax.devices()[:1])
+    return {
+        name: make_head(
+            LossConfig(divergence=name, chunk_tokens=args.chunk_tokens),
+            mesh,
+            args.vocab,
+            num_tokens,
+            dtype,
+            args.head_trainable,
         )
         for name in args.divergences
     }
+
+
+def make_sides(
+    args: argparse.Namespace, num_tokens: int, dtype: str, configs: dict[str, HeadConfig]
+) -> dict[str, Side]:
+    """Returns what is compared, by name, the floor first."""
+    first, *_ = args.divergences
     shape = (num_tokens, args.widths, args.vocab, dtype)
     config, inputs = configs[first], make_inputs(*shape)
     sides = {"products": products(config, inputs)}
@@ -403,16 +412,15 @@ def main(argv: Sequence[str]) -> None:
     first, results = args.divergences[0], []
     for dtype in args.dtypes:
         for num_tokens in args.tokens:
-            chunk = chunk_tokens(
-                args.chunk_tokens, jax.devices()[0].platform, args.vocab, num_tokens
-            )
+            configs = make_configs(args, num_tokens, dtype)
+            chunk = configs[first].chunk_tokens
             shape = {"dtype": dtype, "tokens": num_tokens, "chunk_tokens": chunk}
             print(
                 f"{dtype}, {num_tokens} tokens in chunks of {chunk}, widths {args.widths[0]} / "
                 f"{args.widths[1]}, vocabulary {args.vocab}, head "
                 + ("trained" if args.head_trainable else "frozen")
             )
-            records = measure(make_sides(args, num_tokens, dtype, chunk), args.rounds)
+            records = measure(make_sides(args, num_tokens, dtype, configs), args.rounds)
             compare(records, first, chunk * args.vocab * 4)
             print_table(records, first)
             results += [shape | record for record in records]

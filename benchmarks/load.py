@@ -1,33 +1,52 @@
-"""python benchmarks/load.py FOLDER: time and memory of loading a model in Hugging Face form.
+"""Time and memory of loading a model in Hugging Face form, in one process or in several.
 
-Compares with reading the same warm files into a reused buffer, the two in turn, median of three.
+python benchmarks/load.py FOLDER
+python benchmarks/load.py FOLDER --write meta-llama/Llama-3.1-8B-Instruct
+python benchmarks/load.py FOLDER --processes 2 --devices 8
+
+The first compares with reading the same warm files into a reused buffer, the two in turn, median
+of three. --write makes a folder of a well-known model's shapes with random bfloat16 weights.
+--processes splits that many fake CPU devices over processes, each of which reads what its devices
+need of weights that are split over all (fsdp), and says how much it read and took (Linux).
 JAX_PLATFORMS=cpu measures one CPU device.
 """
 
+import argparse
+import json
+import os
 import resource
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import ml_dtypes
+import numpy as np
 
+from kd_jax import distributed
+from kd_jax.architecture import read_architecture, weights
 from kd_jax.command import run_command
-from kd_jax.config import MeshConfig, UserError
-from kd_jax.disk import resolve
-from kd_jax.hf import load_architecture, load_arrays
-from kd_jax.sharding import make_mesh
+from kd_jax.config import DistributedConfig, MeshConfig
+from kd_jax.disk import INDEX, load_architecture, resolve
+from kd_jax.hf import hf_names, load_arrays
+from kd_jax.known_models import KNOWN_MODELS
+from kd_jax.sharding import Layout, make_mesh
 
 ROUNDS = 3
+SHARD_BYTES = 4 * 10**9
 
 
-def load_seconds(folder: Path, mesh: jax.sharding.Mesh) -> tuple[float, int]:
-    """Returns how long a bfloat16 load takes, and the bytes of its arrays."""
+def load_seconds(folder: Path, layout: Layout) -> tuple[float, int]:
+    """Returns how long a bfloat16 load takes, and the bytes of its arrays on this process."""
     start = time.perf_counter()
-    arrays = load_arrays(folder, load_architecture(folder), mesh, "bfloat16")
+    arrays = load_arrays(folder, load_architecture(folder), layout, "bfloat16")
     jax.block_until_ready(arrays)
-    return time.perf_counter() - start, sum(x.nbytes for x in arrays.values())
+    seconds = time.perf_counter() - start
+    return seconds, sum(s.data.nbytes for x in arrays.values() for s in x.addressable_shards)
 
 
 def read_seconds(folder: Path) -> float:
@@ -46,15 +65,50 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) != 1:
-        raise UserError(f"FOLDER: expected one argument, got {len(argv)}")
-    folder = resolve(argv[0], "FOLDER")
-    mesh = make_mesh(MeshConfig(), jax.device_count())
+def read_bytes() -> int:
+    """Returns the bytes that this process has read so far, from disk or its cache."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def write_model(folder: Path, model: str) -> None:
+    """Writes random weights of a well-known model's shapes, and its config.json."""
+    from safetensors.numpy import save_file
+
+    config = KNOWN_MODELS[model]
+    arch = read_architecture(config, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    noise = (0.02 * rng.normal(size=2**24)).astype(ml_dtypes.bfloat16)
+    shard: dict[str, np.ndarray] = {}
+    index: dict[str, str] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(index.values())):05}.safetensors"
+        index.update(dict.fromkeys(shard, name))
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        shard.clear()
+
+    for path, weight in weights(arch).items():
+        shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
+        for name in hf_names(path, arch):
+            if len(shape) == 1:
+                shard[name] = np.ones(shape, ml_dtypes.bfloat16)
+            else:
+                shard[name] = np.resize(np.roll(noise, int(rng.integers(2**24))), shape)
+            if sum(x.nbytes for x in shard.values()) > SHARD_BYTES:
+                flush()
+    flush()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def measure_alone(folder: Path) -> None:
+    layout = Layout(make_mesh(MeshConfig(), jax.device_count()))
     read_seconds(folder)  # warms the files
-    _, num_bytes = load_seconds(folder, mesh)
+    _, num_bytes = load_seconds(folder, layout)
     peak = peak_resident_bytes()  # before anything else could raise it
-    rounds = [(load_seconds(folder, mesh)[0], read_seconds(folder)) for _ in range(ROUNDS)]
+    rounds = [(load_seconds(folder, layout)[0], read_seconds(folder)) for _ in range(ROUNDS)]
     load, read = (statistics.median(times) for times in zip(*rounds, strict=True))
     device = jax.devices()[0]
     print(f"devices                     {jax.device_count()} x {device.device_kind}")
@@ -64,6 +118,68 @@ def main(argv: Sequence[str]) -> None:
     print(f"load / read                 {load / read:.2f}")
     print(f"peak resident               {peak / 1e9:.3f} GB")
     print(f"peak resident less weights  {(peak - num_bytes) / 1e9:.3f} GB")
+
+
+def measure_together(folder: Path, num_processes: int, num_devices: int) -> None:
+    """Starts the processes, and prints what each of them read and took."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{one.getsockname()[1]}"
+    flag = f" --xla_force_host_platform_device_count={num_devices // num_processes}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+    command = [sys.executable, __file__, str(folder), "--processes", str(num_processes)]
+    command += ["--coordinator", coordinator, "--process-id"]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(num_processes)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a process failed; its output is above")
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"files                    {total / 1e9:.3f} GB")
+    for i, output in enumerate(outputs):
+        found = json.loads(output.splitlines()[-1])
+        print(f"process {i}: load           {found['seconds']:.1f} s")
+        print(f"process {i}: read           {found['read'] / total:.1%} of the files")
+        print(f"process {i}: weights        {found['weights'] / 1e9:.3f} GB")
+        print(f"process {i}: peak - weights {(found['peak'] - found['weights']) / 1e9:.3f} GB")
+
+
+def measure_one_of_many(folder: Path, config: DistributedConfig) -> None:
+    distributed.start(config)
+    layout = Layout(make_mesh(MeshConfig(data=1, fsdp=-1), jax.device_count()))
+    before = read_bytes()
+    seconds, num_bytes = load_seconds(folder, layout)
+    found = {"seconds": seconds, "read": read_bytes() - before, "weights": num_bytes}
+    print(json.dumps(found | {"peak": peak_resident_bytes()}), flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--write", metavar="MODEL", choices=sorted(KNOWN_MODELS))
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=8, help="of all processes together")
+    parser.add_argument("--coordinator", help="between the processes: started by --processes")
+    parser.add_argument("--process-id", type=int)
+    args = parser.parse_args(argv)
+    if args.write:
+        write_model(Path(args.folder), args.write)
+        return
+    folder = resolve(args.folder, "FOLDER")
+    if args.process_id is not None:
+        config = DistributedConfig(
+            coordinator=args.coordinator,
+            num_processes=args.processes,
+            process_id=args.process_id,
+        )
+        measure_one_of_many(folder, config)
+    elif args.processes > 1:
+        measure_together(folder, args.processes, args.devices)
+    else:
+        measure_alone(folder)
 
 
 if __name__ == "__main__":

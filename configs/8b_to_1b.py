@@ -1,7 +1,7 @@
 """Llama 3.1 8B Instruct into Llama 3.2 1B Instruct by LoRA, on alpaca-cleaned: the main job.
 
 Command:   python -m kd_jax.train --config configs/8b_to_1b.py
-Hardware:  one GPU of 80 GB or more (bfloat16).
+Hardware:  one GPU of 80 GB or more, eight of them, or a v5e-8 (bfloat16); the mesh is chosen.
 Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_ratio 0.5); there a
            step was 32 padded conversations, here it is packed rows that hold about as many.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.

@@ -274,8 +274,8 @@ def weights(arch: Architecture) -> dict[str, Weight]:
         f"layers.{name}": Weight((L, *weight.shape), ("layers", *weight.dims))
         for name, weight in layer_weights(arch).items()
     }
-    table["embed_tokens.weight"] = Weight((V, D), ("vocab", "row"))
+    table["embed_tokens.weight"] = Weight((V, D), ("vocab", "embed"))
     table["norm.weight"] = Weight((D,), ("norm",))
     if not arch.tie_word_embeddings:
-        table["lm_head.weight"] = Weight((V, D), ("vocab", "row"))
+        table["lm_head.weight"] = Weight((V, D), ("vocab", "embed"))
     return table

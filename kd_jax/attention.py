@@ -1,16 +1,29 @@
 """Causal attention within documents: one function, several kernels, the mask never dropped."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from kd_jax.matmul import SAVED_ATTENTION
+from kd_jax.sharding import Layout
 
-Implementation = Literal["auto", "xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "splash"]
+SAVED_ATTENTION = "attention"
+"""Name of what attention's backward pass takes besides its inputs, by which remat can keep it."""
 NEGATIVE = -1e30
 """Logit of a token that is not seen; finite, so that no difference of two is NaN."""
+
+
+def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
+    """Returns the kernel for a model on a platform: `wanted`, or what suits it for "auto"."""
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    # What cuDNN's training kernels take on every generation of GPUs, and splash attention's.
+    fits = {"gpu": dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128}
+    fits["tpu"] = head_dim in (64, 128, 256)
+    return {"gpu": "cudnn", "tpu": "splash"}[platform] if fits.get(platform) else "xla"  # type: ignore[return-value]
 
 
 def attention(
@@ -19,7 +32,8 @@ def attention(
     v: jax.Array,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array],
     *,
-    implementation: Implementation = "auto",
+    implementation: Implementation = "xla",
+    layout: Layout | None = None,
 ) -> jax.Array:
     """Returns softmax(q kᵀ / sqrt(H)) v, each token seeing its own document's past and itself.
 
@@ -29,7 +43,8 @@ def attention(
       v: [B, S, K, H].
       segment_ids: [B, S] int32; tokens of one document share a number. A second such array beside
         it names a document that a token sees besides its own: a prompt that several answers share.
-      implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "auto".
+      implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
+      layout: of the model on the mesh; each device attends with its own rows and query heads.
 
     Returns:
       [B, S, N, H] in q's dtype; the softmax is float32.
@@ -37,19 +52,121 @@ def attention(
     Raises:
       ValueError: cudnn was asked for in a dtype that it does not have.
     """
-    if implementation == "auto":
-        # What cuDNN's training kernels take on every generation of GPUs.
-        fits = q.dtype == jnp.bfloat16 and q.shape[1] % 2 == 0
-        fits &= q.shape[3] % 8 == 0 and q.shape[3] <= 128 and jax.default_backend() == "gpu"
-        implementation = "cudnn" if fits else "xla"
     if implementation == "cudnn" and q.dtype != jnp.bfloat16:
         raise ValueError(f"attention: cudnn works in bfloat16, got {q.dtype}. Use attention=xla")
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
-    if implementation == "xla":
-        return _blockwise(q, k, v, documents)
+    run: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
+    if layout is None or layout.mesh.size == 1:
+        return run(q, k, v, documents)
+    tensor = layout.tensor_axis
+    if tensor is not None:
+        k, v = (_for_each_device(x, layout.mesh.shape[tensor]) for x in (k, v))
+    rows = layout.row_axes(q.shape[0])
+    heads = P(rows, None, tensor)
+    run = jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(heads, heads, heads, P(rows)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return run(q, k, v, documents)
+
+
+def _for_each_device(x: jax.Array, num_devices: int) -> jax.Array:
+    """Returns key or value heads [B, S, K, H] repeated until each device has one of its own."""
+    return jnp.repeat(x, max(1, num_devices // x.shape[2]), axis=2)
+
+
+def _cudnn(q, k, v, documents):
+    S = q.shape[1]
+    (q, k, v), documents = _padded(2, (q, k, v), documents)
     seen = _same_document(documents, slice(None), slice(None))
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=seen[:, None], is_causal=True, implementation="cudnn"
+    return _cudnn_kernel(q, k, v, seen[:, None])[:, :S]
+
+
+@jax.custom_vjp
+def _cudnn_kernel(q, k, v, seen):
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_forward(q, k, v, seen):
+    return _with_named_residuals(lambda *x: _cudnn_kernel.fun(*x, seen), (q, k, v), seen)
+
+
+def _cudnn_backward(backward, d_output):
+    return *backward(d_output), None
+
+
+_cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
+
+
+def _splash(q, k, v, documents):
+    """Attention by the TPU kernel that comes with jax, which skips blocks that see nothing."""
+    if len(documents) > 1:  # a second document to see is not among its masks
+        return _blockwise(q, k, v, documents)
+    S = q.shape[1]
+    (q, k, v), (segments,) = _padded(128, (q, k, v), documents)
+    q, k, v = (_heads_first(x) for x in (q * q.shape[-1] ** -0.5, k, v))
+    out = _splash_kernel(q, k, v, segments)
+    return _heads_first(out)[:, :S].astype(q.dtype)
+
+
+@jax.custom_vjp
+def _splash_kernel(q, k, v, segments):
+    return _splash_forward(q, k, v, segments)[0]
+
+
+def _splash_forward(q, k, v, segments):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length = q.shape[2]
+    size = next(size for size in (512, 256, 128) if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    run = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[1]),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+    )
+    ids = splash.SegmentIds(segments, segments)
+    with _kernel_precision(q.dtype):
+        return _with_named_residuals(lambda *x: jax.vmap(run)(*x, ids), (q, k, v), segments)
+
+
+def _splash_backward(backward, d_output):
+    with _kernel_precision(d_output.dtype):
+        return *backward(d_output), None
+
+
+_splash_kernel.defvjp(_splash_forward, _splash_backward)
+
+
+def _kernel_precision(dtype):
+    """The precision of matrix products inside a kernel: "highest" does not compile for bfloat16."""
+    return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else "highest")
+
+
+def _with_named_residuals(run, heads: tuple, seen: jax.Array):
+    """Returns a kernel's output and the function that takes its gradient back.
+
+    What that holds besides `heads` and `seen`, which are there anyway, is named: the output and its
+    softmax's statistics, which remat can keep so that the kernel need not run again.
+    """
+    out, backward = jax.vjp(run, *heads)
+    named = checkpoint_name(out, SAVED_ATTENTION)
+
+    def name(x):
+        if x.shape == seen.shape or any(x is given for given in heads):
+            return x
+        return named if x is out else checkpoint_name(x, SAVED_ATTENTION)
+
+    return named, jax.tree.map(name, backward)
+
+
+def _padded(unit: int, heads: tuple, documents: tuple) -> tuple[tuple, tuple]:
+    """Returns arrays [B, S, ...] of a length that a kernel takes; padding sees itself alone."""
+    room = ((0, 0), (0, -heads[0].shape[1] % unit))
+    return tuple(jnp.pad(x, (*room, (0, 0), (0, 0))) for x in heads), tuple(
+        jnp.pad(x, room, constant_values=-1) for x in documents
     )
 
 

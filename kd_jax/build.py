@@ -1,31 +1,41 @@
 """From a configuration to what runs: checked inputs, models on the mesh, the step's program."""
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from kd_jax.analytic import chunk_tokens
 from kd_jax.architecture import Architecture, weights
-from kd_jax.config import Config, LoraConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.disk import fingerprint, resolve
+from kd_jax.attention import choose_attention
+from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
+from kd_jax.config import (
+    Config,
+    LoraConfig,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+)
+from kd_jax.disk import fingerprint, load_architecture, resolve
 from kd_jax.hf import (
     Adapter,
     check_source,
     load_adapter,
-    load_architecture,
     load_arrays,
     stack_adapter,
 )
 from kd_jax.hidden import PROJECTION, init_projection, projection_weight
-from kd_jax.kd_head import HeadConfig, chunk_tokens
-from kd_jax.lora import add_adapters, is_adapter
-from kd_jax.model import Decoder, Structure, named_arrays
-from kd_jax.sharding import batch_sharding, num_batch_shards, replicated, weight_sharding
-from kd_jax.step import Program
+from kd_jax.kd_head import HeadConfig
+from kd_jax.lora import add_adapters, factor_dims, is_adapter
+from kd_jax.model import Decoder, Placement, Structure, named_arrays
+from kd_jax.sharding import Layout, batch_sharding, num_batch_shards, platform, replicated
+from kd_jax.step import Program, TrainState
 from kd_jax.text import check_same_tokenizer, load_tokenizer
 
 Arrays = dict[str, jax.Array]
@@ -44,18 +54,23 @@ class Source:
 
 
 def start_jax(compilation_cache: str | None) -> None:
-    """Sets what every command wants of jax: true float32 products, and the compilation cache."""
+    """Sets what every command wants of jax: true float32 products, a GPU's memory, and the
+    compilation cache. Before jax looks for devices."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     jax.config.update("jax_default_matmul_precision", "highest")  # else float32 means TF32 on GPUs
     if compilation_cache is not None:
-        folder = str(Path(compilation_cache).expanduser())
+        remote = "://" in compilation_cache
+        folder = compilation_cache if remote else str(Path(compilation_cache).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def check_attention(config: Config) -> None:
-    """Raises UserError where the attention kernel asked for is not on this machine."""
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the mesh's devices do not have the attention kernel asked for."""
+    needs = {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, platform(mesh))
+    if platform(mesh) != needs:
         raise UserError(
-            f"attention: expected auto|xla on {jax.default_backend()}, got cudnn, which needs a GPU"
+            f"attention: expected auto|xla on {platform(mesh)}, got {config.attention}, which "
+            f"needs a {needs.upper()}"
         )
 
 
@@ -130,24 +145,28 @@ class Models:
 def load_models(config: Config, student: Source, teacher: Source | None, mesh: Mesh) -> Models:
     """Returns the models of a run; what is trained is float32."""
     lora = config.trainable == "lora"
+    layout = Layout(mesh, config.student.shard_over)
     stored = load_arrays(
         student.folder,
         student.arch,
-        mesh,
+        layout,
         config.student.dtype if lora else "float32",
         adapter=None if lora else student.adapter,
     )
     start = None
     if lora and student.adapter is not None:
         start = stack_adapter(student.adapter, student.arch)
-    arrays, structure = _make_student(config, student.arch, stored, start)
+    arrays, structure = make_student(config, student.arch, layout, stored, start)
     trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
-    if lora:  # small enough for every device to hold them; whole weights stay as they were loaded
-        trainable = {name: jax.device_put(x, replicated(mesh)) for name, x in trainable.items()}
-    wide = None if teacher is None else teacher.arch
-    for name, like in _abstract_projection(config, student.arch, wide, mesh).items():
-        value = init_projection(like.shape, config.seed)
-        trainable[name] = jax.device_put(value, like.sharding)
+    if lora:  # whole weights stay as they were loaded
+        trainable = {
+            name: jax.device_put(x, adapter_sharding(layout, student.arch, name, x.shape))
+            for name, x in trainable.items()
+        }
+    weight = projection_weight(config, student.arch, teacher.arch if teacher else None)
+    if weight is not None:
+        value = init_projection(weight.shape, config.seed)
+        trainable[PROJECTION] = jax.device_put(value, layout.sharding(weight.dims, weight.shape))
     teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
     return Models(
         student=structure,
@@ -158,87 +177,41 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
     )
 
 
-def _make_student(
-    config: Config, arch: Architecture, stored: Arrays, start: dict[str, Any] | None = None
+def adapter_sharding(
+    layout: Layout, arch: Architecture, name: str, shape: tuple[int, ...]
+) -> NamedSharding:
+    """Returns how a stacked LoRA factor lies on the mesh: as its weight does."""
+    weight = weights(arch)[f"{name.rpartition('.')[0]}.weight"]
+    return layout.sharding(factor_dims(name, weight.dims), shape)
+
+
+def make_student(
+    config: Config,
+    arch: Architecture,
+    layout: Layout,
+    stored: Arrays,
+    start: dict[str, Any] | None = None,
 ) -> tuple[Arrays, Structure]:
     """Returns the student's arrays, with adapters where they are trained, and its structure."""
-    model = Decoder(
-        arch,
-        stored,
-        dtype=jnp.dtype(config.student.dtype),
-        implementation=config.attention,
-        remat=config.remat,
-    )
+    model = make_decoder(config, arch, config.student.dtype, layout, stored, config.remat)
     if config.trainable == "lora":
         add_adapters(model, config.lora, jax.random.key(config.seed), start)
     return named_arrays(model)
 
 
-def abstract_models(
-    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
-) -> Models:
-    """Returns a run's models with shapes, dtypes and shardings in place of arrays.
-
-    What `jax.jit(train_step).lower` takes: a run can be checked and compiled without weights.
-    """
-    lora = config.trainable == "lora"
-    stored = _abstract_arrays(student, config.student.dtype if lora else "float32", mesh)
-    arrays, structure = _abstract(lambda stored: _make_student(config, student, stored), stored)
-    placed = {
-        name: stored.get(name, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)))
-        for name, x in sorted(arrays.items())
-    }
-    teacher_arrays: Arrays = {}
-    teacher_structure = None
-    if teacher is not None and config.teacher is not None:
-        dtype = jnp.dtype(config.teacher.dtype)
-        teacher_arrays = _abstract_arrays(teacher, config.teacher.dtype, mesh)
-        _, teacher_structure = _abstract(
-            lambda stored: named_arrays(
-                Decoder(teacher, stored, dtype=dtype, implementation=config.attention)
-            ),
-            teacher_arrays,
-        )
-    return Models(
-        student=structure,
-        trainable={name: x for name, x in placed.items() if is_adapter(name) or not lora}
-        | _abstract_projection(config, student, teacher, mesh),
-        frozen={name: x for name, x in placed.items() if lora and not is_adapter(name)},
-        teacher=teacher_structure,
-        teacher_arrays=teacher_arrays,
-    )
-
-
-def _abstract_arrays(arch: Architecture, dtype: str, mesh: Mesh) -> dict[str, Any]:
-    return {
-        path: jax.ShapeDtypeStruct(
-            weight.shape, dtype, sharding=weight_sharding(mesh, weight.dims, weight.shape)
-        )
-        for path, weight in weights(arch).items()
-    }
-
-
-def _abstract_projection(
-    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
-) -> dict[str, Any]:
-    """Returns the projection of the hidden-state loss by its name; nothing for none."""
-    weight = projection_weight(config, student, teacher)
-    if weight is None:
-        return {}
-    sharding = weight_sharding(mesh, weight.dims, weight.shape)
-    return {PROJECTION: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding)}
-
-
-def _abstract(make: Callable[[Arrays], tuple[Arrays, Structure]], stored: Arrays):
-    """Returns the shapes of what `make` returns, without running it, and its structure."""
-    structures = []
-
-    def arrays_of(stored):
-        arrays, structure = make(stored)
-        structures.append(structure)
-        return arrays
-
-    return jax.eval_shape(arrays_of, stored), structures[0]
+def make_decoder(
+    config: Config,
+    arch: Architecture,
+    dtype: str,
+    layout: Layout,
+    stored: Arrays,
+    remat: str = "none",
+) -> Decoder:
+    """Returns a model of these arrays as it runs on the mesh's devices."""
+    kind = jnp.dtype(dtype)
+    kernel = choose_attention(config.attention, platform(layout.mesh), kind, arch.head_dim)
+    place = Placement(implementation=kernel, layout=layout)
+    return Decoder(arch, stored, dtype=kind, place=place, remat=remat)
 
 
 def load_frozen_models(
@@ -266,10 +239,35 @@ def _load_frozen(
     """Returns a model with its adapter merged into it; nothing for no model."""
     if source is None or part is None:
         return {}, None
-    stored = load_arrays(source.folder, source.arch, mesh, part.dtype, adapter=source.adapter)
-    dtype = jnp.dtype(part.dtype)
-    model = Decoder(source.arch, stored, dtype=dtype, implementation=config.attention)
-    return named_arrays(model)
+    layout = Layout(mesh, part.shard_over)
+    stored = load_arrays(source.folder, source.arch, layout, part.dtype, adapter=source.adapter)
+    return named_arrays(make_decoder(config, source.arch, part.dtype, layout, stored))
+
+
+def make_head(
+    loss: LossConfig,
+    mesh: Mesh,
+    vocab_size: int,
+    num_tokens: int,
+    dtype: str,
+    trainable: bool = False,
+) -> HeadConfig:
+    """Returns the head for `num_tokens` over all devices, of a student in `dtype`."""
+    share, entries = num_tokens // num_batch_shards(mesh), vocab_size // mesh.shape["tensor"]
+    return HeadConfig(
+        loss=loss,
+        chunk_tokens=chunk_tokens(
+            loss.chunk_tokens,
+            chip_of(mesh.devices.flat[0].device_kind),
+            platform(mesh) == "cpu",
+            entries,
+            share,
+        ),
+        vocab_size=vocab_size,
+        mesh=mesh,
+        turn_head=platform(mesh) == "cpu" and dtype == "bfloat16",
+        head_trainable=trainable,
+    )
 
 
 def make_program(
@@ -281,18 +279,13 @@ def make_program(
       num_steps: of the run, for what follows a schedule; evaluation needs none.
     """
     rows = config.data.batch_size // config.optim.accumulation_steps
-    num_shards = num_batch_shards(mesh)
-    head = HeadConfig(
-        loss=config.loss,
-        chunk_tokens=chunk_tokens(
-            config.loss.chunk_tokens,
-            mesh.devices.flat[0].platform,
-            vocab_size,
-            rows * config.data.seq_len // num_shards,
-        ),
-        num_shards=num_shards,
-        vocab_size=vocab_size,
-        head_trainable=config.trainable == "full",
+    head = make_head(
+        config.loss,
+        mesh,
+        vocab_size,
+        rows * config.data.seq_len,
+        config.student.dtype,
+        config.trainable == "full",
     )
     return Program(
         student=models.student,
@@ -304,6 +297,20 @@ def make_program(
         seed=config.seed,
         schedule_steps=config.loss.schedule_steps or num_steps,
     )
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Returns which of a batch's rows this process's devices take, [num_rows] bool."""
+    wanted = np.zeros(num_rows, bool)
+    for index in batch_sharding(mesh, 2).addressable_devices_indices_map((num_rows, 1)).values():
+        assert index is not None
+        wanted[index[0]] = True
+    return wanted
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state with its scalars on every device of the mesh, like the arrays."""
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:

@@ -113,7 +113,7 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_ste
         "config": dump(config),
         "inputs": inputs,
         "num_steps": num_steps,
-        "versions": _versions(),
+        "versions": versions(),
         "devices": _devices(),
         "git_commit": _git_commit(),
     }
@@ -176,7 +176,8 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that a run computes with."""
     found = {}
     for name in PACKAGES:
         try:

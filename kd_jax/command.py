@@ -91,7 +91,7 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
     """Raises UserError with every flag that `cls` does not have, and what it may have meant."""
     known = {"help", *flag_names(cls)}
     problems = []
-    given = [w.removeprefix("--").split("=")[0].replace("_", "-") for w in argv if w[:2] == "--"]
+    given = [flag_name(word) for word in argv if word.startswith("--")]
     for name in flag_names(cls, only=tuple):  # of which the parser would keep the last alone
         if given.count(name) > 1:
             problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
@@ -123,6 +123,34 @@ def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator
             yield prefix + name
         if entry.type is bool and only is None:
             yield f"{prefix}no-{name}"
+
+
+def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words of `cls`'s flags and of --help, and those of all others."""
+    names = set(flag_names(cls)) | {"help"}
+    own: list[str] = []
+    others: list[str] = []
+    for words in flag_groups(argv):
+        mine = flag_name(words[0]) in names or words[0] == "-h"
+        (own if mine else others).extend(words)
+    return own, others
+
+
+def flag_groups(argv: Sequence[str]) -> Iterator[list[str]]:
+    """Yields each flag with the words up to the next one."""
+    group: list[str] = []
+    for word in argv:
+        if word.startswith("--") and group:
+            yield group
+            group = []
+        group.append(word)
+    if group:
+        yield group
+
+
+def flag_name(word: str) -> str:
+    """Returns the name of `--some_flag=value`, some-flag."""
+    return word.removeprefix("--").split("=")[0].replace("_", "-")
 
 
 def _plain(boxed: str) -> str:
@@ -194,18 +222,22 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         main(argv)
-    except UserError as error:
+    except BaseException as error:
+        return report_error(error)
+    return 0
+
+
+def report_error(error: BaseException) -> int:
+    """Prints what ended a command, and returns its exit status."""
+    if isinstance(error, SystemExit):  # --help
+        return int(error.code or 0)
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 1
-    except SystemExit as end:  # --help
-        return int(end.code or 0)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: {error}. Free some space; the same command goes on", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        return 1
-    return 0
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"error: {error}. Free some space; the same command goes on", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1

@@ -69,6 +69,8 @@ class TeacherConfig:
     dtype: Dtype = "bfloat16"
     """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
     always float32."""
+    shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
+    """Mesh axes whose devices share the teacher's weights; along the others each has a copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +82,9 @@ class StudentConfig:
     with trainable=full."""
     dtype: Dtype = "bfloat16"
     """dtype of the student's frozen weights and matrix products; trainable weights are float32."""
+    shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
+    """Mesh axes whose devices share the student's weights and their optimizer state; along the
+    others each has a copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -403,18 +408,67 @@ class MeshConfig:
     """Devices by axis; the product must be the number of devices."""
 
     data: int = -1
-    """Copies of the student that see different rows; -1 takes the devices left by the others."""
-    fsdp: int = 1
-    """Devices that share each weight and see different rows."""
-    tensor: int = 1
-    """Devices that share each weight and see the same rows."""
+    """Copies of both models that see different rows; -1 takes the devices left by the others."""
+    fsdp: int = 0
+    """Devices that share each weight, gathered when it is used, and see different rows; 0 takes as
+    few as hold the run, by the estimate of kd_jax.plan, and 1 where the devices are not known."""
+    tensor: int = 0
+    """Devices that share each weight, and the vocabulary, and see the same rows; 0 as for fsdp."""
+    unsharded_tolerance: float = 0.02
+    """Share of a model's bytes that may stay whole on every device where dimensions do not divide
+    by their axes; more is refused."""
 
     def check(self, checks: _Checks) -> None:
         for name in ("data", "fsdp", "tensor"):
             size = getattr(self, name)
-            checks.require(size == -1 or size >= 1, f"mesh.{name}", "at least 1, or -1", size)
+            least = 1 if name == "data" else 0
+            checks.require(
+                size >= least or size == -1, f"mesh.{name}", f"at least {least}, or -1", size
+            )
+        share = self.unsharded_tolerance
+        checks.require(0 <= share <= 1, "mesh.unsharded-tolerance", "0 <= share <= 1", share)
         free = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
         checks.require(len(free) <= 1, "mesh", "at most one axis of -1", ", ".join(free))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """Several processes as one run; Slurm, Open MPI and Cloud TPU need none of this."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, at which the others find it."""
+    num_processes: int | None = None
+    """Processes of the run; 1 runs this one alone, whatever launched it."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    timeout_seconds: int = 300
+    """That the processes wait for each other at the start."""
+
+    def check(self, checks: _Checks) -> None:
+        count, number = self.num_processes, self.process_id
+        checks.require(
+            count is None or count >= 1, "distributed.num-processes", "at least 1", count
+        )
+        several = count is not None and count > 1
+        given = (self.coordinator is not None, count is not None, number is not None)
+        for name, value in (("coordinator", self.coordinator), ("process-id", number)):
+            checks.require(
+                value is not None or not several, f"distributed.{name}", "one, of so many", value
+            )
+        checks.require(
+            count is not None or not any(given), "distributed.num-processes", "a number", count
+        )
+        port = (self.coordinator or ":1").rpartition(":")[2]
+        whole = port.isdigit() and ":" in (self.coordinator or ":")
+        checks.require(whole, "distributed.coordinator", "HOST:PORT", self.coordinator)
+        checks.require(
+            number is None or count is None or 0 <= number < count,
+            "distributed.process-id",
+            f"0 to {(count or 1) - 1}",
+            number,
+        )
+        seconds = self.timeout_seconds
+        checks.require(seconds >= 1, "distributed.timeout-seconds", "at least 1", seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -487,6 +541,7 @@ class Config:
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -499,10 +554,10 @@ class Config:
     remat: Literal["none", "dots", "attention", "layer"] = "layer"
     """What the student's backward pass recomputes: nothing; all but matrix products and attention;
     all but attention; or whole layers. Memory and speed, not results."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; auto takes cudnn for bfloat16 on NVIDIA GPUs, else xla."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto takes cudnn for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla."""
     compilation_cache: str | None = "~/.cache/kd_jax/xla"
-    """Folder of compiled programs, reused by later runs; None compiles anew."""
+    """Folder (or gs:// address) of compiled programs, reused by later runs; None compiles anew."""
 
     def __post_init__(self) -> None:
         checks = _Checks()
@@ -512,6 +567,7 @@ class Config:
             self.lora.check(checks)
         for part in (self.loss, self.hidden, self.data, self.optim, self.mesh, self.checkpoint):
             part.check(checks)
+        self.distributed.check(checks)
         self.eval.check(checks)
         self.log.check(checks)
         given = (self.steps is not None) + (self.epochs is not None)
@@ -524,6 +580,12 @@ class Config:
             "loss.schedule-steps",
             f"at most steps ({self.steps})",
             longest,
+        )
+        checks.require(
+            "://" not in self.workdir,
+            "workdir",
+            "a folder (docs/clusters.md mounts buckets)",
+            self.workdir,
         )
         passes = self.epochs
         checks.require(passes is None or 0 < passes < 1e9, "epochs", "above 0", passes)
@@ -540,7 +602,7 @@ class Config:
         checks.require(
             self.attention != "cudnn" or narrow,
             "attention",
-            "auto or xla with a float32 student or teacher",
+            "another than cudnn with a float32 student or teacher",
             self.attention,
         )
         checks.require(
@@ -570,8 +632,10 @@ RESUMABLE = frozenset(
         "workdir",
         "teacher.path",
         "teacher.adapter",
+        "teacher.shard_over",
         "student.path",
         "student.adapter",
+        "student.shard_over",
         "data.path",
         "data.cache_dir",
         "compilation_cache",
@@ -580,6 +644,7 @@ RESUMABLE = frozenset(
         "loss.chunk_tokens",
         "log.*",
         "mesh.*",
+        "distributed.*",
         "checkpoint.*",
         "eval.*",
     }

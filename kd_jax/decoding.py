@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.architecture import Architecture
-from kd_jax.attention import attention
+from kd_jax.attention import attention, choose_attention
 from kd_jax.lora import merge_adapters
-from kd_jax.model import Decoder, Layer, RMSNorm, named_arrays, rope_tables
+from kd_jax.model import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
 NO_KEYS = (None,) * 4  # no dropout
@@ -142,7 +142,8 @@ def _prefill(fixed, length, weights: Weights, tokens, start, key):
     cache = []
 
     def attend(q, k, v):
-        return attention(q, k, v, segment_ids), (k, v)
+        kernel = choose_attention("auto", jax.default_backend(), q.dtype, arch.head_dim)
+        return attention(q, k, v, segment_ids, implementation=kernel), (k, v)
 
     for layer in weights.layers:
         x, (k, v) = _run_layer(arch, layer, x, rope, attend)
@@ -177,7 +178,7 @@ def _step(fixed, weights: Weights, cache: Cache, tokens, index, start, key):
 
 def _run_layer(arch: Architecture, arrays: dict[str, jax.Array], x, rope, attend):
     """Returns the layer's output [B, S, D], and what `attend` gives besides the attention's."""
-    layer = Layer(arrays, arch, x.dtype, "auto")
+    layer = Layer(arrays, arch, x.dtype, Placement())
     heads = layer.self_attn.heads(layer.input_layernorm(x), rope, NO_KEYS)
     out, pair = attend(*heads)
     x = x + layer.self_attn.o_proj(out.reshape(*x.shape[:2], -1))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kd_jax.architecture import Architecture, read_architecture
 from kd_jax.config import UserError
 
 DTYPES = {
@@ -30,8 +32,15 @@ HEADER_BYTES = 100_000_000  # the format's own limit
 ORBAX = "orbax"
 
 
-def resolve(path: str, field: str) -> Path:
-    """Returns the local folder of a path or hub id, downloading what a hub id lacks locally."""
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+
+
+def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
+    """Returns the local folder of a path or hub id, downloading what a hub id lacks locally.
+
+    Args:
+      files: patterns of those wanted.
+    """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
@@ -41,9 +50,8 @@ def resolve(path: str, field: str) -> Path:
         raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is not there")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
     try:
-        return Path(snapshot_download(path, allow_patterns=wanted))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:
         raise UserError(
             f"{field}: {path} is no local folder, and fetching it from the hub failed "
@@ -62,6 +70,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(tree).__name__}")
     return tree
+
+
+def load_architecture(folder: Path) -> Architecture:
+    path = folder / "config.json"
+    return read_architecture(read_json(path), str(path))
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,20 +14,19 @@ from safetensors import SafetensorError
 
 from kd_jax.architecture import Architecture, weights
 from kd_jax.config import LoraConfig, MeshConfig, UserError
-from kd_jax.disk import INDEX, ORBAX, first_line
+from kd_jax.disk import INDEX, ORBAX, first_line, load_architecture
 from kd_jax.hf import (
     absl_silent,
     check_shapes,
     check_source,
     hf_names,
-    load_architecture,
     load_arrays,
     open_tensors,
     orbax_leaves,
     read_orbax,
 )
 from kd_jax.lora import FACTORS, is_adapter, merge, peft_name
-from kd_jax.sharding import make_mesh
+from kd_jax.sharding import Layout, make_mesh
 
 EXTRA_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -41,9 +40,9 @@ def save_orbax(source: Path, out: Path) -> None:
 
     arch = load_architecture(source)
     check_source(source, arch)
-    mesh = make_mesh(MeshConfig(fsdp=-1, data=1), jax.device_count())
+    layout = Layout(make_mesh(MeshConfig(fsdp=-1, data=1), jax.device_count()))
     with new_folder(out) as folder:
-        arrays = load_arrays(source, arch, mesh, None)
+        arrays = load_arrays(source, arch, layout, None)
         try:
             with absl_silent():
                 ocp.save((folder / ORBAX).absolute(), arrays)

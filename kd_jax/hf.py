@@ -14,21 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from kd_jax.architecture import Architecture, Weight, read_architecture, weights
+from kd_jax.architecture import Architecture, Weight, weights
 from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
 from kd_jax.disk import ORBAX, Tensor, first_line, open_folder, read_json
 from kd_jax.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
-from kd_jax.sharding import weight_sharding
+from kd_jax.sharding import Layout
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def load_architecture(folder: Path) -> Architecture:
-    path = folder / "config.json"
-    return read_architecture(read_json(path), str(path))
 
 
 def hf_names(path: str, arch: Architecture) -> list[str]:
@@ -186,7 +181,7 @@ def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]
 def load_arrays(
     folder: Path,
     arch: Architecture,
-    mesh: Mesh,
+    layout: Layout,
     dtype: str | None,
     *,
     adapter: Adapter | None = None,
@@ -201,7 +196,7 @@ def load_arrays(
     if (folder / ORBAX).is_dir():
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
-        return _load_orbax(folder, arch, mesh, dtype)
+        return _load_orbax(folder, arch, layout, dtype)
     tensors = open_tensors(folder, arch)
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -210,7 +205,7 @@ def load_arrays(
             stored = [tensors[name].dtype for name in names]
             out = np.dtype(reduce(jnp.promote_types, stored) if dtype is None else jnp.dtype(dtype))
             layers = [_Layer(tensors[name], *_factors(name, adapter)) for name in names]
-            sharding = weight_sharding(mesh, weight.dims, weight.shape)
+            sharding = layout.sharding(weight.dims, weight.shape)
             arrays[path] = _load_array(pool, layers, weight, sharding, out)
     return arrays
 
@@ -309,13 +304,13 @@ def orbax_leaves(folder: Path, arch: Architecture) -> dict[str, Any]:
     return saved
 
 
-def _load_orbax(folder, arch, mesh, dtype):
+def _load_orbax(folder, arch, layout, dtype):
     saved = orbax_leaves(folder, arch)
     abstract = {
         path: jax.ShapeDtypeStruct(
             weight.shape,
             saved[path].dtype if dtype is None else dtype,
-            sharding=weight_sharding(mesh, weight.dims, weight.shape),
+            sharding=layout.sharding(weight.dims, weight.shape),
         )
         for path, weight in weights(arch).items()
     }

@@ -50,7 +50,7 @@ def projection_weight(
     if teacher is None or not config.compares_hidden or student.hidden_size == teacher.hidden_size:
         return None
     shape = (len(config.hidden.student_layers), teacher.hidden_size, student.hidden_size)
-    return Weight(shape, ("layers", "row", "embed"))
+    return Weight(shape, ("layers", "embed", "embed"))
 
 
 def init_projection(shape: tuple[int, ...], seed: int) -> jax.Array:

@@ -1,104 +1,93 @@
 """The training loop."""
 
+import dataclasses
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax import checkpoint, data, scores
+from kd_jax.architecture import Architecture
 from kd_jax.build import (
     Source,
     check_adapter,
     check_attention,
     load_models,
+    local_rows,
     make_program,
     open_source,
+    place_state,
     put_batch,
     shared_vocab_size,
     start_jax,
     without_tokenizer,
 )
-from kd_jax.config import Config, UserError
+from kd_jax.config import Config, UserError, dump, flatten
+from kd_jax.distributed import is_first, say, stop_signal, together
 from kd_jax.evaluation import evaluate_rows
 from kd_jax.hidden import PROJECTION, check_layers
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
-from kd_jax.sharding import compiler_options, make_mesh, replicated
-from kd_jax.step import Arrays, TrainState, init_state, train_step
+from kd_jax.rules import mesh_sizes
+from kd_jax.search import choose_sizes
+from kd_jax.sharding import make_mesh
+from kd_jax.step import Arrays, init_state, jit_train_step
 from kd_jax.text import chat_template_of, check_path
+from kd_jax.topology import local_topology
 
 
 def train(config: Config) -> None:
     """Runs or resumes a run to its last step; SIGTERM saves and returns."""
     start_jax(config.compilation_cache)
-    mesh = make_mesh(config.mesh, config.data.batch_size // config.optim.accumulation_steps)
-    student, teacher = open_inputs(config)
+    student, teacher, mesh = together("inputs", lambda: _inputs(config))
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
-    rows, eval_rows = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
+    tokenizers = [model.tokenizer for model in (student, teacher) if model]
+    rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
     student, teacher = without_tokenizer(student), teacher and without_tokenizer(teacher)
     num_steps = data.num_steps(rows, config)
-    if (config.loss.schedule_steps or 0) > num_steps:
-        raise UserError(
-            f"loss.schedule-steps: expected at most {num_steps}, the run's optimizer steps, got "
-            f"{config.loss.schedule_steps}"
-        )
-    if config.optim.warmup_steps >= num_steps:
-        print(
-            f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
-            f"{num_steps} steps: the learning rate never reaches its peak and its decay",
-            flush=True,
-        )
-    if config.distils and config.loss.warning:
-        print(f"warning: {config.loss.warning}", flush=True)
+    check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
-    checkpoint.claim_workdir(config, workdir, inputs, num_steps)
+    together("workdir", lambda: _claim(config, workdir, inputs, num_steps), first_alone=True)
 
     models = load_models(config, student, teacher, mesh)
     program = make_program(config, models, vocab_size, mesh, num_steps)
     optimizer = make_optimizer(config.optim, num_steps)
-    state = _place(init_state(models.trainable, optimizer), mesh)
+    state = place_state(init_state(models.trainable, optimizer), mesh)
     with (
-        _sigterm_noted() as stop,
+        stop_signal() as asks_to_stop,
         checkpoint.open_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
         state = checkpoint.restore(checkpointer, state) or state
         step = int(state.step)
-        print(f"resumed at step {step}" if step else describe_models(models), flush=True)
+        say(f"resumed at step {step}" if step else describe_models(models))
         writer = stack.enter_context(closing(Writer(workdir, config.log, step, num_steps)))
         loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
         layout = jax.tree.map(lambda x: x.sharding, state)  # of every step, the resumed ones too
-        run_step = jax.jit(
-            train_step,
-            static_argnums=(0, 1),
-            donate_argnums=2,
-            out_shardings=(layout, None),
-            compiler_options=compiler_options(mesh),
-        )
+        run_step = jit_train_step(mesh, layout)
         batches = data.batches(
             rows,
             seed=config.seed,
             start_step=step,
             batch_size=config.data.batch_size,
             accumulation_steps=config.optim.accumulation_steps,
+            wanted=local_rows(mesh, config.data.batch_size // config.optim.accumulation_steps),
         )
         frozen = (models.frozen, models.teacher_arrays)
-        while step < num_steps and not stop:
+        while step < num_steps and not asks_to_stop(step):
             loop.profile(step)
-            batch = next(batches)
-            state, metrics = run_step(program, optimizer, state, *frozen, put_batch(batch, mesh))
+            batch = put_batch(next(batches), mesh)
+            state, metrics = run_step(program, optimizer, state, *frozen, batch)
             step += 1
-            loop.log(step, metrics, int(np.count_nonzero(batch["segment_ids"])))
+            loop.log(step, metrics)
             last = step == num_steps
             eval_loss = None
             if eval_rows is not None and (last or step % config.eval.every_steps == 0):
@@ -111,22 +100,75 @@ def train(config: Config) -> None:
                 writer.write(step, {f"eval/{name}": value for name, value in values.items()})
                 eval_loss = values["loss"]
                 loop.restart_clock()
-            if last or stop or step % config.checkpoint.every_steps == 0:
+            if last or step % config.checkpoint.every_steps == 0:
                 loop.flush()  # raises rather than save a state that is not finite
                 checkpoint.save(checkpointer, state, step, eval_loss)
         loop.flush()
-        if stop and step < num_steps:
+        if step < num_steps:
             checkpoint.save(checkpointer, state, step, None)
-            print(f"stopped by SIGTERM at step {step}; the same command resumes", flush=True)
+            say(f"stopped by SIGTERM at step {step}; the same command resumes")
             return
-    print(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
+    say(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
 
 
-def open_inputs(config: Config) -> tuple[Source, Source | None]:
-    """Returns student and teacher, checked; no teacher for plain fine-tuning.
+def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[str, Any]]:
+    """Returns what open_inputs does, and what of it all processes must have alike."""
+    student, teacher, mesh = open_inputs(config)
+    here = ("distributed", "log", "compilation_cache", "workdir")
+    fields = {
+        name: value
+        for name, value in flatten(dump(config)).items()
+        if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
+    }
+    hashes = student.hashes | (teacher.hashes if teacher else {})
+    return (student, teacher, mesh), {**fields, **hashes, **checkpoint.versions()}
+
+
+def _rows(config: Config, *tokenizers: Any):
+    rows, eval_rows = load_rows(config, *tokenizers)
+    return (rows, eval_rows), {"data.path": rows.key, "eval.path": eval_rows and eval_rows.key}
+
+
+def _claim(
+    config: Config, workdir: Path, inputs: dict[str, str], num_steps: int
+) -> tuple[None, dict[str, Any]]:
+    """Claims the workdir for all processes, of which the others look whether they see it."""
+    if is_first():
+        checkpoint.claim_workdir(config, workdir, inputs, num_steps)
+    elif not (workdir / "config.json").is_file():
+        raise UserError(
+            f"--workdir: expected a folder that all processes share, got {workdir}, in which "
+            f"process {jax.process_index()} does not find what process 0 wrote"
+        )
+    return None, {}
+
+
+def check_schedules(config: Config, num_steps: int) -> None:
+    """Raises UserError for a schedule longer than the run; warns of what else is likely wrong."""
+    if (config.loss.schedule_steps or 0) > num_steps:
+        raise UserError(
+            f"loss.schedule-steps: expected at most {num_steps}, the run's optimizer steps, got "
+            f"{config.loss.schedule_steps}"
+        )
+    if config.optim.warmup_steps >= num_steps:
+        say(
+            f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
+            f"{num_steps} steps: the learning rate never reaches its peak and its decay"
+        )
+    if config.distils and config.loss.warning:
+        say(f"warning: {config.loss.warning}")
+
+
+def open_inputs(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[Source, Source | None, Mesh]:
+    """Returns student and teacher, checked, and the mesh; no teacher for plain fine-tuning.
+
+    Args:
+      devices: those to use; None takes all.
 
     Raises:
-      UserError: with what is wrong with any of the models, the data and the attention at once.
+      UserError: with what is wrong with any of the models, the data and the mesh at once.
     """
     problems: list[str] = []
 
@@ -136,26 +178,49 @@ def open_inputs(config: Config) -> tuple[Source, Source | None]:
         except UserError as error:
             problems.append(str(error))
 
-    attempt(check_attention, config)
     student = attempt(open_source, config.student.path, config.student.adapter, "student")
     teacher = None
     if config.teacher is not None and config.distils:
         teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
     if config.compares_hidden:
         attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
+    archs = (student and student.arch, teacher and teacher.arch)
+    mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
     attempt(check_path, config.data.path, "data.path")
     if config.eval.path is not None:
         attempt(check_path, config.eval.path, "eval.path")
     if problems:
         raise UserError("\n".join(problems))
-    return student, teacher
+    return student, teacher, mesh
+
+
+def open_mesh(
+    config: Config,
+    student: Architecture | None,
+    teacher: Architecture | None,
+    devices: Sequence[jax.Device],
+) -> Mesh:
+    """Returns the mesh over the devices, whose open axes suit the models' memory.
+
+    Raises:
+      UserError: it suits neither devices, rows nor models; these are not checked where the student
+        is not known.
+    """
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    if student is None:
+        sizes = mesh_sizes(config.mesh, len(devices), rows)
+    else:
+        sizes = choose_sizes(config, student, teacher, local_topology(devices))
+    mesh = make_mesh(dataclasses.replace(config.mesh, **sizes), rows, devices)
+    check_attention(config, mesh)
+    return mesh
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
     """Returns the training and held-out rows, and prints what became of the conversations."""
     template = chat_template_of(config.data, *tokenizers)
     rows = data.make_rows(config.data, tokenizers[0], template)
-    print(f"{config.data.path}: {data.describe(rows)}", flush=True)
+    say(f"{config.data.path}: {data.describe(rows)}")
     if config.eval.path is None:
         return rows, None
     held_out = data.make_rows(
@@ -166,7 +231,7 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | 
         split=config.eval.split,
         max_conversations=config.eval.max_conversations,
     )
-    print(f"{config.eval.path}: {data.describe(held_out)}", flush=True)
+    say(f"{config.eval.path}: {data.describe(held_out)}")
     return rows, held_out
 
 
@@ -183,22 +248,6 @@ def describe_models(models) -> str:
     )
 
 
-def _place(state: TrainState, mesh: Mesh) -> TrainState:
-    """Returns the state with its scalars on every device of the mesh, like the arrays."""
-    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)
-
-
-@contextmanager
-def _sigterm_noted() -> Iterator[list[int]]:
-    """Yields a list that is filled when SIGTERM arrives, instead of the process being ended."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Loop:
     """The loop's bookkeeping: logs one step late, so that the device never waits for the host."""
 
@@ -207,23 +256,23 @@ class _Loop:
         self.writer = writer
         self.checkpointer = checkpointer
         self.schedule = make_schedule(config.optim, num_steps)
-        self.pending: tuple[int, Arrays, int] | None = None
+        self.pending: tuple[int, Arrays] | None = None
         self.profiling = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def log(self, step: int, metrics: Arrays, num_tokens: int) -> None:
+    def log(self, step: int, metrics: Arrays) -> None:
         """Keeps this step's metrics, and writes those of the step before."""
         self.flush()
-        self.pending = (step, metrics, num_tokens)
+        self.pending = (step, metrics)
 
     def flush(self) -> None:
         """Waits for the pending step and writes its metrics; raises where they are not finite."""
         if self.pending is None:
             return
-        step, metrics, num_tokens = self.pending
+        step, metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
@@ -232,7 +281,7 @@ class _Loop:
             self._refuse(step, values)
         values["target_tokens"] = int(values["target_tokens"])
         values |= {
-            "tokens_per_second": num_tokens / seconds,
+            "tokens_per_second": values.pop("tokens") / seconds,
             "target_tokens_per_second": values["target_tokens"] / seconds,
             "step_seconds": seconds,
             "learning_rate": float(self.schedule(step - 1)),

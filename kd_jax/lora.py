@@ -16,6 +16,12 @@ from kd_jax.model import Decoder, Layer, Linear, LoraParam
 FACTORS = ("lora_A", "lora_B")
 
 
+def factor_dims(name: str, dims: tuple[str, ...]) -> tuple[str, str, str]:
+    """Returns the logical dimensions of a stacked factor whose weight has `dims` [L, out, in]."""
+    layers, out, into = dims
+    return (layers, "rank", into) if name.endswith("lora_A") else (layers, out, "rank")
+
+
 def add_adapters(
     model: Decoder, config: LoraConfig, key: jax.Array, start: Mapping[str, Any] | None = None
 ) -> None:

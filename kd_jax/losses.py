@@ -183,10 +183,12 @@ def divergence_terms(
     return f, a
 
 
-def token_weight(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> jax.Array | None:
+def token_weight(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, axis: str | None = None
+) -> jax.Array | None:
     """Returns what divergence_terms needs of whole rows, [..., 1]; None for most divergences."""
     adaptive = config.divergence == "adaptive_kl"
-    return adaptive_weight(log_q, log_p, config.akl_mass) if adaptive else None
+    return adaptive_weight(log_q, log_p, config.akl_mass, axis) if adaptive else None
 
 
 def divergence(
@@ -212,25 +214,31 @@ THRESHOLDS = 8
 """Parts that a pass of the search divides what is left into."""
 
 
-def adaptive_weight(log_q: jax.Array, log_p: jax.Array, mass: float) -> jax.Array:
+def adaptive_weight(
+    log_q: jax.Array, log_p: jax.Array, mass: float, axis: str | None = None
+) -> jax.Array:
     """Returns the forward KL's weight, [..., 1], a constant: the head's share of sum |p - q|.
 
     The head is the likeliest entries of the teacher that together have at most `mass`, and the
     first in any case. Entries that tie are in it together or not at all. Its least probability is
     searched for, several thresholds in a pass, between bounds that draw nearer: much faster than
-    sorting the vocabulary.
+    sorting the vocabulary. `axis` is over_vocab's.
     """
     p = jnp.exp(log_p)
     # The likeliest entry outside has at least a V-th of the mass outside.
-    depth = math.log(log_p.shape[-1] / (1 - mass))
-    high = jnp.max(log_p, axis=-1, keepdims=True) - RESOLUTION
+    parts = 1 if axis is None else jax.lax.axis_size(axis)
+    depth = math.log(log_p.shape[-1] * parts / (1 - mass))
+    (highest,) = over_vocab(jnp.maximum, -jnp.inf, [log_p], axis)
+    high = highest - RESOLUTION
     low = jnp.minimum(high, -depth - RESOLUTION)
 
     def narrow(_, bounds):
         low, high = bounds
         thresholds = [low + (high - low) * (i / THRESHOLDS) for i in range(1, THRESHOLDS)]
         inside = [jnp.where(p >= jnp.exp(threshold), p, 0.0) for threshold in thresholds]
-        for threshold, total in zip(thresholds, over_vocab(jnp.add, 0.0, inside), strict=True):
+        for threshold, total in zip(
+            thresholds, over_vocab(jnp.add, 0.0, inside, axis), strict=True
+        ):
             high = jnp.where(total <= mass, jnp.minimum(high, threshold), high)
             low = jnp.where(total <= mass, low, jnp.maximum(low, threshold))
         return low, high
@@ -240,20 +248,32 @@ def adaptive_weight(log_q: jax.Array, log_p: jax.Array, mass: float) -> jax.Arra
     difference = jnp.abs(p - jnp.exp(log_q))
     # The bound is next above an entry outside, and p may be rounded otherwise than in the search.
     in_head = jnp.where(p >= jnp.exp(high + 0.5 * RESOLUTION), difference, 0.0)
-    head, total = over_vocab(jnp.add, 0.0, [in_head, difference])
+    head, total = over_vocab(jnp.add, 0.0, [in_head, difference], axis)
     return head / jnp.maximum(total, 1e-30)  # of equal models, 0
 
 
-def over_vocab(combine, start: float, arrays: Iterable[jax.Array]) -> list[jax.Array]:
-    """Returns each float32 array [..., V] reduced over V, [..., 1]: all of them in one pass."""
-    arrays = tuple(arrays)
-    starts = (jnp.float32(start),) * len(arrays)
+def over_vocab(
+    combine, start: float, arrays: Iterable[jax.Array], axis: str | None = None
+) -> list[jax.Array]:
+    """Returns each float32 array [..., V] reduced over V, [..., 1]: all of them in one pass.
+
+    Args:
+      combine: jnp.add or jnp.maximum.
+      axis: mesh axis that the vocabulary is split over, inside a shard_map; None where it is whole.
+    """
+    arrays = list(arrays)
+    distinct = {id(x): x for x in arrays}  # XLA would store what is reduced twice
+    operands = tuple(distinct.values())
+    starts = (jnp.float32(start),) * len(operands)
 
     def combine_all(some, others):
         return tuple(map(combine, some, others))
 
-    reduced = jax.lax.reduce(arrays, starts, combine_all, dimensions=(arrays[0].ndim - 1,))
-    return [x[..., None] for x in reduced]
+    reduced = jax.lax.reduce(operands, starts, combine_all, dimensions=(operands[0].ndim - 1,))
+    if axis is not None:
+        reduced = {jnp.add: jax.lax.psum, jnp.maximum: jax.lax.pmax}[combine](reduced, axis)
+    found = dict(zip(distinct, reduced, strict=True))
+    return [found[id(x)][..., None] for x in arrays]
 
 
 def agreement_terms(log_q: jax.Array, log_p: jax.Array) -> dict[str, jax.Array]:

@@ -12,10 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from kd_jax.architecture import Architecture, Rope
-from kd_jax.attention import attention
-from kd_jax.matmul import SAVED_ATTENTION, SAVED_PRODUCT, project
+from kd_jax.architecture import Architecture, Rope, layer_weights
+from kd_jax.attention import SAVED_ATTENTION, Implementation, attention
+from kd_jax.matmul import project
+from kd_jax.sharding import Layout, constrain
+
+SAVED_PRODUCT = "product"
+"""Name of a projection's output, by which remat can keep it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how a model runs; changes no result."""
+
+    implementation: Implementation = "xla"
+    """Attention kernel."""
+    layout: Layout | None = None
+    """Of its weights and rows on the mesh."""
 
 
 class LoraParam(nnx.Param):
@@ -25,10 +40,15 @@ class LoraParam(nnx.Param):
 class Linear(nnx.Module):
     """y = x Wᵀ (+ b), plus scale (x Aᵀ) Bᵀ where adapters were added."""
 
-    def __init__(self, weight: Any, dtype: Any, bias: Any = None):
+    def __init__(
+        self, weight: Any, bias: Any, dims: tuple[str, ...], dtype: Any, layout: Layout | None
+    ):
+        """Takes a weight [out, in], and the logical names of these dimensions."""
         self.weight = nnx.Param(weight)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        self.dims = dims
         self.dtype = dtype
+        self.layout = layout
         self.lora_A: LoraParam | None = nnx.data(None)
         self.lora_B: LoraParam | None = nnx.data(None)
         self.scale = 0.0
@@ -36,17 +56,32 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
-        y = project(x, self.weight[...], self.dtype)
+        out, into = self.dims
+        y = self._project(x, self.weight[...], out, into)
         if self.bias is not None:
             bias = self.bias[...].astype(self.dtype)  # as project casts weights
             y = y + bias[None, None]
-        if self.lora_A is None or self.lora_B is None:
-            return y
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = project(x, self.lora_A[...], self.dtype)
-        return y + self.scale * project(low, self.lora_B[...], self.dtype)
+        if self.lora_A is not None and self.lora_B is not None:
+            if key is not None and self.dropout > 0:
+                keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+            low = self._project(x, self.lora_A[...], "rank", into)
+            low = checkpoint_name(low, SAVED_PRODUCT)
+            y = y + self.scale * self._project(low, self.lora_B[...], out, "rank")
+        return checkpoint_name(y, SAVED_PRODUCT)  # the sum, whose parts no gradient takes
+
+    def _project(self, x, weight, *dims):
+        alone = self.layout is None or self.layout.mesh.size == 1
+        in_use = None if alone else self.layout.in_use(dims, weight.shape)
+        return project(x, weight, self.dtype, in_use)
+
+
+def _linear(
+    w: dict[str, Any], block: str, name: str, arch: Architecture, dtype: Any, place: Placement
+) -> Linear:
+    """Returns one projection of the arrays in its block."""
+    dims = layer_weights(arch)[f"{block}.{name}.weight"].dims
+    return Linear(w[f"{name}.weight"], w.get(f"{name}.bias"), dims, dtype, place.layout)
 
 
 class RMSNorm(nnx.Module):
@@ -65,20 +100,23 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, implementation: str):
-        self.q_proj = Linear(w["q_proj.weight"], dtype, w.get("q_proj.bias"))
-        self.k_proj = Linear(w["k_proj.weight"], dtype, w.get("k_proj.bias"))
-        self.v_proj = Linear(w["v_proj.weight"], dtype, w.get("v_proj.bias"))
-        self.o_proj = Linear(w["o_proj.weight"], dtype)
+    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
+        self.q_proj = _linear(w, "self_attn", "q_proj", arch, dtype, place)
+        self.k_proj = _linear(w, "self_attn", "k_proj", arch, dtype, place)
+        self.v_proj = _linear(w, "self_attn", "v_proj", arch, dtype, place)
+        self.o_proj = _linear(w, "self_attn", "o_proj", arch, dtype, place)
         eps, normed = arch.rms_norm_eps, arch.qk_norm
         self.q_norm = nnx.data(RMSNorm(w["q_norm.weight"], eps) if normed else None)
         self.k_norm = nnx.data(RMSNorm(w["k_norm.weight"], eps) if normed else None)
         self.head_dim = arch.head_dim
-        self.implementation = implementation
+        self.place = place
 
     def __call__(self, x, rope, segment_ids, keys):
         q, k, v = self.heads(x, rope, keys)
-        out = attention(q, k, v, segment_ids, implementation=self.implementation)
+        layout = self.place.layout
+        out = attention(
+            q, k, v, segment_ids, implementation=self.place.implementation, layout=layout
+        )
         return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
 
     def heads(self, x, rope, keys):
@@ -93,10 +131,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, w: dict[str, Any], dtype: Any):
-        self.gate_proj = Linear(w["gate_proj.weight"], dtype)
-        self.up_proj = Linear(w["up_proj.weight"], dtype)
-        self.down_proj = Linear(w["down_proj.weight"], dtype)
+    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
+        self.gate_proj = _linear(w, "mlp", "gate_proj", arch, dtype, place)
+        self.up_proj = _linear(w, "mlp", "up_proj", arch, dtype, place)
+        self.down_proj = _linear(w, "mlp", "down_proj", arch, dtype, place)
 
     def __call__(self, x, keys):
         gate = jax.nn.silu(self.gate_proj(x, keys[0]))
@@ -104,13 +142,13 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, implementation: str):
+    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
         self.input_layernorm = RMSNorm(w["input_layernorm.weight"], arch.rms_norm_eps)
-        self.self_attn = Attention(_below(w, "self_attn."), arch, dtype, implementation)
+        self.self_attn = Attention(_below(w, "self_attn."), arch, dtype, place)
         self.post_attention_layernorm = RMSNorm(
             w["post_attention_layernorm.weight"], arch.rms_norm_eps
         )
-        self.mlp = MLP(_below(w, "mlp."), dtype)
+        self.mlp = MLP(_below(w, "mlp."), arch, dtype, place)
 
     def __call__(self, x, rope, segment_ids, key):
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
@@ -134,18 +172,19 @@ class Decoder(nnx.Module):
         arrays: dict[str, Any],
         *,
         dtype: Any,
-        implementation: str = "auto",
+        place: Placement = Placement(),
         remat: str = "none",
     ):
         """Takes every array of `weights(arch)` by name."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
-        self.layers = Layer(_below(arrays, "layers."), arch, dtype, implementation)
+        self.layers = Layer(_below(arrays, "layers."), arch, dtype, place)
         self.norm = RMSNorm(arrays["norm.weight"], arch.rms_norm_eps)
         tied = arch.tie_word_embeddings
         self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
         self.arch = arch
         self.dtype = dtype
         self.remat = remat
+        self.place = place
 
     def __call__(
         self,
@@ -170,11 +209,11 @@ class Decoder(nnx.Module):
         A layer's output is the residual stream behind it, before the final norm. Negative layers
         count from the last one; no layers have None. Outputs of other layers are not kept.
         """
-        x = self.embed_tokens.weight[...][tokens].astype(self.dtype)
+        x = _on_rows(self.embed_tokens.weight[...][tokens], self.place.layout).astype(self.dtype)
         rope = rope_tables(positions, self.arch.rope, self.arch.head_dim, self.dtype)
 
         def run_layer(x, layer, key):
-            return layer(x, rope, segment_ids, key)
+            return _on_rows(layer(x, rope, segment_ids, key), self.place.layout)
 
         run_layer = _with_remat(run_layer, self.remat)
 
@@ -200,6 +239,11 @@ class Decoder(nnx.Module):
         """Returns the output head, [V, D]."""
         source = self.embed_tokens if self.lm_head is None else self.lm_head
         return source.weight[...]
+
+
+def _on_rows(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """Returns hidden states [B, S, D], whole on each device that has their rows."""
+    return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
 
 
 def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:

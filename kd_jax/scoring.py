@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.build import put_batch
+from kd_jax.build import make_head, put_batch
 from kd_jax.config import LossConfig
 from kd_jax.data import pack
-from kd_jax.kd_head import HeadConfig, chunk_tokens, token_metrics
+from kd_jax.kd_head import token_metrics
 from kd_jax.model import Structure, rebuild
-from kd_jax.sharding import BATCH_AXES, compiler_options, constrain, num_batch_shards, replicated
+from kd_jax.sharding import compiler_options, num_batch_shards, replicated
 from kd_jax.step import Arrays
 
 Tokens = tuple[int, ...]
@@ -51,7 +51,7 @@ def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request
     """Yields every different request with its score, in an order of its own."""
     run = jax.jit(
         _score_step,
-        static_argnums=(0, 1, 2),
+        static_argnums=(0, 1),
         out_shardings=replicated(scorer.mesh),
         compiler_options=compiler_options(scorer.mesh),
     )
@@ -119,17 +119,10 @@ def _score_rows(
     batch: Batch = {name: np.zeros((len(rows), length), np.int32) for name in COLUMNS}
     batch["mask"] = np.zeros((len(rows), length), bool)
     places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
-    platform, num_shards = scorer.mesh.devices.flat[0].platform, num_batch_shards(scorer.mesh)
-    head = HeadConfig(
-        loss=LossConfig(),  # unused without a teacher
-        chunk_tokens=chunk_tokens(
-            None, platform, scorer.vocab_size, len(rows) * length // num_shards
-        ),
-        num_shards=num_shards,
-        vocab_size=scorer.vocab_size,
-    )
+    unused, dtype = LossConfig(), scorer.arrays["norm.weight"].dtype.name  # without a teacher
+    head = make_head(unused, scorer.mesh, scorer.vocab_size, len(rows) * length, dtype)
     placed = put_batch(batch, scorer.mesh)
-    out = jax.device_get(run(scorer.structure, head, scorer.mesh, scorer.arrays, placed))
+    out = jax.device_get(run(scorer.structure, head, scorer.arrays, placed))
     for r, request, first, last in places:
         nats, correct = (x[r, first:last] for x in out)
         yield request, Score(-float(nats.sum(dtype=np.float64)), bool(correct.all()))
@@ -161,11 +154,11 @@ def _fill(batch: Batch, r: int, row: list[_Piece]) -> Iterator[tuple[Request, in
             yield (piece.context, continuation), here.start, here.stop
 
 
-def _score_step(structure, head, mesh, arrays, batch):
+def _score_step(structure, head, arrays, batch):
     """Returns -log p of each label, nats, and whether it is the likeliest token, [B, S] float32."""
     model = rebuild(structure, arrays)
     segments = (batch["segment_ids"], batch["context_ids"])
-    hidden = constrain(model(batch["tokens"], batch["positions"], segments), mesh, BATCH_AXES)
-    weight = constrain(model.head_weight(), mesh)  # gathered here once, not in every chunk
-    metrics = token_metrics(head, None, hidden, None, weight, None, batch["labels"], batch["mask"])
+    hidden = model(batch["tokens"], batch["positions"], segments)
+    targets = batch["labels"], batch["mask"]
+    metrics = token_metrics(head, None, hidden, None, model.head_weight(), None, *targets)
     return metrics["ce"], metrics["correct"]

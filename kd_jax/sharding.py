@@ -1,78 +1,76 @@
-"""The device mesh and the rule table from a weight's dimensions to mesh axes."""
+"""The device mesh, and how each model lies on it by the rules."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax.config import MeshConfig, UserError
-
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-
-# Logical name of a weight's dimension -> mesh axis. "layers" is never split: the scan walks it.
-Rules = Mapping[str, str | None]
-RULES: Rules = {
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "fsdp",
-    "row": None,  # of an embedding or a head, whose first dimension is split already
-    "norm": None,
-}
+from kd_jax import rules
+from kd_jax.config import MeshConfig
+from kd_jax.rules import AXES, BATCH_AXES, ROWS_AXIS, axes_size, mesh_sizes
 
 
-def make_mesh(config: MeshConfig, batch_rows: int) -> Mesh:
+def make_mesh(
+    config: MeshConfig, batch_rows: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Returns the mesh over all devices; its batch shards must divide a micro-batch's rows."""
-    num_devices = jax.device_count()
-    sizes = {name: getattr(config, name) for name in AXES}
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    sizes = {n: num_devices // fixed if size == -1 else size for n, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != num_devices:
-        raise UserError(
-            f"mesh: expected a product of {num_devices} (the devices), got "
-            + " x ".join(f"{name} {size}" for name, size in sizes.items())
-        )
-    shards = sizes["data"] * sizes["fsdp"]
-    if batch_rows % shards:
-        raise UserError(
-            f"data.batch-size: expected micro-batches that divide by {shards} devices "
-            f"(mesh.data x mesh.fsdp), got {batch_rows} rows in each. Change data.batch-size, "
-            "optim.accumulation-steps or mesh.*"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices), batch_rows)
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
+def compiler_options(mesh: Mesh) -> dict[str, bool | int | str]:
     """Returns what XLA is told besides its defaults, for programs on these devices.
 
     A CPU's sums over the vocabulary are vectorised only if their terms may be added in any order;
-    NaN and infinity stay what they are. docs/benchmarks.md has the times.
+    NaN and infinity stay what they are. It slices bfloat16 weights as float32, and would convert
+    those of all layers before the loop over them. docs/log.md has what both cost.
     """
-    if mesh.devices.flat[0].platform != "cpu":
+    if platform(mesh) != "cpu":
         return {}
-    return {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
+    return {
+        "xla_cpu_enable_fast_math": True,
+        "xla_cpu_prefer_vector_width": 512,
+        "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    }
 
 
-def weight_sharding(
-    mesh: Mesh, dims: tuple[str, ...], shape: tuple[int, ...], rules: Rules = RULES
-) -> NamedSharding:
-    """Returns how a weight with these logical dims lies on the mesh.
+def platform(mesh: Mesh) -> str:
+    """Returns cpu, gpu or tpu: that of the devices a program is for, be they here or not."""
+    return mesh.devices.flat[0].platform
 
-    A dimension that does not divide by its axis stays whole.
-    """
-    axes = [rules[dim] for dim in dims]
-    used = [axis for axis in axes if axis is not None]
-    if len(used) != len(set(used)):
-        raise ValueError(f"dims {dims} collide: two of them map to one axis of {rules}")
-    whole = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)]
-    return NamedSharding(mesh, P(*whole))
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one model lies on the mesh; static under jit."""
+
+    mesh: Mesh
+    axes: tuple[str, ...] = ("fsdp", "tensor")
+    """Axes that split the model's weights; devices along the others hold copies."""
+
+    def spec(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> P:
+        """Returns how a weight is split; `dims` are names in rules.RULES."""
+        return P(*rules.split(self.mesh.shape, self.axes, dims, shape))
+
+    def sharding(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(dims, shape))
+
+    def in_use(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """Returns how a weight lies where it multiplies: gathered along ROWS_AXIS."""
+        axes = tuple(axis for axis in self.axes if axis != ROWS_AXIS)
+        return Layout(self.mesh, axes).sharding(dims, shape)
+
+    @property
+    def tensor_axis(self) -> str | None:
+        """The axis that splits heads and hidden units, where one does."""
+        return "tensor" if "tensor" in self.axes and self.mesh.shape["tensor"] > 1 else None
+
+    def row_axes(self, num_rows: int) -> tuple[str, ...]:
+        """Returns the axes that split the rows that this model computes."""
+        return rules.row_axes(self.mesh.shape, self.axes, num_rows)
 
 
 def batch_sharding(mesh: Mesh, num_dims: int = 3) -> NamedSharding:
@@ -82,7 +80,7 @@ def batch_sharding(mesh: Mesh, num_dims: int = 3) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Returns the shares that the rows of a batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return axes_size(mesh.shape, BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -91,6 +89,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Returns `x` pinned to mesh axes, one per leading dimension; without a mesh, `x` itself."""
-    if mesh is None:
+    if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))

@@ -13,7 +13,7 @@ from kd_jax.hidden import PROJECTION, hidden_loss
 from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.model import Decoder, Structure, rebuild
 from kd_jax.optim import interpolate
-from kd_jax.sharding import BATCH_AXES, constrain
+from kd_jax.sharding import compiler_options, constrain
 from kd_jax.token_loss import LossScalars
 
 Arrays = dict[str, jax.Array]
@@ -76,13 +76,12 @@ def head_inputs(
     teacher_hidden = teacher_head = teacher_kept = None
     if teacher is not None:
         teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
-        teacher_hidden = constrain(teacher_hidden, program.mesh, BATCH_AXES)
-        teacher_head = constrain(teacher.head_weight(), program.mesh)
+        teacher_head = teacher.head_weight()
     student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
     return (
-        constrain(student_hidden, program.mesh, BATCH_AXES),
+        student_hidden,
         jax.lax.stop_gradient(teacher_hidden),
-        constrain(student.head_weight(), program.mesh),  # gathered here once, not in every chunk
+        student.head_weight(),
         jax.lax.stop_gradient(teacher_head),
         labels,
         mask,
@@ -117,6 +116,8 @@ def train_step(
     batch: Arrays,
 ) -> tuple[TrainState, Arrays]:
     """Returns the state after one update, and metrics as means over its target tokens.
+
+    And how many these are, target_tokens, and how many tokens there are.
 
     Args:
       batch: tokens, positions, segment_ids (int32) and loss_mask (bool), [A, B, S] each: A
@@ -153,11 +154,23 @@ def train_step(
     metrics = {name: jnp.sum(x) / jnp.maximum(num_tokens, 1) for name, x in sums.items()}
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     metrics["target_tokens"] = num_tokens
+    metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
     metrics["grad_norm"] = optax.global_norm(gradients)
     if program.head.loss.is_scheduled:
         metrics |= scalars._asdict()
     trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(trainable, opt_state, state.step + 1), metrics
+
+
+def jit_train_step(mesh: Mesh, layout: Any) -> Any:
+    """Returns `train_step` under jit: its state is donated, and laid out as `layout` says."""
+    return jax.jit(
+        train_step,
+        static_argnums=(0, 1),
+        donate_argnums=2,
+        out_shardings=(layout, None),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def eval_step(
@@ -168,4 +181,4 @@ def eval_step(
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
     inputs, _ = head_inputs(program, student, teacher, batch)
     scalars = loss_scalars(program, None)
-    return inputs[-1], token_metrics(program.head, scalars, *inputs, mesh=program.mesh)
+    return inputs[-1], token_metrics(program.head, scalars, *inputs)

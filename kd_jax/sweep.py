@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from kd_jax.arms import short_names
-from kd_jax.command import flag_names, parse_args, parse_config, run_command
+from kd_jax.command import (
+    flag_groups,
+    flag_name,
+    parse_args,
+    parse_config,
+    run_command,
+    split_flags,
+)
 from kd_jax.config import Config, UserError, differences, dump, part_of
 from kd_jax.runs import completion
 
@@ -79,15 +86,13 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[st
     Raises:
       UserError: a --set lacks its field or values, or names a field again.
     """
-    names = set(flag_names(SweepArgs)) | {"help"}
+    flags, common = split_flags(SweepArgs, argv)
     own: list[str] = []
-    common: list[str] = []
     grid: dict[str, list[str]] = {}
     problems = []
-    for words in _groups(argv):
-        name = words[0].removeprefix("--").split("=")[0].replace("_", "-")
-        if name != "set":
-            (own if name in names or words[0] in ("-h",) else common).extend(words)
+    for words in flag_groups(flags):
+        if flag_name(words[0]) != "set":
+            own += words
             continue
         field, values = "".join(words[1:2]).removeprefix("--").replace("_", "-"), words[2:]
         if not values:
@@ -106,23 +111,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[st
     return own, common, grid
 
 
-def _groups(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Yields each flag with the words up to the next one."""
-    group: list[str] = []
-    for word in argv:
-        if word.startswith("--") and group:
-            yield group
-            group = []
-        group.append(word)
-    if group:
-        yield group
-
-
 def _conflicts(
     own: Sequence[str], common: Sequence[str], grid: dict[str, list[str]]
 ) -> Iterator[str]:
     """Yields what is said in two places."""
-    fixed = {word.removeprefix("--").split("=")[0].replace("_", "-") for word in common}
+    fixed = {flag_name(word) for word in common}
     for field in grid:
         if field in fixed:
             yield f"--set {field}: expected it once, got --{field} for all runs too"

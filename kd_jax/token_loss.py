@@ -21,6 +21,9 @@ EVAL_METRICS = (
 )  # fmt: skip
 
 
+_SAME_AS = {"forward_kl": "kl_forward", "reverse_kl": "kl_reverse"}
+
+
 class LossScalars(NamedTuple):
     """What a schedule may change from step to step: float32 scalars."""
 
@@ -33,7 +36,7 @@ def static_temperature(config: LossConfig) -> float | None:
     return config.temperature if config.temperature_end is None else None
 
 
-def token_losses(config, scalars, z_s, z_t, labels, mask, entries):
+def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     """Returns each token's loss and metrics, and the gradient of the masked loss.
 
     Four passes over the vocabulary: maxima, sums of exponentials, losses, gradient.
@@ -45,32 +48,30 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries):
       z_t: [N, V] float32, the teacher's; None for no teacher, where the loss is CE.
       labels: [N] int32.
       mask: [N] bool; a token without a loss has no gradient.
-      entries: [V] int32, 0 to V - 1.
+      entries: [V] int32, the vocabulary entries of these logits: 0 to V - 1, or a device's share.
+      axis: mesh axis that the vocabulary is split over, inside a shard_map; None where it is whole.
 
     Returns:
       values by the names above, [N] float32, mask or not; the gradient in z_s, [N, V] float32.
     """
     T = None if z_t is None else static_temperature(config) or scalars.temperature
-    student, *teachers = _softmaxes([z_s] if z_t is None else [z_s, z_t], T)
-    values = _model_values(student, z_s, labels)
+    student, *teachers = _softmaxes([z_s] if z_t is None else [z_s, z_t], T, axis)
+    values = _model_values(student, z_s, labels, entries, axis)
     values["ce_loss"] = values["ce"]
     if not teachers:
         return values | {"loss": values["ce"]}, _d_ce(student, z_s, labels, mask, entries)
     (teacher,), ratio = teachers, scalars.kd_ratio
-    for name, value in _model_values(teacher, z_t, labels).items():
+    for name, value in _model_values(teacher, z_t, labels, entries, axis).items():
         values[f"teacher_{name}"] = value
-    weight = losses.token_weight(_log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config)
-    value, slope = losses.divergence_terms(
-        _log_probs(student, z_s, T), _log_probs(teacher, z_t, T), config, weight
-    )
+    log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
+    weight = losses.token_weight(log_q, log_p, config, axis)
+    value, slope = losses.divergence_terms(log_q, log_p, config, weight)
     agree = (z_s == student.highest) & (z_t == teacher.highest)
-    terms = {
-        "kd_loss": value,
-        "slope": slope,
-        "top1_agreement": agree.astype(jnp.float32),
-        **losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t)),
-    }
-    sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values()), strict=True))
+    terms = losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
+    if _is_one(T) and config.compat != "torchtune":  # what is minimised may be one of them
+        value = terms.get(_SAME_AS.get(config.divergence), value)
+    terms |= {"kd_loss": value, "slope": slope, "top1_agreement": agree.astype(jnp.float32)}
+    sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values(), axis), strict=True))
     total_slope, scale = sums.pop("slope"), losses.t2_factor(T, config)
     values |= {name: x[:, 0] for name, x in sums.items()}
     values["kd_loss"] *= scale
@@ -97,20 +98,30 @@ class _Softmax(NamedTuple):
     """Nats, at temperature 1."""
 
 
-def _softmaxes(logits, T):
+def _softmaxes(logits, T, axis):
     """Returns the _Softmax of each model's logits: one pass for all maxima, one for all sums."""
-    highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits)
+    highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits, axis)
     shifted = [z - m for z, m in zip(logits, highest, strict=True)]
     terms = [term for x in shifted for term in (jnp.exp(x), jnp.exp(x) * x)]
     if not _is_one(T):
         terms += [jnp.exp(x / T) for x in shifted]
-    sums = losses.over_vocab(jnp.add, 0.0, terms)
+    sums = losses.over_vocab(jnp.add, 0.0, terms, axis)
     K = len(logits)
     totals, moments, tempered = sums[: 2 * K : 2], sums[1 : 2 * K : 2], sums[2 * K :]
     return [
         _Softmax(m, jnp.log(total), jnp.log(hot), jnp.log(total) - moment / total)
         for m, total, moment, hot in zip(highest, totals, moments, tempered or totals, strict=True)
     ]
+
+
+def _pick(logits, labels, entries, axis):
+    """Returns each token's logit of its label, [N, 1]."""
+    if axis is None:
+        return jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    place = labels[:, None] - entries[0]
+    here = (place >= 0) & (place < logits.shape[1])
+    picked = jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), axis=-1)
+    return jax.lax.psum(jnp.where(here, picked, 0.0), axis)
 
 
 def _is_one(T):
@@ -131,9 +142,9 @@ def _d_ce(softmax, logits, labels, weights, entries):
     return jnp.exp(_log_probs(softmax, logits)) * weights - onehot
 
 
-def _model_values(softmax, logits, labels):
+def _model_values(softmax, logits, labels, entries, axis):
     """Returns what is said of each token of one model alone, [N]."""
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    picked = _pick(logits, labels, entries, axis)
     return {
         "ce": (softmax.log_sum - (picked - softmax.highest))[:, 0],
         "entropy": softmax.entropy[:, 0],

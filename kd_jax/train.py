@@ -8,9 +8,12 @@ from kd_jax.command import parse_config, run_command
 
 def main(argv: Sequence[str]) -> None:
     config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
-    from kd_jax.loop import train  # jax takes seconds that --help and a wrong flag need not pay
+    from kd_jax.distributed import joined  # jax takes seconds that --help need not pay
 
-    train(config)
+    with joined(config.distributed):
+        from kd_jax.loop import train
+
+        train(config)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 # Fake devices share one pool of threads, which collectives block. Where XLA runs independent ones
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=120"  # of busy cores, not 40
 )
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 import jax
 import pytest
 import tiny
+from tiny_run import make_run_config
 
 from kd_jax.config import DataConfig
 from kd_jax.text import load_tokenizer
@@ -35,6 +38,28 @@ if not importlib.util.find_spec("lm_eval"):
     collect_ignore = [*collect_ignore, "test_lm_eval.py"]
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+crashed: set[str] = set()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched):
+    """Runs a test again, once, whose worker died; the summary counts it as `rerun`.
+
+    Now and then a collective on fake devices still waits for ever, and XLA aborts the process.
+    """
+    if crashitem not in crashed:
+        crashed.add(crashitem)
+        sched.mark_test_pending(crashitem)
+        report.outcome = "rerun"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees a file's compiled programs: each keeps some 600 memory mappings of Linux's 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +89,13 @@ def tiny_teacher(tmp_path_factory) -> Path:
 def tiny_data(tmp_path_factory) -> Path:
     """Alpaca records as JSON lines. Read only."""
     return tiny.write_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
+    """Returns configs of runs of the tiny models, with the changes of make_run_config."""
+    cache_dir = tmp_path_factory.mktemp("rows")
+    return partial(make_run_config, tiny_student, tiny_teacher, tiny_data, cache_dir)
 
 
 @pytest.fixture(scope="session")

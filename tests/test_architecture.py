@@ -4,11 +4,12 @@ import math
 
 import pytest
 import tiny
-from hub_configs import HUB_CONFIGS, NUM_WEIGHTS
+from num_weights import NUM_WEIGHTS
 
 from kd_jax import architecture as architecture_module
 from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import UserError
+from kd_jax.known_models import KNOWN_MODELS
 
 pytestmark = pytest.mark.fast
 
@@ -57,9 +58,9 @@ def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ign
             assert architecture(family, **{key: "anything"}) == plain, key
 
 
-@pytest.mark.parametrize("hub_id", HUB_CONFIGS)
+@pytest.mark.parametrize("hub_id", KNOWN_MODELS)
 def test_models_of_the_hub_have_the_number_of_weights_on_their_cards(hub_id):
-    config = HUB_CONFIGS[hub_id]
+    config = KNOWN_MODELS[hub_id]
     arch = read_architecture(config, hub_id)
     assert sum(math.prod(w.shape) for w in weights(arch).values()) == NUM_WEIGHTS[hub_id]
     assert arch.rope.theta == config["rope_theta"]
@@ -67,11 +68,11 @@ def test_models_of_the_hub_have_the_number_of_weights_on_their_cards(hub_id):
     assert arch.qk_norm == (config["model_type"] == "qwen3")
 
 
-@pytest.mark.parametrize("hub_id", HUB_CONFIGS)
+@pytest.mark.parametrize("hub_id", KNOWN_MODELS)
 def test_the_hubs_spelling_and_that_of_transformers_5_give_one_architecture(hub_id):
     from transformers import AutoConfig
 
-    config = HUB_CONFIGS[hub_id]
+    config = KNOWN_MODELS[hub_id]
     new = AutoConfig.for_model(**config).to_dict()
     assert "rope_parameters" in new and "rope_theta" not in new
     assert read_architecture(new, "new") == read_architecture(config, "old")

@@ -2,11 +2,13 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from kd_jax import attention as module
 from kd_jax.attention import attention
@@ -53,8 +55,8 @@ def jaxs_own(q, k, v, segments):
 @pytest.mark.parametrize("S", [1, 60, 128, 129, 300])
 def test_attention_equals_float64(S):
     q, k, v, segments, _ = make_inputs(S)
-    got = jax.jit(attention)(q, k, v, segments)
-    np.testing.assert_allclose(got, expected(q, k, v, segments), atol=5e-6)
+    got, want = jax.jit(attention)(q, k, v, segments), expected(q, k, v, segments)
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("S", [60, 300])
@@ -64,6 +66,19 @@ def test_gradients_equal_those_of_jaxs_own(S):
         with_gradients(attention, *inputs), with_gradients(jaxs_own, *inputs), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("S", [128, 300])
+def test_splash_equals_the_blocks(S):
+    """On the interpreter of its TPU kernel, which wants heads of 64 at least."""
+    rng = np.random.default_rng(0)
+    q, k, v, d = (rng.normal(size=(1, S, n, 64)).astype(np.float32) for n in (N, K, K, N))
+    segments = np.sort(rng.integers(0, 3, (1, S)), axis=1).astype(np.int32)
+    want = with_gradients(attention, q, k, v, segments, d)
+    with pltpu.force_tpu_interpret_mode():
+        got = with_gradients(partial(attention, implementation="splash"), q, k, v, segments, d)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(abs(theirs).max()))
 
 
 def test_a_block_that_sees_too_little_is_noticed(monkeypatch):

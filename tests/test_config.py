@@ -301,7 +301,7 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
          ["loss.schedule-steps"]),
         ({"lora": LoraConfig(rank=0, alpha=0.0, dropout=1.0, target_modules=())},
          ["lora.alpha", "lora.dropout", "lora.rank", "lora.target-modules"]),
-        ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=0)}, ["mesh", "mesh.tensor"]),
+        ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=-2)}, ["mesh", "mesh.tensor"]),
         ({"log": LogConfig(every_steps=0, profile_start=-1, profile_steps=0)},
          ["log.every-steps", "log.profile-start", "log.profile-steps"]),
         ({"attention": "cudnn", "student": StudentConfig(path="s", dtype="float32")},
@@ -365,10 +365,11 @@ def set_leaf(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     return {**tree, head: set_leaf(tree[head], rest, value) if rest else value}
 
 
-PARTS = ("log", "mesh", "checkpoint", "eval")
+PARTS = ("log", "mesh", "distributed", "checkpoint", "eval")
 FREE = {
     "workdir", "compilation_cache", "data.cache_dir", "remat", "attention", "loss.chunk_tokens",
-    "teacher.path", "teacher.adapter", "student.path", "student.adapter", "data.path",
+    "teacher.path", "teacher.adapter", "teacher.shard_over", "data.path",
+    "student.path", "student.adapter", "student.shard_over",
 }  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def test_choices_are_what_is_implemented():
     assert all(set(x.divergences) < set(losses.DIVERGENCES) for x in config.COMPATS.values())
     assert {n for used in config.OPTIONS.values() for n in used} < set(losses.DIVERGENCES)
     assert literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(optim.SHAPES)
-    assert literal(Config, "attention") == set(get_args(attention.Implementation))
+    assert literal(Config, "attention") == {"auto", *get_args(attention.Implementation)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

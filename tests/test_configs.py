@@ -6,16 +6,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from hub_configs import HUB_CONFIGS, NUM_WEIGHTS
+from num_weights import NUM_WEIGHTS
 
+from kd_jax.abstract import abstract_run
 from kd_jax.architecture import read_architecture
-from kd_jax.build import abstract_models, make_program
 from kd_jax.command import load_config
-from kd_jax.data import COLUMNS
+from kd_jax.known_models import KNOWN_MODELS
 from kd_jax.lora import is_adapter
-from kd_jax.optim import make_optimizer
-from kd_jax.sharding import batch_sharding, make_mesh
-from kd_jax.step import init_state, train_step
+from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast
 
@@ -28,7 +26,7 @@ def open_config(path):
     rows = max(8, config.data.batch_size)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
     parts = [config.student] + ([config.teacher] if config.teacher else [])
-    return config, [read_architecture(HUB_CONFIGS[part.path], part.path) for part in parts]
+    return config, [read_architecture(KNOWN_MODELS[part.path], part.path) for part in parts]
 
 
 def num_weights(arrays):
@@ -40,22 +38,11 @@ def test_every_configuration_lowers_at_its_true_size(path):
     config, architectures = open_config(path)
     mesh = make_mesh(config.mesh, config.data.batch_size)
     student, teacher = (*architectures, None)[:2]
-    models = abstract_models(config, student, teacher, mesh)
-    assert num_weights(models.frozen) == NUM_WEIGHTS[config.student.path]
+    run = abstract_run(config, student, teacher, mesh)
+    assert num_weights(run.models.frozen) == NUM_WEIGHTS[config.student.path]
     if config.teacher is not None:
-        assert num_weights(models.teacher_arrays) == NUM_WEIGHTS[config.teacher.path]
-    vocab_size = min(arch.vocab_size for arch in architectures)
-    program = make_program(config, models, vocab_size, mesh)
-    optimizer = make_optimizer(config.optim, 1000)
-    state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), models.trainable)
-    shape = (1, config.data.batch_size, config.data.seq_len)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in COLUMNS.items()
-    }
-    run = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
-    arguments = (models.frozen, models.teacher_arrays, batch)
-    lowered = run.lower(program, optimizer, state, *arguments)
+        assert num_weights(run.models.teacher_arrays) == NUM_WEIGHTS[config.teacher.path]
+    lowered, state = run.trace().lower(), run.state
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

@@ -30,7 +30,7 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.model import logits, rebuild
-from kd_jax.sharding import make_mesh
+from kd_jax.sharding import Layout, make_mesh
 from kd_jax.step import init_state
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
@@ -162,7 +162,7 @@ def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, 
         raw[:4] = torch.tensor([-0.0, 0.0, float("inf"), -float("inf")])
         raw[4:32] = torch.arange(1, 29).to(integer).view(weight.dtype)  # denormals
     theirs.save_pretrained(source)
-    arch = hf.load_architecture(source)
+    arch = disk.load_architecture(source)
     models, _ = load(make_config(source, dtype="bfloat16"))
     place = source
     if form == "orbax":
@@ -232,9 +232,9 @@ def test_the_orbax_form_gives_back_every_bit_in_every_layout(tiny_teacher, tmp_p
             tensors[name] = tensors[name].astype(jnp.bfloat16)
     save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
     assert run_command(from_hf.main, ["--source", str(mixed), "--out", str(tmp_path / "out")]) == 0
-    arch = hf.load_architecture(tmp_path / "out")
+    arch = disk.load_architecture(tmp_path / "out")
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
-        devices = make_mesh(mesh, 8)
+        devices = Layout(make_mesh(mesh, 8))
         want = hf.load_arrays(mixed, arch, devices, None)
         got = hf.load_arrays(tmp_path / "out", arch, devices, None)
         assert {x.dtype.name for x in got.values()} == {"float32", "bfloat16"}
@@ -255,7 +255,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
     arch = read_architecture(other, "config")
     for use in (
         hf.check_source,
-        lambda *args: hf.load_arrays(*args, make_mesh(MeshConfig(), 8), None),
+        lambda *args: hf.load_arrays(*args, Layout(make_mesh(MeshConfig(), 8)), None),
     ):
         with pytest.raises(UserError) as error:
             use(tmp_path / "out", arch)
@@ -354,7 +354,7 @@ def source(tmp_path):
 @pytest.mark.fast
 def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     (source / "README.md").write_text("not the model's")
-    arch = hf.load_architecture(source)
+    arch = disk.load_architecture(source)
     export.export_merged(source, arch, {}, 1.0, tmp_path / "out")
     names = {path.name for path in source.iterdir()} - {"README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -375,7 +375,7 @@ def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     ],
 )
 def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source, tmp_path):
-    arch = hf.load_architecture(source)
+    arch = disk.load_architecture(source)
     with pytest.raises(UserError, match=f"(misshapen|unexpected): {name}"):
         export.export_merged(
             source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out"

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from kd_jax import disk, export, hf
 from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.sharding import make_mesh, weight_sharding
+from kd_jax.sharding import Layout, make_mesh
 
 MESHES = {
     "data": MeshConfig(data=8),
@@ -31,8 +31,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def load(folder, dtype="float32", mesh="data", **options):
-    arch = hf.load_architecture(folder)
-    return hf.load_arrays(folder, arch, make_mesh(MESHES[mesh], 8), dtype, **options)
+    arch = disk.load_architecture(folder)
+    return hf.load_arrays(folder, arch, Layout(make_mesh(MESHES[mesh], 8)), dtype, **options)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_every_bit_that_transformers_wrote_arrives(
 
     monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)  # several blocks in each tensor
     arrays = load(tmp_path, dtype, mesh)
-    arch = hf.load_architecture(tmp_path)
+    arch = disk.load_architecture(tmp_path)
     state = theirs.state_dict()
     assert arrays.keys() == weights(arch).keys()
     for path, array in arrays.items():
@@ -105,7 +105,7 @@ def test_every_bit_that_transformers_wrote_arrives(
         want = np.stack(stored) if path.startswith("layers.") else stored[0]
         assert array.dtype == dtype
         dims = weights(arch)[path].dims
-        assert array.sharding == weight_sharding(make_mesh(MESHES[mesh], 8), dims, want.shape)
+        assert array.sharding == Layout(make_mesh(MESHES[mesh], 8)).sharding(dims, want.shape)
         for part in array.addressable_shards:
             np.testing.assert_array_equal(
                 bits(part.data), bits(want[part.index]), err_msg=f"{path} {part.index}"
@@ -144,7 +144,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 from kd_jax import disk, hf
 from kd_jax.config import MeshConfig
-from kd_jax.sharding import make_mesh
+from kd_jax.sharding import Layout, make_mesh
 folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 count, plain = 0, disk.Tensor._read_into
@@ -153,8 +153,9 @@ def counted(self, out, offset):
     count += out.nbytes
     plain(self, out, offset)
 disk.Tensor._read_into = counted
-arch = hf.load_architecture(folder)
-arrays = hf.load_arrays(folder, arch, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8), "float32")
+arch = disk.load_architecture(folder)
+layout = Layout(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8))
+arrays = hf.load_arrays(folder, arch, layout, "float32")
 stored = load_file(folder / "model.safetensors")
 for path, array in arrays.items():
     want = np.stack([stored[name] for name in hf.hf_names(path, arch)])
@@ -180,11 +181,9 @@ def test_each_of_two_processes_reads_only_its_rows(folder):
         for number in range(2)
     ]
     counts = [int(process.communicate(timeout=60)[0]) for process in running]
-    # fsdp splits the rows of these; of the others, both processes want a part of every row.
-    split = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
-    wanted = sum(
-        x.nbytes // (1 + n.endswith(split)) for n, x in tiny.random_tensors(CONFIG).items()
-    )
+    # fsdp splits the rows of every matrix, over the processes; norms are whole on every device.
+    tensors = tiny.random_tensors(CONFIG).values()
+    wanted = sum(x.nbytes // x.ndim for x in tensors)
     assert counts == [wanted, wanted]
 
 
@@ -240,7 +239,7 @@ def test_all_tensors_that_do_not_fit_are_listed(folder):
 
     edit(folder, spoil)
     with pytest.raises(UserError) as error:
-        hf.check_source(folder, hf.load_architecture(folder))
+        hf.check_source(folder, disk.load_architecture(folder))
     assert str(error.value).splitlines() == [
         f"{folder}: the tensors do not fit config.json:",
         f"  missing: {UP_PROJ} [96, 64]",

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax import losses
 from kd_jax.config import LossConfig, MeshConfig
-from kd_jax.kd_head import HeadConfig, chunk_tokens, kd_head, token_metrics
+from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.losses import DIVERGENCES
 from kd_jax.sharding import compiler_options, make_mesh
 from kd_jax.token_loss import (
@@ -129,9 +129,8 @@ def test_bfloat16_inputs_stay_near_float64():
     close(d_head, numerical_gradient(config, inputs, 2), 1e-2)
 
 
-def token_values(config, *inputs, mesh=None):
-    run = jax.jit(token_metrics, static_argnums=0, static_argnames="mesh")
-    out = run(config, scalars_of(config), *inputs, mesh=mesh)
+def token_values(config, *inputs):
+    out = jax.jit(token_metrics, static_argnums=0)(config, scalars_of(config), *inputs)
     return {n: np.asarray(x) for n, x in out.items()}
 
 
@@ -275,7 +274,7 @@ def test_devices_change_nothing(sizes):
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     whole = NamedSharding(mesh, PartitionSpec())
     placed = [jax.device_put(x, whole if i in (2, 3) else rows) for i, x in enumerate(inputs)]
-    sharded = dataclasses.replace(config, num_shards=data * fsdp)
+    sharded = dataclasses.replace(config, mesh=mesh)
     got, gradients = value_and_gradients(sharded, *placed)
     for name, value in want.items():
         assert float(got[name]) == pytest.approx(float(value), rel=1e-6), name
@@ -283,7 +282,7 @@ def test_devices_change_nothing(sizes):
         close(ours, theirs, 1e-6)
     config, sharded = (dataclasses.replace(x, top_k=3) for x in (config, sharded))
     alone = token_values(config, *inputs)
-    for name, value in token_values(sharded, *placed, mesh=mesh).items():
+    for name, value in token_values(sharded, *placed).items():
         np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -302,8 +301,9 @@ def loop_bodies(program):
 
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (2, 4)])
 def test_devices_say_nothing_to_each_other_between_chunks(sizes):
-    config = dataclasses.replace(CONFIG, head_trainable=True, num_shards=8, chunk_tokens=2)
+    config = dataclasses.replace(CONFIG, head_trainable=True, chunk_tokens=2)
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1]), 2 * B)
+    config = dataclasses.replace(config, mesh=mesh)
     inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
     inputs[2], inputs[3] = make_inputs()[2:4]
     rows, whole = (NamedSharding(mesh, PartitionSpec(x)) for x in (("data", "fsdp"), None))
@@ -357,17 +357,6 @@ def test_metrics_of_losses_handle_entries_without_probability():
     np.testing.assert_allclose(forward[:, 0], value, rtol=1e-6)
     assert np.isfinite(reverse).all()
     np.testing.assert_allclose(accepted[:, 0], [0.5, 0.5], rtol=1e-6)
-
-
-def test_a_chunk_holds_about_the_tokens_asked_for():
-    assert chunk_tokens(1024, "gpu", 128_256, shard_tokens=8192) == 1024
-    assert chunk_tokens(1024, "gpu", 128_256, shard_tokens=100) == 100
-
-
-def test_two_models_logits_of_a_chunk_fill_at_most_a_gibibyte():
-    for vocab_size in (32_000, 128_256, 152_064):
-        tokens = chunk_tokens(None, "gpu", vocab_size, shard_tokens=10**6)
-        assert 2**29 < 2 * 4 * tokens * vocab_size <= 2**30
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -19,12 +19,13 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
-    "config", "command", "sharding", "matmul", "attention", "architecture", "model", "lora",
-    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data",
-    "optim", "hf", "export",
-    "step", "checkpoint", "metrics", "build", "inference", "evaluation", "scoring", "loop",
-    "train", "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves",
-    "report", "sweep", "grammar", "scratch", "outcome", "demo",
+    "config", "command", "chips", "topology", "architecture", "rules", "known_models",
+    "analytic", "hlo", "sharding", "matmul", "attention", "model", "lora", "decoding", "losses",
+    "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data", "optim", "hf",
+    "export", "step", "checkpoint", "metrics", "build", "abstract", "forecast", "search",
+    "inference", "evaluation", "scoring", "distributed", "loop", "train", "plan", "evaluate",
+    "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves", "report", "sweep",
+    "grammar", "scratch", "outcome", "demo",
 ]  # fmt: skip
 # One file needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"harness"}
@@ -96,8 +97,15 @@ def known_flags():
     return known
 
 
+# Flags of launchers in docs/clusters.md.
+LAUNCHERS = {
+    "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue",
+    "open-mode", "kill-on-bad-exit", "zone", "worker", "command", "map-by",
+}  # fmt: skip
+
+
 def test_every_flag_that_the_documents_name_exists():
-    known = known_flags()
+    known = known_flags() | LAUNCHERS
     for document in [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").glob("*.md"),

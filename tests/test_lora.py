@@ -10,12 +10,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from kd_jax import hf
+from kd_jax import disk, hf
 from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import LINEAR_NAMES, LoraConfig, MeshConfig, UserError
 from kd_jax.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
 from kd_jax.model import Decoder, Linear, LoraParam, logits, named_arrays
-from kd_jax.sharding import make_mesh
+from kd_jax.sharding import Layout, make_mesh
 
 CONFIG = tiny.make_config()
 ARCH = read_architecture(CONFIG, "config")
@@ -121,7 +121,9 @@ def test_factors_begin_as_in_peft():
 
 def make_linear(seed=0, dropout=0.0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    linear = Linear(jnp.asarray(rng.standard_normal((5, 7)), dtype), dtype)
+    linear = Linear(
+        jnp.asarray(rng.standard_normal((5, 7)), dtype), None, ("mlp", "embed"), dtype, None
+    )
     linear.lora_A = LoraParam(jnp.asarray(rng.standard_normal((3, 7)), jnp.float32))
     linear.lora_B = LoraParam(jnp.asarray(rng.standard_normal((5, 3)), jnp.float32))
     linear.scale, linear.dropout = 8 / 3, dropout
@@ -252,10 +254,10 @@ def test_merged_at_load_equals_pefts_merge(options, tmp_path):
     theirs = save_peft(tmp_path / "adapter", **options)
     base = tiny.make_torch_model(options.get("family", "llama"), 1)
     base.save_pretrained(tmp_path / "base")
-    arch = hf.load_architecture(tmp_path / "base")
+    arch = disk.load_architecture(tmp_path / "base")
     adapter = hf.load_adapter(tmp_path / "adapter", arch)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
-    ours = hf.load_arrays(tmp_path / "base", arch, mesh, "float32", adapter=adapter)
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8))
+    ours = hf.load_arrays(tmp_path / "base", arch, layout, "float32", adapter=adapter)
     plain, merged = base.state_dict(), theirs.merge_and_unload().state_dict()
     changed = 0
     for path, array in ours.items():
@@ -276,14 +278,14 @@ def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora,
     options = {"use_rslora": use_rslora, "target_modules": ["q_proj", "down_proj"]}
     theirs = save_peft(tmp_path / "adapter", family=family, **options).eval()
     tiny.make_torch_model(family, 1).save_pretrained(tmp_path / "base")
-    arch = hf.load_architecture(tmp_path / "base")
+    arch = disk.load_architecture(tmp_path / "base")
     adapter = hf.load_adapter(tmp_path / "adapter", arch)
     assert adapter.config.target_modules == ("q_proj", "down_proj")
     assert adapter.config.alpha / adapter.config.rank == pytest.approx(
         6 / (2 if use_rslora else 4), abs=1e-12
     )
-    mesh = make_mesh(MeshConfig(), 8)
-    arrays = hf.load_arrays(tmp_path / "base", arch, mesh, "float32")
+    layout = Layout(make_mesh(MeshConfig(), 8))
+    arrays = hf.load_arrays(tmp_path / "base", arch, layout, "float32")
     decoder = Decoder(arch, arrays, dtype=jnp.float32)
     start = hf.stack_adapter(adapter, arch)
     add_adapters(decoder, adapter.config, jax.random.key(0), start)

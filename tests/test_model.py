@@ -12,9 +12,10 @@ import torch
 from kd_jax import model as model_module
 from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import MeshConfig
-from kd_jax.hf import load_architecture, load_arrays
+from kd_jax.disk import load_architecture
+from kd_jax.hf import load_arrays
 from kd_jax.model import Attention, Decoder, logits, named_arrays, rebuild, rotate
-from kd_jax.sharding import make_mesh
+from kd_jax.sharding import Layout, make_mesh
 
 # Both sides round float32 sums of a few hundred terms in different orders.
 TOLERANCE = 1e-4
@@ -96,7 +97,7 @@ def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family
     theirs = tiny.make_torch_model(family, 3)
     theirs.save_pretrained(tmp_path)
     arch = load_architecture(tmp_path)
-    arrays = load_arrays(tmp_path, arch, make_mesh(MeshConfig(), 8), "float32")
+    arrays = load_arrays(tmp_path, arch, Layout(make_mesh(MeshConfig(), 8)), "float32")
     assert distance(theirs, Decoder(arch, arrays, dtype=jnp.float32)) < TOLERANCE
 
 
@@ -110,7 +111,7 @@ def swapped_halves(x, cos, sin):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def without_causal_mask(q, k, v, segment_ids, *, implementation):
+def without_causal_mask(q, k, v, segment_ids, *, implementation, layout):
     return jax.nn.dot_product_attention(q, k, v)
 
 

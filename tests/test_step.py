@@ -8,105 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny_run import STEPS, Run, assert_near
 from transformers import AutoModelForCausalLM
 
 from kd_jax import data
-from kd_jax.build import load_models, make_program, put_batch, shared_vocab_size
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    LoraConfig,
-    LossConfig,
-    MeshConfig,
-    OptimConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from kd_jax.loop import open_inputs
 from kd_jax.model import logits, rebuild
-from kd_jax.optim import make_optimizer
-from kd_jax.sharding import make_mesh
-from kd_jax.step import eval_step, init_state, loss_scalars, targets, train_step
-from kd_jax.text import chat_template_of
-
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def make_config(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
-    cache_dir = str(tmp_path_factory.mktemp("rows"))
-
-    def make(*, trainable="full", mesh=None, loss=None, lora=None, optim=None, **rows):
-        options = {"seq_len": 192, "batch_size": 8, "cache_dir": cache_dir, **rows}
-        return Config(
-            workdir="unused",
-            teacher=TeacherConfig(path=str(tiny_teacher), dtype="float32"),
-            student=StudentConfig(path=str(tiny_student), dtype="float32"),
-            data=DataConfig(path=str(tiny_data), **options),
-            trainable=trainable,
-            lora=LoraConfig(rank=4, alpha=8.0, **(lora or {})),
-            loss=LossConfig(**{"chunk_tokens": 32, **(loss or {})}),
-            mesh=MeshConfig(**(mesh or {"data": 8})),
-            optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
-            steps=STEPS,
-        )
-
-    return make
-
-
-class Run:
-    """A run's parts, made as kd_jax.train makes them."""
-
-    def __init__(self, config):
-        rows_per_pass = config.data.batch_size // config.optim.accumulation_steps
-        self.config, self.mesh = config, make_mesh(config.mesh, rows_per_pass)
-        student, teacher = open_inputs(config)
-        template = chat_template_of(config.data, student.tokenizer)
-        self.rows = data.make_rows(config.data, student.tokenizer, template)
-        self.models = load_models(config, student, teacher, self.mesh)
-        vocab_size = shared_vocab_size(student, teacher)
-        self.program = make_program(config, self.models, vocab_size, self.mesh, STEPS)
-        self.optimizer = make_optimizer(config.optim, STEPS)
-        self.state = init_state(self.models.trainable, self.optimizer)
-
-    def batch(self, seed=0):
-        count = self.config.optim.accumulation_steps
-        size = self.config.data.batch_size
-        return next(
-            data.batches(
-                self.rows, seed=seed, start_step=0, batch_size=size, accumulation_steps=count
-            )
-        )
-
-    def arguments(self, batch):
-        models = self.models
-        placed = put_batch(batch, self.mesh)
-        return self.state, models.frozen, models.teacher_arrays, placed
-
-    def step(self, batch):
-        """Takes one step and returns its metrics as floats."""
-        run = jax.jit(train_step, static_argnums=(0, 1))
-        self.state, metrics = run(self.program, self.optimizer, *self.arguments(batch))
-        return {name: float(value) for name, value in metrics.items()}
-
-    def gradients(self, batch):
-        """Returns the mean loss's gradients, caught where the optimizer gets them, and metrics."""
-
-        def update(gradients, state, params):
-            return jax.tree.map(jnp.zeros_like, gradients), gradients
-
-        catch = self.optimizer._replace(update=update)
-        run = jax.jit(train_step, static_argnums=(0, 1))
-        state, metrics = run(self.program, catch, *self.arguments(batch))
-        gradients = {name: np.asarray(x) for name, x in state.opt_state.items()}
-        return gradients, {name: float(value) for name, value in metrics.items()}
-
-
-def assert_near(got, want, tolerance):
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        scale = np.abs(value).max()
-        assert np.abs(got[name] - value).max() <= tolerance * max(scale, 1e-6), name
+from kd_jax.step import eval_step, loss_scalars, targets, train_step
 
 
 def torch_loss(student, teacher, batch, kd_ratio):

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, data, evaluate, loop, scores, text, train
+from kd_jax import checkpoint, data, evaluate, loop, scores, step, text, train
 from kd_jax.command import run_command
 from kd_jax.step import TrainState, train_step
 
@@ -152,7 +152,7 @@ def test_every_step_keeps_the_layout_and_the_program_of_the_first(run_train, tmp
         traces.append(1)
         return train_step(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(step, "train_step", counted)
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
     assert run_train(tmp_path / "run", *mesh) == 0
     assert len(traces) == 1
@@ -469,9 +469,9 @@ def test_the_loop_waits_for_no_device(monkeypatch):
     written, loop_ = [], object.__new__(loop._Loop)
     loop_.pending = None
     monkeypatch.setattr(loop._Loop, "flush", lambda self: written.append(self.pending))
-    loop_.log(1, {"loss": 1}, 5)
-    loop_.log(2, {"loss": 2}, 5)
-    assert written == [None, (1, {"loss": 1}, 5)]
+    loop_.log(1, {"loss": 1})
+    loop_.log(2, {"loss": 2})
+    assert written == [None, (1, {"loss": 1})]
 
 
 def test_the_step_is_measured(config_file, tmp_path):

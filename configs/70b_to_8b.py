@@ -2,8 +2,8 @@
 
 The devices share both models' weights, of which the teacher's alone are 141 GB in bfloat16.
 
-Command:   python -m kd_jax.train --config configs/llama_70b_to_8b.py
-Hardware:  eight GPUs of 80 GB or more (bfloat16).
+Command:   python -m kd_jax.train --config configs/70b_to_8b.py
+Hardware:  eight H100 or H200, or a v5p-16, and any number of these (docs/planning.md; bfloat16).
 Source:    8b_to_1b.py at the next size.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
@@ -14,7 +14,6 @@ from kd_jax.config import (
     EvalConfig,
     LoraConfig,
     LossConfig,
-    MeshConfig,
     OptimConfig,
     StudentConfig,
     TeacherConfig,
@@ -23,7 +22,7 @@ from kd_jax.config import (
 
 def get_config() -> Config:
     return Config(
-        workdir="runs/llama_70b_to_8b",
+        workdir="runs/70b_to_8b",
         teacher=TeacherConfig(path="meta-llama/Llama-3.3-70B-Instruct"),
         student=StudentConfig(path="meta-llama/Llama-3.1-8B-Instruct"),
         trainable="lora",
@@ -36,6 +35,5 @@ def get_config() -> Config:
         optim=OptimConfig(
             learning_rate=3e-4, schedule="cosine", warmup_steps=100, weight_decay=0.01
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
         epochs=1,
     )

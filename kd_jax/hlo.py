@@ -1,0 +1,256 @@
+"""What a compiled program's HLO text says: its collectives, and its largest arrays."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_jax.analytic import Transfer
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast", "ragged-all-to-all",
+)  # fmt: skip
+_BITS = {"pred": 8, "s4": 4, "u4": 4}  # of names that do not end in their width
+# Whose type is a tuple of inputs, outputs and what the runtime keeps.
+_WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
+_NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[str, ...]
+    """What it makes, such as bf16[8,2048]; a tuple's parts."""
+    line: str
+    """All of its text."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(shape_bytes, self.shapes))
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    computations: dict[str, list[Instruction]]
+    entry: str
+    sources: dict[str, str] = field(default_factory=dict)
+    """By stack_frame_id: the file of kd_jax and line that an instruction is from."""
+
+
+class Collective(NamedTuple):
+    transfer: Transfer
+    shapes: tuple[str, ...]
+    loops: tuple[str, ...]
+    """Names of the loops around it, outermost first."""
+    source: str
+
+
+def read_program(text: str) -> Program:
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            current = computations.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+        elif line.rstrip() == "}":
+            current = None
+        elif current is not None:
+            current += _instructions(line)
+    return Program(computations, entry, _sources(text))
+
+
+def _instructions(line: str) -> Iterator[Instruction]:
+    found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line)
+    if not found:
+        return
+    kind, rest = _type_and_rest(found[2])
+    opcode = rest.partition("(")[0]
+    parts = [kind]
+    if kind.startswith("(") and opcode in _WITH_INPUTS:
+        parts = _parts(kind)[1:2]
+    shapes = tuple(shape for part in parts for shape in re.findall(r"\w+\[[\d,]*\]", part))
+    yield Instruction(found[1], opcode, shapes, line)
+
+
+def _type_and_rest(text: str) -> tuple[str, str]:
+    """Returns `type opcode(...)` in its two parts; a tuple's type holds spaces."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = end = 0
+    while not end or depth:
+        depth += (text[end] == "(") - (text[end] == ")")
+        end += 1
+    return text[:end], text[end + 1 :]
+
+
+def _parts(kind: str) -> list[str]:
+    """Returns the parts of a tuple's type."""
+    parts, depth = [""], 0
+    for letter in kind[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def shape_bytes(shape: str) -> int:
+    """Returns the bytes of an array by its HLO shape, such as bf16[8,2048]."""
+    dtype, _, sizes = shape.rstrip("]").partition("[")
+    digits = re.match(r"[a-z]+(\d+)", dtype)
+    bits = _BITS.get(dtype) or (int(digits[1]) if digits else 0)
+    return math.prod(map(int, filter(None, sizes.split(",")))) * bits // 8
+
+
+def _sources(text: str) -> dict[str, str]:
+    """Returns, by stack frame, its innermost line of this package."""
+    names = text.partition("\nFileNames\n")[2].partition("\n\n")[0]
+    files = dict(re.findall(r'^(\d+) "(.*)"$', names, re.M))
+    places = {
+        m[1]: (files.get(m[2], ""), m[3])
+        for m in re.finditer(r"^(\d+) \{file_name_id=(\d+) .*? line=(\d+) ", text, re.M)
+    }
+    frames = {
+        m[1]: (m[2], m[3])
+        for m in re.finditer(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}", text, re.M)
+    }
+    found = {}
+    for frame in frames:
+        at, seen = frame, set()
+        while at in frames and at not in seen:
+            seen.add(at)
+            place, above = frames[at]
+            file, line = places.get(place, ("", ""))
+            if Path(file).parent.name == "kd_jax":
+                found[frame] = f"{Path(file).name}:{line}"
+                break
+            at = above
+    return found
+
+
+def _source(program: Program, line: str) -> str:
+    """Returns where an instruction is from: our file and line, or jax's name for the operation."""
+    frame = re.search(r"stack_frame_id=(\d+)", line)
+    name = re.search(r'op_name="([^"]*)"', line)
+    place = program.sources.get(frame[1], "") if frame else ""
+    return place or (name[1].removeprefix("jit(train_step)/") if name else "")
+
+
+def _walk(
+    program: Program, loop_trips: int
+) -> Iterator[tuple[Instruction, int, tuple[str, ...], bool]]:
+    """Yields each instruction of the program, how often it runs, the loops around it, and whether
+    it is within a fusion, where arrays need no memory.
+
+    Args:
+      loop_trips: of a loop whose number is known only as it runs.
+    """
+    stack: list[tuple[str, int, tuple[str, ...], bool]] = [(program.entry, 1, (), False)]
+    while stack:
+        name, times, loops, fused = stack.pop()
+        for one in program.computations.get(name, ()):
+            yield one, times, loops, fused
+            inner, around = times, loops
+            if one.opcode == "while":
+                inner = times * (trips(program, one) or loop_trips)
+                around = (*loops, one.name)
+            called = re.findall(r"(?:body|calls|to_apply|_computation)=%?([\w.-]+)", one.line)
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", one.line):
+                called += re.findall(r"%?([\w.-]+)", group)
+            stack += [(child, inner, around, fused or one.opcode == "fusion") for child in called]
+
+
+def trips(program: Program, loop: Instruction) -> int | None:
+    """Returns how often a loop runs, where the compiler knows: it says so, or the loop's condition
+    compares with a constant."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", loop.line)
+    lines = [one.line for one in program.computations.get(condition[1] if condition else "", ())]
+    limits = [int(x) for line in lines for x in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)]
+    return max(limits, default=None)
+
+
+def collectives(program: Program, loop_trips: int = 1) -> list[Collective]:
+    """Returns the program's collectives; one that two asynchronous fusions hold counts once."""
+    found: dict[tuple, Collective] = {}
+    for one, times, loops, _ in _walk(program, loop_trips):
+        kind = one.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        groups = device_groups(one.line)
+        num_bytes = one.num_bytes
+        if kind == "reduce-scatter":
+            num_bytes *= groups.shape[1]
+        channel = re.search(r"channel_id=(\d+)", one.line)
+        key = (channel[1] if channel else one.name, loops)
+        source = _source(program, one.line)
+        transfer = Transfer(kind, num_bytes, times, groups)
+        found.setdefault(key, Collective(transfer, one.shapes, loops, source))
+    return list(found.values())
+
+
+def device_groups(line: str) -> np.ndarray:
+    """Returns which devices of a collective work together, [groups, devices] int."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", line):
+        return np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
+    text = line.partition("replica_groups=")[2]
+    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(found[2], found[3]).reshape(_numbers(found[1]))
+    if found := _MESH_GROUPS.match(text):
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        numbers = _iota(found[2] or str(math.prod(axes.values())), found[3])
+        inner = re.findall(r"'([^']+)'", found[4])
+        outer = [name for name in axes if name not in inner]
+        order = [list(axes).index(name) for name in (*outer, *inner)]
+        numbers = numbers.reshape(list(axes.values())).transpose(order)
+        return numbers.reshape(-1, math.prod(axes[name] for name in inner))
+    groups = re.findall(r"\{([\d,]+)\}", text.partition("}}")[0] + "}")
+    return np.array([[int(x) for x in group.split(",")] for group in groups], int)
+
+
+_MESH_GROUPS = re.compile(
+    r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Returns the numbers from 0 in an array of these sizes, with its dimensions in this order."""
+    numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+class Largest(NamedTuple):
+    num_bytes: int
+    shape: str
+    opcode: str
+    source: str
+
+
+def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Largest]:
+    """Returns the largest arrays that the program makes, one for each shape and place.
+
+    Not all of them are there at the same time.
+    """
+    found: dict[tuple[str, str], Largest] = {}
+    for one, _, _, fused in _walk(program, 1):
+        if fused or one.opcode in _NO_ARRAY or one.opcode.endswith("-done"):
+            continue
+        for shape in one.shapes:
+            source = _source(program, one.line)
+            array = Largest(shape_bytes(shape), shape, one.opcode, source)
+            if array.num_bytes >= at_least:
+                found.setdefault((shape, source), array)
+    return sorted(found.values(), key=lambda x: (-x.num_bytes, x.shape, x.source))[:count]

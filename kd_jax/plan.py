@@ -1,0 +1,166 @@
+"""python -m kd_jax.plan --config FILE --topology NAME: fits or not, and how fast it can be."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_jax.architecture import Architecture, read_architecture
+from kd_jax.chips import GIB, find_topology
+from kd_jax.command import parse_args, parse_config, run_command, split_flags
+from kd_jax.config import UserError
+from kd_jax.disk import load_architecture, resolve
+from kd_jax.forecast import Case, Report, compile_ahead, estimate
+from kd_jax.known_models import KNOWN_MODELS
+from kd_jax.search import case_of, choose_sizes, describe_mesh, walk
+from kd_jax.topology import devices_of, local_topology, prepare
+
+LISTED = 10  # results of a search that are shown
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanArgs:
+    config: str
+    """Python file with get_config()."""
+    topology: str = "local"
+    """Devices to plan for: h200:1x8, v5e:2x4, v5p-16, cpu:8, or those that are here."""
+    analytic: bool = False
+    """Estimate from shapes, in under a second, without the compiler."""
+    search: bool = False
+    """Walk batch size, remat and mesh, and plan for the fastest that fits."""
+    target_share: float = 1.0
+    """Share of the tokens that have a loss; the others cost the heads nothing."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(argv: Sequence[str]) -> None:
+    own, flags = split_flags(PlanArgs, argv)
+    description = f"{__doc__}\n\nAny other flag of kd_jax.train changes the file's fields."
+    args = parse_args(PlanArgs, own, prog="python -m kd_jax.plan", description=description)
+    if not 0 < args.target_share <= 1:
+        raise UserError(f"--target-share: expected 0 < share <= 1, got {args.target_share}")
+    case, devices = open_case(args, flags)
+    if args.search:
+        found = walk(case)
+        if not args.json:
+            print(describe_walk(found))
+        case = case_of(case, found[0])
+    report = estimate(case) if args.analytic else compile_ahead(case, devices)
+    if args.search:
+        report["search"] = found[:LISTED]
+    print(json.dumps(report) if args.json else describe(report))
+
+
+def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]]:
+    """Returns what is to be planned, and the devices to compile it for; none with --analytic.
+
+    Raises:
+      UserError: the topology, its compiler, the config, a model or the mesh is not there, or they
+        do not suit each other.
+    """
+    topology = find_topology(args.topology)
+    config = parse_config(["--config", args.config, *flags], prog="", description="")
+    student = find_architecture(config.student.path, "student.path")
+    teacher = None
+    if config.teacher is not None and config.distils:
+        teacher = find_architecture(config.teacher.path, "teacher.path")
+    devices: Sequence[Any] = ()
+    if not args.analytic or topology.name == "local":
+        prepare(topology)
+        devices = devices_of(topology)
+    if topology.name == "local":
+        topology = local_topology(devices)
+    case = Case(
+        config=config,
+        student=student,
+        teacher=teacher,
+        sizes={},
+        topology=topology,
+        target_share=args.target_share,
+    )
+    if args.search:
+        return case, devices
+    sizes = choose_sizes(config, student, teacher, topology)
+    return dataclasses.replace(case, sizes=sizes), devices
+
+
+def find_architecture(path: str, field: str) -> Architecture:
+    """Returns the architecture of a folder or hub id; a well-known one needs no download."""
+    if path in KNOWN_MODELS and not Path(path).is_dir():
+        return read_architecture(KNOWN_MODELS[path], path)
+    return load_architecture(resolve(path, field, ["config.json"]))
+
+
+def describe(report: Report) -> str:
+    """Returns a report as text: memory, network, time."""
+    parts = [_describe_memory(report), _describe_program(report), _describe_time(report)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _describe_memory(report: Report) -> list[str]:
+    kinds = report["bytes_by_kind"] | {"temporaries": report["temporary_bytes_per_device"]}
+    peak, limit = (report[f"{name}_bytes_per_device"] / GIB for name in ("peak", "limit"))
+    verdict = "fits" if report["fits"] else "does not fit"
+    rest = "left" if report["fits"] else "too much"
+    return [
+        f"{report['topology']}, {report['devices']} devices: {describe_mesh(report['mesh'])}",
+        f"{report['batch_size']:,} rows of {report['seq_len']:,} tokens a step, "
+        f"{report['accumulation_steps']} micro-batches, remat {report['remat']}",
+        "",
+        f"{verdict}: {peak:.2f} of {limit:.2f} GiB a device, {abs(limit - peak):.2f} {rest}",
+        *(f"  {name:20}{value / GIB:9.2f} GiB" for name, value in kinds.items()),
+    ]
+
+
+def _describe_program(report: Report) -> list[str]:
+    lines = []
+    if "largest_temporaries" in report:
+        lines.append("largest arrays of the program, not all at one time")
+        lines += [
+            f"  {x['num_bytes'] / GIB:9.3f} GiB  {x['shape']:28}{x['opcode']:20}{x['source']}"
+            for x in report["largest_temporaries"]
+        ]
+        lines.append("")
+    lines.append("sent and received by each device in a step")
+    lines += [
+        f"  {kind:20}{x['bytes'] / GIB:9.2f} GiB in {x['count']:,} collectives"
+        for kind, x in report["collectives"].items()
+    ]
+    return lines if report["collectives"] else lines[:-2]
+
+
+def _describe_time(report: Report) -> list[str]:
+    again = report["recomputed_flops_per_step"]
+    lines = [f"{report['flops_per_step']:.3g} FLOP a step, and {again:.3g} again by remat"]
+    if report["bound_step_seconds"] is not None:
+        parts = ", ".join(f"{name} {x:.3g} s" for name, x in report["bound_seconds"].items())
+        lines.append(
+            f"at least {report['bound_step_seconds']:.3g} s a step, at most "
+            f"{report['bound_tokens_per_second']:,.0f} tokens/s: {parts}"
+        )
+    if report["method"] == "compiled":
+        guess = report["analytic_peak_bytes_per_device"] / GIB
+        lines.append(f"compiled in {report['compile_seconds']:.0f} s; by shapes: {guess:.2f} GiB")
+    else:
+        lines.append("by shapes alone; without --analytic the program is compiled")
+    return lines
+
+
+def describe_walk(found: Sequence[Report]) -> str:
+    """Returns the first of the walk as a table, and the flags of the first."""
+    lines = ["      tokens/s  GiB a device   rows  in  remat      mesh"]
+    for x in found[:LISTED]:
+        lines.append(
+            f"  {x['bound_tokens_per_second']:12,.0f}{x['peak_bytes_per_device'] / GIB:14.1f}"
+            f"{x['batch_size']:7}{x['accumulation_steps']:4}  {x['remat']:11}"
+            f"{describe_mesh(x['mesh'])}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

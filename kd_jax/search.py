@@ -1,0 +1,153 @@
+"""Layouts, batch sizes and remat policies that fit, fastest bound first. Needs no jax."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import get_args, get_type_hints
+
+from kd_jax.architecture import Architecture
+from kd_jax.chips import GIB, Topology
+from kd_jax.config import Config, UserError
+from kd_jax.forecast import Case, Report, estimate
+from kd_jax.rules import AXES, check_layout, mesh_sizes
+
+MARGIN = 0.9
+"""Share of a device's memory that an estimate may fill, since it is no more exact than that."""
+BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
+ACCUMULATION = (1, 2, 4, 8, 16)
+REMAT = get_args(get_type_hints(Config)["remat"])
+
+
+def choose_sizes(
+    config: Config, student: Architecture, teacher: Architecture | None, topology: Topology
+) -> dict[str, int]:
+    """Returns the devices along each axis; those that the config leaves open, 0, are chosen.
+
+    Of the layouts that fit by `estimate`, the one with the fastest bound, and of equals the one
+    that splits weights least; the leanest, where none surely fits. Nothing is split where nothing
+    is known of the device.
+
+    Raises:
+      UserError: no layout suits the models, or none can hold them.
+    """
+    asked = [name for name in ("fsdp", "tensor") if getattr(config.mesh, name)]
+    if topology.chip is None or len(asked) == 2:
+        rows = config.data.batch_size // config.optim.accumulation_steps
+        sizes = mesh_sizes(config.mesh, topology.num_devices, rows)
+        check_layout(config, sizes, student=student, teacher=teacher)
+        return sizes
+    case = Case(config=config, student=student, teacher=teacher, sizes={}, topology=topology)
+    found = [estimate(one) for one in layouts(case)]
+    if not found:  # says why
+        plain = {name: getattr(config.mesh, name) or 1 for name in ("fsdp", "tensor")}
+        return choose_sizes(_with_sizes(config, **plain), student, teacher, topology)
+    fitting = [report for report in found if fits(report)]
+    if fitting:
+        return min(fitting, key=slowness)["mesh"]
+    least = min(found, key=lambda report: report["peak_bytes_per_device"])
+    if MARGIN * least["peak_bytes_per_device"] <= least["limit_bytes_per_device"]:
+        return least["mesh"]  # it may fit
+    raise UserError(
+        f"mesh: expected a layout that holds the run on {topology.num_devices} devices of "
+        f"{least['limit_bytes_per_device'] / GIB:.1f} GiB, got "
+        f"{least['peak_bytes_per_device'] / GIB:.1f} GiB a device with the leanest, "
+        f"{describe_mesh(least['mesh'])}. {_remedy(case)}. --mesh.fsdp and --mesh.tensor "
+        "take a layout all the same"
+    )
+
+
+def layouts(case: Case) -> Iterator[Case]:
+    """Yields the case in every layout that its fields leave open, and that suits the models."""
+    config, num_devices = case.config, case.topology.num_devices
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    asked = [getattr(config.mesh, name) for name in AXES]
+    choices = [divisors if size in (-1, 0) else [size] for size in asked]
+    for values in itertools.product(*choices):
+        sizes = dict(zip(AXES, values, strict=True))
+        if math.prod(values) != num_devices:
+            continue
+        one = dataclasses.replace(case, config=_with_sizes(config, **sizes), sizes=sizes)
+        if suits(one):
+            yield one
+
+
+def suits(case: Case) -> bool:
+    """Tells whether the layout divides the rows and the models."""
+    config = case.config
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    try:
+        mesh_sizes(config.mesh, case.topology.num_devices, rows)
+        check_layout(config, case.sizes, student=case.student, teacher=case.teacher)
+    except UserError:
+        return False
+    return True
+
+
+def walk(case: Case) -> list[Report]:
+    """Returns estimates of what fits, fastest first: of batch sizes, micro-batches, remat policies
+    and every layout that the config leaves open."""
+    own = case.config.data.batch_size
+    found: list[Report] = []
+    for factor, steps, remat in itertools.product(BATCH_FACTORS, ACCUMULATION, REMAT):
+        rows = int(own * factor)
+        if rows % steps or rows < steps:
+            continue
+        found += map(estimate, layouts(_with_batch(case, rows, steps, remat)))
+    fitting = [report for report in found if fits(report)]
+    return sorted(
+        fitting, key=lambda x: (_seconds(x), abs(math.log(x["batch_size"] / own)), slowness(x))
+    )
+
+
+def case_of(case: Case, report: Report) -> Case:
+    """Returns the case that a report of `walk` is about."""
+    steps, sizes = report["accumulation_steps"], report["mesh"]
+    case = _with_batch(case, report["batch_size"], steps, report["remat"])
+    return dataclasses.replace(case, config=_with_sizes(case.config, **sizes), sizes=sizes)
+
+
+def _with_batch(case: Case, rows: int, steps: int, remat: str) -> Case:
+    config = dataclasses.replace(
+        case.config,
+        data=dataclasses.replace(case.config.data, batch_size=rows),
+        optim=dataclasses.replace(case.config.optim, accumulation_steps=steps),
+        remat=remat,  # type: ignore[arg-type]
+    )
+    return dataclasses.replace(case, config=config)
+
+
+def fits(report: Report) -> bool:
+    return report["peak_bytes_per_device"] <= MARGIN * report["limit_bytes_per_device"]
+
+
+def slowness(report: Report) -> tuple:
+    """Returns what orders reports: time of a token, micro-batches, the splitting of weights."""
+    mesh = report["mesh"]
+    splits = (report["accumulation_steps"], mesh["tensor"], mesh["fsdp"])
+    return _seconds(report), *splits, report["peak_bytes_per_device"]
+
+
+def _seconds(report: Report) -> float:
+    return 1 / report["bound_tokens_per_second"]
+
+
+def describe_mesh(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def _with_sizes(config: Config, **sizes: int) -> Config:
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+
+
+def _remedy(case: Case) -> str:
+    """Returns what would hold a run that no layout holds: smaller steps, or more devices."""
+    open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0)
+    wider = dataclasses.replace(case, config=open_mesh)
+    if best := next(iter(walk(wider)), None):
+        return (
+            f"It fits with --optim.accumulation-steps {best['accumulation_steps']} --remat "
+            f"{best['remat']} --data.batch-size {best['batch_size']} and the mesh "
+            f"{describe_mesh(best['mesh'])}"
+        )
+    return "It needs more devices, or devices with more memory"

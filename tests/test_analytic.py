@@ -1,0 +1,161 @@
+"""What shapes alone say of a step, against what jax and XLA say of it."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from kd_jax import analytic
+from kd_jax.abstract import abstract_run
+from kd_jax.architecture import read_architecture
+from kd_jax.chips import CHIPS, find_topology
+from kd_jax.command import load_config
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from kd_jax.known_models import KNOWN_MODELS
+from kd_jax.model import logits, rebuild
+from kd_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.fast
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_a_chunk_holds_about_the_tokens_asked_for():
+    h200 = CHIPS["h200"]
+    assert analytic.chunk_tokens(1000, h200, False, 128_256, num_tokens=8192) == 1000
+    assert analytic.chunk_tokens(1000, h200, False, 128_256, num_tokens=100) == 100
+
+
+@pytest.mark.parametrize("chip, most", [("h200", 2**30), (None, 2**30), ("v5e", 2**29)])
+def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, most):
+    for vocab_size in (32_000, 128_256, 152_064):
+        tokens = analytic.chunk_tokens(None, CHIPS.get(chip), False, vocab_size, num_tokens=10**6)
+        assert most / 2 < 2 * 4 * tokens * vocab_size <= most
+
+
+def open_config(name, **changes):
+    """Returns a configuration of this repository and its models' architectures."""
+    config = dataclasses.replace(load_config(CONFIGS / f"{name}.py"), **changes)
+    parts = [config.student] + ([config.teacher] if config.teacher else [])
+    archs = [read_architecture(KNOWN_MODELS[part.path], part.path) for part in parts]
+    return config, archs[0], (archs[1] if config.teacher else None)
+
+
+LAYOUTS = [
+    (MeshConfig(data=8), {}),
+    (MeshConfig(data=1, fsdp=8), {}),
+    (MeshConfig(data=1, fsdp=1, tensor=8), {}),
+    (MeshConfig(data=2, fsdp=2, tensor=2), {"shard_over": ("tensor",)}),
+    (MeshConfig(data=2, fsdp=4, tensor=1), {"shard_over": ()}),
+]
+
+
+@pytest.mark.parametrize("mesh, student", LAYOUTS, ids=str)
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("name", ["8b_to_1b", "qwen2p5_7b_to_3b", "1b_sft"])
+def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, student):
+    config, ours, theirs = open_config(name, trainable=trainable, mesh=mesh)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=8),
+        student=dataclasses.replace(config.student, **student),
+    )
+    devices = make_mesh(mesh, 8)
+    run = abstract_run(config, ours, theirs, devices)
+    got = analytic.memory(config, ours, theirs, devices.shape, find_topology("cpu:8"))
+
+    def on_one_device(tree):
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim]  # but scalars
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    assert got.teacher == on_one_device(run.models.teacher_arrays)
+    assert got.student == on_one_device(run.models.frozen)
+    assert got.trainable == on_one_device(run.models.trainable)
+    assert got.optimizer == on_one_device(run.state.opt_state)
+    assert got.batch == on_one_device(run.batch)
+
+
+def tiny_case(trainable="lora"):
+    """Returns a run of one row, and architectures whose products XLA can be asked to count."""
+    config = Config(
+        workdir="unused",
+        teacher=TeacherConfig(path="unused", dtype="float32"),
+        student=StudentConfig(path="unused", dtype="float32"),
+        data=DataConfig(path="unused", seq_len=64, batch_size=1),
+        trainable=trainable,
+        lora=LoraConfig(rank=8),
+        loss=LossConfig(chunk_tokens=64),
+        remat="none",
+        steps=1,
+    )
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 2048}
+    student, teacher = (
+        read_architecture(tiny.make_config(num_hidden_layers=1, **wide | more), "tiny")
+        for more in ({}, {"hidden_size": 768})
+    )
+    return config, student, teacher
+
+
+def test_a_models_flops_are_what_xla_counts():
+    """Of one layer, whose scan XLA counts once; it counts attention's upper half and all else that
+    is not a product too, little beside wide weights."""
+    config, student, _ = tiny_case()
+    run = abstract_run(config, student, None, make_mesh(MeshConfig(), 1, jax.devices()[:1]))
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+
+    def forward(arrays, ids):
+        return logits(rebuild(run.program.student, arrays), ids, ids, ids)
+
+    arrays = run.models.frozen | run.models.trainable
+    counted = jax.jit(forward).lower(arrays, ids).compile().cost_analysis()["flops"]
+    head = 2.0 * student.vocab_size * student.hidden_size
+    adapters = 2.0 * analytic.count(analytic.adapter_weights(config, student))
+    want = 64 * (sum(analytic.layer_flops(student, 64)) + adapters + head)
+    assert counted == pytest.approx(want, rel=0.03)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_steps_flops_are_what_xla_counts(trainable):
+    config, student, teacher = tiny_case(trainable)
+    run = abstract_run(config, student, teacher, make_mesh(MeshConfig(), 1, jax.devices()[:1]))
+    counted = run.trace().lower().compile().cost_analysis()["flops"]
+    needed, again = analytic.step_flops(config, student, teacher, 64, 64)
+    assert again == 0
+    assert counted == pytest.approx(needed, rel=0.1)
+
+
+def test_remat_adds_a_forward_pass_of_the_student():
+    config, student, teacher = open_config("8b_to_1b", remat="layer")
+    tokens = config.data.batch_size * config.data.seq_len
+    needed, again = analytic.step_flops(config, student, teacher, tokens, tokens)
+    assert needed / tokens == pytest.approx(21e9, rel=0.03)  # the cost model of the records
+    products = sum(analytic.layer_flops(student, config.data.seq_len))
+    adapters = 2 * analytic.count(analytic.adapter_weights(config, student))
+    assert again == tokens * (products + adapters)
+
+
+def test_a_collectives_least_time_is_its_slowest_links():
+    two_hosts = find_topology("h200:2x4")
+    chip, size = two_hosts.chip, 8 * 10**9
+    every = analytic.Transfer("all-gather", size, 1, analytic._groups({"a": 8}, ("a",)))
+    near = analytic.Transfer("all-gather", size, 2, analytic._groups({"b": 2, "a": 4}, ("a",)))
+    far = analytic.Transfer("all-reduce", size, 1, analytic._groups({"b": 2, "a": 4}, ("b",)))
+    assert near.groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert far.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    seconds = [analytic.network_seconds([x], two_hosts) for x in (every, near, far)]
+    # Half of what is gathered comes from the other host, over four network adapters.
+    assert seconds[0] == pytest.approx(size / 2 / 4 / chip.network_bandwidth)
+    assert seconds[1] == pytest.approx(2 * size * 3 / 4 / chip.link_bandwidth)
+    assert seconds[2] == pytest.approx(2 * size / 2 / chip.network_bandwidth)

@@ -1,0 +1,297 @@
+"""Real processes as one run: the same losses, the same data, the same end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from kd_jax import distributed
+from kd_jax.command import parse_config
+from kd_jax.config import DistributedConfig, UserError
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+SHAPE = {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 328, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A configuration of tiny models, laid out over all axes of eight devices."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_plain_model(root / "student", seed=1, **SHAPE)
+    tiny.write_plain_model(root / "teacher", seed=2, **SHAPE | {"hidden_size": 96})
+    tiny.write_data(root / "train.jsonl")
+    file = root / "config.py"
+    file.write_text(f"""
+from kd_jax.config import *
+def get_config():
+    return Config(
+        workdir="unused", steps={STEPS}, compilation_cache="{root}/xla",
+        teacher=TeacherConfig(path="{root}/teacher", dtype="float32"),
+        student=StudentConfig(path="{root}/student", dtype="float32"),
+        data=DataConfig(
+            path="{root}/train.jsonl", seq_len=128, batch_size=8, cache_dir="{root}/rows"),
+        lora=LoraConfig(rank=4, alpha=8.0), optim=OptimConfig(warmup_steps=0),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2), checkpoint=CheckpointConfig(every_steps=4),
+        log=LogConfig(tensorboard=False))
+""")
+    return file
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(file, workdir, *flags, num_devices=4, program=("-m", "kd_jax.train")):
+    """Returns a process of a training run, whose output is kept."""
+    devices = f"--xla_force_host_platform_device_count={num_devices}"
+    flags_of_xla = f"{devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    environment = {**os.environ, "XLA_FLAGS": flags_of_xla, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *program, "--config", str(file), "--workdir", str(workdir), *flags],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def start_two(file, workdir, *flags, of_second=(), **second):
+    """Returns two processes of one run, four devices each."""
+    common = (
+        "--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2",
+    )  # fmt: skip
+    return [
+        start(file, workdir, *common, "--distributed.process-id", str(i), *flags, *more, **options)
+        for i, (more, options) in enumerate([((), {}), (of_second, second)])
+    ]
+
+
+def finish(processes, timeout=240):
+    """Returns statuses and outputs of processes that end by themselves."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return [line["loss"] for line in lines(workdir)]
+
+
+def wait_for_step(workdir, step, processes, timeout=120):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and all(x.poll() is None for x in processes):
+        if (workdir / "metrics.jsonl").is_file() and len(lines(workdir)) >= step:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(finish(processes, timeout=10))
+
+
+@pytest.fixture(scope="module")
+def alone(file, tmp_path_factory):
+    """The workdir of the run in one process with eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    statuses, outputs = finish([start(file, workdir, num_devices=8)])
+    assert statuses == [0], outputs
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pair(file, tmp_path_factory):
+    """The workdir of the run in two processes with four devices each, and their outputs."""
+    workdir = tmp_path_factory.mktemp("pair") / "run"
+    statuses, outputs = finish(start_two(file, workdir))
+    assert statuses == [0, 0], outputs
+    return workdir, outputs
+
+
+def test_two_processes_train_as_one_does(alone, pair):
+    workdir, outputs = pair
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-6)
+    assert [line["tokens_per_second"] > 0 for line in lines(workdir)] == [True] * STEPS
+    assert "done: " in outputs[0] and "done: " not in outputs[1]
+
+
+def test_two_processes_give_their_own_losses_again_bit_for_bit(file, pair, tmp_path):
+    statuses, outputs = finish(start_two(file, tmp_path / "run"))
+    assert statuses == [0, 0], outputs
+    assert losses(tmp_path / "run") == losses(pair[0])
+
+
+SMALL = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "1")
+LONG = ("--steps", "4000", "--log.every-steps", "1", "--checkpoint.every-steps", "5")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(file, tmp_path, victim):
+    workdir = tmp_path / "run"
+    processes = start_two(file, workdir, *LONG)
+    wait_for_step(workdir, 10, processes)
+    processes[victim].kill()
+    killed = time.monotonic()
+    statuses, outputs = finish(processes, timeout=60)
+    assert time.monotonic() - killed < 60
+    assert statuses[1 - victim] == 1
+    assert "another process of the run ended" in outputs[1 - victim]
+
+
+def test_a_stop_of_any_process_saves_the_same_step_and_one_process_goes_on(file, alone, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(file, workdir, *LONG)
+    wait_for_step(workdir, 6, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, outputs = finish(processes)
+    assert statuses == [0, 0], outputs
+    assert "stopped by SIGTERM at step" in outputs[0]
+    stopped = len(lines(workdir))
+    resumed = start(file, workdir, *LONG, *SMALL, num_devices=2)
+    wait_for_step(workdir, stopped + 3, [resumed])
+    resumed.send_signal(signal.SIGTERM)
+    statuses, outputs = finish([resumed])
+    assert statuses == [0] and f"resumed at step {stopped}" in outputs[0]
+    assert [line["step"] for line in lines(workdir)] == list(range(1, len(lines(workdir)) + 1))
+    assert len({line["target_tokens"] for line in lines(workdir)}) > 1
+
+
+def test_one_process_resumes_what_two_began(file, alone, pair, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(pair[0], workdir)
+    for step in (8, 12):  # the latest two, of which the last is dropped
+        assert (workdir / "checkpoints" / str(step)).is_dir()
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    statuses, outputs = finish([start(file, workdir, *SMALL, num_devices=2)])
+    assert statuses == [0] and "resumed at step 8" in outputs[0]
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--seed", "3"), "seed: expected the same on every process, got 0 on process 0 and 3"),
+        (("--student.path", "/nowhere"), "/nowhere"),
+    ],
+    ids=str,
+)
+def test_processes_that_disagree_stop_and_name_what_differs(file, tmp_path, flags, words):
+    statuses, outputs = finish(start_two(file, tmp_path / "run", of_second=flags), timeout=90)
+    assert statuses == [2, 2], outputs
+    assert all(words in output for output in outputs)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# Reads the verdict so late that process 0, which lingers for less, would be gone.
+SLOW = """
+import sys, time
+from kd_jax import distributed, train
+from kd_jax.command import run_command
+receive = distributed._receive
+def late(key):
+    time.sleep(key.endswith("/verdict") * (distributed._LINGER_SECONDS + 2))
+    return receive(key)
+distributed._receive = late
+sys.exit(run_command(train.main))
+"""
+
+
+def test_a_slow_process_reads_why_before_process_0_ends(file, tmp_path):
+    flags, program = ("--student.path", "/nowhere"), ("-c", SLOW)
+    processes = start_two(file, tmp_path / "run", of_second=flags, program=program)
+    statuses, outputs = finish(processes, timeout=90)
+    assert statuses == [2, 2], outputs
+    assert all("/nowhere" in output for output in outputs)
+
+
+def test_a_coordinator_that_is_not_there_is_named(file, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    flags = ("--distributed.coordinator", address, "--distributed.num-processes", "2")
+    more = ("--distributed.process-id", "1", "--distributed.timeout-seconds", "2")
+    statuses, outputs = finish([start(file, tmp_path / "run", *flags, *more)], timeout=60)
+    assert statuses == [2] and address in outputs[0] and "Traceback" not in outputs[0]
+
+
+def test_a_launcher_is_known_by_what_it_says():
+    def found(config=None, **environment):
+        return distributed.find_launcher(config or DistributedConfig(), environment)
+
+    assert found() is None
+    assert found(SLURM_NTASKS="1") is None and found(SLURM_NTASKS="16") == "Slurm"
+    assert found(OMPI_COMM_WORLD_SIZE="2") == "Open MPI"
+    assert found(TPU_WORKER_HOSTNAMES="a,b") == "Cloud TPU"
+    assert found(TPU_WORKER_HOSTNAMES="a") is None
+    flags = DistributedConfig(coordinator="a:1", num_processes=2, process_id=0)
+    assert found(flags, SLURM_NTASKS="16") == "flags"
+    assert found(DistributedConfig(num_processes=1), SLURM_NTASKS="16") is None
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    with pytest.raises(UserError, match=r"distributed\.process-id"):
+        found(**pod)
+    assert found(DistributedConfig(num_processes=1), **pod) is None
+
+
+def test_a_task_alone_on_its_node_takes_all_of_its_gpus():
+    node = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}
+    assert distributed.own_devices(node) == list(range(8))
+    assert distributed.own_devices(node | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) is None
+    assert distributed.own_devices({}) is None
+
+
+def blocks(language):
+    """Returns the code blocks of docs/clusters.md in a language."""
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_slurm_script_is_one():
+    [script] = blocks("bash")
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert script.startswith("#!/bin/bash\n#SBATCH")
+
+
+def test_the_jobset_starts_as_many_pods_as_its_flags_say():
+    [text] = blocks("yaml")
+    tree = yaml.safe_load(text)
+    [job] = tree["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    flags = container["command"][3:]
+    config = parse_config(
+        [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in flags if "--config=" not in word]
+        + ["--config", str(ROOT / "configs" / "70b_to_8b.py")],
+        prog="", description="",
+    ).distributed  # fmt: skip
+    assert config.num_processes == spec["parallelism"] == spec["completions"]
+    name = tree["metadata"]["name"]
+    assert config.coordinator == f"{name}-{job['name']}-0-0.{name}:29500"
+    assert spec["completionMode"] == "Indexed" and config.process_id == 1
+
+
+def test_differences_are_told_by_field_and_process():
+    def outcome(**facts):
+        return {"error": "", "facts": facts}
+
+    assert distributed._problems([outcome(a=1), outcome(a=1)]) == []
+    [problem] = distributed._problems([outcome(a=1, b=2), outcome(a=1, b=2), outcome(a=1, b=3)])
+    assert problem.startswith("b: ") and "2 on process 0 and 3 on process 2" in problem
+    failed = {"error": "no such file", "facts": {}}
+    assert distributed._problems([outcome(a=1), failed, failed]) == ["no such file"]

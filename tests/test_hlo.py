@@ -1,0 +1,80 @@
+"""What a compiled program's text says, of programs whose answers are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kd_jax import hlo
+from kd_jax.config import MeshConfig
+from kd_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.fast
+
+PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
+HALVES = [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}, use_global_device_ids=true", PAIRS),
+        ("replica_groups=[4,2]<=[8], to_apply=%add", PAIRS),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", HALVES),
+        ("replica_groups=mesh['x'=1,'y'=4,'z'=2] {'y'}, dimensions={0}", HALVES),
+        (
+            "replica_groups=mesh['x'=8,'y'=1], device_ids=([4,2]T(1,0)) {'x'}",
+            [[*HALVES[0], *HALVES[1]]],
+        ),
+        ("source_target_pairs={{0,1},{1,0}}, channel_id=3", [[0, 1], [1, 0]]),
+    ],
+)
+def test_the_devices_of_a_collective_are_read_in_every_form(text, want):
+    assert hlo.device_groups(f"%x = f32[8] all-gather(%y), {text}").tolist() == want
+
+
+@pytest.mark.parametrize(
+    "shape, want", [("bf16[8,2048]", 32768), ("f32[]", 4), ("pred[10]", 10), ("s4[6]", 3)]
+)
+def test_bytes_follow_shape_and_dtype(shape, want):
+    assert hlo.shape_bytes(shape) == want
+
+
+def compiled(length):
+    """Returns a program of a loop that gathers a weight and sums its product each time."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), 8)
+    split, whole = NamedSharding(mesh, P(None, "fsdp")), NamedSharding(mesh, P())
+
+    def run(x, weights, count):
+        def body(i, x):
+            w = jax.lax.with_sharding_constraint(weights[i % 4], whole)
+            return jnp.tanh(x @ w)
+
+        return jax.lax.fori_loop(0, count if length is None else length, body, x)
+
+    weights = jax.device_put(jnp.ones((4, 64, 64)), split)
+    x = jax.device_put(jnp.ones((8, 64)), whole)
+    text = jax.jit(run).lower(x, weights, jnp.int32(3)).compile().as_text()
+    return hlo.read_program(text)
+
+
+@pytest.mark.parametrize("length, times", [(5, 5), (None, 7)])
+def test_a_collective_in_a_loop_counts_each_time(length, times):
+    program = compiled(length)
+    gathers = [x for x in hlo.collectives(program, loop_trips=7) if x.loops]
+    [one] = gathers or [None]
+    assert one is not None and one.transfer.kind == "all-gather"
+    assert one.transfer.times == times
+    assert one.transfer.num_bytes == 64 * 64 * 4
+    assert one.transfer.groups.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_the_largest_arrays_are_named_but_not_what_is_inside_fusions():
+    def run(x):
+        return jnp.sum(jnp.sort(jnp.exp(x[:, None] * x[None]), axis=0) ** 2)
+
+    program = hlo.read_program(jax.jit(run).lower(jnp.ones(512)).compile().as_text())
+    largest = hlo.largest_arrays(program, 3)
+    assert largest[0].num_bytes == 512 * 512 * 4 and largest[0].shape == "f32[512,512]"
+    assert len(largest) <= 3

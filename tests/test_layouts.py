@@ -1,0 +1,172 @@
+"""Every layout trains as one device does, and its program sends no more than it must."""
+
+import math
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_run import Run, assert_near, make_run_config
+
+from kd_jax import hlo, kd_head
+from kd_jax.config import MeshConfig
+from kd_jax.sharding import make_mesh
+from kd_jax.step import jit_train_step
+
+STEPS = 20
+LAYOUTS = {
+    "data": {"mesh": {"data": 8}},
+    "fsdp": {"mesh": {"data": 1, "fsdp": 8}},
+    "tensor": {"mesh": {"data": 1, "tensor": 8}},  # two key/value heads on eight devices
+    "all": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    "teacher alone split": {
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "student_axes": (),
+    },
+    "teacher otherwise split": {
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 2},
+        "teacher_axes": ("tensor",),
+        "student_axes": ("fsdp",),
+    },
+}
+# Widths that eight devices share evenly.
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 328,
+}  # fmt: skip
+WIDTHS = (64, 96)  # of student and teacher
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory, tiny_data):
+    """Returns the config of a layout, in LoRA and in full training."""
+    folder = tmp_path_factory.mktemp("layouts")
+    student = tiny.write_plain_model(folder / "student", seed=1, **SHAPE)
+    teacher = tiny.write_plain_model(
+        folder / "teacher", seed=2, **SHAPE | {"hidden_size": WIDTHS[1], "num_key_value_heads": 8}
+    )
+
+    def make(trainable, **layout):
+        optim = {"learning_rate": 1e-3}
+        return make_run_config(
+            student, teacher, tiny_data, folder, trainable=trainable, steps=STEPS, optim=optim,
+            **layout,
+        )  # fmt: skip
+
+    return make
+
+
+def losses(run):
+    """Returns the losses of the run's steps on batches that do not depend on the layout."""
+    return [run.step(run.batch(seed))["loss"] for seed in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def gradients_alone(configs):
+    """The gradients of every weight on one device."""
+    run = Run(configs("full", mesh={"data": 1}), jax.devices()[:1])
+    return run.gradients(run.batch())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_gradients_of_one_device(configs, gradients_alone, layout):
+    run = Run(configs("full", **LAYOUTS[layout]))
+    assert run.mesh.size == 8
+    assert_near(run.gradients(run.batch())[0], gradients_alone, 1e-4)
+
+
+def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, gradients_alone, monkeypatch):
+    add_up = kd_head._add_up
+
+    def leaves_out(config, sums, d_hidden, d_head):
+        sums, _, d_head = add_up(config, sums, d_hidden, d_head)
+        return sums, d_hidden, d_head
+
+    monkeypatch.setattr(kd_head, "_add_up", leaves_out)
+    run = Run(configs("full", **LAYOUTS["tensor"]))
+    with pytest.raises(AssertionError):
+        assert_near(run.gradients(run.batch())[0], gradients_alone, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def losses_alone(configs):
+    """Returns the losses of a kind of training on one device."""
+
+    @cache
+    def train(trainable):
+        return losses(Run(configs(trainable, mesh={"data": 1}), jax.devices()[:1]))
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "layout, trainable", [*((name, "lora") for name in LAYOUTS), ("all", "full")]
+)
+def test_every_layout_trains_as_one_device_does(configs, losses_alone, layout, trainable):
+    want = losses_alone(trainable)
+    got = losses(Run(configs(trainable, **LAYOUTS[layout])))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert want[-1] < want[0]
+
+
+def compiled(config):
+    """Returns the program of the run's step."""
+    run = Run(config)
+    traced = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state)).trace(
+        run.program, run.optimizer, *run.arguments(run.batch())
+    )
+    return hlo.read_program(traced.lower().compile().as_text())
+
+
+def excesses(program, vocab_size, chunk, widths):
+    """Returns what a program sends beside weights, hidden states and sums over the vocabulary."""
+    found, heads = [], dict.fromkeys(widths, 0)
+    steps = [one for some in program.computations.values() for one in some]
+    loops = {x.name for x in steps if x.opcode == "while" and hlo.trips(program, x) is None}
+    for one in hlo.collectives(program):
+        sizes = [tuple(map(int, re.findall(r"\d+", x.partition("[")[2]))) for x in one.shapes]
+        for shape in sizes:
+            of_vocab = [n for n in shape if n >= vocab_size // 8 and vocab_size % n == 0]
+            rest = math.prod(shape) // max(of_vocab, default=1)
+            if of_vocab and rest > 1 and rest not in widths:
+                found.append(f"logits {one}")
+            if loops & set(one.loops) and math.prod(shape) > chunk:
+                found.append(f"inside the head's loop {one}")
+        if one.transfer.kind == "all-gather" and one.source.startswith("kd_head.py"):
+            for width in widths:
+                heads[width] += one.transfer.times * any(width in shape for shape in sizes)
+    return found + [f"heads of {width}: {n} times" for width, n in heads.items() if n > 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_program_sends_weights_hidden_states_and_sums_alone(configs, layout):
+    config = configs("lora", **LAYOUTS[layout])
+    program = compiled(config)
+    assert hlo.collectives(program)
+    assert not excesses(program, SHAPE["vocab_size"], config.loss.chunk_tokens, WIDTHS)
+
+
+@pytest.mark.parametrize("layout", ["data", "fsdp"])
+def test_nothing_is_sent_inside_the_heads_loop_where_the_vocabulary_is_whole(configs, layout):
+    assert not excesses(
+        compiled(configs("lora", **LAYOUTS[layout])), SHAPE["vocab_size"], 0, WIDTHS
+    )
+
+
+def test_logits_that_are_gathered_are_seen_in_the_program():
+    mesh = make_mesh(MeshConfig(data=1, tensor=8), 8)
+    split, whole = NamedSharding(mesh, P(None, "tensor")), NamedSharding(mesh, P())
+
+    def dense(hidden, head):
+        z = jax.lax.with_sharding_constraint(hidden @ head.T, split)
+        return jax.lax.with_sharding_constraint(jnp.exp(z), whole)
+
+    head = jnp.ones((SHAPE["vocab_size"], 64))
+    arrays = jnp.ones((16, 64)), jax.device_put(head, NamedSharding(mesh, P("tensor")))
+    program = hlo.read_program(jax.jit(dense).lower(*arrays).compile().as_text())
+    assert excesses(program, SHAPE["vocab_size"], 32, WIDTHS)

@@ -1,0 +1,231 @@
+"""python -m kd_jax.plan: what it reports, chooses and refuses."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from kd_jax import forecast, plan, search, topology
+from kd_jax.chips import find_topology
+from kd_jax.command import load_config, run_command
+from kd_jax.config import UserError
+
+pytestmark = pytest.mark.fast
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MAIN = str(CONFIGS / "8b_to_1b.py")
+FIELDS = {
+    "fits", "peak_bytes_per_device", "limit_bytes_per_device", "argument_bytes_per_device",
+    "temporary_bytes_per_device", "flops_per_step", "bound_step_seconds",
+    "bound_tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What planning for other devices sets stays within its test."""
+    monkeypatch.setattr(topology.os, "environ", dict(topology.os.environ))
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """A configuration of models that are no more than their config.json."""
+    root = tmp_path_factory.mktemp("models")
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 328}
+    for name, width in (("student", 64), ("teacher", 96)):
+        (root / name).mkdir()
+        config = tiny.make_config(hidden_size=width, head_dim=16, **shape)
+        (root / name / "config.json").write_text(json.dumps(config))
+    file = root / "config.py"
+    file.write_text(f"""
+from kd_jax.config import *
+def get_config():
+    return Config(
+        workdir="unused", teacher=TeacherConfig(path="{root}/teacher"),
+        student=StudentConfig(path="{root}/student"),
+        data=DataConfig(path="unused", seq_len=128, batch_size=16), steps=1)
+""")
+    return str(file)
+
+
+def report(capsys, *flags):
+    """Returns the object that the command prints."""
+    assert run_command(plan.main, [*flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+MESHES = {
+    "data": ("--mesh.fsdp", "1", "--mesh.tensor", "1"),
+    "fsdp": ("--mesh.fsdp", "8", "--mesh.tensor", "1"),
+    "tensor": ("--mesh.fsdp", "1", "--mesh.tensor", "8"),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, tiny_config, mesh):
+    got = report(capsys, "--config", tiny_config, "--topology", "cpu:8", *MESHES[mesh])
+    assert FIELDS | {"compile_seconds", "largest_temporaries"} <= got.keys()
+    assert got["method"] == "compiled" and got["devices"] == 8 and got["fits"]
+    kinds = sum(got["bytes_by_kind"].values())
+    assert kinds <= got["argument_bytes_per_device"] <= kinds + 100  # scalars
+    total = got["argument_bytes_per_device"] + got["temporary_bytes_per_device"]
+    assert total == got["peak_bytes_per_device"]
+    assert got["largest_temporaries"][0]["num_bytes"] > 0
+    kinds = {"data": "all-reduce", "fsdp": "all-gather", "tensor": "all-reduce"}
+    assert got["collectives"][kinds[mesh]]["bytes"] > 0
+    assert ("all-gather" in got["collectives"]) == (mesh == "fsdp")
+
+
+def test_the_text_says_what_the_object_does(capsys, tiny_config):
+    flags = ["--config", tiny_config, "--topology", "cpu:8", "--mesh.fsdp", "2"]
+    assert run_command(plan.main, flags) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "data 4 x fsdp 2",
+        "fits: ",
+        "teacher",
+        "sent and received",
+        "all-gather",
+        ".py:",
+    ):
+        assert words in text
+
+
+def test_estimates_need_no_jax():
+    command = f"""
+import sys
+from kd_jax import plan
+plan.main(["--config", {MAIN!r}, "--topology", "h200:1x8", "--analytic", "--json"])
+assert "jax" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got.keys() >= FIELDS and got["method"] == "analytic"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["h200:1x8", "v5p-16"])
+def test_every_configuration_fits_eight_large_devices(capsys, path, name):
+    got = report(capsys, "--config", str(path), "--topology", name, "--analytic")
+    assert got["fits"] and got["devices"] == 8
+    bounds = got["bound_seconds"]
+    assert got["bound_step_seconds"] == bounds[got["bound_by"]] == max(bounds.values())
+
+
+def test_weights_are_split_where_memory_asks_for_it(capsys):
+    flags = ("--config", MAIN, "--data.batch-size", "8", "--analytic")
+    assert report(capsys, *flags, "--topology", "h200:1x8")["mesh"] == {
+        "data": 8, "fsdp": 1, "tensor": 1,
+    }  # fmt: skip
+    small = report(capsys, *flags, "--topology", "v5e:2x4")
+    assert small["mesh"]["fsdp"] > 1 and small["fits"]
+    given = report(capsys, *flags, "--topology", "h200:1x8", "--mesh.fsdp", "4")
+    assert given["mesh"]["fsdp"] == 4
+
+
+def examples():
+    """Returns the commands in docs/planning.md that need no compiler, and what they print."""
+    text = (CONFIGS.parent / "docs" / "planning.md").read_text()
+    found = re.findall(r"```console\n\$ python -m kd_jax\.plan (.*?)\n(.*?)```", text, re.S)
+    return [(command, output) for command, output in found if "--analytic" in command]
+
+
+@pytest.mark.parametrize("command, output", examples())
+def test_the_documented_examples_are_what_the_command_prints(capsys, monkeypatch, command, output):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert run_command(plan.main, command.split()) == 0
+    lines = output.removesuffix("...\n").splitlines()
+    assert len(lines) > 5 and capsys.readouterr().out.splitlines()[: len(lines)] == lines
+
+
+def test_a_search_gives_what_fits_with_the_fastest_first(capsys):
+    flags = ("--config", MAIN, "--topology", "v5e:2x4", "--analytic")
+    got = report(capsys, *flags, "--search")
+    found = got["search"]
+    bounds = [x["bound_tokens_per_second"] for x in found]
+    assert bounds == sorted(bounds, reverse=True) and all(search.fits(x) for x in found)
+    assert bounds[0] >= report(capsys, *flags)["bound_tokens_per_second"]
+    same = ("mesh", "batch_size", "remat", "peak_bytes_per_device")
+    assert [got[name] for name in same] == [found[0][name] for name in same]
+
+
+@pytest.mark.parametrize("flags", [("--topology", "h20:1x8"), ("--topology", "v5e:3x3")])
+def test_a_topology_that_does_not_exist_is_answered_with_those_that_do(capsys, flags):
+    assert run_command(plan.main, ["--config", MAIN, *flags]) == 2
+    message = capsys.readouterr().err
+    assert flags[1] in message
+    assert all(name in message for name in ("h100", "h200", "a100", "b200", "v4", "v5e", "2x4"))
+
+
+@pytest.mark.parametrize("name, extra", [("h200:1x8", "cuda13"), ("v5e:2x4", "tpu")])
+def test_a_missing_compiler_is_answered_with_the_extra_that_has_it(
+    capsys, monkeypatch, name, extra
+):
+    monkeypatch.setattr(topology, "_is_installed", lambda module: False)
+    assert run_command(plan.main, ["--config", MAIN, "--topology", name]) == 2
+    assert f"'kd-jax[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--topology", "h100:1x1", "--config", str(CONFIGS / "70b_to_8b.py")), "more devices"),
+        (("--topology", "v5e:2x2", "--data.batch-size", "64", "--remat", "none"), "It fits with"),
+        (("--topology", "h200:1x8", "--mesh.tensor", "3"), "mesh: expected a product of 8"),
+        (("--topology", "h200:1x8", "--data.batch-size", "3", "--mesh.tensor", "1"), "batch-size"),
+        (("--topology", "h200:1x8", "--target-share", "0"), "--target-share"),
+        (("--topology", "h200:1x8", "--meshes", "3"), "--meshes: no such flag"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_with_what_could(capsys, flags, words):
+    given = flags if "--config" in flags else ("--config", MAIN, *flags)
+    assert run_command(plan.main, [*given, "--analytic"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_tpu_compilers_refusal_is_a_report():
+    config = load_config(MAIN)
+    archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
+    sizes, v5e = {"data": 4, "fsdp": 1, "tensor": 1}, find_topology("v5e:2x2")
+    case = forecast.Case(
+        config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=v5e
+    )
+    # As libtpu 0.0.42 says it.
+    refused = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (93.24G) exceeds available HBM (15.75G)."
+    )
+    got = forecast._too_large(case, refused)
+    assert not got["fits"] and got["temporary_bytes_per_device"] == int(93.24 * 2**30)
+    with pytest.raises(RuntimeError, match="another"):
+        forecast._too_large(case, RuntimeError("another"))
+
+
+def test_the_devices_here_can_be_planned_for():
+    here = topology.local_topology(jax.devices())
+    assert here.num_devices == len(jax.devices()) and here.num_hosts == 1 and here.chip is None
+
+
+def test_an_architecture_comes_from_its_folder_or_what_is_known_of_it(tmp_path):
+    known = plan.find_architecture("meta-llama/Llama-3.1-8B-Instruct", "teacher.path")
+    assert known.num_hidden_layers == 32
+    (tmp_path / "config.json").write_text(json.dumps(tiny.make_config()))
+    assert plan.find_architecture(str(tmp_path), "teacher.path").hidden_size == 64
+    with pytest.raises(UserError, match=r"teacher\.path"):
+        plan.find_architecture("nobody/nothing", "teacher.path")
+
+
+def test_no_layout_is_refused_for_its_rows_where_tensor_takes_the_devices():
+    config = load_config(MAIN)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))
+    archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
+    sizes = search.choose_sizes(config, *archs, find_topology("h200:1x8"))
+    assert sizes["tensor"] > 1 and sizes["data"] * sizes["fsdp"] <= 4

@@ -1,0 +1,112 @@
+"""A run of tiny models, made as kd_jax.train makes it, whose step tests can take apart."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import data
+from kd_jax.build import load_models, make_program, place_state, put_batch, shared_vocab_size
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from kd_jax.loop import open_inputs
+from kd_jax.optim import make_optimizer
+from kd_jax.step import init_state, train_step
+from kd_jax.text import chat_template_of
+
+STEPS = 4
+
+
+def make_run_config(
+    student: Path,
+    teacher: Path,
+    train: Path,
+    cache_dir: Path,
+    *,
+    trainable="full",
+    mesh=None,
+    loss=None,
+    lora=None,
+    optim=None,
+    teacher_axes=("fsdp", "tensor"),
+    student_axes=("fsdp", "tensor"),
+    steps=STEPS,
+    **rows,
+) -> Config:
+    """Returns a run in float32; dicts change fields of the config's parts."""
+    options = {"seq_len": 192, "batch_size": 8, "cache_dir": str(cache_dir), **rows}
+    return Config(
+        workdir="unused",
+        teacher=TeacherConfig(path=str(teacher), dtype="float32", shard_over=teacher_axes),
+        student=StudentConfig(path=str(student), dtype="float32", shard_over=student_axes),
+        data=DataConfig(path=str(train), **options),
+        trainable=trainable,
+        lora=LoraConfig(rank=4, alpha=8.0, **(lora or {})),
+        loss=LossConfig(**{"chunk_tokens": 32, **(loss or {})}),
+        mesh=MeshConfig(**(mesh or {"data": 8})),
+        optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
+        steps=steps,
+    )
+
+
+class Run:
+    """A run's parts, made as kd_jax.train makes them."""
+
+    def __init__(self, config, devices=None):
+        self.config = config
+        student, teacher, self.mesh = open_inputs(config, devices)
+        template = chat_template_of(config.data, student.tokenizer)
+        self.rows = data.make_rows(config.data, student.tokenizer, template)
+        self.models = load_models(config, student, teacher, self.mesh)
+        vocab_size = shared_vocab_size(student, teacher)
+        self.program = make_program(config, self.models, vocab_size, self.mesh, config.steps)
+        self.optimizer = make_optimizer(config.optim, config.steps)
+        self.state = place_state(init_state(self.models.trainable, self.optimizer), self.mesh)
+
+    def batch(self, seed=0):
+        count = self.config.optim.accumulation_steps
+        size = self.config.data.batch_size
+        return next(
+            data.batches(
+                self.rows, seed=seed, start_step=0, batch_size=size, accumulation_steps=count
+            )
+        )
+
+    def arguments(self, batch):
+        models = self.models
+        placed = put_batch(batch, self.mesh)
+        return self.state, models.frozen, models.teacher_arrays, placed
+
+    def step(self, batch):
+        """Takes one step and returns its metrics as floats."""
+        run = jax.jit(train_step, static_argnums=(0, 1))
+        self.state, metrics = run(self.program, self.optimizer, *self.arguments(batch))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def gradients(self, batch):
+        """Returns the mean loss's gradients, caught where the optimizer gets them, and metrics."""
+
+        def update(gradients, state, params):
+            return jax.tree.map(jnp.zeros_like, gradients), gradients
+
+        catch = self.optimizer._replace(update=update)
+        run = jax.jit(train_step, static_argnums=(0, 1))
+        state, metrics = run(self.program, catch, *self.arguments(batch))
+        gradients = {name: np.asarray(x) for name, x in state.opt_state.items()}
+        return gradients, {name: float(value) for name, value in metrics.items()}
+
+
+def assert_near(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        scale = np.abs(value).max()
+        assert np.abs(got[name] - value).max() <= tolerance * max(scale, 1e-6), name
