@@ -222,8 +222,8 @@ def _backward(residuals, d_output):
         d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
         weights = weights.astype(v.dtype)
         d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
-        d_keys = d_keys.at[:, :, seen].add(_product("BKGST,BKGSH->BKTH", d_logits, q_block))
-        d_values = d_values.at[:, :, seen].add(_product("BKGST,BKGSH->BKTH", weights, d_block))
+        d_keys = _add_to_first(d_keys, _product("BKGST,BKGSH->BKTH", d_logits, q_block))
+        d_values = _add_to_first(d_values, _product("BKGST,BKGSH->BKTH", weights, d_block))
     scale = q.shape[-1] ** -0.5
     dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * scale
     dk, dv = _heads_first(d_keys) * scale, _heads_first(d_values)
@@ -231,6 +231,15 @@ def _backward(residuals, d_output):
 
 
 _blockwise.defvjp(_forward, _backward)
+
+
+def _add_to_first(x, part):
+    """Returns x [B, K, S, H] with `part` [B, K, T, H] added to its first T tokens.
+
+    Not by x.at[]: of all tokens it makes empty arrays of indices, with which XLA of jax 0.11
+    crashes inside a shard_map.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(x, x[:, :, : part.shape[2]] + part, 0, axis=2)
 
 
 def _blocks(num_tokens: int) -> list[slice]:

@@ -119,6 +119,13 @@ def test_no_array_of_all_queries_and_keys_exists():
     assert largest_array(jaxs_own, *inputs) >= every
 
 
+@pytest.mark.parametrize("S", [60, 300])
+def test_no_array_is_empty(S):
+    """With one, XLA of jax 0.11 crashes where it compiles a shard_map that does not use it."""
+    program = jax.jit(lambda *x: with_gradients(attention, *x)).lower(*make_inputs(S))
+    assert "tensor<0x" not in program.as_text()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_products_and_their_gradients_equal_float64(dtype):
     rng = np.random.default_rng(1)
