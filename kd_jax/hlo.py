@@ -16,8 +16,9 @@ KINDS = (
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
 _BITS = {"pred": 8, "s4": 4, "u4": 4}  # of names that do not end in their width
-# Whose type is a tuple of inputs, outputs and what the runtime keeps.
+# Whose type is a tuple of inputs, outputs and what the runtime keeps; others' inputs are a tuple.
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
+_FUSIONS = {"fusion", "fusion-start"}
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 
 
@@ -72,7 +73,7 @@ def _instructions(line: str) -> Iterator[Instruction]:
     kind, rest = _type_and_rest(found[2])
     opcode = rest.partition("(")[0]
     parts = [kind]
-    if kind.startswith("(") and opcode in _WITH_INPUTS:
+    if kind.startswith("((") or (kind.startswith("(") and opcode in _WITH_INPUTS):
         parts = _parts(kind)[1:2]
     shapes = tuple(shape for part in parts for shape in re.findall(r"\w+\[[\d,]*\]", part))
     yield Instruction(found[1], opcode, shapes, line)
@@ -165,7 +166,7 @@ def _walk(
             called = re.findall(r"(?:body|calls|to_apply|_computation)=%?([\w.-]+)", one.line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", one.line):
                 called += re.findall(r"%?([\w.-]+)", group)
-            stack += [(child, inner, around, fused or one.opcode == "fusion") for child in called]
+            stack += [(child, inner, around, fused or one.opcode in _FUSIONS) for child in called]
 
 
 def trips(program: Program, loop: Instruction) -> int | None:

@@ -78,3 +78,15 @@ def test_the_largest_arrays_are_named_but_not_what_is_inside_fusions():
     largest = hlo.largest_arrays(program, 3)
     assert largest[0].num_bytes == 512 * 512 * 4 and largest[0].shape == "f32[512,512]"
     assert len(largest) <= 3
+
+
+def test_an_asynchronous_instruction_makes_its_output_and_not_its_inputs():
+    lines = [
+        "ENTRY %main (x: f32[32,64]) -> f32[1,64] {",
+        "  %x = f32[32,64]{1,0} parameter(0)",
+        "  %s = ((f32[32,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%x), calls=%inner",
+        "  ROOT %d = f32[1,64]{1,0} fusion-done(%s)",
+        "}",
+    ]
+    arrays = hlo.largest_arrays(hlo.read_program("\n".join(lines)), 9)
+    assert [(x.shape, x.opcode) for x in arrays] == [("f32[1,64]", "fusion-start")]
