@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kd_jax.architecture import Architecture, Rope, layer_weights
 from kd_jax.attention import SAVED_ATTENTION, Implementation, attention
+from kd_jax.embedding import embed
 from kd_jax.matmul import project
 from kd_jax.sharding import Layout, constrain
 
@@ -209,7 +210,8 @@ class Decoder(nnx.Module):
         A layer's output is the residual stream behind it, before the final norm. Negative layers
         count from the last one; no layers have None. Outputs of other layers are not kept.
         """
-        x = _on_rows(self.embed_tokens.weight[...][tokens], self.place.layout).astype(self.dtype)
+        x = embed(self.embed_tokens.weight[...], tokens, self.place.layout)
+        x = _on_rows(x, self.place.layout).astype(self.dtype)
         rope = rope_tables(positions, self.arch.rope, self.arch.head_dim, self.dtype)
 
         def run_layer(x, layer, key):

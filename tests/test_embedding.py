@@ -1,0 +1,39 @@
+"""The gradient of embeddings that a GPU takes, against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import Run, assert_near
+
+from kd_jax import embedding
+
+V, D = 40, 8
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (4, 64)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_rows_are_summed_by_token(shape, dtype):
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.geometric(0.1, shape) - 1, V - 2)  # some often, the last one never
+    rows = rng.normal(size=(*shape, D)).astype(dtype)
+    want = np.zeros((V, D))
+    np.add.at(want, tokens, np.asarray(rows, np.float64))
+    got = jax.jit(embedding._sum_by_token, static_argnums=2)(rows, tokens, V)
+    assert got.dtype == jnp.float32 and (np.asarray(got)[-1] == 0).all()
+    np.testing.assert_allclose(got, want, atol=2e-6 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)])
+def test_a_gpus_gradient_is_the_plain_one(make_config, monkeypatch, sizes):
+    mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    config, devices = make_config(mesh=mesh), jax.devices()[: np.prod(sizes)]
+    plain = Run(config, devices)
+    want, _ = plain.gradients(plain.batch())
+    calls = []
+    monkeypatch.setattr(embedding, "platform", lambda mesh: calls.append(mesh) or "gpu")
+    jax.clear_caches()
+    got, _ = plain.gradients(plain.batch())
+    assert calls
+    assert_near(got, want, 1e-6)
