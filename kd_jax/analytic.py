@@ -17,16 +17,22 @@ BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one 
 
 
 def chunk_tokens(
-    wanted: int | None, chip: Chip | None, on_cpu: bool, vocab_size: int, num_tokens: int
+    wanted: int | None,
+    chip: Chip | None,
+    on_cpu: bool,
+    vocab_size: int,
+    num_tokens: int,
+    head_trainable: bool = False,
 ) -> int:
     """Returns how many of a device's tokens are in a chunk, of its `vocab_size` entries each.
 
     None takes what docs/benchmarks.md found best on a CPU, little more than its caches hold; on an
     accelerator, whose matrix units want many rows, what makes two float32 logits fill a 32nd of its
-    memory, a gibibyte at most.
+    memory, a gibibyte at most; two where each chunk reads and writes the gradient of the head.
     """
     if wanted is None:
-        room = min(GIB, chip.memory_bytes // 32 if chip else GIB)
+        most = 2 * GIB if head_trainable else GIB
+        room = min(most, chip.memory_bytes // 32 if chip else GIB)
         wanted = 80 if on_cpu else max(128, room // (2 * 4 * vocab_size) // 128 * 128)
     return min(wanted, num_tokens)
 
@@ -288,11 +294,12 @@ def _temporaries(
     tokens //= config.optim.accumulation_steps * axes_size(ours.sizes, BATCH_AXES)
     entries = ours.arch.vocab_size // ours.sizes["tensor"]
     on_cpu = topology.chip is None
-    C = chunk_tokens(config.loss.chunk_tokens, topology.chip, on_cpu, entries, tokens)
+    trained = config.trainable == "full"
+    C = chunk_tokens(config.loss.chunk_tokens, topology.chip, on_cpu, entries, tokens, trained)
     models = [ours] if theirs is None else [ours, theirs]
     head = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
     head += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
-    if config.trainable == "full":
+    if trained:
         head += ours.in_use(_head(ours.arch), 4 + ours.itemsize)
     found["head"] = kept + summed + head
     if theirs is not None:

@@ -262,6 +262,7 @@ def make_head(
             platform(mesh) == "cpu",
             entries,
             share,
+            trainable,
         ),
         vocab_size=vocab_size,
         mesh=mesh,

@@ -10,7 +10,7 @@ import pytest
 import reference
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kd_jax import losses
+from kd_jax import losses, token_loss
 from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
 from kd_jax.losses import DIVERGENCES
@@ -54,6 +54,15 @@ def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
     return (*(x.astype(dtype) for x in inputs), rng.integers(0, V, (B, S)), mask)
 
 
+@pytest.fixture(params=["_sums", "_sums_in_one_pass"])
+def both_softmaxes(request, monkeypatch):
+    """Runs a test with a CPU's and with a GPU's way of making softmaxes."""
+    monkeypatch.setattr(token_loss, "_sums", getattr(token_loss, request.param))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def value_and_gradients(config, *inputs):
     """Returns loss, metrics and the gradients in the student's hidden states and head."""
     scalars = scalars_of(config)
@@ -95,6 +104,7 @@ def close(got, want, tolerance):
     assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-30)
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
 def test_value_and_metrics_equal_float64(kd_ratio, temperature):
@@ -109,6 +119,7 @@ def test_value_and_metrics_equal_float64(kd_ratio, temperature):
             assert float(value) == pytest.approx(want[name], rel=1e-6), name
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.4, 1.0])
 def test_gradients_equal_float64(kd_ratio, temperature):
@@ -147,6 +158,7 @@ def expected_tokens(config, *inputs):
     return {name: value * inputs[5] for name, value in values.items()}
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("length", [1, 4, 64])
 @pytest.mark.parametrize("sizes", [(V, V), (V + 7, V), (V + 3, V + 9)])
 def test_each_tokens_metrics_equal_float64(length, sizes):
@@ -212,6 +224,7 @@ def test_rows_without_any_loss_give_zero():
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("sizes", [(V, V + 7), (V + 7, V), (V + 3, V + 9), (V + 5, V + 5)])
 def test_padded_vocabulary_entries_are_absent(sizes):
     config = dataclasses.replace(CONFIG, head_trainable=True)
@@ -223,6 +236,7 @@ def test_padded_vocabulary_entries_are_absent(sizes):
     assert d_head.shape == inputs[2].shape and (np.asarray(d_head)[V:] == 0).all()
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_a_temperature_that_is_traced_is_the_same(temperature):
     config = make_head(temperature=temperature)
@@ -244,6 +258,7 @@ def test_the_divergence_of_equal_models_is_zero():
     assert float(values["top1_agreement"]) == inputs[5].sum()
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 def test_extreme_logits_stay_finite():
     inputs = make_inputs()
     for scale in (1e4, 1e-4):
@@ -263,6 +278,7 @@ def test_without_a_teacher_the_loss_is_cross_entropy():
     close(d_hidden, d_both, 1e-6)
 
 
+@pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
 def test_devices_change_nothing(sizes):
     config = dataclasses.replace(CONFIG, head_trainable=True)
