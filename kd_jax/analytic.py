@@ -294,12 +294,12 @@ def _temporaries(
     tokens //= config.optim.accumulation_steps * axes_size(ours.sizes, BATCH_AXES)
     entries = ours.arch.vocab_size // ours.sizes["tensor"]
     on_cpu = topology.chip is None
-    trained = config.trainable == "full"
-    C = chunk_tokens(config.loss.chunk_tokens, topology.chip, on_cpu, entries, tokens, trained)
+    full = config.trainable == "full"
+    C = chunk_tokens(config.loss.chunk_tokens, topology.chip, on_cpu, entries, tokens, full)
     models = [ours] if theirs is None else [ours, theirs]
     head = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
     head += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
-    if trained:
+    if full:
         head += ours.in_use(_head(ours.arch), 4 + ours.itemsize)
     found["head"] = kept + summed + head
     if theirs is not None:
