@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # A file imports only from files above it.
 ORDER = [
     "config", "command", "chips", "topology", "architecture", "rules", "known_models",
-    "analytic", "hlo", "sharding", "embedding", "matmul", "attention", "model", "lora", "decoding", "losses",
-    "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data", "optim", "hf",
+    "analytic", "hlo", "sharding", "embedding", "matmul", "attention", "model", "lora",
+    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data", "optim", "hf",
     "export", "step", "checkpoint", "metrics", "build", "abstract", "forecast", "search",
     "inference", "evaluation", "scoring", "distributed", "loop", "train", "plan", "evaluate",
     "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves", "report", "sweep",
