@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "config", "command", "chips", "topology", "architecture", "rules", "known_models",
     "analytic", "hlo", "sharding", "embedding", "matmul", "attention", "model", "lora",
-    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data", "optim", "hf",
-    "export", "step", "checkpoint", "metrics", "build", "abstract", "forecast", "search",
-    "inference", "evaluation", "scoring", "distributed", "loop", "train", "plan", "evaluate",
-    "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves", "report", "sweep",
-    "grammar", "scratch", "outcome", "demo",
+    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data",
+    "optim", "hf", "export", "step", "checkpoint", "metrics", "build", "abstract", "forecast",
+    "search", "inference", "evaluation", "scoring", "distributed", "loop", "train", "plan",
+    "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves", "report",
+    "sweep", "grammar", "scratch", "outcome", "demo",
 ]  # fmt: skip
 # One file needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"harness"}
