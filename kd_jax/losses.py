@@ -18,7 +18,7 @@ from kd_jax.config import COMPATS, LossConfig
 
 # Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
 NEGATIVE = -1e30
-# Powers of p / q have no bound where a parameter of alpha_beta is below 0; exponents are cut here.
+# Powers of p / q have no bound; exponents are cut here.
 MAX_EXPONENT = 60.0
 
 Terms = tuple[jax.Array, jax.Array]
@@ -87,9 +87,8 @@ def skew_forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> T
     s = config.skew_alpha
     if s == 0:
         return forward_kl(log_q, log_p, config)
-    p = jnp.exp(log_p)
-    over_p, _, ratio = _against_mixture(log_q, log_p, s)
-    return p * over_p, (1 - s) * (jnp.exp(log_q) - p * ratio)
+    m_over_p = _mixture_over(log_p, log_q, s)
+    return -jnp.exp(log_p) * jnp.log(m_over_p), (1 - s) * jnp.exp(log_q) * (1 - 1 / m_over_p)
 
 
 def skew_reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
@@ -97,9 +96,14 @@ def skew_reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> T
     s = config.skew_alpha
     if s == 0:
         return reverse_kl(log_q, log_p, config)
-    q = jnp.exp(log_q)
-    _, over_q, ratio = _against_mixture(log_q, log_p, 1 - s)
-    return q * over_q, q * (over_q + s * (1 - ratio))
+    m_over_q = _mixture_over(log_q, log_p, s)
+    q, log_m_over_q = jnp.exp(log_q), jnp.log(m_over_q)
+    return -q * log_m_over_q, q * (s * (1 - 1 / m_over_q) - log_m_over_q)
+
+
+def _mixture_over(log_own, log_other, share):
+    """Returns (share own + (1 - share) other) / own; where it is cut, own is next to nothing."""
+    return share + (1 - share) * jnp.exp(jnp.minimum(log_other - log_own, MAX_EXPONENT))
 
 
 def _against_mixture(log_q, log_p, weight):

@@ -145,8 +145,9 @@ def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["jsd", "jsd_cross", "skew_forward_kl", "skew_reverse_kl"])
 def test_the_wrong_side_of_a_mixture_is_seen(name, monkeypatch):
-    right = losses._against_mixture
-    monkeypatch.setattr(losses, "_against_mixture", lambda u, v, share: right(u, v, 1 - share))
+    for helper in ("_against_mixture", "_mixture_over"):
+        right = getattr(losses, helper)
+        monkeypatch.setattr(losses, helper, lambda u, v, share, right=right: right(u, v, 1 - share))
     assert is_seen(ONE_EACH[name])
 
 
