@@ -5,7 +5,7 @@ Hardware:  one GPU of 80 GB or more, eight of them, or a v5e-8 (bfloat16); the m
 Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_ratio 0.5); there a
            step was 32 padded conversations, here it is packed rows that hold about as many.
 Expected:  22,400 tokens/s in 20 GiB on one H100, 24,000 in 21 GiB with --data.batch-size 8 (random
-           weights, docs/benchmarks.md); the loss of a whole run is unmeasured so far.
+           weights, GSM8K; docs/benchmarks.md); the loss of a whole run is unmeasured so far.
 """
 
 from kd_jax.config import (

@@ -19,16 +19,18 @@ BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one 
 def chunk_tokens(
     wanted: int | None,
     chip: Chip | None,
-    on_cpu: bool,
     vocab_size: int,
     num_tokens: int,
-    head_trainable: bool = False,
+    *,
+    on_cpu: bool,
+    head_trainable: bool,
 ) -> int:
     """Returns how many of a device's tokens are in a chunk, of its `vocab_size` entries each.
 
     None takes what docs/benchmarks.md found best on a CPU, little more than its caches hold; on an
     accelerator, whose matrix units want many rows, what makes two float32 logits fill a 32nd of its
-    memory, a gibibyte at most; two where each chunk reads and writes the gradient of the head.
+    memory, a gibibyte at most; two where each chunk reads and writes the gradient of the head. One
+    that is not known has a gibibyte.
     """
     if wanted is None:
         most = 2 * GIB if head_trainable else GIB
@@ -293,9 +295,15 @@ def _temporaries(
     tokens = config.data.batch_size * config.data.seq_len
     tokens //= config.optim.accumulation_steps * axes_size(ours.sizes, BATCH_AXES)
     entries = ours.arch.vocab_size // ours.sizes["tensor"]
-    on_cpu = topology.chip is None
     full = config.trainable == "full"
-    C = chunk_tokens(config.loss.chunk_tokens, topology.chip, on_cpu, entries, tokens, full)
+    C = chunk_tokens(
+        config.loss.chunk_tokens,
+        topology.chip,
+        entries,
+        tokens,
+        on_cpu=topology.chip is None,
+        head_trainable=full,
+    )
     models = [ours] if theirs is None else [ours, theirs]
     head = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
     head += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)

@@ -259,10 +259,10 @@ def make_head(
         chunk_tokens=chunk_tokens(
             loss.chunk_tokens,
             chip_of(mesh.devices.flat[0].device_kind),
-            platform(mesh) == "cpu",
             entries,
             share,
-            trainable,
+            on_cpu=platform(mesh) == "cpu",
+            head_trainable=trainable,
         ),
         vocab_size=vocab_size,
         mesh=mesh,

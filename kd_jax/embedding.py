@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kd_jax.rules import split
 from kd_jax.sharding import Layout, platform
 
 
 def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Array:
     """Returns the rows [B, S, D] of a table [V, D] that tokens [B, S] name.
 
-    The plain gradient adds up rows of one token in any order on a GPU, and never twice in the same.
+    On a GPU the plain gradient adds up the rows of one token in an order that varies, and so does
+    its rounding.
 
     Args:
       layout: of the table on the mesh; None on one device that is no GPU.
@@ -33,26 +35,40 @@ def _forward(layout, table, tokens):
 
 def _backward(layout, residuals, d_rows):
     table, tokens = residuals
-    axes = layout.row_axes(len(tokens))
-
-    def add_up(d_rows, tokens):
-        return jax.lax.psum(_sum_by_token(d_rows, tokens, len(table)), axes)
-
-    if layout.mesh.size == 1:
-        d_table = _sum_by_token(d_rows, tokens, len(table))
-    else:
-        rows = P(axes)
-        d_table = jax.shard_map(
-            add_up, mesh=layout.mesh, in_specs=(rows, rows), out_specs=P(), check_vma=False
-        )(d_rows, tokens)
-    return d_table.astype(table.dtype), None
+    dims = ("vocab", "embed")
+    entries, _ = split(layout.mesh.shape, layout.axes, dims, table.shape)
+    rows = layout.row_axes(len(tokens))
+    add_up = jax.shard_map(
+        partial(_add_up, len(table), entries, rows),
+        mesh=layout.mesh,
+        in_specs=(P(rows), P(rows)),
+        out_specs=layout.spec(dims, table.shape),
+        check_vma=False,
+    )
+    return add_up(d_rows, tokens).astype(table.dtype), None
 
 
 _embed.defvjp(_forward, _backward)
 
 
+def _add_up(num_entries, table_axes, row_axes, d_rows, tokens):
+    """Returns a device's share of the table's gradient, from its own rows.
+
+    Args:
+      table_axes: mesh axes that the table's entries are split over.
+      row_axes: those that rows are; devices along others have the same rows.
+    """
+    own = tuple(axis for axis in table_axes if axis not in row_axes)
+    share = num_entries // jax.lax.axis_size(own)
+    sums = _sum_by_token(d_rows, tokens - share * jax.lax.axis_index(own), share)
+    sums = jax.lax.psum(sums, tuple(axis for axis in row_axes if axis not in table_axes))
+    for axis in table_axes[len(own) :]:
+        sums = jax.lax.psum_scatter(sums, axis, tiled=True)
+    return sums
+
+
 def _sum_by_token(d_rows, tokens, num_entries):
-    """Returns the sums [V, D] float32 of the rows [B, S, D] of each token [B, S].
+    """Returns the sums [V, D] float32 of the rows [B, S, D] of each token [B, S] in 0 to V - 1.
 
     Rows are brought into the order of their tokens and summed by a scan that starts anew with each;
     then every token is written once.
@@ -70,6 +86,7 @@ def _sum_by_token(d_rows, tokens, num_entries):
         return jnp.where(is_first, value, total + value), some_first | is_first
 
     sums, _ = jax.lax.associative_scan(add, (rows, first[:, None]))
-    place = jnp.where(last, tokens, num_entries + jnp.arange(len(tokens)))  # beyond: dropped
+    written = last & (tokens >= 0) & (tokens < num_entries)
+    place = jnp.where(written, tokens, num_entries + jnp.arange(len(tokens)))  # beyond: dropped
     zeros = jnp.zeros((num_entries, rows.shape[1]), jnp.float32)
     return zeros.at[place].set(sums, mode="drop", unique_indices=True)

@@ -16,7 +16,8 @@ KINDS = (
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
 _BITS = {"pred": 8, "s4": 4, "u4": 4}  # of names that do not end in their width
-# Whose type is a tuple of inputs, outputs and what the runtime keeps; others' inputs are a tuple.
+# Whose type is a tuple of inputs, outputs and what the runtime keeps. Any other asynchronous
+# instruction has its inputs in a tuple of their own: ((inputs), output, ...).
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
 _FUSIONS = {"fusion", "fusion-start"}
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}

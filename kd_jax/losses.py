@@ -169,9 +169,6 @@ DIVERGENCES: dict[str, Divergence] = {
     "alpha_beta": alpha_beta,
 }
 
-SLOPE_SUMS_TO_ZERO = frozenset({"forward_kl"})
-"""Divergences whose a sums to 0 over V by itself."""
-
 
 def divergence_terms(
     log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None = None

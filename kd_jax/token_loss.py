@@ -41,7 +41,7 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     """Returns each token's loss and metrics, and the gradient of the masked loss.
 
     Four passes over the vocabulary: maxima, sums of exponentials, losses, gradient. On a GPU the
-    first two are one, and so are the last two where the gradient needs no sum of the third.
+    first two are one.
 
     Args:
       config: LossConfig.
@@ -72,11 +72,9 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     terms = losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
     if _is_one(T) and config.compat != "torchtune":  # what is minimised may be one of them
         value = terms.get(_SAME_AS.get(config.divergence), value)
-    terms |= {"kd_loss": value, "top1_agreement": agree.astype(jnp.float32)}
-    if config.divergence not in losses.SLOPE_SUMS_TO_ZERO:
-        terms["slope"] = slope
+    terms |= {"kd_loss": value, "slope": slope, "top1_agreement": agree.astype(jnp.float32)}
     sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values(), axis), strict=True))
-    total_slope, scale = sums.pop("slope", None), losses.t2_factor(T, config)
+    total_slope, scale = sums.pop("slope"), losses.t2_factor(T, config)
     values |= {name: x[:, 0] for name, x in sums.items()}
     values["kd_loss"] *= scale
     values["top1_agreement"] = jnp.minimum(values["top1_agreement"], 1.0)  # several may tie
@@ -85,9 +83,7 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     student, teacher = jax.lax.optimization_barrier((student, teacher))
     log_q = _log_probs(student, z_s, T)
     _, slope = losses.divergence_terms(log_q, _log_probs(teacher, z_t, T), config, weight)
-    if total_slope is not None:
-        slope -= jnp.exp(log_q) * total_slope
-    d_kd = slope * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
+    d_kd = (slope - jnp.exp(log_q) * total_slope) * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
     return values, d_kd + _d_ce(student, z_s, labels, jnp.where(mask, 1 - ratio, 0.0), entries)
 
 
@@ -106,72 +102,78 @@ class _Softmax(NamedTuple):
 
 def _softmaxes(logits, T, axis):
     """Returns the _Softmax of each model's logits."""
-    tempered = () if _is_one(T) else (T,)
-    sums = jax.lax.platform_dependent(logits, *tempered, cuda=_sums_in_one_pass, default=_sums)
+    T = None if _is_one(T) else T
+    # A reduction cannot take a temperature that follows a schedule.
+    on_gpu = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
+    options = {"cuda": partial(on_gpu, T=T), "default": partial(_sums, T=T)}
+    sums = jax.lax.platform_dependent(logits, **options)
     if axis is not None:
-        highest = jax.lax.pmax([m for m, *_ in sums], axis)
-        parts = [_relative_to(m, x, *tempered) for m, x in zip(highest, sums, strict=True)]
-        totals = jax.lax.psum(parts, axis)
-        sums = [(m, *x) for m, x in zip(highest, totals, strict=True)]
+        highest = jax.lax.pmax([x.highest for x in sums], axis)
+        rests = [_rescaled(x, x.highest - m, T) for x, m in zip(sums, highest, strict=True)]
+        sums = list(map(_Sums, highest, *zip(*jax.lax.psum(rests, axis), strict=True)))
     return [
         _Softmax(
-            m, jnp.log(total), jnp.log(hot[0] if hot else total), jnp.log(total) - moment / total
+            x.highest, jnp.log(x.total), jnp.log(x.tempered), jnp.log(x.total) - x.moment / x.total
         )
-        for m, total, moment, *hot in sums
+        for x in sums
     ]
 
 
-def _sums(logits, T=None):
-    """Returns what softmaxes are made of: one pass for all maxima, one for all sums.
+class _Sums(NamedTuple):
+    """What a softmax is made of, [N, 1] each, with x = logit - highest."""
 
-    Returns:
-      of each model's logits, with x = logit - maximum: the maximum, and the sums over V of exp(x),
-      x exp(x) and, for a T, exp(x / T); [N, 1] each.
-    """
+    highest: jax.Array
+    total: jax.Array
+    """sum_v exp(x)."""
+    moment: jax.Array
+    """sum_v x exp(x)."""
+    tempered: jax.Array
+    """sum_v exp(x / T); without a T the total."""
+
+
+def _sums(logits, T):
+    """Returns the _Sums of each model's logits: one pass for all maxima, one for all sums."""
     highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits)
-    shifted = [z - m for z, m in zip(logits, highest, strict=True)]
-    terms = [[jnp.exp(x), jnp.exp(x) * x] for x in shifted]
-    if T is not None:
-        terms = [[*of_one, jnp.exp(x / T)] for of_one, x in zip(terms, shifted, strict=True)]
-    sums = iter(losses.over_vocab(jnp.add, 0.0, [term for of_one in terms for term in of_one]))
-    return [(m, *(next(sums) for _ in of_one)) for m, of_one in zip(highest, terms, strict=True)]
+    terms = []
+    for z, m in zip(logits, highest, strict=True):
+        e = jnp.exp(z - m)
+        terms += [e, e * (z - m), e if T is None else jnp.exp((z - m) / T)]
+    sums = losses.over_vocab(jnp.add, 0.0, terms)
+    return list(map(_Sums, highest, sums[::3], sums[1::3], sums[2::3]))
 
 
-def _sums_in_one_pass(logits, T=None):
+def _sums_in_one_pass(logits, T):
     """Returns what `_sums` does, reading the logits once: a GPU waits for its memory."""
-    found = []
-    for z in logits:
-        sums = _running_sums(z)
-        found.append(sums if T is None else (*sums, _running_sums(z / T)[1]))
-    return found
+    return [_running_sums(z, T) for z in logits]
 
 
-def _running_sums(z):
-    """Returns the maximum, and the sums of exp(x) and x exp(x), corrected as the maximum grows."""
+def _running_sums(z, T):
+    """Returns the _Sums of logits [N, V] by a reduction that corrects them as the maximum grows."""
 
     def combine(one, other):
         gap = one[0] - other[0]
         keep = partial(jnp.where, gap > 0)
-        highest, total, moment = map(keep, one, other)
-        _, low_total, low_moment = map(keep, other, one)
-        fall = -jnp.abs(gap)
-        scale = jnp.exp(fall)  # one exponential, not one of each side
-        return highest, total + scale * low_total, moment + scale * (low_moment + fall * low_total)
+        high, low = tuple(map(keep, one, other)), tuple(map(keep, other, one))
+        rest = _rescaled(_filled(*low), -jnp.abs(gap), T)  # one exponential, not one of each side
+        return high[0], *map(jnp.add, high[1:], rest)  # without a T there is no fourth
 
     z = jnp.maximum(z, losses.NEGATIVE)  # no difference of two is NaN
-    starts = (jnp.float32(losses.NEGATIVE), jnp.float32(0), jnp.float32(0))
-    sums = jax.lax.reduce(
-        (z, jnp.ones_like(z), jnp.zeros_like(z)), starts, combine, dimensions=(1,)
-    )
-    return tuple(x[:, None] for x in sums)
+    ones, zeros = jnp.ones_like(z), jnp.zeros_like(z)
+    entries = (z, ones, zeros) if T is None else (z, ones, zeros, ones)
+    starts = (jnp.float32(losses.NEGATIVE), *[jnp.float32(0)] * len(entries[1:]))
+    sums = jax.lax.reduce(entries, starts, combine, dimensions=(1,))
+    return _filled(*(x[:, None] for x in sums))
 
 
-def _relative_to(highest, sums, T=None):
-    """Returns the sums of `_sums` for a maximum that is not their own."""
-    m, total, moment, *hot = sums
-    fall = m - highest
+def _filled(highest, total, moment, tempered=None):
+    return _Sums(highest, total, moment, total if tempered is None else tempered)
+
+
+def _rescaled(sums, fall, T):
+    """Returns total, moment and tempered of _Sums for a maximum that is theirs less `fall`."""
     scale = jnp.exp(fall)
-    return scale * total, scale * (moment + fall * total), *(jnp.exp(fall / T) * x for x in hot)
+    hot = scale if T is None else jnp.exp(fall / T)
+    return scale * sums.total, scale * (sums.moment + fall * sums.total), hot * sums.tempered
 
 
 def _pick(logits, labels, entries, axis):

@@ -33,15 +33,24 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_a_chunk_holds_about_the_tokens_asked_for():
-    h200 = CHIPS["h200"]
-    assert analytic.chunk_tokens(1000, h200, False, 128_256, num_tokens=8192) == 1000
-    assert analytic.chunk_tokens(1000, h200, False, 128_256, num_tokens=100) == 100
+    options = {"chip": CHIPS["h200"], "vocab_size": 128_256, "on_cpu": False}
+    for num_tokens, want in ((8192, 1000), (100, 100)):
+        got = analytic.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
+        assert got == want
 
 
-@pytest.mark.parametrize("chip, most", [("h200", 2**30), (None, 2**30), ("v5e", 2**29)])
-def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, most):
+@pytest.mark.parametrize(
+    "chip, trained, most",
+    [
+        ("h200", False, 2**30), (None, False, 2**30), ("v5e", False, 2**29),
+        ("h200", True, 2**31), (None, True, 2**30), ("v5e", True, 2**29),
+    ],
+)  # fmt: skip
+def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, trained, most):
     for vocab_size in (32_000, 128_256, 152_064):
-        tokens = analytic.chunk_tokens(None, CHIPS.get(chip), False, vocab_size, num_tokens=10**6)
+        tokens = analytic.chunk_tokens(
+            None, CHIPS.get(chip), vocab_size, 10**6, on_cpu=False, head_trainable=trained
+        )
         assert most / 2 < 2 * 4 * tokens * vocab_size <= most
 
 

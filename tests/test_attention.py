@@ -123,7 +123,7 @@ def test_no_array_of_all_queries_and_keys_exists():
 def test_no_array_is_empty(S):
     """With one, XLA of jax 0.11 crashes where it compiles a shard_map that does not use it."""
     program = jax.jit(lambda *x: with_gradients(attention, *x)).lower(*make_inputs(S))
-    assert "tensor<0x" not in program.as_text()
+    assert not re.search(r"tensor<(\d+x)*0x", program.as_text())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_attention import jaxs_own, with_gradients
-from test_kd_head import make_head, make_inputs, value_and_gradients
+from test_kd_head import make_head, value_and_gradients
 from tiny_run import STEPS, Run, assert_near
 
 from kd_jax.attention import attention
@@ -63,9 +63,23 @@ def test_cudnn_attention_sees_a_shared_prompt_too():
     assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
 
 
+def make_head_inputs(vocab_size):
+    """Returns the arrays of kd_head: logits with a deviation near 3, the teacher's padded."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 12, 16), (2, 12, 24), (vocab_size, 16), (vocab_size + 24, 24))
+    scales = (1, 1, 3 / 16**0.5, 3 / 24**0.5)
+    arrays = (
+        x * rng.normal(size=s).astype(np.float32) for x, s in zip(scales, shapes, strict=True)
+    )
+    return *arrays, rng.integers(0, vocab_size, (2, 12)), rng.random((2, 12)) < 0.7
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_head_equals_a_cpus(divergence):
-    config, inputs = make_head(True, divergence=divergence), make_inputs()
+def test_the_head_equals_a_cpus(divergence, temperature):
+    config = make_head(True, divergence=divergence, temperature=temperature)
+    config = replace(config, vocab_size=5000, chunk_tokens=7)
+    inputs = make_head_inputs(5000)
     values, gradients = value_and_gradients(config, *inputs)
     with on_cpu():
         want_values, want = value_and_gradients(config, *inputs)
@@ -108,8 +122,8 @@ def test_a_run_repeats_itself_bit_for_bit(make_config, trainable, kernel):
 
 
 def test_bfloat16_with_cudnn_trains_as_float32_does(make_config):
-    losses = []
-    for change in (in_bfloat16, lambda config: config):
-        run = Run(change(make_config(mesh={"data": 1})), GPUS[:1])
+    config, losses = make_config(mesh={"data": 1}), []
+    for changed in (replace(in_bfloat16(config), attention="cudnn"), config):
+        run = Run(changed, GPUS[:1])
         losses.append([run.step(run.batch(seed))["loss"] for seed in range(STEPS)])
     np.testing.assert_allclose(*losses, rtol=2e-2)

@@ -82,6 +82,11 @@ def test_the_largest_arrays_are_named_but_not_what_is_inside_fusions():
 
 def test_an_asynchronous_instruction_makes_its_output_and_not_its_inputs():
     lines = [
+        "%inner (p: f32[32,64]) -> f32[1,64] {",
+        "  %p = f32[32,64]{1,0} parameter(0)",
+        "  %n = f32[32,64]{1,0} negate(%p)",
+        "  ROOT %r = f32[1,64]{1,0} slice(%n), slice={[0:1], [0:64]}",
+        "}",
         "ENTRY %main (x: f32[32,64]) -> f32[1,64] {",
         "  %x = f32[32,64]{1,0} parameter(0)",
         "  %s = ((f32[32,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%x), calls=%inner",
