@@ -35,14 +35,13 @@ def _forward(layout, table, tokens):
 
 def _backward(layout, residuals, d_rows):
     table, tokens = residuals
-    dims = ("vocab", "embed")
-    entries, _ = split(layout.mesh.shape, layout.axes, dims, table.shape)
+    parts = split(layout.mesh.shape, layout.axes, ("vocab", "embed"), table.shape)
     rows = layout.row_axes(len(tokens))
     add_up = jax.shard_map(
-        partial(_add_up, len(table), entries, rows),
+        partial(_add_up, len(table), parts[0], rows),
         mesh=layout.mesh,
         in_specs=(P(rows), P(rows)),
-        out_specs=layout.spec(dims, table.shape),
+        out_specs=P(*parts),
         check_vma=False,
     )
     return add_up(d_rows, tokens).astype(table.dtype), None

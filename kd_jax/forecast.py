@@ -136,9 +136,10 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
     try:
         compiled = lowered.compile()
     except Exception as error:
-        return report | _too_large(case, error)
-    finally:
-        report["compile_seconds"] = time.perf_counter() - traced
+        compiled, report = None, report | _too_large(case, error)
+    report["compile_seconds"] = time.perf_counter() - traced
+    if compiled is None:
+        return report
     used = compiled.memory_analysis()
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     report |= _memory_fields(case.topology, used.argument_size_in_bytes, temporaries)

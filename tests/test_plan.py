@@ -191,6 +191,13 @@ def test_what_cannot_be_is_refused_with_what_could(capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
+# As libtpu 0.0.42 says it.
+REFUSAL = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (93.24G) exceeds available HBM (15.75G)."
+)
+
+
 def test_a_tpu_compilers_refusal_is_a_report():
     config = load_config(MAIN)
     archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
@@ -198,15 +205,22 @@ def test_a_tpu_compilers_refusal_is_a_report():
     case = forecast.Case(
         config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=v5e
     )
-    # As libtpu 0.0.42 says it.
-    refused = RuntimeError(
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-        "temporaries (93.24G) exceeds available HBM (15.75G)."
-    )
-    got = forecast._too_large(case, refused)
+    got = forecast._too_large(case, RuntimeError(REFUSAL))
     assert not got["fits"] and got["temporary_bytes_per_device"] == int(93.24 * 2**30)
     with pytest.raises(RuntimeError, match="another"):
         forecast._too_large(case, RuntimeError("another"))
+
+
+def test_a_program_that_is_refused_for_its_size_is_described(capsys, monkeypatch, tiny_config):
+    def refuse(lowered):
+        raise RuntimeError(REFUSAL)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(forecast, "memory_limit", lambda *_: 2**30)
+    flags = ["--config", tiny_config, "--topology", "cpu:8"]
+    assert run_command(plan.main, flags) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "compiled in" in out and "largest" not in out
 
 
 def test_the_devices_here_can_be_planned_for():
