@@ -38,8 +38,8 @@ import numpy as np
 
 from kd_jax import losses
 from kd_jax.build import make_head, start_jax
-from kd_jax.command import run_command
 from kd_jax.config import LossConfig, MeshConfig, UserError
+from kd_jax.config.command import run_command
 from kd_jax.kd_head import HeadConfig, kd_head
 from kd_jax.sharding import compiler_options, make_mesh
 from kd_jax.token_loss import LossScalars

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.chips import GIB
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FSDP_8 = ["--mesh.fsdp", "8"]

@@ -29,7 +29,7 @@ from kd_jax.build import (
     start_jax,
 )
 from kd_jax.chips import chip_of
-from kd_jax.command import parse_args, parse_config, run_command, split_flags
+from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
 from kd_jax.loop import load_rows, open_inputs
 from kd_jax.metrics import peak_memory_bytes
 from kd_jax.optim import make_optimizer

@@ -8,14 +8,7 @@ Source:    8b_to_1b.py.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
 
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    OptimConfig,
-    StudentConfig,
-)
+from kd_jax.config import Config, DataConfig, EvalConfig, LoraConfig, OptimConfig, StudentConfig
 
 
 def get_config() -> Config:

@@ -13,14 +13,7 @@ Source:    torchtune's preset for this model widened to the projections that 8b_
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
 
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    OptimConfig,
-    StudentConfig,
-)
+from kd_jax.config import Config, DataConfig, EvalConfig, LoraConfig, OptimConfig, StudentConfig
 
 
 def get_config() -> Config:

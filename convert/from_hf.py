@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_jax.command import parse_args, run_command
+from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class FromHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
-    from kd_jax.disk import resolve  # jax takes seconds that --help need not pay
+    from kd_jax.disk import resolve
     from kd_jax.export import save_orbax
 
     source = resolve(args.source, "--source")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd_jax.command import parse_args, run_command
 from kd_jax.config import UserError
+from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_jax.command import flag_names
-from kd_jax.config import Config, UserError, flatten
+from kd_jax.config import Config, UserError
+from kd_jax.config.command import flag_names
+from kd_jax.config.record import flatten
 from kd_jax.runs import Run, identity
 
 # Fields that neither change what is learned nor what it costs.

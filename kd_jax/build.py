@@ -14,14 +14,7 @@ from kd_jax.analytic import chunk_tokens
 from kd_jax.architecture import Architecture, weights
 from kd_jax.attention import choose_attention
 from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
-from kd_jax.config import (
-    Config,
-    LoraConfig,
-    LossConfig,
-    StudentConfig,
-    TeacherConfig,
-    UserError,
-)
+from kd_jax.config import Config, LoraConfig, LossConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.disk import fingerprint, load_architecture, resolve
 from kd_jax.hf import (
     Adapter,

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kd_jax import grammar
-from kd_jax.command import load_config, parse_args, run_command
 from kd_jax.config import Config, UserError
+from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.disk import read_json, write_whole
 from kd_jax.outcome import COLUMNS, format_value, make_table, show
 from kd_jax.runs import completion

@@ -15,6 +15,7 @@ import numpy as np
 
 from kd_jax.architecture import Architecture, read_architecture
 from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -208,20 +209,8 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_out_file(path: str, flag: str) -> Path:
-    """Returns the path of a file to write; raises UserError where its folder is not there."""
-    file = Path(path).expanduser()
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"{flag}: expected a file in a folder that is there, got {path}")
-    return file
-
-
 def write_whole(file: Path, text: str) -> None:
     """Writes a file so that nobody ever reads half of it."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

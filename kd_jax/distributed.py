@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from glob import glob
 from typing import Any, TypeVar
 
-from kd_jax.command import report_error
 from kd_jax.config import DistributedConfig, UserError
+from kd_jax.config.command import report_error
 
 T = TypeVar("T")
 # A process that sends no heartbeat for so long is dead to the others.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_jax.command import parse_args, run_command
 from kd_jax.config import Config, Dtype, MeshConfig, UserError
-from kd_jax.disk import check_out_file, write_whole
+from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.disk import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 
 from kd_jax.architecture import Architecture, weights
 from kd_jax.config import LoraConfig, MeshConfig, UserError
-from kd_jax.disk import INDEX, ORBAX, first_line, load_architecture
+from kd_jax.config.errors import first_line
+from kd_jax.disk import INDEX, ORBAX, load_architecture
 from kd_jax.hf import (
     absl_silent,
     check_shapes,

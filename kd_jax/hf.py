@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from kd_jax.architecture import Architecture, Weight, weights
-from kd_jax.config import LINEAR_NAMES, LoraConfig, UserError
-from kd_jax.disk import ORBAX, Tensor, first_line, open_folder, read_json
+from kd_jax.config import LoraConfig, UserError
+from kd_jax.config.errors import first_line
+from kd_jax.config.run import LINEAR_NAMES
+from kd_jax.disk import ORBAX, Tensor, open_folder, read_json
 from kd_jax.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
 from kd_jax.sharding import Layout
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_jax.command import parse_args, run_command
 from kd_jax.config import Dtype, UserError
-from kd_jax.disk import check_out_file, first_line, write_whole
+from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.config.errors import first_line
+from kd_jax.disk import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,8 @@ from kd_jax.build import (
     start_jax,
     without_tokenizer,
 )
-from kd_jax.config import Config, UserError, dump, flatten
+from kd_jax.config import Config, UserError
+from kd_jax.config.record import dump, flatten
 from kd_jax.distributed import is_first, say, stop_signal, together
 from kd_jax.evaluation import evaluate_rows
 from kd_jax.hidden import PROJECTION, check_layers

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kd_jax.config import LINEAR_NAMES, LoraConfig
+from kd_jax.config import LoraConfig
+from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.model import Decoder, Layer, Linear, LoraParam
 
 FACTORS = ("lora_A", "lora_B")

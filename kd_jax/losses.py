@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from kd_jax.config import COMPATS, LossConfig
+from kd_jax.config import LossConfig
+from kd_jax.config.loss import COMPATS
 
 # Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
 NEGATIVE = -1e30

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_jax.arms import Arm, find_controls, make_arms
-from kd_jax.command import parse_args, run_command
 from kd_jax.config import UserError
+from kd_jax.config.command import parse_args, run_command
 from kd_jax.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
 from kd_jax.runs import read_runs
 from kd_jax.tables import (

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.config import UserError, flatten
+from kd_jax.config import UserError
+from kd_jax.config.record import flatten
 from kd_jax.disk import read_json
 
 Columns = dict[str, np.ndarray]

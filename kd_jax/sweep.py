@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from kd_jax.arms import short_names
-from kd_jax.command import (
+from kd_jax.config import Config, UserError
+from kd_jax.config.command import (
     flag_groups,
     flag_name,
     parse_args,
@@ -23,7 +24,7 @@ from kd_jax.command import (
     run_command,
     split_flags,
 )
-from kd_jax.config import Config, UserError, differences, dump, part_of
+from kd_jax.config.record import differences, dump, part_of
 from kd_jax.runs import completion
 
 

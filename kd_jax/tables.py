@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd_jax.arms import Arm, label_names
-from kd_jax.config import flatten
+from kd_jax.config.record import flatten
 from kd_jax.runs import COMPARED, Run
 
 

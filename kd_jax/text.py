@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import DataConfig, UserError
-from kd_jax.disk import first_line
+from kd_jax.config.errors import first_line
 
 Conversation = list[dict[str, str]]
 

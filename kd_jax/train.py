@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from kd_jax.command import parse_config, run_command
+from kd_jax.config.command import parse_config, run_command
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from kd_jax import analytic
 from kd_jax.abstract import abstract_run
 from kd_jax.architecture import read_architecture
 from kd_jax.chips import CHIPS, find_topology
-from kd_jax.command import load_config
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -23,6 +22,7 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
 )
+from kd_jax.config.command import load_config
 from kd_jax.known_models import KNOWN_MODELS
 from kd_jax.model import logits, rebuild
 from kd_jax.sharding import make_mesh

@@ -8,7 +8,7 @@ import tiny
 
 from convert import from_hf, to_hf
 from kd_jax import evaluate, train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 
 pytestmark = pytest.mark.fast
 

@@ -14,8 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from kd_jax import attention, config, losses, optim
-from kd_jax.command import load_config, parse_config, run_command
+from kd_jax import attention, losses, optim
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -27,10 +26,12 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
     UserError,
-    differences,
-    dump,
-    from_json,
+    loss,
+    record,
+    run,
 )
+from kd_jax.config.command import load_config, parse_config, run_command
+from kd_jax.config.record import differences, dump, from_json
 
 pytestmark = pytest.mark.fast
 
@@ -53,7 +54,7 @@ def make(**changes: Any) -> Config:
 
 def leaves(cls: type, prefix: str = "") -> Iterator[str]:
     for entry in dataclasses.fields(cls):
-        if part := config.part_of(entry.type):
+        if part := record.part_of(entry.type):
             yield from leaves(part, f"{prefix}{entry.name}.")
         else:
             yield f"{prefix}{entry.name}"
@@ -65,7 +66,7 @@ LEAVES = sorted(leaves(Config))
 def documented() -> dict[str, str]:
     """Returns the docstring under each field of each dataclass, as `Class.field`."""
     found = {}
-    for node in ast.parse(Path(config.__file__).read_text()).body:
+    for node in ast.parse(Path(run.__file__).read_text()).body:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -76,7 +77,7 @@ def documented() -> dict[str, str]:
 def owner(name: str) -> str:
     """Returns `Class.field` of a leaf such as `data.seq_len`."""
     part, _, field = name.rpartition(".")
-    owner = config.part_of(get_type_hints(Config)[part]) if part else Config
+    owner = record.part_of(get_type_hints(Config)[part]) if part else Config
     return f"{owner.__name__}.{field}"
 
 
@@ -395,9 +396,9 @@ def literal(cls: type, name: str) -> set[str]:
 
 def test_choices_are_what_is_implemented():
     assert literal(LossConfig, "divergence") == set(losses.DIVERGENCES)
-    assert literal(LossConfig, "compat") == set(config.COMPATS)
-    assert all(set(x.divergences) < set(losses.DIVERGENCES) for x in config.COMPATS.values())
-    assert {n for used in config.OPTIONS.values() for n in used} < set(losses.DIVERGENCES)
+    assert literal(LossConfig, "compat") == set(loss.COMPATS)
+    assert all(set(x.divergences) < set(losses.DIVERGENCES) for x in loss.COMPATS.values())
+    assert {n for used in loss.OPTIONS.values() for n in used} < set(losses.DIVERGENCES)
     assert literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(optim.SHAPES)
     assert literal(Config, "attention") == {"auto", *get_args(attention.Implementation)}
 

@@ -10,7 +10,7 @@ from num_weights import NUM_WEIGHTS
 
 from kd_jax.abstract import abstract_run
 from kd_jax.architecture import read_architecture
-from kd_jax.command import load_config
+from kd_jax.config.command import load_config
 from kd_jax.known_models import KNOWN_MODELS
 from kd_jax.lora import is_adapter
 from kd_jax.sharding import make_mesh

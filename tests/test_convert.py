@@ -19,7 +19,6 @@ from convert import from_hf, to_hf
 from kd_jax import checkpoint, disk, export, hf
 from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.build import load_models, open_source
-from kd_jax.command import run_command
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -29,6 +28,7 @@ from kd_jax.config import (
     TeacherConfig,
     UserError,
 )
+from kd_jax.config.command import run_command
 from kd_jax.model import logits, rebuild
 from kd_jax.sharding import Layout, make_mesh
 from kd_jax.step import init_state

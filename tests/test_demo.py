@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from kd_jax import demo, grammar, outcome
-from kd_jax.command import load_config, run_command
 from kd_jax.config import DataConfig
+from kd_jax.config.command import load_config, run_command
 from kd_jax.data import make_rows
 from kd_jax.scratch import TEMPLATE, make_tokenizer, write_llama
 

@@ -17,8 +17,8 @@ import tiny
 import yaml
 
 from kd_jax import distributed
-from kd_jax.command import parse_config
 from kd_jax.config import DistributedConfig, UserError
+from kd_jax.config.command import parse_config
 
 pytestmark = pytest.mark.fast
 

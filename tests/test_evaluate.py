@@ -11,8 +11,8 @@ from scipy.stats import bootstrap, norm
 
 from kd_jax import data, evaluate, scores
 from kd_jax.build import open_source
-from kd_jax.command import run_command
 from kd_jax.config import DataConfig
+from kd_jax.config.command import run_command
 from kd_jax.inference import load_model, open_model
 from kd_jax.model import logits, rebuild
 from kd_jax.sharding import make_mesh

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import to_hf
 from kd_jax import evaluate, train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.disk import open_folder
 from kd_jax.text import load_tokenizer
 

@@ -7,7 +7,7 @@ import tiny
 
 from convert import to_hf
 from kd_jax import generate, train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.generate import TextWriter
 
 pytestmark = pytest.mark.fast

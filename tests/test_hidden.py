@@ -19,9 +19,8 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
     UserError,
-    dump,
-    from_json,
 )
+from kd_jax.config.record import dump, from_json
 from kd_jax.hidden import KINDS, check_layers, hidden_loss, init_projection, projection_weight
 from kd_jax.model import Decoder, named_arrays, rebuild
 

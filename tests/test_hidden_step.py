@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from convert import to_hf
 from kd_jax import checkpoint, data, evaluate, generate, train
-from kd_jax.command import run_command
 from kd_jax.config import HiddenConfig
+from kd_jax.config.command import run_command
 from kd_jax.hidden import PROJECTION
 from kd_jax.step import train_step
 

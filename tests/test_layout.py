@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_jax.command import flag_names
 from kd_jax.config import Config
+from kd_jax.config.command import flag_names
 
 pytestmark = pytest.mark.fast
 

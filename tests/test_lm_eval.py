@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from convert import to_hf
 from kd_jax import lm_eval as command
 from kd_jax import train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.harness import KdJaxLM
 
 CHOICES = """

@@ -13,8 +13,8 @@ import tiny
 
 from kd_jax import forecast, plan, search, topology
 from kd_jax.chips import find_topology
-from kd_jax.command import load_config, run_command
 from kd_jax.config import UserError
+from kd_jax.config.command import load_config, run_command
 
 pytestmark = pytest.mark.fast
 

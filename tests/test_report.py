@@ -15,7 +15,6 @@ from scipy import stats
 
 from kd_jax import curves, report, runs, tables
 from kd_jax.arms import find_controls, make_arms
-from kd_jax.command import run_command
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -25,8 +24,9 @@ from kd_jax.config import (
     OptimConfig,
     StudentConfig,
     TeacherConfig,
-    dump,
 )
+from kd_jax.config.command import run_command
+from kd_jax.config.record import dump
 
 pytestmark = pytest.mark.fast
 

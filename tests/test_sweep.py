@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from kd_jax import report, sweep
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 
 pytestmark = pytest.mark.fast
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
 from kd_jax import checkpoint, data, evaluate, loop, scores, step, text, train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[1]

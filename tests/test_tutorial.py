@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kd_jax import grammar, sweep, train
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.demo import COMMON, STUDENT, TEACHER, VOCAB_SIZE
 from kd_jax.scratch import make_tokenizer, write_llama
 

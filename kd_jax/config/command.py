@@ -13,14 +13,9 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    StudentConfig,
-    TeacherConfig,
-    UserError,
-    part_of,
-)
+from kd_jax.config.errors import UserError
+from kd_jax.config.record import part_of
+from kd_jax.config.run import Config, DataConfig, StudentConfig, TeacherConfig
 
 T = TypeVar("T")
 
@@ -241,3 +236,11 @@ def report_error(error: BaseException) -> int:
     else:
         traceback.print_exception(error)
     return 1
+
+
+def check_out_file(path: str, flag: str) -> Path:
+    """Returns the path of a file to write; raises UserError where its folder is not there."""
+    file = Path(path).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{flag}: expected a file in a folder that is there, got {path}")
+    return file

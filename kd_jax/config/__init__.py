@@ -1,0 +1,25 @@
+"""The configuration of a run: typed, frozen and validated. Needs no jax."""
+
+from kd_jax.config.errors import UserError
+from kd_jax.config.loss import LossConfig
+from kd_jax.config.run import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    Dtype,
+    EvalConfig,
+    HiddenConfig,
+    LogConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "CheckpointConfig", "Config", "DataConfig", "DistributedConfig", "Dtype", "EvalConfig",
+    "HiddenConfig", "LogConfig", "LoraConfig", "LossConfig", "MeshConfig", "OptimConfig",
+    "StudentConfig", "TeacherConfig", "UserError",
+]  # fmt: skip
