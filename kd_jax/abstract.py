@@ -22,7 +22,7 @@ from kd_jax.build import (
     make_student,
 )
 from kd_jax.config import Config
-from kd_jax.data import COLUMNS
+from kd_jax.data.rows import COLUMNS
 from kd_jax.hidden import PROJECTION, projection_weight
 from kd_jax.lora import is_adapter
 from kd_jax.model import Structure, named_arrays

@@ -15,6 +15,7 @@ from kd_jax.architecture import Architecture, weights
 from kd_jax.attention import choose_attention
 from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
 from kd_jax.config import Config, LoraConfig, LossConfig, StudentConfig, TeacherConfig, UserError
+from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
 from kd_jax.disk import fingerprint, load_architecture, resolve
 from kd_jax.hf import (
     Adapter,
@@ -29,7 +30,6 @@ from kd_jax.lora import add_adapters, factor_dims, is_adapter
 from kd_jax.model import Decoder, Placement, Structure, named_arrays
 from kd_jax.sharding import Layout, batch_sharding, num_batch_shards, platform, replicated
 from kd_jax.step import Program, TrainState
-from kd_jax.text import check_same_tokenizer, load_tokenizer
 
 Arrays = dict[str, jax.Array]
 

@@ -93,11 +93,12 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """
     import jax  # seconds that --help need not pay
 
-    from kd_jax import data, scores
+    from kd_jax import scores
     from kd_jax.build import start_jax
+    from kd_jax.data.chat import chat_template_of
+    from kd_jax.data.rows import make_rows
     from kd_jax.inference import load_model
     from kd_jax.sharding import make_mesh
-    from kd_jax.text import chat_template_of
 
     student, teacher, against = _open(args)
     config = _config(args, student.config, jax.device_count())
@@ -105,7 +106,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     mesh = make_mesh(config.mesh, config.data.batch_size)
     tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
     template = chat_template_of(config.data, *tokenizers)
-    rows = data.make_rows(config.data, tokenizers[0], template)
+    rows = make_rows(config.data, tokenizers[0], template)
     loaded = load_model(teacher, mesh) if teacher else None
     documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
     values = scores.whole(documents)
@@ -123,8 +124,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
 def _open(args: EvaluateArgs):
     """Returns student, teacher and the model to compare with, checked; None for none."""
+    from kd_jax.data.chat import check_same_tokenizer
     from kd_jax.inference import open_model
-    from kd_jax.text import check_same_tokenizer
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import data
 from kd_jax.build import put_batch
 from kd_jax.config import Config
+from kd_jax.data.batches import eval_batches
+from kd_jax.data.rows import Rows
 from kd_jax.scores import Sums, tally
 from kd_jax.sharding import compiler_options, replicated
 from kd_jax.step import Arrays, Program, eval_step
@@ -17,7 +18,7 @@ def evaluate_rows(
     mesh: Mesh,
     arrays: Arrays,
     teacher_arrays: Arrays,
-    rows: data.Rows,
+    rows: Rows,
     config: Config,
 ) -> tuple[Sums, Sums]:
     """Returns sums over the rows' target tokens by document, and by position in the document.
@@ -33,7 +34,7 @@ def evaluate_rows(
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
-    for batch in data.eval_batches(rows, num_rows):
+    for batch in eval_batches(rows, num_rows):
         placed = put_batch(batch, mesh)
         mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
         values = {name: value[mask] for name, value in metrics.items()}

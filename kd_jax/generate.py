@@ -119,7 +119,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
 
 def encode(tokenizer: Any, args: GenerateArgs) -> list[list[int]]:
     """Returns the prompts' tokens, in the chat template unless they are raw."""
-    from kd_jax.text import chat_template_of, render_prompt
+    from kd_jax.data.chat import chat_template_of, render_prompt
 
     if args.raw:
         return [tokenizer(text)["input_ids"] for text in args.prompt]

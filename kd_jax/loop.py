@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kd_jax import checkpoint, data, scores
+from kd_jax import checkpoint, scores
 from kd_jax.architecture import Architecture
 from kd_jax.build import (
     Source,
@@ -29,6 +29,10 @@ from kd_jax.build import (
 )
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
+from kd_jax.data.batches import num_steps, train_batches
+from kd_jax.data.chat import chat_template_of
+from kd_jax.data.records import check_path
+from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.distributed import is_first, say, stop_signal, together
 from kd_jax.evaluation import evaluate_rows
 from kd_jax.hidden import PROJECTION, check_layers
@@ -38,7 +42,6 @@ from kd_jax.rules import mesh_sizes
 from kd_jax.search import choose_sizes
 from kd_jax.sharding import make_mesh
 from kd_jax.step import Arrays, init_state, jit_train_step
-from kd_jax.text import chat_template_of, check_path
 from kd_jax.topology import local_topology
 
 
@@ -52,7 +55,7 @@ def train(config: Config) -> None:
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
     rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
     student, teacher = without_tokenizer(student), teacher and without_tokenizer(teacher)
-    num_steps = data.num_steps(rows, config)
+    num_steps = num_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
@@ -74,7 +77,7 @@ def train(config: Config) -> None:
         loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
         layout = jax.tree.map(lambda x: x.sharding, state)  # of every step, the resumed ones too
         run_step = jit_train_step(mesh, layout)
-        batches = data.batches(
+        batches = train_batches(
             rows,
             seed=config.seed,
             start_step=step,
@@ -217,14 +220,14 @@ def open_mesh(
     return mesh
 
 
-def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | None]:
+def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     """Returns the training and held-out rows, and prints what became of the conversations."""
     template = chat_template_of(config.data, *tokenizers)
-    rows = data.make_rows(config.data, tokenizers[0], template)
-    say(f"{config.data.path}: {data.describe(rows)}")
+    rows = make_rows(config.data, tokenizers[0], template)
+    say(f"{config.data.path}: {describe_rows(rows)}")
     if config.eval.path is None:
         return rows, None
-    held_out = data.make_rows(
+    held_out = make_rows(
         config.data,
         tokenizers[0],
         template,
@@ -232,7 +235,7 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[data.Rows, data.Rows | 
         split=config.eval.split,
         max_conversations=config.eval.max_conversations,
     )
-    say(f"{config.eval.path}: {data.describe(held_out)}")
+    say(f"{config.eval.path}: {describe_rows(held_out)}")
     return rows, held_out
 
 

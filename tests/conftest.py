@@ -24,7 +24,7 @@ import tiny
 from tiny_run import make_run_config
 
 from kd_jax.config import DataConfig
-from kd_jax.text import load_tokenizer
+from kd_jax.data.chat import load_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import tiny
 
-from kd_jax import data, text
 from kd_jax.config import DataConfig
-from kd_jax.data import Rows, make_rows
+from kd_jax.data import chat as data_chat
+from kd_jax.data import rows
+from kd_jax.data.rows import Rows, make_rows
 
 
 def chat(*contents: str, roles: str = "ua") -> list[dict[str, str]]:
@@ -51,7 +52,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
     tree = json.loads(file.read_text())
     change(tree)
     file.write_text(json.dumps(tree))
-    return text.load_tokenizer(folder)
+    return data_chat.load_tokenizer(folder)
 
 
 def swap_merges(tree: dict[str, Any]) -> None:
@@ -64,4 +65,4 @@ def rows_of(config: DataConfig, tokenizer: Any, template: str = tiny.TEMPLATE) -
 
 
 def same_rows(a: Rows, b: Rows) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.COLUMNS)
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in rows.COLUMNS)

@@ -19,10 +19,13 @@ from samples import (
     write_lines,
 )
 
-from kd_jax import data, text
 from kd_jax.config import Config, DataConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.data import Rows, batches, eval_batches, make_rows
-from kd_jax.text import Document
+from kd_jax.data import batches as data_batches
+from kd_jax.data import chat, records
+from kd_jax.data import rows as data_rows
+from kd_jax.data.batches import eval_batches
+from kd_jax.data.chat import Document
+from kd_jax.data.rows import Rows, make_rows
 
 fast = pytest.mark.fast
 
@@ -43,7 +46,7 @@ def document(length: int, start: int = 0, first_target: int = 1) -> Document:
 def test_overlong_conversations_are_cut_or_dropped_and_counted(overlong, lengths, counts):
     documents = [document(4), document(8), document(9), document(30, first_target=8)]
     config = DataConfig(path="d", seq_len=8, overlong=overlong)
-    kept, got = data.fit(documents, config, "d")
+    kept, got = data_rows.fit(documents, config, "d")
     assert [len(d.tokens) for d in kept] == lengths == [len(d.target) for d in kept]
     assert got == {"conversations": 4, **counts}
 
@@ -52,9 +55,9 @@ def test_overlong_conversations_are_cut_or_dropped_and_counted(overlong, lengths
 def test_overlong_error_lists_the_conversations():
     config = DataConfig(path="d", seq_len=8, overlong="error")
     with pytest.raises(UserError, match=r"d: 2 conv.* data\.seq-len 8: 2 \(9\), 4 \(10\) \("):
-        data.fit([document(8), document(9), document(1), document(10)], config, "d")
+        data_rows.fit([document(8), document(9), document(1), document(10)], config, "d")
     with pytest.raises(UserError, match=r", 20 \(9\) and 5 more \("):
-        data.fit([document(9)] * (text.MAX_SHOWN + 5), config, "d")
+        data_rows.fit([document(9)] * (records.MAX_SHOWN + 5), config, "d")
 
 
 @fast
@@ -64,12 +67,12 @@ def test_rows_without_any_loss_are_refused(overlong):
     with pytest.raises(
         UserError, match=r"d: no token with a loss .* \(2 of 2 .*Raise data\.seq-len"
     ):
-        data.fit([document(9, first_target=8)] * 2, config, "d")
+        data_rows.fit([document(9, first_target=8)] * 2, config, "d")
 
 
 @fast
 def test_describe_says_what_became_of_the_conversations(tokenizer, config):
-    whole = data.describe(rows_of(config, tokenizer))
+    whole = data_rows.describe_rows(rows_of(config, tokenizer))
     assert whole.startswith("24 conversations: ") and "truncated" not in whole
     lengths = [len(d.tokens) for d in tokenized(config, tokenizer)]
     size = int(np.median(lengths))
@@ -77,16 +80,16 @@ def test_describe_says_what_became_of_the_conversations(tokenizer, config):
     assert 0 < long < 24
     short = dataclasses.replace(config, seq_len=size)
     rows = rows_of(short, tokenizer)
-    assert f"24 conversations, {long} truncated" in data.describe(rows)
-    assert f": {len(rows)} rows of {size} tokens, " in data.describe(rows)
-    assert f"{rows.loss_mask.sum()} tokens with a loss" in data.describe(rows)
+    assert f"24 conversations, {long} truncated" in data_rows.describe_rows(rows)
+    assert f": {len(rows)} rows of {size} tokens, " in data_rows.describe_rows(rows)
+    assert f"{rows.loss_mask.sum()} tokens with a loss" in data_rows.describe_rows(rows)
     rows = rows_of(dataclasses.replace(short, overlong="drop"), tokenizer)
-    assert f"24 conversations, {long} dropped as too long: " in data.describe(rows)
+    assert f"24 conversations, {long} dropped as too long: " in data_rows.describe_rows(rows)
 
 
 def tokenized(config: DataConfig, tokenizer: Any) -> list[Document]:
-    conversations = text.read_conversations(config.path, "", None)
-    return text.tokenize(tokenizer, conversations, tiny.TEMPLATE, config)
+    conversations = records.read_conversations(config.path, "", None)
+    return chat.tokenize(tokenizer, conversations, tiny.TEMPLATE, config)
 
 
 def unpack(rows: dict[str, np.ndarray]) -> list[tuple[list[int], list[bool]]]:
@@ -128,12 +131,12 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     starts = np.cumsum([0, *lengths])
     documents = [document(n, int(start)) for n, start in zip(lengths, starts, strict=False)]
     config = DataConfig(path="", seq_len=size)
-    rows = data.fill_rows(documents, config, pad=-1)
+    rows = data_rows.fill_rows(documents, config, pad=-1)
     want = sorted((d.tokens.tolist(), d.target.tolist()) for d in documents)
     assert sorted(unpack(rows)) == want
-    assert {name: x.dtype for name, x in rows.items()} == data.COLUMNS
+    assert {name: x.dtype for name, x in rows.items()} == data_rows.COLUMNS
     assert len(rows["tokens"]) <= first_fit(lengths, size)
-    apart = data.fill_rows(documents, dataclasses.replace(config, pack=False), pad=-1)
+    apart = data_rows.fill_rows(documents, dataclasses.replace(config, pack=False), pad=-1)
     assert unpack(apart) == [(d.tokens.tolist(), d.target.tolist()) for d in documents]
     assert apart["segment_ids"].max() == 1
 
@@ -149,7 +152,7 @@ def stored(tokenizer, config, monkeypatch):
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(data, "tokenize", fail)
+    monkeypatch.setattr(data_rows, "tokenize", fail)
     return rows
 
 
@@ -162,7 +165,7 @@ def test_second_use_reads_the_store(stored, tokenizer, config):
 
 
 @fast
-@pytest.mark.parametrize("name", [*(f"{column}.npy" for column in data.COLUMNS), "meta.json"])
+@pytest.mark.parametrize("name", [*(f"{column}.npy" for column in data_rows.COLUMNS), "meta.json"])
 @pytest.mark.parametrize("keep", [None, 0, 0.5, -1])
 def test_damaged_store_is_made_anew(name, keep, tokenizer, config):
     rows = rows_of(config, tokenizer)
@@ -272,7 +275,7 @@ def numbered_rows(count: int, seq_len: int = 4) -> Rows:
 
 def take(count: int, rows: Rows, **options: Any) -> list[dict[str, np.ndarray]]:
     given = {"seed": 0, "start_step": 0, "batch_size": 4, "accumulation_steps": 1, **options}
-    stream = batches(rows, **given)
+    stream = train_batches(rows, **given)
     try:
         return [next(stream) for _ in range(count)]
     finally:
@@ -289,7 +292,7 @@ def test_batch_is_a_function_of_seed_and_step(start):
     rows = numbered_rows(7)
     (resumed,) = take(1, rows, start_step=start)
     straight = take(start + 1, rows)[-1]
-    assert resumed.keys() == data.COLUMNS.keys()
+    assert resumed.keys() == data_rows.COLUMNS.keys()
     assert all(np.array_equal(resumed[name], straight[name]) for name in resumed)
 
 
@@ -310,7 +313,7 @@ def test_seed_changes_the_order():
 def test_accumulation_only_splits_the_batch():
     rows = numbered_rows(9)
     for whole, split in zip(take(5, rows), take(5, rows, accumulation_steps=2), strict=True):
-        for name in data.COLUMNS:
+        for name in data_rows.COLUMNS:
             assert whole[name].shape == (1, 4, 4) and split[name].shape == (2, 2, 4)
             assert np.array_equal(whole[name].reshape(-1, 4), split[name].reshape(-1, 4))
 
@@ -327,7 +330,7 @@ def test_eval_batches_give_every_row_once_and_empty_rows(count):
     rows = numbered_rows(count)
     given = list(eval_batches(rows, 4))
     assert all(x.shape == (4, 4) for batch in given for x in batch.values())
-    joined = {name: np.concatenate([batch[name] for batch in given]) for name in data.COLUMNS}
+    joined = {name: np.concatenate([batch[name] for batch in given]) for name in data_rows.COLUMNS}
     for name, column in joined.items():
         assert np.array_equal(column[:count], getattr(rows, name))
     assert not joined["loss_mask"][count:].any() and not joined["segment_ids"][count:].any()
@@ -343,4 +346,4 @@ def test_number_of_steps(length, steps):
         data=DataConfig(path="d", batch_size=4),
         **length,
     )
-    assert data.num_steps(numbered_rows(10), config) == steps
+    assert data_batches.num_steps(numbered_rows(10), config) == steps

@@ -18,7 +18,7 @@ import pytest
 from kd_jax import demo, grammar, outcome
 from kd_jax.config import DataConfig
 from kd_jax.config.command import load_config, run_command
-from kd_jax.data import make_rows
+from kd_jax.data.rows import make_rows
 from kd_jax.scratch import TEMPLATE, make_tokenizer, write_llama
 
 ROOT = Path(__file__).parents[1]

@@ -9,15 +9,16 @@ import reference
 import tiny
 from scipy.stats import bootstrap, norm
 
-from kd_jax import data, evaluate, scores
+from kd_jax import evaluate, scores
 from kd_jax.build import open_source
 from kd_jax.config import DataConfig
 from kd_jax.config.command import run_command
+from kd_jax.data import rows as data_rows
+from kd_jax.data.chat import chat_template_of
 from kd_jax.inference import load_model, open_model
 from kd_jax.model import logits, rebuild
 from kd_jax.sharding import make_mesh
 from kd_jax.step import targets
-from kd_jax.text import chat_template_of
 
 pytestmark = pytest.mark.fast
 
@@ -138,8 +139,8 @@ def expected_values(root, top_k):
     """Returns each target token's values, its document and its position, from whole logits."""
     config = DataConfig(path=str(root / "data.jsonl"), seq_len=192, cache_dir=str(root / "rows"))
     source = open_source(str(root / "student"), None, "student")
-    rows = data.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
-    batch = {name: np.array(getattr(rows, name)) for name in data.COLUMNS}
+    rows = data_rows.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
+    batch = {name: np.array(getattr(rows, name)) for name in data_rows.COLUMNS}
     labels, mask = map(np.asarray, targets(batch))
     mesh = make_mesh(evaluate.MeshConfig(), 8)
     both = []

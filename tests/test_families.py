@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from convert import to_hf
 from kd_jax import evaluate, train
 from kd_jax.config.command import run_command
+from kd_jax.data.chat import load_tokenizer
 from kd_jax.disk import open_folder
-from kd_jax.text import load_tokenizer
 
 pytestmark = pytest.mark.fast
 

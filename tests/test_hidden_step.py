@@ -16,9 +16,10 @@ from tiny_run import Run, assert_near
 from transformers import AutoModelForCausalLM
 
 from convert import to_hf
-from kd_jax import checkpoint, data, evaluate, generate, train
+from kd_jax import checkpoint, evaluate, generate, train
 from kd_jax.config import HiddenConfig
 from kd_jax.config.command import run_command
+from kd_jax.data import rows
 from kd_jax.hidden import PROJECTION
 from kd_jax.step import train_step
 
@@ -189,7 +190,7 @@ def test_how_it_is_computed_changes_nothing(make_config, change, plain):
 def test_packing_changes_nothing(make_config):
     packed = Run(make_config())
     alone = Run(make_config(pack=False, batch_size=24))
-    every = {name: getattr(packed.rows, name) for name in data.COLUMNS}
+    every = {name: getattr(packed.rows, name) for name in rows.COLUMNS}
     missing = -len(packed.rows) % 8
     every = {name: np.pad(x, ((0, missing), (0, 0)))[None] for name, x in every.items()}
     got, metrics = packed.gradients(every)

@@ -11,7 +11,7 @@ import torch
 from tiny_run import STEPS, Run, assert_near
 from transformers import AutoModelForCausalLM
 
-from kd_jax import data
+from kd_jax.data import rows
 from kd_jax.model import logits, rebuild
 from kd_jax.step import eval_step, loss_scalars, targets, train_step
 
@@ -146,7 +146,7 @@ def test_an_evaluation_takes_the_schedules_end_at_any_step(make_config):
 def test_packing_changes_nothing(make_config):
     packed = Run(make_config())
     alone = Run(make_config(pack=False, batch_size=24))
-    every = {name: getattr(packed.rows, name) for name in data.COLUMNS}
+    every = {name: getattr(packed.rows, name) for name in rows.COLUMNS}
     missing = -len(packed.rows) % 8
     every = {name: np.pad(x, ((0, missing), (0, 0)))[None] for name, x in every.items()}
     got, metrics = packed.gradients(every)

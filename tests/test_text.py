@@ -23,15 +23,16 @@ from samples import (
     write_lines,
 )
 
-from kd_jax import text
 from kd_jax.config import DataConfig, UserError
+from kd_jax.data import chat as data_chat
+from kd_jax.data import records as data_records
 
 fast = pytest.mark.fast
 
 
 @pytest.fixture(scope="module")
 def llama3(real_data):
-    return text.load_tokenizer(real_data / "llama3_tokenizer")
+    return data_chat.load_tokenizer(real_data / "llama3_tokenizer")
 
 
 # Which tokens have a loss.
@@ -51,8 +52,8 @@ HARD = [
     "🇳🇴",
 ]
 CONVERSATIONS = [
-    *(chat("Say it.", text) for text in HARD),
-    *(chat(text, "It is five.") for text in HARD),
+    *(chat("Say it.", data_chat) for text in HARD),
+    *(chat(data_chat, "It is five.") for text in HARD),
     chat(*HARD),
     chat("Be brief. 🙂", "Name it.", "Blue.", roles="sua"),
     chat("Be brief.", "Name it.", "Blue.", "And?", "Green.", "No.", roles="suauaa"),
@@ -65,7 +66,7 @@ CONVERSATIONS = [
 def check_mask(tokenizer: Any, conversations: list, template: str, end_of_turn: str) -> None:
     for train_on in ("assistant", "all"):
         config = DataConfig(path="", train_on=train_on)
-        documents = text.tokenize(tokenizer, conversations, template, config)
+        documents = data_chat.tokenize(tokenizer, conversations, template, config)
         for messages, document in zip(conversations, documents, strict=True):
             ids = tokenizer.apply_chat_template(
                 messages, chat_template=template, date_string=config.date, return_dict=True
@@ -91,7 +92,7 @@ def test_loss_covers_exactly_answers_and_their_end_with_llama3(llama3):
 
 @pytest.mark.parametrize("name", ["gsm8k_alpaca.json", "roleplay_chat.jsonl"])
 def test_loss_covers_exactly_answers_and_their_end_on_real_data(name, llama3, real_data):
-    conversations = text.read_conversations(str(real_data / name), "", None)[::10]
+    conversations = data_records.read_conversations(str(real_data / name), "", None)[::10]
     check_mask(llama3, conversations, llama3.get_chat_template(), "<|eot_id|>")
 
 
@@ -120,7 +121,7 @@ THINKING = (
 @fast
 def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer):
     messages = chat("Hi.", "Blue.", "And?", "Green.", "More?", "Blue.")
-    (document,) = text.tokenize(tokenizer, [messages], THINKING, DataConfig(path=""))
+    (document,) = data_chat.tokenize(tokenizer, [messages], THINKING, DataConfig(path=""))
     shown = tokenizer.decode(document.tokens[document.target], clean_up_tokenization_spaces=False)
     assert shown == "Blue.<|eot|>Green.<|eot|><think>\n\n</think>\n\nBlue.<|eot|>"
 
@@ -128,7 +129,7 @@ def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer)
 @fast
 def test_system_message_is_kept_and_not_trained_on(tokenizer):
     messages = chat("Be brief.", "Name it.", "Blue.", roles="sua")
-    (document,) = text.tokenize(tokenizer, [messages], tiny.TEMPLATE, DataConfig(path=""))
+    (document,) = data_chat.tokenize(tokenizer, [messages], tiny.TEMPLATE, DataConfig(path=""))
     assert "Be brief." in tokenizer.decode(document.tokens)
     assert "Be brief." not in tokenizer.decode(document.tokens[document.target])
 
@@ -153,7 +154,7 @@ NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}
 def test_template_that_hides_where_answers_lie_is_refused(template, roles, said, tokenizer):
     messages = chat(*["Q.", "A.", "Q2.", "A2."][: len(roles)], roles=roles)
     with pytest.raises(UserError) as caught:
-        text.tokenize(tokenizer, [messages], template, DataConfig(path=""))
+        data_chat.tokenize(tokenizer, [messages], template, DataConfig(path=""))
     assert str(caught.value).startswith("data.chat-template: ") and said in str(caught.value)
 
 
@@ -183,7 +184,7 @@ def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, mo
     assert template.startswith("\n") == texts[0].startswith("\n")
     there = dataclasses.replace(config, date="01 Jan 2030")
     assert not same_rows(rows[0], rows_of(there, tokenizer, template))
-    shown, _ = text.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    shown, _ = data_chat.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
     assert shown == texts[0]
 
 
@@ -191,7 +192,7 @@ def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, mo
 @pytest.mark.parametrize("date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
 def test_template_shows_the_configured_date(date, tokenizer):
     template = date + tiny.TEMPLATE.replace("strftime_now('%d %b %Y')", "'05 May 2020'")
-    shown, _ = text.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    shown, _ = data_chat.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
     assert shown.startswith("01 Jan 2030<|begin|>") and "Today: 01 Jan 2030<|eot|>" in shown
 
 
@@ -201,15 +202,15 @@ def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path
         return SimpleNamespace(chat_template=template, get_chat_template=lambda: template)
 
     config = DataConfig(path="")
-    assert text.chat_template_of(config, having("s"), having("t")) == "s"
-    assert text.chat_template_of(config, having(None), having("t")) == "t"
+    assert data_chat.chat_template_of(config, having("s"), having("t")) == "s"
+    assert data_chat.chat_template_of(config, having(None), having("t")) == "t"
     with pytest.raises(UserError, match=r"data\.chat-template: neither tokenizer"):
-        text.chat_template_of(config, having(None))
+        data_chat.chat_template_of(config, having(None))
     config = DataConfig(path="", chat_template=str(tmp_path / "file.jinja"))
     with pytest.raises(UserError, match=r"data\.chat-template: expected a Jinja file, got .*file"):
-        text.chat_template_of(config, having("s"))
+        data_chat.chat_template_of(config, having("s"))
     (tmp_path / "file.jinja").write_text("ü", encoding="utf-8")
-    assert text.chat_template_of(config, having("s")) == "ü"
+    assert data_chat.chat_template_of(config, having("s")) == "ü"
 
 
 # Tokenizers.
@@ -218,7 +219,7 @@ def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path
 @fast
 def test_unusable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected tokenizer files"):
-        text.load_tokenizer(tmp_path)
+        data_chat.load_tokenizer(tmp_path)
 
 
 def swap_ids(tree: dict[str, Any]) -> None:
@@ -230,13 +231,13 @@ def swap_ids(tree: dict[str, Any]) -> None:
 def test_tokenizers_must_agree_in_all_but_the_template(tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "another"
-    assert text.check_same_tokenizer(tokenizer, other, "s", "t") == len(tokenizer)
+    assert data_chat.check_same_tokenizer(tokenizer, other, "s", "t") == len(tokenizer)
     for name, change, said in (
         ("merges", swap_merges, "s and t, which differ in the merges"),
         ("ids", swap_ids, "s and t, which differ in 2 tokens ('a' is"),
     ):
         with pytest.raises(UserError) as caught:
-            text.check_same_tokenizer(tokenizer, edited(tmp_path / name, change), "s", "t")
+            data_chat.check_same_tokenizer(tokenizer, edited(tmp_path / name, change), "s", "t")
         assert said in str(caught.value)
 
 
@@ -302,7 +303,7 @@ GOOD = json.dumps(ALPACA[0])
 def refused(path: Path, content: str, limit: int | None = None) -> list[str]:
     path.write_text(content)
     with pytest.raises(UserError) as caught:
-        text.read_conversations(str(path), "", limit)
+        data_records.read_conversations(str(path), "", limit)
     return str(caught.value).splitlines()
 
 
@@ -324,8 +325,8 @@ def test_all_problems_of_a_file_are_one_message(tmp_path):
     assert [line.split(": ")[0] for line in problems] == [
         f"{file}:{i + 2}" for i in range(len(BAD))
     ]
-    problems = refused(file, "3\n" * (text.MAX_SHOWN + 5))
-    assert len(problems) == text.MAX_SHOWN + 1 and problems[-1] == "and 5 more"
+    problems = refused(file, "3\n" * (data_records.MAX_SHOWN + 5))
+    assert len(problems) == data_records.MAX_SHOWN + 1 and problems[-1] == "and 5 more"
 
 
 @fast
@@ -349,7 +350,7 @@ def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache)
     records = [ALPACA[0], {**ALPACA[1], "output": None}]
     path = str(write_parquet(tmp_path / "x.parquet", records))
     with pytest.raises(UserError, match=r"x\.parquet, record 2: turn 2: expected text, got None"):
-        text.read_conversations(path, "", None)
+        data_records.read_conversations(path, "", None)
 
 
 @fast
@@ -364,7 +365,10 @@ def test_file_without_records_is_refused(content, tmp_path):
 def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
-    assert [len(text.read_conversations(str(file), "", limit)) for limit in (1, 2)] == [1, 2]
+    assert [len(data_records.read_conversations(str(file), "", limit)) for limit in (1, 2)] == [
+        1,
+        2,
+    ]
     assert len(refused(file, f"{GOOD}\nbroken\nbroken\n", limit=2)) == 1
 
 
@@ -374,14 +378,14 @@ def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     with pytest.raises(UserError, match=f"data: expected .*, got {name}, which"):
-        text.read_conversations(name, "train", None)
+        data_records.read_conversations(name, "train", None)
 
 
 @fast
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "\xff"}')
     with pytest.raises(UserError, match=r"x\.jsonl: cannot be read"):
-        text.read_conversations(str(tmp_path / "x.jsonl"), "", None)
+        data_records.read_conversations(str(tmp_path / "x.jsonl"), "", None)
 
 
 # Fitting and packing.

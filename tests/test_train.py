@@ -18,8 +18,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, data, evaluate, loop, scores, step, text, train
+from kd_jax import checkpoint, evaluate, loop, scores, step, train
 from kd_jax.config.command import run_command
+from kd_jax.data import chat
+from kd_jax.data import rows as data_rows
 from kd_jax.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -282,9 +284,9 @@ def test_the_profile_is_written(run_train, tmp_path):
 def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert run_train(tmp_path / "run", "--steps", "None", "--epochs", "2") == 0
     config = checkpoint.read_run(tmp_path / "run")
-    tokenizer = text.load_tokenizer(Path(config.student.path))
-    template = text.chat_template_of(config.data, tokenizer)
-    rows = data.make_rows(config.data, tokenizer, template)
+    tokenizer = chat.load_tokenizer(Path(config.student.path))
+    template = chat.chat_template_of(config.data, tokenizer)
+    rows = data_rows.make_rows(config.data, tokenizer, template)
     assert read_metrics(tmp_path / "run")[-1]["step"] == -(-2 * len(rows) // 8)
 
 

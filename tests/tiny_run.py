@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import data
 from kd_jax.build import load_models, make_program, place_state, put_batch, shared_vocab_size
 from kd_jax.config import (
     Config,
@@ -18,10 +17,12 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
 )
+from kd_jax.data import batches
+from kd_jax.data import rows as data_rows
+from kd_jax.data.chat import chat_template_of
 from kd_jax.loop import open_inputs
 from kd_jax.optim import make_optimizer
 from kd_jax.step import init_state, train_step
-from kd_jax.text import chat_template_of
 
 STEPS = 4
 
@@ -65,7 +66,7 @@ class Run:
         self.config = config
         student, teacher, self.mesh = open_inputs(config, devices)
         template = chat_template_of(config.data, student.tokenizer)
-        self.rows = data.make_rows(config.data, student.tokenizer, template)
+        self.rows = data_rows.make_rows(config.data, student.tokenizer, template)
         self.models = load_models(config, student, teacher, self.mesh)
         vocab_size = shared_vocab_size(student, teacher)
         self.program = make_program(config, self.models, vocab_size, self.mesh, config.steps)
@@ -76,7 +77,7 @@ class Run:
         count = self.config.optim.accumulation_steps
         size = self.config.data.batch_size
         return next(
-            data.batches(
+            batches.train_batches(
                 self.rows, seed=seed, start_step=0, batch_size=size, accumulation_steps=count
             )
         )

@@ -3,26 +3,27 @@
 import bisect
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
-from kd_jax.config import Config, DataConfig, UserError
-from kd_jax.text import MAX_SHOWN, Document, read_conversations, tokenize
+from kd_jax.config import DataConfig, UserError
+from kd_jax.data.chat import Document, tokenize
+from kd_jax.data.records import MAX_SHOWN, read_conversations
 
 Batch = dict[str, np.ndarray]
+
 
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
+
+
 STORE_VERSION = 1
 
 
@@ -187,7 +188,7 @@ def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def describe(rows: Rows) -> str:
+def describe_rows(rows: Rows) -> str:
     """Returns what became of the conversations, for people."""
     counts = rows.counts
     filled = counts["tokens"] / rows.tokens.size
@@ -205,56 +206,3 @@ def describe(rows: Rows) -> str:
         f"{rows.tokens.shape[1]:,} tokens, {filled:.0%} filled, "
         f"{counts['target_tokens']:,} tokens with a loss"
     )
-
-
-def num_steps(rows: Rows, config: Config) -> int:
-    """Returns the run's optimizer steps, from `steps` or from `epochs` over the rows."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return math.ceil(config.epochs * len(rows) / config.data.batch_size)
-
-
-def batches(
-    rows: Rows,
-    *,
-    seed: int,
-    start_step: int,
-    batch_size: int,
-    accumulation_steps: int,
-    wanted: np.ndarray | None = None,
-) -> Iterator[Batch]:
-    """Yields the batch of each step from `start_step` on, [A, B / A, S] arrays, without end.
-
-    The batch is a function of seed and step alone: every pass over the rows has its own order.
-
-    Args:
-      wanted: [B / A] bool, the rows of a micro-batch that are read; the others stay 0. None reads
-        all.
-    """
-    wanted = np.ones(batch_size // accumulation_steps, bool) if wanted is None else wanted
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-
-    def take(step: int) -> Batch:
-        picked = [order[step * batch_size + i] for i in range(batch_size)]
-        return _batch(rows, np.array(picked).reshape(accumulation_steps, -1), wanted)
-
-    steps = grain.MapDataset.range(start_step, 2**31).map(take)
-    yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-
-
-def _batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:
-    """Returns the rows numbered in `picked`, [A, B / A], where they are wanted."""
-    out: Batch = {}
-    for name, dtype in COLUMNS.items():
-        out[name] = np.zeros((*picked.shape, rows.tokens.shape[1]), dtype)
-        out[name][:, wanted] = getattr(rows, name)[picked[:, wanted]]
-    return out
-
-
-def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Yields every row once, in order, [B, S] arrays; the last batch is filled with empty rows."""
-    for first in range(0, len(rows), batch_size):
-        some = {name: np.array(getattr(rows, name)[first : first + batch_size]) for name in COLUMNS}
-        missing = batch_size - len(some["tokens"])
-        yield {name: np.pad(x, ((0, missing), (0, 0))) for name, x in some.items()}
