@@ -26,7 +26,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from kd_jax.harness import KdJaxLM
+from kd_jax.inference.lm_eval_model import KdJaxLM
 
 TASK = """
 task: four_answers

@@ -29,7 +29,7 @@ from kd_jax.build import (
 )
 from kd_jax.chips import chip_of
 from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
-from kd_jax.data.batches import num_steps, train_batches
+from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.loop import load_rows, open_inputs
 from kd_jax.metrics import peak_memory_bytes
 from kd_jax.optim import make_optimizer
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     student, teacher, mesh = open_inputs(config)
     rows, _ = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
     models = load_models(config, student, teacher, mesh)
-    vocab_size, num_steps = shared_vocab_size(student, teacher), num_steps(rows, config)
+    vocab_size, num_steps = shared_vocab_size(student, teacher), count_steps(rows, config)
     program = make_program(config, models, vocab_size, mesh, num_steps)
     optimizer = make_optimizer(config.optim, num_steps)
     state = place_state(init_state(models.trainable, optimizer), mesh)

@@ -93,11 +93,11 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """
     import jax  # seconds that --help need not pay
 
-    from kd_jax import scores
     from kd_jax.build import start_jax
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
-    from kd_jax.inference import load_model
+    from kd_jax.inference import scores
+    from kd_jax.inference.load import load_model
     from kd_jax.sharding import make_mesh
 
     student, teacher, against = _open(args)
@@ -125,7 +125,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 def _open(args: EvaluateArgs):
     """Returns student, teacher and the model to compare with, checked; None for none."""
     from kd_jax.data.chat import check_same_tokenizer
-    from kd_jax.inference import open_model
+    from kd_jax.inference.load import open_model
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None
@@ -147,8 +147,8 @@ def _open(args: EvaluateArgs):
 def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
     """Returns a model's sums by document and by position, and keeps nothing of it in memory."""
     from kd_jax.build import make_program, shared_vocab_size
-    from kd_jax.evaluation import evaluate_rows
-    from kd_jax.inference import load_model
+    from kd_jax.inference.evaluation import evaluate_rows
+    from kd_jax.inference.load import load_model
 
     vocab_size = shared_vocab_size(student.source, teacher and teacher.source)
     if args.top_k > vocab_size:

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from kd_jax.config import DataConfig, Dtype, MeshConfig, UserError
+from kd_jax.config import Dtype, MeshConfig, UserError
 from kd_jax.config.command import parse_args, run_command
+from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,14 +82,21 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     import jax  # seconds that --help need not pay
 
     from kd_jax.build import start_jax
-    from kd_jax.decoding import Sampling, generate, unstack
-    from kd_jax.inference import load_model, open_model
+    from kd_jax.inference.decoding import Sampling, generate, unstack
+    from kd_jax.inference.load import load_model, open_model
     from kd_jax.model import rebuild
     from kd_jax.sharding import make_mesh
 
     opened = open_model(args.model, args.dtype, args.step)
     tokenizer, folder = opened.source.tokenizer, opened.source.folder
-    prompts = encode(tokenizer, args)
+    prompts = encode(
+        tokenizer,
+        args.prompt,
+        raw=args.raw,
+        system=args.system,
+        chat_template=args.chat_template,
+        date=args.date,
+    )
     room = check_length(prompts, args.max_new_tokens, folder)
     start_jax(opened.config.compilation_cache)
     models = load_model(opened, make_mesh(args.mesh, jax.device_count()))
@@ -115,91 +121,6 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     for row, writer in enumerate(writers):
         if text := writer.flush():
             yield row, text
-
-
-def encode(tokenizer: Any, args: GenerateArgs) -> list[list[int]]:
-    """Returns the prompts' tokens, in the chat template unless they are raw."""
-    from kd_jax.data.chat import chat_template_of, render_prompt
-
-    if args.raw:
-        return [tokenizer(text)["input_ids"] for text in args.prompt]
-    data = DataConfig(path="unused", chat_template=args.chat_template)
-    template = chat_template_of(data, tokenizer)
-    before = [] if args.system is None else [{"role": "system", "content": args.system}]
-    turns = [[*before, {"role": "user", "content": text}] for text in args.prompt]
-    texts = [render_prompt(tokenizer, some, template, args.date) for some in turns]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) -> int:
-    """Returns the new tokens for which the context has room, at most `max_new_tokens`.
-
-    Raises:
-      UserError: a prompt fills the context, or is empty.
-    """
-    from kd_jax.disk import read_json
-
-    context = read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
-    for number, prompt in enumerate(prompts, start=1):
-        if not 0 < len(prompt) < context:
-            raise UserError(
-                f"--prompt {number}: expected 1 to {context - 1} tokens (the model's context is "
-                f"{context}), got {len(prompt)}"
-            )
-    room = min(max_new_tokens, context - max(map(len, prompts)))
-    if room < max_new_tokens:
-        print(f"note: the context has room for {room} new tokens", file=sys.stderr)
-    return room
-
-
-def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
-    """Returns the tokens that end an answer, from the folder's files and the tokenizer."""
-    from kd_jax.disk import read_json
-
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ends = read_json(folder / name).get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends}
-    return found - {None}
-
-
-class TextWriter:
-    """Turns tokens into text that grows: no half a character, nothing of a stop text."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.tokens: list[int] = []
-        self.text = ""
-        self.num_sent = 0
-        self.ended = False
-
-    def push(self, token: int) -> str:
-        """Returns the text that is certain after one more token and was not returned before."""
-        if self.ended:
-            return ""
-        self.tokens.append(token)
-        self.text = self.tokenizer.decode(
-            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        found = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
-        if found:
-            self.ended, self.text = True, self.text[: min(found)]
-            return self._send(len(self.text))
-        certain = len(self.text) - max((len(stop) - 1 for stop in self.stop), default=0)
-        while certain > 0 and self.text[certain - 1] == "\N{REPLACEMENT CHARACTER}":
-            certain -= 1  # it may be the first bytes of a character
-        return self._send(certain)
-
-    def flush(self) -> str:
-        """Returns what is left when no token comes any more."""
-        return self._send(len(self.text))
-
-    def _send(self, until: int) -> str:
-        until = max(self.num_sent, until)
-        text, self.num_sent = self.text[self.num_sent : until], until
-        return text
 
 
 if __name__ == "__main__":

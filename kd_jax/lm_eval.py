@@ -83,7 +83,7 @@ def run_tasks(args: LmEvalArgs) -> dict[str, Any]:
         raise UserError(
             "lm-eval: expected the eval extra, which is not installed: pip install 'kd-jax[eval]'"
         ) from None
-    from kd_jax.harness import KdJaxLM
+    from kd_jax.inference.lm_eval_model import KdJaxLM
 
     for name in ("limit", "batch_size", "max_length"):
         value = getattr(args, name)

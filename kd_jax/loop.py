@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kd_jax import checkpoint, scores
+from kd_jax import checkpoint
 from kd_jax.architecture import Architecture
 from kd_jax.build import (
     Source,
@@ -29,13 +29,14 @@ from kd_jax.build import (
 )
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
-from kd_jax.data.batches import num_steps, train_batches
+from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.records import check_path
 from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.distributed import is_first, say, stop_signal, together
-from kd_jax.evaluation import evaluate_rows
 from kd_jax.hidden import PROJECTION, check_layers
+from kd_jax.inference import scores
+from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.rules import mesh_sizes
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
     rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
     student, teacher = without_tokenizer(student), teacher and without_tokenizer(teacher)
-    num_steps = num_steps(rows, config)
+    num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kd_jax.config import HiddenConfig
 from kd_jax.hidden import PROJECTION, hidden_loss
-from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
+from kd_jax.kd_head import HeadConfig, kd_head
 from kd_jax.model import Decoder, Structure, rebuild
 from kd_jax.optim import interpolate
 from kd_jax.sharding import compiler_options, constrain
@@ -171,14 +171,3 @@ def jit_train_step(mesh: Mesh, layout: Any) -> Any:
         out_shardings=(layout, None),
         compiler_options=compiler_options(mesh),
     )
-
-
-def eval_step(
-    program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
-) -> tuple[jax.Array, Arrays]:
-    """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
-    student = rebuild(program.student, student_arrays)
-    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
-    inputs, _ = head_inputs(program, student, teacher, batch)
-    scalars = loss_scalars(program, None)
-    return inputs[-1], token_metrics(program.head, scalars, *inputs)

@@ -20,10 +20,9 @@ from samples import (
 )
 
 from kd_jax.config import Config, DataConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.data import batches as data_batches
 from kd_jax.data import chat, records
 from kd_jax.data import rows as data_rows
-from kd_jax.data.batches import eval_batches
+from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
 from kd_jax.data.rows import Rows, make_rows
 
@@ -346,4 +345,4 @@ def test_number_of_steps(length, steps):
         data=DataConfig(path="d", batch_size=4),
         **length,
     )
-    assert data_batches.num_steps(numbered_rows(10), config) == steps
+    assert count_steps(numbered_rows(10), config) == steps

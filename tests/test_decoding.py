@@ -9,10 +9,10 @@ import torch
 from test_model import port
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from kd_jax import decoding
 from kd_jax.architecture import FAMILIES, layer_weights
 from kd_jax.config import LoraConfig
-from kd_jax.decoding import Sampling, argmax, choose, generate_all, unstack
+from kd_jax.inference import decoding
+from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack
 from kd_jax.lora import add_adapters, is_adapter, merge
 from kd_jax.model import Decoder, named_arrays
 

@@ -9,13 +9,14 @@ import reference
 import tiny
 from scipy.stats import bootstrap, norm
 
-from kd_jax import evaluate, scores
+from kd_jax import evaluate
 from kd_jax.build import open_source
 from kd_jax.config import DataConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
-from kd_jax.inference import load_model, open_model
+from kd_jax.inference import scores
+from kd_jax.inference.load import load_model, open_model
 from kd_jax.model import logits, rebuild
 from kd_jax.sharding import make_mesh
 from kd_jax.step import targets

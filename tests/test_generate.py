@@ -8,7 +8,7 @@ import tiny
 from convert import to_hf
 from kd_jax import generate, train
 from kd_jax.config.command import run_command
-from kd_jax.generate import TextWriter
+from kd_jax.inference.prompts import TextWriter
 
 pytestmark = pytest.mark.fast
 

@@ -14,7 +14,7 @@ from convert import to_hf
 from kd_jax import lm_eval as command
 from kd_jax import train
 from kd_jax.config.command import run_command
-from kd_jax.harness import KdJaxLM
+from kd_jax.inference.lm_eval_model import KdJaxLM
 
 CHOICES = """
 task: {name}

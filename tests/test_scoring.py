@@ -8,12 +8,13 @@ import pytest
 import reference
 import tiny
 
-from kd_jax import attention, scoring
+from kd_jax import attention
 from kd_jax.build import shared_vocab_size
 from kd_jax.config import MeshConfig
-from kd_jax.inference import load_model, open_model
+from kd_jax.inference import likelihoods
+from kd_jax.inference.likelihoods import Scorer, score
+from kd_jax.inference.load import load_model, open_model
 from kd_jax.model import logits, rebuild
-from kd_jax.scoring import Scorer, score
 from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast
@@ -85,14 +86,14 @@ def test_what_shares_a_row_changes_no_score(row_tokens, scorer, expected):
 
 def test_a_context_is_run_once(scorer, monkeypatch):
     filled = []
-    fill = scoring._fill
+    fill = likelihoods._fill
 
     def spy(batch, r, row):
         places = list(fill(batch, r, row))
         filled.append(batch["tokens"][r].copy())
         return places
 
-    monkeypatch.setattr(scoring, "_fill", spy)
+    monkeypatch.setattr(likelihoods, "_fill", spy)
     context = tuple(range(100, 118))
     requests = [(context, (token, token + 1)) for token in range(20, 26)]
     assert len(dict(score(scorer, requests))) == 6

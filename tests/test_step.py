@@ -12,8 +12,9 @@ from tiny_run import STEPS, Run, assert_near
 from transformers import AutoModelForCausalLM
 
 from kd_jax.data import rows
+from kd_jax.inference.evaluation import eval_step
 from kd_jax.model import logits, rebuild
-from kd_jax.step import eval_step, loss_scalars, targets, train_step
+from kd_jax.step import loss_scalars, targets, train_step
 
 
 def torch_loss(student, teacher, batch, kd_ratio):

@@ -18,10 +18,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, evaluate, loop, scores, step, train
+from kd_jax import checkpoint, evaluate, loop, step, train
 from kd_jax.config.command import run_command
 from kd_jax.data import chat
 from kd_jax.data import rows as data_rows
+from kd_jax.inference import scores
 from kd_jax.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[1]

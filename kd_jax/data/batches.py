@@ -10,7 +10,7 @@ from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS, Batch, Rows
 
 
-def num_steps(rows: Rows, config: Config) -> int:
+def count_steps(rows: Rows, config: Config) -> int:
     """Returns the run's optimizer steps, from `steps` or from `epochs` over the rows."""
     if config.steps is not None:
         return config.steps

@@ -23,14 +23,16 @@ from tqdm import tqdm
 
 from kd_jax.build import Source, shared_vocab_size, start_jax
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.decoding import Sampling, Weights, generate, unstack
-from kd_jax.generate import stop_tokens
-from kd_jax.inference import load_model, open_model
+from kd_jax.inference.decoding import Sampling, Weights, generate, unstack
+from kd_jax.inference.likelihoods import Request, Scorer, score
+from kd_jax.inference.load import load_model, open_model
+from kd_jax.inference.prompts import stop_tokens
 from kd_jax.model import rebuild
-from kd_jax.scoring import Request, Scorer, score
 from kd_jax.sharding import make_mesh
 
 ROW_TOKENS = 512
+
+
 MAX_NEW_TOKENS = 256  # as the harness's own models, where a task sets none
 
 

@@ -22,7 +22,11 @@ from kd_jax.sharding import compiler_options, num_batch_shards, replicated
 from kd_jax.step import Arrays
 
 Tokens = tuple[int, ...]
+
+
 Request = tuple[Tokens, Tokens]
+
+
 Batch = dict[str, np.ndarray]
 
 

@@ -16,6 +16,8 @@ from kd_jax.lora import merge_adapters
 from kd_jax.model import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
+
+
 NO_KEYS = (None,) * 4  # no dropout
 
 

@@ -8,9 +8,11 @@ from kd_jax.build import put_batch
 from kd_jax.config import Config
 from kd_jax.data.batches import eval_batches
 from kd_jax.data.rows import Rows
-from kd_jax.scores import Sums, tally
+from kd_jax.inference.scores import Sums, tally
+from kd_jax.kd_head import token_metrics
+from kd_jax.model import rebuild
 from kd_jax.sharding import compiler_options, replicated
-from kd_jax.step import Arrays, Program, eval_step
+from kd_jax.step import Arrays, Program, head_inputs, loss_scalars
 
 
 def evaluate_rows(
@@ -55,3 +57,14 @@ def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, i
     number = np.arange(len(segment_ids))[:, None] * per_row + segment_ids
     found, groups = np.unique(number[mask], return_inverse=True)
     return groups, len(found)
+
+
+def eval_step(
+    program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
+) -> tuple[jax.Array, Arrays]:
+    """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
+    student = rebuild(program.student, student_arrays)
+    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
+    inputs, _ = head_inputs(program, student, teacher, batch)
+    scalars = loss_scalars(program, None)
+    return inputs[-1], token_metrics(program.head, scalars, *inputs)

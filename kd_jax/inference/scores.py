@@ -8,13 +8,18 @@ import numpy as np
 
 Sums = dict[str, np.ndarray]
 
+
 NUM_BINS = 15
+
+
 # What is reported, in its order; the teacher's need one, and topk_overlap a k.
 NAMES = (
     "ce", "perplexity", "entropy", "ece", "kl_forward", "kl_reverse", "top1_agreement",
     "topk_overlap", "acceptance", "teacher_ce", "teacher_entropy", "teacher_ece", "entropy_gap",
     "target_tokens",
 )  # fmt: skip
+
+
 TEACHERS = ("teacher_ce", "teacher_entropy", "teacher_ece")
 
 

@@ -1,0 +1,106 @@
+"""Prompts to tokens, tokens to text, and where an answer ends."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_jax.config import DataConfig, UserError
+
+
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    raw: bool,
+    system: str | None,
+    chat_template: str | None,
+    date: str,
+) -> list[list[int]]:
+    """Returns the tokens of each prompt, in the chat template unless `raw`.
+
+    Args:
+      system: system message before each prompt; None writes none.
+      chat_template: Jinja file to use instead of the tokenizer's own template.
+      date: shown to templates that print today's.
+    """
+    from kd_jax.data.chat import chat_template_of, render_prompt
+
+    if raw:
+        return [tokenizer(text)["input_ids"] for text in prompts]
+    template = chat_template_of(DataConfig(path="unused", chat_template=chat_template), tokenizer)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    turns = [[*before, {"role": "user", "content": text}] for text in prompts]
+    texts = [render_prompt(tokenizer, some, template, date) for some in turns]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) -> int:
+    """Returns the new tokens for which the context has room, at most `max_new_tokens`.
+
+    Raises:
+      UserError: a prompt fills the context, or is empty.
+    """
+    from kd_jax.disk import read_json
+
+    context = read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
+    for number, prompt in enumerate(prompts, start=1):
+        if not 0 < len(prompt) < context:
+            raise UserError(
+                f"--prompt {number}: expected 1 to {context - 1} tokens (the model's context is "
+                f"{context}), got {len(prompt)}"
+            )
+    room = min(max_new_tokens, context - max(map(len, prompts)))
+    if room < max_new_tokens:
+        print(f"note: the context has room for {room} new tokens", file=sys.stderr)
+    return room
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
+    """Returns the tokens that end an answer, from the folder's files and the tokenizer."""
+    from kd_jax.disk import read_json
+
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends = read_json(folder / name).get("eos_token_id")
+            found |= set(ends) if isinstance(ends, list) else {ends}
+    return found - {None}
+
+
+class TextWriter:
+    """Turns tokens into text that grows: no half a character, nothing of a stop text."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.tokens: list[int] = []
+        self.text = ""
+        self.num_sent = 0
+        self.ended = False
+
+    def push(self, token: int) -> str:
+        """Returns the text that is certain after one more token and was not returned before."""
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        self.text = self.tokenizer.decode(
+            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        found = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.ended, self.text = True, self.text[: min(found)]
+            return self._send(len(self.text))
+        certain = len(self.text) - max((len(stop) - 1 for stop in self.stop), default=0)
+        while certain > 0 and self.text[certain - 1] == "\N{REPLACEMENT CHARACTER}":
+            certain -= 1  # it may be the first bytes of a character
+        return self._send(certain)
+
+    def flush(self) -> str:
+        """Returns what is left when no token comes any more."""
+        return self._send(len(self.text))
+
+    def _send(self, until: int) -> str:
+        until = max(self.num_sent, until)
+        text, self.num_sent = self.text[self.num_sent : until], until
+        return text
