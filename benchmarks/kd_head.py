@@ -36,13 +36,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import losses
 from kd_jax.build import make_head, start_jax
 from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
-from kd_jax.kd_head import HeadConfig, kd_head
+from kd_jax.losses import divergences
+from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.token_loss import LossScalars
 from kd_jax.sharding import compiler_options, make_mesh
-from kd_jax.token_loss import LossScalars
 
 GPU_TOKENS, CPU_TOKENS = (1024, 2048, 4096, 8192), (800,)
 GPU_WIDTHS, CPU_WIDTHS = (2048, 4096), (256, 512)  # Llama 3.2 1B and 3.1 8B; the yardstick's
@@ -136,8 +136,8 @@ def dense(config: HeadConfig, inputs: Inputs) -> Side:
     def loss(inputs):
         log_q = log_probs(inputs.student_hidden, inputs.student_head)
         log_p = log_probs(inputs.teacher_hidden, inputs.teacher_head)
-        weight = losses.token_weight(jax.lax.stop_gradient(log_q), log_p, config.loss)
-        terms, _ = losses.divergence_terms(log_q, log_p, config.loss, weight)
+        weight = divergences.token_weight(jax.lax.stop_gradient(log_q), log_p, config.loss)
+        terms, _ = divergences.divergence_terms(log_q, log_p, config.loss, weight)
         ce = -jnp.take_along_axis(log_q, inputs.labels[..., None], axis=-1)[..., 0]
         ratio = config.loss.kd_ratio
         values = (1 - ratio) * ce + ratio * jnp.sum(terms, axis=-1)
@@ -370,7 +370,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     on_cpu = jax.default_backend() == "cpu"
-    names = list(losses.DIVERGENCES)
+    names = list(divergences.DIVERGENCES)
     tokens, widths = (CPU_TOKENS, CPU_WIDTHS) if on_cpu else (GPU_TOKENS, GPU_WIDTHS)
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
     parser.add_argument("--widths", nargs=2, type=int, default=widths, help="student's, teacher's")

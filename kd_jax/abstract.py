@@ -23,8 +23,8 @@ from kd_jax.build import (
 )
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
-from kd_jax.hidden import PROJECTION, projection_weight
 from kd_jax.lora import is_adapter
+from kd_jax.losses.hidden import PROJECTION, projection_weight
 from kd_jax.model import Structure, named_arrays
 from kd_jax.optim import make_optimizer
 from kd_jax.sharding import Layout, batch_sharding, replicated

@@ -24,9 +24,9 @@ from kd_jax.hf import (
     load_arrays,
     stack_adapter,
 )
-from kd_jax.hidden import PROJECTION, init_projection, projection_weight
-from kd_jax.kd_head import HeadConfig
 from kd_jax.lora import add_adapters, factor_dims, is_adapter
+from kd_jax.losses.fused_head import HeadConfig
+from kd_jax.losses.hidden import PROJECTION, init_projection, projection_weight
 from kd_jax.model import Decoder, Placement, Structure, named_arrays
 from kd_jax.sharding import Layout, batch_sharding, num_batch_shards, platform, replicated
 from kd_jax.step import Program, TrainState

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.disk import write_whole
-from kd_jax.hidden import PROJECTION
+from kd_jax.losses.hidden import PROJECTION
 from kd_jax.step import TrainState
 
 PACKAGES = (

@@ -34,9 +34,9 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.data.records import check_path
 from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.distributed import is_first, say, stop_signal, together
-from kd_jax.hidden import PROJECTION, check_layers
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.losses.hidden import PROJECTION, check_layers
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.rules import mesh_sizes

@@ -1,20 +1,10 @@
 """Schedules and the optax chain."""
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import optax
 
 from kd_jax.config import OptimConfig
-
-SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "cosine": lambda progress: 0.5 * (1 + jnp.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
-    "constant": jnp.ones_like,
-}
+from kd_jax.losses.schedules import SHAPES
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -29,12 +19,6 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         return config.learning_rate * jnp.where(step < config.warmup_steps, warm, shape)
 
     return schedule
-
-
-def interpolate(start: float, end: float, shape: str, step: Any, num_steps: int) -> jax.Array:
-    """Returns what goes from `start` at step 0 to `end` at the last of num_steps, and stays."""
-    progress = jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1)
-    return end + (start - end) * SHAPES[shape](jnp.minimum(progress, 1.0))
 
 
 def decays(name: str) -> bool:

@@ -9,12 +9,12 @@ import optax
 from jax.sharding import Mesh
 
 from kd_jax.config import HiddenConfig
-from kd_jax.hidden import PROJECTION, hidden_loss
-from kd_jax.kd_head import HeadConfig, kd_head
+from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.hidden import PROJECTION, hidden_loss
+from kd_jax.losses.schedules import interpolate
+from kd_jax.losses.token_loss import LossScalars
 from kd_jax.model import Decoder, Structure, rebuild
-from kd_jax.optim import interpolate
 from kd_jax.sharding import compiler_options, constrain
-from kd_jax.token_loss import LossScalars
 
 Arrays = dict[str, jax.Array]
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from kd_jax import attention, losses, optim
+from kd_jax import attention
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -32,6 +32,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import load_config, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
+from kd_jax.losses import divergences, schedules
 
 pytestmark = pytest.mark.fast
 
@@ -395,11 +396,13 @@ def literal(cls: type, name: str) -> set[str]:
 
 
 def test_choices_are_what_is_implemented():
-    assert literal(LossConfig, "divergence") == set(losses.DIVERGENCES)
+    assert literal(LossConfig, "divergence") == set(divergences.DIVERGENCES)
     assert literal(LossConfig, "compat") == set(loss.COMPATS)
-    assert all(set(x.divergences) < set(losses.DIVERGENCES) for x in loss.COMPATS.values())
-    assert {n for used in loss.OPTIONS.values() for n in used} < set(losses.DIVERGENCES)
-    assert literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(optim.SHAPES)
+    assert all(set(x.divergences) < set(divergences.DIVERGENCES) for x in loss.COMPATS.values())
+    assert {n for used in loss.OPTIONS.values() for n in used} < set(divergences.DIVERGENCES)
+    assert (
+        literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(schedules.SHAPES)
+    )
     assert literal(Config, "attention") == {"auto", *get_args(attention.Implementation)}
 
 

@@ -21,7 +21,13 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.config.record import dump, from_json
-from kd_jax.hidden import KINDS, check_layers, hidden_loss, init_projection, projection_weight
+from kd_jax.losses.hidden import (
+    KINDS,
+    check_layers,
+    hidden_loss,
+    init_projection,
+    projection_weight,
+)
 from kd_jax.model import Decoder, named_arrays, rebuild
 
 pytestmark = pytest.mark.fast

@@ -20,7 +20,7 @@ from kd_jax import checkpoint, evaluate, generate, train
 from kd_jax.config import HiddenConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows
-from kd_jax.hidden import PROJECTION
+from kd_jax.losses.hidden import PROJECTION
 from kd_jax.step import train_step
 
 # The student has three layers of width 64, the teacher two of width 96, or three of 64.

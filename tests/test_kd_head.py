@@ -10,12 +10,11 @@ import pytest
 import reference
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kd_jax import losses, token_loss
 from kd_jax.config import LossConfig, MeshConfig
-from kd_jax.kd_head import HeadConfig, kd_head, token_metrics
-from kd_jax.losses import DIVERGENCES
-from kd_jax.sharding import compiler_options, make_mesh
-from kd_jax.token_loss import (
+from kd_jax.losses import divergences, token_loss
+from kd_jax.losses.divergences import DIVERGENCES
+from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
+from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
     SINGLE_EVAL_METRICS,
@@ -23,6 +22,7 @@ from kd_jax.token_loss import (
     LossScalars,
     static_temperature,
 )
+from kd_jax.sharding import compiler_options, make_mesh
 
 pytestmark = pytest.mark.fast
 
@@ -365,11 +365,11 @@ def test_torchtunes_values_are_reached():
 def test_metrics_of_losses_handle_entries_without_probability():
     log_p = jnp.array([[0.0, -1e30, -1e30], [-1e30, 0.0, -1e30]])
     log_q = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]))
-    value, gradient = losses.divergence(log_q, log_p, LossConfig())
+    value, gradient = divergences.divergence(log_q, log_p, LossConfig())
     np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
     np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
-    terms = losses.agreement_terms(log_q, log_p)
-    forward, reverse, accepted = losses.over_vocab(jnp.add, 0.0, terms.values())
+    terms = divergences.agreement_terms(log_q, log_p)
+    forward, reverse, accepted = divergences.over_vocab(jnp.add, 0.0, terms.values())
     np.testing.assert_allclose(forward[:, 0], value, rtol=1e-6)
     assert np.isfinite(reverse).all()
     np.testing.assert_allclose(accepted[:, 0], [0.5, 0.5], rtol=1e-6)

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import Run, assert_near, make_run_config
 
-from kd_jax import hlo, kd_head
+from kd_jax import hlo
 from kd_jax.config import MeshConfig
+from kd_jax.losses import fused_head
 from kd_jax.sharding import make_mesh
 from kd_jax.step import jit_train_step
 
@@ -81,13 +82,13 @@ def test_every_layout_has_the_gradients_of_one_device(configs, gradients_alone, 
 
 
 def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, gradients_alone, monkeypatch):
-    add_up = kd_head._add_up
+    add_up = fused_head._add_up
 
     def leaves_out(config, sums, d_hidden, d_head):
         sums, _, d_head = add_up(config, sums, d_hidden, d_head)
         return sums, d_hidden, d_head
 
-    monkeypatch.setattr(kd_head, "_add_up", leaves_out)
+    monkeypatch.setattr(fused_head, "_add_up", leaves_out)
     run = Run(configs("full", **LAYOUTS["tensor"]))
     with pytest.raises(AssertionError):
         assert_near(run.gradients(run.batch())[0], gradients_alone, 1e-4)

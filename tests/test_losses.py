@@ -10,10 +10,10 @@ import published
 import pytest
 import reference
 
-from kd_jax import losses
 from kd_jax.config import LossConfig
-from kd_jax.kd_head import HeadConfig, kd_head
-from kd_jax.token_loss import LossScalars
+from kd_jax.losses import divergences
+from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.token_loss import LossScalars
 
 pytestmark = pytest.mark.fast
 
@@ -58,9 +58,9 @@ def run(case, student, teacher, temperature=1.0, padding=0):
     config = LossConfig(**case)
 
     wide = [(0, 0), (0, padding)]
-    logits = (jnp.pad(z, wide, constant_values=losses.NEGATIVE) for z in (student, teacher))
+    logits = (jnp.pad(z, wide, constant_values=divergences.NEGATIVE) for z in (student, teacher))
     logs = (jax.nn.log_softmax(z / temperature) for z in logits)
-    value, gradient = losses.divergence(*logs, config)
+    value, gradient = divergences.divergence(*logs, config)
     gradient = gradient / temperature
     assert value.dtype == gradient.dtype == np.float32
     assert (np.asarray(gradient)[:, student.shape[1] :] == 0).all()
@@ -120,41 +120,45 @@ def is_seen(case):
     return False
 
 
-@pytest.mark.parametrize("name", losses.DIVERGENCES)
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_swapped_models_are_seen(name, monkeypatch):
-    right = losses.DIVERGENCES[name]
+    right = divergences.DIVERGENCES[name]
     assert not is_seen(ONE_EACH[name])
-    monkeypatch.setitem(losses.DIVERGENCES, name, lambda u, v, config: right(v, u, config))
+    monkeypatch.setitem(divergences.DIVERGENCES, name, lambda u, v, config: right(v, u, config))
     assert is_seen(ONE_EACH[name])
 
 
-@pytest.mark.parametrize("name", sorted(losses.DIVERGENCES.keys() - {"forward_kl"}))
+@pytest.mark.parametrize("name", sorted(divergences.DIVERGENCES.keys() - {"forward_kl"}))
 def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
-    right = losses.over_vocab
+    right = divergences.over_vocab
 
     def no_slope(*arguments):
         value, slope = right(*arguments)
         return value, 0 * slope
 
-    weight = losses.adaptive_weight  # which takes sums of its own
-    monkeypatch.setattr(losses, "adaptive_weight", lambda *x: jax.jit(weight, static_argnums=2)(*x))
+    weight = divergences.adaptive_weight  # which takes sums of its own
+    monkeypatch.setattr(
+        divergences, "adaptive_weight", lambda *x: jax.jit(weight, static_argnums=2)(*x)
+    )
     assert not is_seen(ONE_EACH[name])
-    monkeypatch.setattr(losses, "over_vocab", no_slope)
+    monkeypatch.setattr(divergences, "over_vocab", no_slope)
     assert is_seen(ONE_EACH[name])
 
 
 @pytest.mark.parametrize("name", ["jsd", "jsd_cross", "skew_forward_kl", "skew_reverse_kl"])
 def test_the_wrong_side_of_a_mixture_is_seen(name, monkeypatch):
     for helper in ("_against_mixture", "_mixture_over"):
-        right = getattr(losses, helper)
-        monkeypatch.setattr(losses, helper, lambda u, v, share, right=right: right(u, v, 1 - share))
+        right = getattr(divergences, helper)
+        monkeypatch.setattr(
+            divergences, helper, lambda u, v, share, right=right: right(u, v, 1 - share)
+        )
     assert is_seen(ONE_EACH[name])
 
 
 @pytest.mark.parametrize("name", ["symmetric_kl", "adaptive_kl"])
 def test_the_wrong_share_of_the_forward_kl_is_seen(name, monkeypatch):
-    right = losses._mix
-    monkeypatch.setattr(losses, "_mix", lambda u, v, config, w, r: right(u, v, config, r, w))
+    right = divergences._mix
+    monkeypatch.setattr(divergences, "_mix", lambda u, v, config, w, r: right(u, v, config, r, w))
     assert is_seen(ONE_EACH[name])
 
 
@@ -169,8 +173,8 @@ PUBLISHED = [
 def test_values_and_gradients_are_those_of_published_code(case):
     config = LossConfig(**case["loss"])
     logits = [jnp.asarray(z, jnp.float32) / config.temperature for z in published.make_logits()]
-    value, gradient = losses.divergence(*map(jax.nn.log_softmax, logits), config)
-    scale = losses.t2_factor(config.temperature, config)
+    value, gradient = divergences.divergence(*map(jax.nn.log_softmax, logits), config)
+    scale = divergences.t2_factor(config.temperature, config)
     # Most of that code takes the softmax in float32, as this does: twice the rounding.
     assert float(jnp.mean(value)) * scale == pytest.approx(case["value"], rel=2e-6)
     want = np.array(case["gradient"])
@@ -181,7 +185,7 @@ def test_values_and_gradients_are_those_of_published_code(case):
 def test_the_kl_of_maxtext_is_that_of_optax():
     config = LossConfig(compat="maxtext", temperature=3.0)
     log_q, log_p = (jax.nn.log_softmax(z / 3) for z in make_logits())
-    got = losses.divergence(log_q, log_p, config)[0] * losses.t2_factor(3.0, config)
+    got = divergences.divergence(log_q, log_p, config)[0] * divergences.t2_factor(3.0, config)
     want = 9 * optax.losses.kl_divergence(log_q, jnp.exp(log_p))  # as its soft loss has it
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
@@ -189,9 +193,9 @@ def test_the_kl_of_maxtext_is_that_of_optax():
 def test_the_temperature_is_squared_where_asked_for_or_where_the_system_does():
     systems = {"none": 1, "torchtune": 1, "trl": 1, "distillkit": 9, "maxtext": 9}
     for compat, factor in systems.items():
-        assert losses.t2_factor(3.0, LossConfig(compat=compat)) == factor
-    assert losses.t2_factor(3.0, LossConfig(scale_by_t2=True)) == 9
-    assert losses.t2_factor(3.0, LossConfig(scale_by_t2=False)) == 1
+        assert divergences.t2_factor(3.0, LossConfig(compat=compat)) == factor
+    assert divergences.t2_factor(3.0, LossConfig(scale_by_t2=True)) == 9
+    assert divergences.t2_factor(3.0, LossConfig(scale_by_t2=False)) == 1
 
 
 def value_of(*logits, **case):
@@ -228,8 +232,8 @@ def test_bounds_hold(beta):
     assert distance.max() <= 1 + 1e-6 and distance.max() > 0.9
     forward = value_of(*logits, divergence="forward_kl")
     assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
-    terms = losses.agreement_terms(*map(jax.nn.log_softmax, logits))
-    (accepted,) = losses.over_vocab(jnp.add, 0.0, [terms["acceptance"]])
+    terms = divergences.agreement_terms(*map(jax.nn.log_softmax, logits))
+    (accepted,) = divergences.over_vocab(jnp.add, 0.0, [terms["acceptance"]])
     np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
 
 
@@ -304,7 +308,7 @@ def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
         for size in (V, V - 7):
             pads = np.where(np.arange(V) < size, 0.0, -np.inf)
             logs = [jax.nn.log_softmax(z + pads) for z in (student, teacher)]
-            value, gradient = losses.divergence(*logs, config)
+            value, gradient = divergences.divergence(*logs, config)
             assert np.isfinite(value).all() and np.isfinite(gradient).all()
             assert (np.asarray(gradient)[:, size:] == 0).all()
 
@@ -314,7 +318,7 @@ def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
 def test_the_head_of_the_teachers_mass_is_that_of_a_sort(mass, deviation):
     student, teacher = make_logits(3, num_tokens=40, size=5000, deviation=deviation)
     log_q, log_p = (np.asarray(jax.nn.log_softmax(z)) for z in (student, teacher))
-    got = jax.jit(losses.adaptive_weight, static_argnums=2)(log_q, log_p, mass)[:, 0]
+    got = jax.jit(divergences.adaptive_weight, static_argnums=2)(log_q, log_p, mass)[:, 0]
     q, p = (np.exp(np.float64(x)) for x in (log_q, log_p))
     want = reference.adaptive_weight(q, p, mass)
     assert np.ptp(want) > 0.001
@@ -330,7 +334,7 @@ def test_entries_that_tie_are_in_the_head_together():
     )
     log_q = jnp.log(jnp.array([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3], [0.4, 0.2, 0.2, 0.2]]))
     # Of 0.7 the first alone, since three of 0.2 are too many; all four of 0.25; the first always.
-    got = losses.adaptive_weight(log_q, log_p, 0.7 - 0.01)
+    got = divergences.adaptive_weight(log_q, log_p, 0.7 - 0.01)
     np.testing.assert_allclose(got, [[0.5], [1.0], [0.5]], rtol=1e-5)
 
 
@@ -372,7 +376,7 @@ def run_head(case, temperature, padding, length):
     return (value, metrics["kd_loss"], gradient), (want["loss"], want["kd_loss"], slopes)
 
 
-@pytest.mark.parametrize("name", losses.DIVERGENCES)
+@pytest.mark.parametrize("name", divergences.DIVERGENCES)
 @pytest.mark.parametrize("temperature, padding, length", [(1.0, 0, 7), (2.5, 3, 7), (2.5, 3, 3)])
 def test_the_head_minimises_each_divergence(name, temperature, padding, length):
     got, want = run_head(ONE_EACH[name], temperature, padding, length)

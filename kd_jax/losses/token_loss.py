@@ -6,16 +6,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd_jax import losses
 from kd_jax.config import LossConfig
+from kd_jax.losses import divergences
 
 # What training sums up, and what an evaluation says of each token; without a teacher the SINGLE_.
 SINGLE_METRICS = ("ce_loss", "entropy")
+
+
 METRICS = (
     *SINGLE_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
     "teacher_ce", "teacher_entropy",
 )  # fmt: skip
+
+
 SINGLE_EVAL_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
+
+
 EVAL_METRICS = (
     *SINGLE_EVAL_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
     "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct",
@@ -66,15 +72,15 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     for name, value in _model_values(teacher, z_t, labels, entries, axis).items():
         values[f"teacher_{name}"] = value
     log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
-    weight = losses.token_weight(log_q, log_p, config, axis)
-    value, slope = losses.divergence_terms(log_q, log_p, config, weight)
+    weight = divergences.token_weight(log_q, log_p, config, axis)
+    value, slope = divergences.divergence_terms(log_q, log_p, config, weight)
     agree = (z_s == student.highest) & (z_t == teacher.highest)
-    terms = losses.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
+    terms = divergences.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
     if _is_one(T) and config.compat != "torchtune":  # what is minimised may be one of them
         value = terms.get(_SAME_AS.get(config.divergence), value)
     terms |= {"kd_loss": value, "slope": slope, "top1_agreement": agree.astype(jnp.float32)}
-    sums = dict(zip(terms, losses.over_vocab(jnp.add, 0.0, terms.values(), axis), strict=True))
-    total_slope, scale = sums.pop("slope"), losses.t2_factor(T, config)
+    sums = dict(zip(terms, divergences.over_vocab(jnp.add, 0.0, terms.values(), axis), strict=True))
+    total_slope, scale = sums.pop("slope"), divergences.t2_factor(T, config)
     values |= {name: x[:, 0] for name, x in sums.items()}
     values["kd_loss"] *= scale
     values["top1_agreement"] = jnp.minimum(values["top1_agreement"], 1.0)  # several may tie
@@ -82,7 +88,7 @@ def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
     # The barrier has XLA compute the exponentials again rather than store them.
     student, teacher = jax.lax.optimization_barrier((student, teacher))
     log_q = _log_probs(student, z_s, T)
-    _, slope = losses.divergence_terms(log_q, _log_probs(teacher, z_t, T), config, weight)
+    _, slope = divergences.divergence_terms(log_q, _log_probs(teacher, z_t, T), config, weight)
     d_kd = (slope - jnp.exp(log_q) * total_slope) * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
     return values, d_kd + _d_ce(student, z_s, labels, jnp.where(mask, 1 - ratio, 0.0), entries)
 
@@ -133,12 +139,12 @@ class _Sums(NamedTuple):
 
 def _sums(logits, T):
     """Returns the _Sums of each model's logits: one pass for all maxima, one for all sums."""
-    highest = losses.over_vocab(jnp.maximum, -jnp.inf, logits)
+    highest = divergences.over_vocab(jnp.maximum, -jnp.inf, logits)
     terms = []
     for z, m in zip(logits, highest, strict=True):
         e = jnp.exp(z - m)
         terms += [e, e * (z - m), e if T is None else jnp.exp((z - m) / T)]
-    sums = losses.over_vocab(jnp.add, 0.0, terms)
+    sums = divergences.over_vocab(jnp.add, 0.0, terms)
     return list(map(_Sums, highest, sums[::3], sums[1::3], sums[2::3]))
 
 
@@ -157,10 +163,10 @@ def _running_sums(z, T):
         rest = _rescaled(_filled(*low), -jnp.abs(gap), T)  # one exponential, not one of each side
         return high[0], *map(jnp.add, high[1:], rest)  # without a T there is no fourth
 
-    z = jnp.maximum(z, losses.NEGATIVE)  # no difference of two is NaN
+    z = jnp.maximum(z, divergences.NEGATIVE)  # no difference of two is NaN
     ones, zeros = jnp.ones_like(z), jnp.zeros_like(z)
     entries = (z, ones, zeros) if T is None else (z, ones, zeros, ones)
-    starts = (jnp.float32(losses.NEGATIVE), *[jnp.float32(0)] * len(entries[1:]))
+    starts = (jnp.float32(divergences.NEGATIVE), *[jnp.float32(0)] * len(entries[1:]))
     sums = jax.lax.reduce(entries, starts, combine, dimensions=(1,))
     return _filled(*(x[:, None] for x in sums))
 

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import losses
 from kd_jax.config import LossConfig
-from kd_jax.rules import BATCH_AXES, axes_size
-from kd_jax.token_loss import (
+from kd_jax.losses import divergences
+from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
     SINGLE_EVAL_METRICS,
     SINGLE_METRICS,
     token_losses,
 )
+from kd_jax.rules import BATCH_AXES, axes_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +201,7 @@ def _metrics_of_rows(config, scalars, *arrays):
         values, _ = token_losses(config.loss, scalars, z_s, z_t, y, m, entries, axis)
         if "topk_overlap" in metrics:
             places = (_top_k(z, config.top_k, entries, axis) for z in (z_s, z_t))
-            values["topk_overlap"] = losses.overlap(*places)
+            values["topk_overlap"] = divergences.overlap(*places)
         return {
             name: jax.lax.dynamic_update_slice_in_dim(
                 x, jnp.where(m, values[name], 0.0), index * C, axis=0
@@ -269,7 +269,7 @@ def _cut(head, other):
 def _logits(product, hidden, head, real):
     """Returns [C, V] float32; entries that are padding hold losses.NEGATIVE."""
     z = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
-    return z if real is None else jnp.where(real[None], z, losses.NEGATIVE)
+    return z if real is None else jnp.where(real[None], z, divergences.NEGATIVE)
 
 
 def _top_k(z, k, entries, axis):

@@ -21,7 +21,11 @@ from kd_jax.architecture import Architecture, Weight
 from kd_jax.config import Config, HiddenConfig, UserError
 
 PROJECTION = "hidden.projection"  # its name among what is trained; no part of the student
+
+
 _STREAM = 2**32 - 1  # of random numbers, apart from those of steps and adapters
+
+
 _EPSILON = 1e-12  # added to mean squares: a state of zeros has no direction
 
 

@@ -19,10 +19,15 @@ from kd_jax.config.loss import COMPATS
 
 # Stands for log 0 at vocabulary entries that are padding; finite, so that 0 * it is 0.
 NEGATIVE = -1e30
+
+
 # Powers of p / q have no bound; exponents are cut here.
 MAX_EXPONENT = 60.0
 
+
 Terms = tuple[jax.Array, jax.Array]
+
+
 Divergence = Callable[..., Terms]
 
 
@@ -215,6 +220,8 @@ def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax
 
 # Log-probabilities nearer than this count as ties: four times the rounding of those near -10.
 RESOLUTION = 4e-6
+
+
 THRESHOLDS = 8
 """Parts that a pass of the search divides what is left into."""
 
