@@ -28,12 +28,12 @@ import ml_dtypes
 import numpy as np
 
 from kd_jax import distributed
-from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import DistributedConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.disk import INDEX, load_architecture, resolve
 from kd_jax.hf import hf_names, load_arrays
-from kd_jax.known_models import KNOWN_MODELS
+from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.sharding import Layout, make_mesh
 
 ROUNDS = 3

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kd_jax.architecture import Architecture, weights
 from kd_jax.build import (
     Arrays,
     Models,
@@ -23,9 +22,10 @@ from kd_jax.build import (
 )
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
-from kd_jax.lora import is_adapter
 from kd_jax.losses.hidden import PROJECTION, projection_weight
-from kd_jax.model import Structure, named_arrays
+from kd_jax.models.architecture import Architecture, weights
+from kd_jax.models.decoder import Structure, named_arrays
+from kd_jax.models.lora import is_adapter
 from kd_jax.optim import make_optimizer
 from kd_jax.sharding import Layout, batch_sharding, replicated
 from kd_jax.step import Program, TrainState, init_state, jit_train_step

@@ -11,8 +11,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from kd_jax.analytic import chunk_tokens
-from kd_jax.architecture import Architecture, weights
-from kd_jax.attention import choose_attention
 from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
 from kd_jax.config import Config, LoraConfig, LossConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
@@ -24,10 +22,12 @@ from kd_jax.hf import (
     load_arrays,
     stack_adapter,
 )
-from kd_jax.lora import add_adapters, factor_dims, is_adapter
 from kd_jax.losses.fused_head import HeadConfig
 from kd_jax.losses.hidden import PROJECTION, init_projection, projection_weight
-from kd_jax.model import Decoder, Placement, Structure, named_arrays
+from kd_jax.models.architecture import Architecture, weights
+from kd_jax.models.attention import choose_attention
+from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
+from kd_jax.models.lora import add_adapters, factor_dims, is_adapter
 from kd_jax.sharding import Layout, batch_sharding, num_batch_shards, platform, replicated
 from kd_jax.step import Program, TrainState
 

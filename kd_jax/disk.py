@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kd_jax.architecture import Architecture, read_architecture
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
+from kd_jax.models.architecture import Architecture, read_architecture
 
 DTYPES = {
     "F32": np.dtype(np.float32),

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from kd_jax.architecture import Architecture, weights
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.disk import INDEX, ORBAX, load_architecture
@@ -26,7 +25,8 @@ from kd_jax.hf import (
     orbax_leaves,
     read_orbax,
 )
-from kd_jax.lora import FACTORS, is_adapter, merge, peft_name
+from kd_jax.models.architecture import Architecture, weights
+from kd_jax.models.lora import FACTORS, is_adapter, merge, peft_name
 from kd_jax.sharding import Layout, make_mesh
 
 EXTRA_FILES = (

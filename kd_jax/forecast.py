@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kd_jax import analytic
-from kd_jax.architecture import Architecture
 from kd_jax.chips import GIB, GPU_MEMORY_SHARE, Chip, Topology
 from kd_jax.config import Config
+from kd_jax.models.architecture import Architecture
 from kd_jax.rules import BATCH_AXES, Sizes, axes_size
 
 LARGEST = 8  # temporaries that a report names

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from kd_jax.architecture import Architecture, Weight, weights
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.disk import ORBAX, Tensor, open_folder, read_json
-from kd_jax.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
+from kd_jax.models.architecture import Architecture, Weight, weights
+from kd_jax.models.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
 from kd_jax.sharding import Layout
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread

@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax import checkpoint
-from kd_jax.architecture import Architecture
 from kd_jax.build import (
     Source,
     check_adapter,
@@ -38,6 +37,7 @@ from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.losses.hidden import PROJECTION, check_layers
 from kd_jax.metrics import Writer, peak_memory_bytes
+from kd_jax.models.architecture import Architecture
 from kd_jax.optim import make_optimizer, make_schedule
 from kd_jax.rules import mesh_sizes
 from kd_jax.search import choose_sizes

@@ -6,8 +6,8 @@ A model's `axes` are those that may split its weights; devices along the others 
 import math
 from collections.abc import Mapping, Sequence
 
-from kd_jax.architecture import Architecture, weights
 from kd_jax.config import Config, MeshConfig, UserError
+from kd_jax.models.architecture import Architecture, weights
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # that every array of rows is split over

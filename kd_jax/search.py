@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
-from kd_jax.architecture import Architecture
 from kd_jax.chips import GIB, Topology
 from kd_jax.config import Config, UserError
 from kd_jax.forecast import Case, Report, estimate
+from kd_jax.models.architecture import Architecture
 from kd_jax.rules import AXES, check_layout, mesh_sizes
 
 MARGIN = 0.9

@@ -11,7 +11,6 @@ import tiny
 
 from kd_jax import analytic
 from kd_jax.abstract import abstract_run
-from kd_jax.architecture import read_architecture
 from kd_jax.chips import CHIPS, find_topology
 from kd_jax.config import (
     Config,
@@ -23,8 +22,9 @@ from kd_jax.config import (
     TeacherConfig,
 )
 from kd_jax.config.command import load_config
-from kd_jax.known_models import KNOWN_MODELS
-from kd_jax.model import logits, rebuild
+from kd_jax.models.architecture import read_architecture
+from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast

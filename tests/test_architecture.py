@@ -6,10 +6,10 @@ import pytest
 import tiny
 from num_weights import NUM_WEIGHTS
 
-from kd_jax import architecture as architecture_module
-from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import UserError
-from kd_jax.known_models import KNOWN_MODELS
+from kd_jax.models import architecture as architecture_module
+from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.known import KNOWN_MODELS
 
 pytestmark = pytest.mark.fast
 

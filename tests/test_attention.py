@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kd_jax import attention as module
-from kd_jax.attention import attention
-from kd_jax.matmul import project
+from kd_jax.models import attention as module
+from kd_jax.models.attention import attention
+from kd_jax.models.matmul import project
 
 pytestmark = pytest.mark.fast
 

@@ -14,7 +14,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from kd_jax import attention
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -33,6 +32,7 @@ from kd_jax.config import (
 from kd_jax.config.command import load_config, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.losses import divergences, schedules
+from kd_jax.models import attention
 
 pytestmark = pytest.mark.fast
 

@@ -9,10 +9,10 @@ import pytest
 from num_weights import NUM_WEIGHTS
 
 from kd_jax.abstract import abstract_run
-from kd_jax.architecture import read_architecture
 from kd_jax.config.command import load_config
-from kd_jax.known_models import KNOWN_MODELS
-from kd_jax.lora import is_adapter
+from kd_jax.models.architecture import read_architecture
+from kd_jax.models.known import KNOWN_MODELS
+from kd_jax.models.lora import is_adapter
 from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast

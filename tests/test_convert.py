@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
 from kd_jax import checkpoint, disk, export, hf
-from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.build import load_models, open_source
 from kd_jax.config import (
     Config,
@@ -29,7 +28,8 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.config.command import run_command
-from kd_jax.model import logits, rebuild
+from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.decoder import logits, rebuild
 from kd_jax.sharding import Layout, make_mesh
 from kd_jax.step import init_state
 

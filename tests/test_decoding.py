@@ -9,12 +9,12 @@ import torch
 from test_model import port
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from kd_jax.architecture import FAMILIES, layer_weights
 from kd_jax.config import LoraConfig
 from kd_jax.inference import decoding
 from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack
-from kd_jax.lora import add_adapters, is_adapter, merge
-from kd_jax.model import Decoder, named_arrays
+from kd_jax.models.architecture import FAMILIES, layer_weights
+from kd_jax.models.decoder import Decoder, named_arrays
+from kd_jax.models.lora import add_adapters, is_adapter, merge
 
 NEW = 200
 

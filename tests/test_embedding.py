@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_run import Run, assert_near
 
-from kd_jax import embedding
+from kd_jax.models import embedding
 
 V, D = 40, 8
 

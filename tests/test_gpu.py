@@ -14,8 +14,8 @@ from test_attention import jaxs_own, with_gradients
 from test_kd_head import make_head, value_and_gradients
 from tiny_run import STEPS, Run, assert_near
 
-from kd_jax.attention import attention
 from kd_jax.losses.divergences import DIVERGENCES
+from kd_jax.models.attention import attention
 
 GPUS = [device for device in jax.devices() if device.platform == "gpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="no GPU here")

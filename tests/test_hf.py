@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import disk, export, hf
-from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import MeshConfig, UserError
+from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.sharding import Layout, make_mesh
 
 MESHES = {

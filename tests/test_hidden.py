@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 
-from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -28,7 +27,8 @@ from kd_jax.losses.hidden import (
     init_projection,
     projection_weight,
 )
-from kd_jax.model import Decoder, named_arrays, rebuild
+from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.decoder import Decoder, named_arrays, rebuild
 
 pytestmark = pytest.mark.fast
 

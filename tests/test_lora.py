@@ -11,11 +11,11 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import disk, hf
-from kd_jax.architecture import read_architecture, weights
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
-from kd_jax.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
-from kd_jax.model import Decoder, Linear, LoraParam, logits, named_arrays
+from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.decoder import Decoder, Linear, LoraParam, logits, named_arrays
+from kd_jax.models.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
 from kd_jax.sharding import Layout, make_mesh
 
 CONFIG = tiny.make_config()

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from kd_jax import model as model_module
-from kd_jax.architecture import FAMILIES, read_architecture, weights
 from kd_jax.config import MeshConfig
 from kd_jax.disk import load_architecture
 from kd_jax.hf import load_arrays
-from kd_jax.model import Attention, Decoder, logits, named_arrays, rebuild, rotate
+from kd_jax.models import decoder as model_module
+from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
 from kd_jax.sharding import Layout, make_mesh
 
 # Both sides round float32 sums of a few hundred terms in different orders.

@@ -8,13 +8,13 @@ import pytest
 import reference
 import tiny
 
-from kd_jax import attention
 from kd_jax.build import shared_vocab_size
 from kd_jax.config import MeshConfig
 from kd_jax.inference import likelihoods
 from kd_jax.inference.likelihoods import Scorer, score
 from kd_jax.inference.load import load_model, open_model
-from kd_jax.model import logits, rebuild
+from kd_jax.models import attention
+from kd_jax.models.decoder import logits, rebuild
 from kd_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.fast
@@ -104,7 +104,7 @@ def test_a_continuation_that_saw_another_would_be_noticed(scorer, expected, monk
     def blind(q, k, v, segment_ids, **options):
         return attention.attention(q, k, v, segment_ids[1], **options)  # context and all siblings
 
-    monkeypatch.setattr("kd_jax.model.attention", blind)
+    monkeypatch.setattr("kd_jax.models.decoder.attention", blind)
     jax.clear_caches()
     got = dict(score(scorer, list(expected)))
     jax.clear_caches()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_jax.data import rows
 from kd_jax.inference.evaluation import eval_step
-from kd_jax.model import logits, rebuild
+from kd_jax.models.decoder import logits, rebuild
 from kd_jax.step import loss_scalars, targets, train_step
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.architecture import Architecture
-from kd_jax.attention import attention, choose_attention
-from kd_jax.lora import merge_adapters
-from kd_jax.model import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.attention import attention, choose_attention
+from kd_jax.models.decoder import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
+from kd_jax.models.lora import merge_adapters
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
 

@@ -10,7 +10,7 @@ from kd_jax.data.batches import eval_batches
 from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, tally
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.model import rebuild
+from kd_jax.models.decoder import rebuild
 from kd_jax.sharding import compiler_options, replicated
 from kd_jax.step import Arrays, Program, head_inputs, loss_scalars
 

@@ -17,7 +17,7 @@ from kd_jax.build import make_head, put_batch
 from kd_jax.config import LossConfig
 from kd_jax.data.rows import pack
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.model import Structure, rebuild
+from kd_jax.models.decoder import Structure, rebuild
 from kd_jax.sharding import compiler_options, num_batch_shards, replicated
 from kd_jax.step import Arrays
 

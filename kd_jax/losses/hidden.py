@@ -17,8 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kd_jax.architecture import Architecture, Weight
 from kd_jax.config import Config, HiddenConfig, UserError
+from kd_jax.models.architecture import Architecture, Weight
 
 PROJECTION = "hidden.projection"  # its name among what is trained; no part of the student
 

@@ -30,12 +30,16 @@ _LLAMA_3: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+
+
 _LLAMA_3_2 = {
     **_LLAMA_3,
     "rope_scaling": {**_LLAMA_3["rope_scaling"], "factor": 32.0},
     "tie_word_embeddings": True,
     "transformers_version": "4.45.0.dev0",
 }
+
+
 _LLAMA_70B = {
     **_LLAMA_3,
     "hidden_size": 8192,
@@ -43,6 +47,8 @@ _LLAMA_70B = {
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
 }
+
+
 _QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -62,12 +68,16 @@ _QWEN2: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+
 _QWEN2_BASE = {
     **_QWEN2,
     "eos_token_id": 151643,
     "max_position_embeddings": 131072,
     "sliding_window": 131072,
 }
+
+
 _QWEN2_0P5B = {
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -76,6 +86,8 @@ _QWEN2_0P5B = {
     "num_hidden_layers": 24,
     "num_key_value_heads": 2,
 }
+
+
 _QWEN2_1P5B = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -84,6 +96,8 @@ _QWEN2_1P5B = {
     "num_hidden_layers": 28,
     "num_key_value_heads": 2,
 }
+
+
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -107,6 +121,7 @@ _QWEN3: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {

@@ -12,7 +12,7 @@ from flax import nnx
 
 from kd_jax.config import LoraConfig
 from kd_jax.config.run import LINEAR_NAMES
-from kd_jax.model import Decoder, Layer, Linear, LoraParam
+from kd_jax.models.decoder import Decoder, Layer, Linear, LoraParam
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -95,10 +95,14 @@ _IGNORED = {
     "peft_version", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
+
+
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern",
 }  # fmt: skip
+
+
 # Keys that change the computation, with the only values under which plain LoRA is right. The other
 # initialisations (pissa, olora, loftq, ...) change the base model's weights as well.
 _FIXED: dict[str, tuple[Any, ...]] = {

@@ -65,6 +65,8 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
+
+
 # What transformers takes for keys that config.json leaves out, where it is not what null means.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -88,7 +90,11 @@ _IGNORED = {
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
+
+
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+
+
 # Keys that change the computation, with the only values under which the decoder is right.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
@@ -100,6 +106,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "partial_rotary_factor": (None, 1.0),
 }
+
+
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 

@@ -10,8 +10,12 @@ from jax.sharding import PartitionSpec as P
 from kd_jax.sharding import Layout
 
 Implementation = Literal["xla", "cudnn", "splash"]
+
+
 SAVED_ATTENTION = "attention"
 """Name of what attention's backward pass takes besides its inputs, by which remat can keep it."""
+
+
 NEGATIVE = -1e30
 """Logit of a token that is not seen; finite, so that no difference of two is NaN."""
 
