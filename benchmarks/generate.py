@@ -20,7 +20,7 @@ from kd_jax.config import MeshConfig
 from kd_jax.inference.decoding import generate_all, unstack
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import rebuild
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 
 PROMPT = 32
 

@@ -27,14 +27,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from kd_jax import distributed
 from kd_jax.config import DistributedConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.disk import INDEX, load_architecture, resolve
 from kd_jax.hf import hf_names, load_arrays
 from kd_jax.models.architecture import read_architecture, weights
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel import processes as parallel_processes
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 ROUNDS = 3
 SHARD_BYTES = 4 * 10**9
@@ -148,7 +148,7 @@ def measure_together(folder: Path, num_processes: int, num_devices: int) -> None
 
 
 def measure_one_of_many(folder: Path, config: DistributedConfig) -> None:
-    distributed.start(config)
+    parallel_processes.start(config)
     layout = Layout(make_mesh(MeshConfig(data=1, fsdp=-1), jax.device_count()))
     before = read_bytes()
     seconds, num_bytes = load_seconds(folder, layout)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from kd_jax.analytic import chunk_tokens
@@ -15,23 +14,16 @@ from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
 from kd_jax.config import Config, LoraConfig, LossConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
 from kd_jax.disk import fingerprint, load_architecture, resolve
-from kd_jax.hf import (
-    Adapter,
-    check_source,
-    load_adapter,
-    load_arrays,
-    stack_adapter,
-)
+from kd_jax.hf import Adapter, check_source, load_adapter, load_arrays, stack_adapter
 from kd_jax.losses.fused_head import HeadConfig
 from kd_jax.losses.hidden import PROJECTION, init_projection, projection_weight
 from kd_jax.models.architecture import Architecture, weights
 from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
 from kd_jax.models.lora import add_adapters, factor_dims, is_adapter
-from kd_jax.sharding import Layout, batch_sharding, num_batch_shards, platform, replicated
+from kd_jax.parallel.mesh import Layout, num_batch_shards, platform, replicated
+from kd_jax.parallel.placement import Arrays
 from kd_jax.step import Program, TrainState
-
-Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,23 +285,6 @@ def make_program(
     )
 
 
-def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Returns which of a batch's rows this process's devices take, [num_rows] bool."""
-    wanted = np.zeros(num_rows, bool)
-    for index in batch_sharding(mesh, 2).addressable_devices_indices_map((num_rows, 1)).values():
-        assert index is not None
-        wanted[index[0]] = True
-    return wanted
-
-
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the state with its scalars on every device of the mesh, like the arrays."""
     return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)
-
-
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
-    """Returns [A, B, S] or [B, S] arrays on the mesh; each process sends only its own rows."""
-    return {
-        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
-        for name, x in batch.items()
-    }

@@ -98,7 +98,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from kd_jax.data.rows import make_rows
     from kd_jax.inference import scores
     from kd_jax.inference.load import load_model
-    from kd_jax.sharding import make_mesh
+    from kd_jax.parallel.mesh import make_mesh
 
     student, teacher, against = _open(args)
     config = _config(args, student.config, jax.device_count())

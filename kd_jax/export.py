@@ -27,7 +27,7 @@ from kd_jax.hf import (
 )
 from kd_jax.models.architecture import Architecture, weights
 from kd_jax.models.lora import FACTORS, is_adapter, merge, peft_name
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 EXTRA_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -12,7 +12,7 @@ from kd_jax import analytic
 from kd_jax.chips import GIB, GPU_MEMORY_SHARE, Chip, Topology
 from kd_jax.config import Config
 from kd_jax.models.architecture import Architecture
-from kd_jax.rules import BATCH_AXES, Sizes, axes_size
+from kd_jax.parallel.rules import BATCH_AXES, Sizes, axes_size
 
 LARGEST = 8  # temporaries that a report names
 
@@ -121,7 +121,7 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
     from kd_jax import hlo
     from kd_jax.abstract import abstract_run
     from kd_jax.build import start_jax
-    from kd_jax.sharding import make_mesh
+    from kd_jax.parallel.mesh import make_mesh
 
     start_jax(None)
     config, report = case.config, estimate(case)

@@ -85,7 +85,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     from kd_jax.inference.decoding import Sampling, generate, unstack
     from kd_jax.inference.load import load_model, open_model
     from kd_jax.models.decoder import rebuild
-    from kd_jax.sharding import make_mesh
+    from kd_jax.parallel.mesh import make_mesh
 
     opened = open_model(args.model, args.dtype, args.step)
     tokenizer, folder = opened.source.tokenizer, opened.source.folder

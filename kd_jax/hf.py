@@ -22,7 +22,7 @@ from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.disk import ORBAX, Tensor, open_folder, read_json
 from kd_jax.models.architecture import Architecture, Weight, weights
 from kd_jax.models.lora import FACTORS, merge, peft_name, peft_problems, peft_targets
-from kd_jax.sharding import Layout
+from kd_jax.parallel.mesh import Layout
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,11 +17,9 @@ from kd_jax.build import (
     check_adapter,
     check_attention,
     load_models,
-    local_rows,
     make_program,
     open_source,
     place_state,
-    put_batch,
     shared_vocab_size,
     start_jax,
     without_tokenizer,
@@ -32,16 +30,17 @@ from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.records import check_path
 from kd_jax.data.rows import Rows, describe_rows, make_rows
-from kd_jax.distributed import is_first, say, stop_signal, together
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.losses.hidden import PROJECTION, check_layers
 from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.models.architecture import Architecture
 from kd_jax.optim import make_optimizer, make_schedule
-from kd_jax.rules import mesh_sizes
+from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.placement import local_rows, put_batch
+from kd_jax.parallel.processes import is_first, say, stop_signal, together
+from kd_jax.parallel.rules import mesh_sizes
 from kd_jax.search import choose_sizes
-from kd_jax.sharding import make_mesh
 from kd_jax.step import Arrays, init_state, jit_train_step
 from kd_jax.topology import local_topology
 

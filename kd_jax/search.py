@@ -10,7 +10,7 @@ from kd_jax.chips import GIB, Topology
 from kd_jax.config import Config, UserError
 from kd_jax.forecast import Case, Report, estimate
 from kd_jax.models.architecture import Architecture
-from kd_jax.rules import AXES, check_layout, mesh_sizes
+from kd_jax.parallel.rules import AXES, check_layout, mesh_sizes
 
 MARGIN = 0.9
 """Share of a device's memory that an estimate may fill, since it is no more exact than that."""

@@ -14,7 +14,7 @@ from kd_jax.losses.hidden import PROJECTION, hidden_loss
 from kd_jax.losses.schedules import interpolate
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, Structure, rebuild
-from kd_jax.sharding import compiler_options, constrain
+from kd_jax.parallel.mesh import compiler_options, constrain
 
 Arrays = dict[str, jax.Array]
 

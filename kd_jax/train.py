@@ -8,7 +8,7 @@ from kd_jax.config.command import parse_config, run_command
 
 def main(argv: Sequence[str]) -> None:
     config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
-    from kd_jax.distributed import joined  # jax takes seconds that --help need not pay
+    from kd_jax.parallel.processes import joined
 
     with joined(config.distributed):
         from kd_jax.loop import train

@@ -25,7 +25,7 @@ from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import logits, rebuild
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.fast
 

@@ -30,7 +30,7 @@ from kd_jax.config import (
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.models.decoder import logits, rebuild
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.step import init_state
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))

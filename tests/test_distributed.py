@@ -16,9 +16,9 @@ import pytest
 import tiny
 import yaml
 
-from kd_jax import distributed
 from kd_jax.config import DistributedConfig, UserError
 from kd_jax.config.command import parse_config
+from kd_jax.parallel import processes as parallel_processes
 
 pytestmark = pytest.mark.fast
 
@@ -232,7 +232,7 @@ def test_a_coordinator_that_is_not_there_is_named(file, tmp_path):
 
 def test_a_launcher_is_known_by_what_it_says():
     def found(config=None, **environment):
-        return distributed.find_launcher(config or DistributedConfig(), environment)
+        return parallel_processes.find_launcher(config or DistributedConfig(), environment)
 
     assert found() is None
     assert found(SLURM_NTASKS="1") is None and found(SLURM_NTASKS="16") == "Slurm"
@@ -250,9 +250,9 @@ def test_a_launcher_is_known_by_what_it_says():
 
 def test_a_task_alone_on_its_node_takes_all_of_its_gpus():
     node = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}
-    assert distributed.own_devices(node) == list(range(8))
-    assert distributed.own_devices(node | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) is None
-    assert distributed.own_devices({}) is None
+    assert parallel_processes.own_devices(node) == list(range(8))
+    assert parallel_processes.own_devices(node | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) is None
+    assert parallel_processes.own_devices({}) is None
 
 
 def blocks(language):
@@ -290,8 +290,10 @@ def test_differences_are_told_by_field_and_process():
     def outcome(**facts):
         return {"error": "", "facts": facts}
 
-    assert distributed._problems([outcome(a=1), outcome(a=1)]) == []
-    [problem] = distributed._problems([outcome(a=1, b=2), outcome(a=1, b=2), outcome(a=1, b=3)])
+    assert parallel_processes._problems([outcome(a=1), outcome(a=1)]) == []
+    [problem] = parallel_processes._problems(
+        [outcome(a=1, b=2), outcome(a=1, b=2), outcome(a=1, b=3)]
+    )
     assert problem.startswith("b: ") and "2 on process 0 and 3 on process 2" in problem
     failed = {"error": "no such file", "facts": {}}
-    assert distributed._problems([outcome(a=1), failed, failed]) == ["no such file"]
+    assert parallel_processes._problems([outcome(a=1), failed, failed]) == ["no such file"]

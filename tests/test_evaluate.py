@@ -18,7 +18,7 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import logits, rebuild
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 from kd_jax.step import targets
 
 pytestmark = pytest.mark.fast

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from kd_jax import disk, export, hf
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 MESHES = {
     "data": MeshConfig(data=8),

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax import hlo
 from kd_jax.config import MeshConfig
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.fast
 

@@ -22,7 +22,7 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
-from kd_jax.sharding import compiler_options, make_mesh
+from kd_jax.parallel.mesh import compiler_options, make_mesh
 
 pytestmark = pytest.mark.fast
 

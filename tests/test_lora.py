@@ -16,7 +16,7 @@ from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture, weights
 from kd_jax.models.decoder import Decoder, Linear, LoraParam, logits, named_arrays
 from kd_jax.models.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 CONFIG = tiny.make_config()
 ARCH = read_architecture(CONFIG, "config")

@@ -15,7 +15,7 @@ from kd_jax.hf import load_arrays
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 # Both sides round float32 sums of a few hundred terms in different orders.
 TOLERANCE = 1e-4

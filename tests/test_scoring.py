@@ -15,7 +15,7 @@ from kd_jax.inference.likelihoods import Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models import attention
 from kd_jax.models.decoder import logits, rebuild
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.fast
 

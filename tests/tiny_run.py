@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.build import load_models, make_program, place_state, put_batch, shared_vocab_size
+from kd_jax.build import load_models, make_program, place_state, shared_vocab_size
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -22,6 +22,7 @@ from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.loop import open_inputs
 from kd_jax.optim import make_optimizer
+from kd_jax.parallel.placement import put_batch
 from kd_jax.step import init_state, train_step
 
 STEPS = 4

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.build import put_batch
 from kd_jax.config import Config
 from kd_jax.data.batches import eval_batches
 from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, tally
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import rebuild
-from kd_jax.sharding import compiler_options, replicated
+from kd_jax.parallel.mesh import compiler_options, replicated
+from kd_jax.parallel.placement import put_batch
 from kd_jax.step import Arrays, Program, head_inputs, loss_scalars
 
 

@@ -28,7 +28,7 @@ from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.prompts import stop_tokens
 from kd_jax.models.decoder import rebuild
-from kd_jax.sharding import make_mesh
+from kd_jax.parallel.mesh import make_mesh
 
 ROW_TOKENS = 512
 

@@ -27,7 +27,7 @@ from kd_jax.losses.token_loss import (
     SINGLE_METRICS,
     token_losses,
 )
-from kd_jax.rules import BATCH_AXES, axes_size
+from kd_jax.parallel.rules import BATCH_AXES, axes_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

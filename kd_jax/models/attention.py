@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from kd_jax.sharding import Layout
+from kd_jax.parallel.mesh import Layout
 
 Implementation = Literal["xla", "cudnn", "splash"]
 

@@ -18,7 +18,7 @@ from kd_jax.models.architecture import Architecture, Rope, layer_weights
 from kd_jax.models.attention import SAVED_ATTENTION, Implementation, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.matmul import project
-from kd_jax.sharding import Layout, constrain
+from kd_jax.parallel.mesh import Layout, constrain
 
 SAVED_PRODUCT = "product"
 """Name of a projection's output, by which remat can keep it."""

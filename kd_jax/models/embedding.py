@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kd_jax.rules import split
-from kd_jax.sharding import Layout, platform
+from kd_jax.parallel.mesh import Layout, platform
+from kd_jax.parallel.rules import split
 
 
 def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Array:

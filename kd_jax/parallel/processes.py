@@ -21,12 +21,20 @@ from kd_jax.config import DistributedConfig, UserError
 from kd_jax.config.command import report_error
 
 T = TypeVar("T")
+
+
 # A process that sends no heartbeat for so long is dead to the others.
 HEARTBEAT_SECONDS = 30
+
+
 # That the others may take to build what process 0 built; a process that dies ends the wait.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
+
+
 # For which process 0, whose end aborts the others, lets them end by themselves.
 _LINGER_SECONDS = 3
+
+
 # What a launcher tells each process of how many there are.
 _COUNTS = {"Slurm": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 

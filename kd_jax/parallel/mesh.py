@@ -7,9 +7,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import rules
 from kd_jax.config import MeshConfig
-from kd_jax.rules import AXES, BATCH_AXES, ROWS_AXIS, axes_size, mesh_sizes
+from kd_jax.parallel import rules
+from kd_jax.parallel.rules import AXES, BATCH_AXES, ROWS_AXIS, axes_size, mesh_sizes
 
 
 def make_mesh(

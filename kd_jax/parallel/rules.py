@@ -10,7 +10,10 @@ from kd_jax.config import Config, MeshConfig, UserError
 from kd_jax.models.architecture import Architecture, weights
 
 AXES = ("data", "fsdp", "tensor")
+
+
 BATCH_AXES = ("data", "fsdp")  # that every array of rows is split over
+
 
 # Logical name of a weight's dimension -> mesh axis. "layers" is never split: the scan walks it.
 RULES: Mapping[str, str | None] = {
@@ -22,11 +25,16 @@ RULES: Mapping[str, str | None] = {
     "rank": None,
     "norm": None,
 }
+
+
 # Splits the rows of every matrix besides: a device's share is a few whole ranges of a file, and is
 # gathered, where the matrix is used, without moving what lies in between.
 ROWS_AXIS = "fsdp"
 
+
 Sizes = Mapping[str, int]
+
+
 Split = tuple[tuple[str, ...], ...]
 
 

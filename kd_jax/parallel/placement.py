@@ -1,0 +1,28 @@
+"""Batches onto the devices of a mesh."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.parallel.mesh import batch_sharding
+
+Arrays = dict[str, jax.Array]
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Returns which of a batch's rows this process's devices take, [num_rows] bool."""
+    wanted = np.zeros(num_rows, bool)
+    for index in batch_sharding(mesh, 2).addressable_devices_indices_map((num_rows, 1)).values():
+        assert index is not None
+        wanted[index[0]] = True
+    return wanted
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
+    """Returns [A, B, S] or [B, S] arrays on the mesh; each process sends only its own rows."""
+    return {
+        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
+        for name, x in batch.items()
+    }
