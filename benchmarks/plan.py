@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax.chips import GIB
 from kd_jax.config.command import run_command
+from kd_jax.planning.chips import GIB
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FSDP_8 = ["--mesh.fsdp", "8"]

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from kd_jax.analytic import chunk_tokens
-from kd_jax.chips import GPU_MEMORY_SHARE, chip_of
 from kd_jax.config import Config, LoraConfig, LossConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
 from kd_jax.disk import fingerprint, load_architecture, resolve
@@ -23,6 +21,8 @@ from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
 from kd_jax.models.lora import add_adapters, factor_dims, is_adapter
 from kd_jax.parallel.mesh import Layout, num_batch_shards, platform, replicated
 from kd_jax.parallel.placement import Arrays
+from kd_jax.planning.chips import GPU_MEMORY_SHARE, chip_of
+from kd_jax.planning.cost import chunk_tokens
 from kd_jax.step import Program, TrainState
 
 

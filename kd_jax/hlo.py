@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.analytic import Transfer
+from kd_jax.planning.cost import Transfer
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",

@@ -40,9 +40,9 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.placement import local_rows, put_batch
 from kd_jax.parallel.processes import is_first, say, stop_signal, together
 from kd_jax.parallel.rules import mesh_sizes
-from kd_jax.search import choose_sizes
+from kd_jax.planning.layouts import choose_sizes
+from kd_jax.planning.topology import local_topology
 from kd_jax.step import Arrays, init_state, jit_train_step
-from kd_jax.topology import local_topology
 
 
 def train(config: Config) -> None:

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from kd_jax import analytic
 from kd_jax.abstract import abstract_run
-from kd_jax.chips import CHIPS, find_topology
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -26,6 +24,8 @@ from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import logits, rebuild
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.planning import cost
+from kd_jax.planning.chips import CHIPS, find_topology
 
 pytestmark = pytest.mark.fast
 
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def test_a_chunk_holds_about_the_tokens_asked_for():
     options = {"chip": CHIPS["h200"], "vocab_size": 128_256, "on_cpu": False}
     for num_tokens, want in ((8192, 1000), (100, 100)):
-        got = analytic.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
+        got = cost.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
         assert got == want
 
 
@@ -48,7 +48,7 @@ def test_a_chunk_holds_about_the_tokens_asked_for():
 )  # fmt: skip
 def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, trained, most):
     for vocab_size in (32_000, 128_256, 152_064):
-        tokens = analytic.chunk_tokens(
+        tokens = cost.chunk_tokens(
             None, CHIPS.get(chip), vocab_size, 10**6, on_cpu=False, head_trainable=trained
         )
         assert most / 2 < 2 * 4 * tokens * vocab_size <= most
@@ -83,7 +83,7 @@ def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, stude
     )
     devices = make_mesh(mesh, 8)
     run = abstract_run(config, ours, theirs, devices)
-    got = analytic.memory(config, ours, theirs, devices.shape, find_topology("cpu:8"))
+    got = cost.memory(config, ours, theirs, devices.shape, find_topology("cpu:8"))
 
     def on_one_device(tree):
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim]  # but scalars
@@ -130,8 +130,8 @@ def test_a_models_flops_are_what_xla_counts():
     arrays = run.models.frozen | run.models.trainable
     counted = jax.jit(forward).lower(arrays, ids).compile().cost_analysis()["flops"]
     head = 2.0 * student.vocab_size * student.hidden_size
-    adapters = 2.0 * analytic.count(analytic.adapter_weights(config, student))
-    want = 64 * (sum(analytic.layer_flops(student, 64)) + adapters + head)
+    adapters = 2.0 * cost.count(cost.adapter_weights(config, student))
+    want = 64 * (sum(cost.layer_flops(student, 64)) + adapters + head)
     assert counted == pytest.approx(want, rel=0.03)
 
 
@@ -140,7 +140,7 @@ def test_a_steps_flops_are_what_xla_counts(trainable):
     config, student, teacher = tiny_case(trainable)
     run = abstract_run(config, student, teacher, make_mesh(MeshConfig(), 1, jax.devices()[:1]))
     counted = run.trace().lower().compile().cost_analysis()["flops"]
-    needed, again = analytic.step_flops(config, student, teacher, 64, 64)
+    needed, again = cost.step_flops(config, student, teacher, 64, 64)
     assert again == 0
     assert counted == pytest.approx(needed, rel=0.1)
 
@@ -148,22 +148,22 @@ def test_a_steps_flops_are_what_xla_counts(trainable):
 def test_remat_adds_a_forward_pass_of_the_student():
     config, student, teacher = open_config("8b_to_1b", remat="layer")
     tokens = config.data.batch_size * config.data.seq_len
-    needed, again = analytic.step_flops(config, student, teacher, tokens, tokens)
+    needed, again = cost.step_flops(config, student, teacher, tokens, tokens)
     assert needed / tokens == pytest.approx(21e9, rel=0.03)  # the cost model of the records
-    products = sum(analytic.layer_flops(student, config.data.seq_len))
-    adapters = 2 * analytic.count(analytic.adapter_weights(config, student))
+    products = sum(cost.layer_flops(student, config.data.seq_len))
+    adapters = 2 * cost.count(cost.adapter_weights(config, student))
     assert again == tokens * (products + adapters)
 
 
 def test_a_collectives_least_time_is_its_slowest_links():
     two_hosts = find_topology("h200:2x4")
     chip, size = two_hosts.chip, 8 * 10**9
-    every = analytic.Transfer("all-gather", size, 1, analytic._groups({"a": 8}, ("a",)))
-    near = analytic.Transfer("all-gather", size, 2, analytic._groups({"b": 2, "a": 4}, ("a",)))
-    far = analytic.Transfer("all-reduce", size, 1, analytic._groups({"b": 2, "a": 4}, ("b",)))
+    every = cost.Transfer("all-gather", size, 1, cost._groups({"a": 8}, ("a",)))
+    near = cost.Transfer("all-gather", size, 2, cost._groups({"b": 2, "a": 4}, ("a",)))
+    far = cost.Transfer("all-reduce", size, 1, cost._groups({"b": 2, "a": 4}, ("b",)))
     assert near.groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert far.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    seconds = [analytic.network_seconds([x], two_hosts) for x in (every, near, far)]
+    seconds = [cost.network_seconds([x], two_hosts) for x in (every, near, far)]
     # Half of what is gathered comes from the other host, over four network adapters.
     assert seconds[0] == pytest.approx(size / 2 / 4 / chip.network_bandwidth)
     assert seconds[1] == pytest.approx(2 * size * 3 / 4 / chip.link_bandwidth)

@@ -11,10 +11,11 @@ import jax
 import pytest
 import tiny
 
-from kd_jax import forecast, plan, search, topology
-from kd_jax.chips import find_topology
+from kd_jax import plan
 from kd_jax.config import UserError
 from kd_jax.config.command import load_config, run_command
+from kd_jax.planning import estimate, layouts, topology
+from kd_jax.planning.chips import find_topology
 
 pytestmark = pytest.mark.fast
 
@@ -150,7 +151,7 @@ def test_a_search_gives_what_fits_with_the_fastest_first(capsys):
     got = report(capsys, *flags, "--search")
     found = got["search"]
     bounds = [x["bound_tokens_per_second"] for x in found]
-    assert bounds == sorted(bounds, reverse=True) and all(search.fits(x) for x in found)
+    assert bounds == sorted(bounds, reverse=True) and all(layouts.fits(x) for x in found)
     assert bounds[0] >= report(capsys, *flags)["bound_tokens_per_second"]
     same = ("mesh", "batch_size", "remat", "peak_bytes_per_device")
     assert [got[name] for name in same] == [found[0][name] for name in same]
@@ -202,13 +203,13 @@ def test_a_tpu_compilers_refusal_is_a_report():
     config = load_config(MAIN)
     archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
     sizes, v5e = {"data": 4, "fsdp": 1, "tensor": 1}, find_topology("v5e:2x2")
-    case = forecast.Case(
+    case = estimate.Case(
         config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=v5e
     )
-    got = forecast._too_large(case, RuntimeError(REFUSAL))
+    got = estimate._too_large(case, RuntimeError(REFUSAL))
     assert not got["fits"] and got["temporary_bytes_per_device"] == int(93.24 * 2**30)
     with pytest.raises(RuntimeError, match="another"):
-        forecast._too_large(case, RuntimeError("another"))
+        estimate._too_large(case, RuntimeError("another"))
 
 
 def test_a_program_that_is_refused_for_its_size_is_described(capsys, monkeypatch, tiny_config):
@@ -216,7 +217,7 @@ def test_a_program_that_is_refused_for_its_size_is_described(capsys, monkeypatch
         raise RuntimeError(REFUSAL)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr(forecast, "memory_limit", lambda *_: 2**30)
+    monkeypatch.setattr(estimate, "memory_limit", lambda *_: 2**30)
     flags = ["--config", tiny_config, "--topology", "cpu:8"]
     assert run_command(plan.main, flags) == 0
     out = capsys.readouterr().out
@@ -241,5 +242,5 @@ def test_no_layout_is_refused_for_its_rows_where_tensor_takes_the_devices():
     config = load_config(MAIN)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))
     archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
-    sizes = search.choose_sizes(config, *archs, find_topology("h200:1x8"))
+    sizes = layouts.choose_sizes(config, *archs, find_topology("h200:1x8"))
     assert sizes["tensor"] > 1 and sizes["data"] * sizes["fsdp"] <= 4

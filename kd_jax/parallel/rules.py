@@ -6,8 +6,7 @@ A model's `axes` are those that may split its weights; devices along the others 
 import math
 from collections.abc import Mapping, Sequence
 
-from kd_jax.config import Config, MeshConfig, UserError
-from kd_jax.models.architecture import Architecture, weights
+from kd_jax.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -96,41 +95,3 @@ def row_axes(sizes: Sizes, axes: Sequence[str], num_rows: int) -> tuple[str, ...
     """
     choices = (BATCH_AXES if "tensor" in axes else AXES, BATCH_AXES, ("data",), ())
     return next(x for x in choices if num_rows % axes_size(sizes, x) == 0)
-
-
-def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) -> None:
-    """Raises UserError with everything of the models, by field, that the mesh cannot split."""
-    found = {field: arch for field, arch in models.items() if arch is not None}
-    problems = [x for field, arch in found.items() for x in _problems(config, sizes, field, arch)]
-    size = min(arch.vocab_size for arch in found.values())
-    if size % sizes["tensor"]:
-        problems.append(
-            f"mesh.tensor: expected a divisor of the vocabulary's {size} entries, got "
-            f"{sizes['tensor']}"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _problems(config: Config, sizes: Sizes, field: str, arch: Architecture) -> list[str]:
-    axes, tolerance = getattr(config, field).shard_over, config.mesh.unsharded_tolerance
-    problems, whole, total = [], {}, 0
-    size, N, K = sizes["tensor"], arch.num_attention_heads, arch.num_key_value_heads
-    if "tensor" in axes and (N % size or (K % size and size % K)):
-        problems.append(
-            f"mesh.tensor: expected a divisor of the {field}'s {N} query heads that divides "
-            f"its {K} key/value heads or is a multiple of them, got {size}"
-        )
-    for name, weight in weights(arch).items():
-        count = math.prod(weight.shape)
-        total += count
-        if split(sizes, axes, weight.dims, weight.shape) != wanted_split(sizes, axes, weight.dims):
-            whole[name] = count
-    if sum(whole.values()) > tolerance * total:
-        wanted = ", ".join(f"{axis} {sizes[axis]}" for axis in axes)
-        problems.append(
-            f"mesh: expected dimensions of the {field} that divide by {wanted} for all but "
-            f"{tolerance:.0%} of its weights, got {sum(whole.values()) / total:.0%} that do not: "
-            f"{', '.join(whole)}. Choose other mesh.* sizes, or raise mesh.unsharded-tolerance"
-        )
-    return problems

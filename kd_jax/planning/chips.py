@@ -9,6 +9,8 @@ from typing import Literal
 from kd_jax.config import UserError
 
 GIB = 2**30
+
+
 # Of a GPU's memory, what jax takes: the commands say so, unless the environment does.
 GPU_MEMORY_SHARE = 0.92
 
@@ -43,6 +45,8 @@ _HOPPER = {
     "clock_rate_ghz": 1.98,
     "major": 9,
 }
+
+
 # FLOP/s and bandwidths: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 and B200 (NVLink
 # in one direction; one 400 Gb/s network adapter for each GPU, 200 for an A100) and Google Cloud's
 # pages of TPU v4, v5e, v5p and v6e (links in one direction). Memory: what the drivers report, and
@@ -140,12 +144,20 @@ CHIPS = {
         device_kind="TPU v6 lite",
     ),
 }
+
+
 # Shapes of slices that Google Cloud has, in chips, and how a name such as v5p-16 counts them.
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
+
+
 SLICES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES}
+
+
 _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 

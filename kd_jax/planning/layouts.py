@@ -6,16 +6,22 @@ import math
 from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
-from kd_jax.chips import GIB, Topology
 from kd_jax.config import Config, UserError
-from kd_jax.forecast import Case, Report, estimate
-from kd_jax.models.architecture import Architecture
-from kd_jax.parallel.rules import AXES, check_layout, mesh_sizes
+from kd_jax.models.architecture import Architecture, weights
+from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
+from kd_jax.planning.chips import GIB, Topology
+from kd_jax.planning.estimate import Case, Report, estimate
 
 MARGIN = 0.9
 """Share of a device's memory that an estimate may fill, since it is no more exact than that."""
+
+
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
+
+
 ACCUMULATION = (1, 2, 4, 8, 16)
+
+
 REMAT = get_args(get_type_hints(Config)["remat"])
 
 
@@ -151,3 +157,41 @@ def _remedy(case: Case) -> str:
             f"{describe_mesh(best['mesh'])}"
         )
     return "It needs more devices, or devices with more memory"
+
+
+def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) -> None:
+    """Raises UserError with everything of the models, by field, that the mesh cannot split."""
+    found = {field: arch for field, arch in models.items() if arch is not None}
+    problems = [x for field, arch in found.items() for x in _problems(config, sizes, field, arch)]
+    size = min(arch.vocab_size for arch in found.values())
+    if size % sizes["tensor"]:
+        problems.append(
+            f"mesh.tensor: expected a divisor of the vocabulary's {size} entries, got "
+            f"{sizes['tensor']}"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _problems(config: Config, sizes: Sizes, field: str, arch: Architecture) -> list[str]:
+    axes, tolerance = getattr(config, field).shard_over, config.mesh.unsharded_tolerance
+    problems, whole, total = [], {}, 0
+    size, N, K = sizes["tensor"], arch.num_attention_heads, arch.num_key_value_heads
+    if "tensor" in axes and (N % size or (K % size and size % K)):
+        problems.append(
+            f"mesh.tensor: expected a divisor of the {field}'s {N} query heads that divides "
+            f"its {K} key/value heads or is a multiple of them, got {size}"
+        )
+    for name, weight in weights(arch).items():
+        count = math.prod(weight.shape)
+        total += count
+        if split(sizes, axes, weight.dims, weight.shape) != wanted_split(sizes, axes, weight.dims):
+            whole[name] = count
+    if sum(whole.values()) > tolerance * total:
+        wanted = ", ".join(f"{axis} {sizes[axis]}" for axis in axes)
+        problems.append(
+            f"mesh: expected dimensions of the {field} that divide by {wanted} for all but "
+            f"{tolerance:.0%} of its weights, got {sum(whole.values()) / total:.0%} that do not: "
+            f"{', '.join(whole)}. Choose other mesh.* sizes, or raise mesh.unsharded-tolerance"
+        )
+    return problems

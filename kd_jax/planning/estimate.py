@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax import analytic
-from kd_jax.chips import GIB, GPU_MEMORY_SHARE, Chip, Topology
 from kd_jax.config import Config
 from kd_jax.models.architecture import Architecture
 from kd_jax.parallel.rules import BATCH_AXES, Sizes, axes_size
+from kd_jax.planning import cost
+from kd_jax.planning.chips import GIB, GPU_MEMORY_SHARE, Chip, Topology
 
 LARGEST = 8  # temporaries that a report names
+
 
 Report = dict[str, Any]
 
@@ -51,8 +52,8 @@ def estimate(case: Case) -> Report:
       those of all. bound_* are None where nothing is known of the device's speed.
     """
     config, topology = case.config, case.topology
-    memory = analytic.memory(*case.models, topology)
-    needs = analytic.work(*case.models, case.target_share)
+    memory = cost.memory(*case.models, topology)
+    needs = cost.work(*case.models, case.target_share)
     temporaries = max(memory.temporaries.values())
     kinds = ("teacher", "student", "trainable", "optimizer", "batch")
     return {
@@ -69,7 +70,7 @@ def estimate(case: Case) -> Report:
         **_memory_fields(topology, memory.arguments, temporaries),
         "flops_per_step": needs.flops,
         "recomputed_flops_per_step": needs.recomputed_flops,
-        **_time_fields(case, needs, analytic.transfers(*case.models)),
+        **_time_fields(case, needs, cost.transfers(*case.models)),
     }
 
 
@@ -84,9 +85,7 @@ def _memory_fields(topology: Topology, arguments: int, temporaries: int) -> Repo
     }
 
 
-def _time_fields(
-    case: Case, needs: analytic.Work, transfers: Iterable[analytic.Transfer]
-) -> Report:
+def _time_fields(case: Case, needs: cost.Work, transfers: Iterable[cost.Transfer]) -> Report:
     """Returns the collectives by kind, and the least time that a step can take."""
     transfers, topology = list(transfers), case.topology
     kinds: dict[str, Report] = {}
@@ -96,8 +95,8 @@ def _time_fields(
         sums["bytes"] += x.times * x.num_bytes
     bounds: Report = dict.fromkeys(("step_seconds", "tokens_per_second", "by", "seconds"))
     if topology.chip is not None:
-        seconds = analytic.network_seconds(transfers, topology)
-        bound = analytic.bound(needs, topology.chip, topology.num_devices, seconds)
+        seconds = cost.network_seconds(transfers, topology)
+        bound = cost.bound(needs, topology.chip, topology.num_devices, seconds)
         num_tokens = case.config.data.batch_size * case.config.data.seq_len
         bounds = {
             "step_seconds": bound.seconds,
@@ -146,7 +145,7 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
     program = hlo.read_program(compiled.as_text())
     tokens = rows * config.data.seq_len / axes_size(case.sizes, BATCH_AXES) * case.target_share
     found = hlo.collectives(program, math.ceil(tokens / run.program.head.chunk_tokens))
-    needs = analytic.work(*case.models, case.target_share)
+    needs = cost.work(*case.models, case.target_share)
     report |= _time_fields(case, needs, [one.transfer for one in found])
     largest = hlo.largest_arrays(program, LARGEST)
     return report | {"largest_temporaries": [array._asdict() for array in largest]}
@@ -159,6 +158,6 @@ def _too_large(case: Case, error: Exception) -> Report:
       the error, where it is another.
     """
     if found := re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(error)):
-        arguments = analytic.memory(*case.models, case.topology).arguments
+        arguments = cost.memory(*case.models, case.topology).arguments
         return _memory_fields(case.topology, arguments, int(float(found[1]) * GIB))
     raise error

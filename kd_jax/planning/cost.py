@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.chips import GIB, Chip, Topology
 from kd_jax.config import Config, StudentConfig, TeacherConfig
 from kd_jax.models.architecture import Architecture, Weight, layer_weights, weights
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
+from kd_jax.planning.chips import GIB, Chip, Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
 
 

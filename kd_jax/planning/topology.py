@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kd_jax.chips import GPU_MEMORY_SHARE, Topology, chip_of, xla_target
 from kd_jax.config import UserError
+from kd_jax.planning.chips import GPU_MEMORY_SHARE, Topology, chip_of, xla_target
 
 # libtpu asks the machine about itself, and says much where there is no TPU, unless told these.
 _TPU_ENVIRONMENT = {
