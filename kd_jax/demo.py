@@ -309,7 +309,7 @@ def ask(stage: Stage, model: Path, prompt: str) -> None:
 
 def report(stage: Stage, result: dict[str, Any]) -> Path:
     """Writes the page about the first seed's runs, with the table of all before it."""
-    from kd_jax.report import make_report
+    from kd_jax.reporting.page import make_report
 
     out = stage.out / "report"
     shutil.rmtree(out, ignore_errors=True)  # half a report, had it been interrupted, is refused

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from kd_jax.tables import Table
+from kd_jax.reporting.tables import Table
 
 MODELS = {
     "teacher": "teacher",

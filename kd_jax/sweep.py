@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-from kd_jax.arms import short_names
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import (
     flag_groups,
@@ -25,6 +24,7 @@ from kd_jax.config.command import (
     split_flags,
 )
 from kd_jax.config.record import differences, dump, part_of
+from kd_jax.reporting.arms import short_names
 from kd_jax.runs import completion
 
 

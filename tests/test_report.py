@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from kd_jax import curves, report, runs, tables
-from kd_jax.arms import find_controls, make_arms
+from kd_jax import report, runs
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -27,6 +26,9 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import run_command
 from kd_jax.config.record import dump
+from kd_jax.reporting import curves, tables
+from kd_jax.reporting import page as reporting_page
+from kd_jax.reporting.arms import find_controls, make_arms
 
 pytestmark = pytest.mark.fast
 
@@ -383,7 +385,7 @@ def made(tmp_path_factory):
     """A report over three arms of two seeds, and the folder of its runs. Read only."""
     root = tmp_path_factory.mktemp("made")
     folders = write_arms(root / "runs", seeds=2)
-    return report.make_report(folders, root / "report"), root / "runs"
+    return reporting_page.make_report(folders, root / "report"), root / "runs"
 
 
 def test_the_page_needs_nothing_else(made):
@@ -402,7 +404,7 @@ def test_figures_are_drawn_for_what_was_measured(made, tmp_path):
         image = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
         assert image.shape[1] == 1000 and (image[0, 0] == 255).all() and image.std() > 10
     plain = write_run(tmp_path / "plain", ratio=0.0, last=4)
-    page = report.make_report([plain], tmp_path / "out")
+    page = reporting_page.make_report([plain], tmp_path / "out")
     files = {path.stem for path in page.parent.glob("*.png")}
     assert files == {"loss", "ce", "throughput", "grad_norm", "learning_rate"}
 
@@ -422,14 +424,14 @@ def test_a_divergence_that_is_not_the_kl_is_not_drawn_as_it(change, tmp_path):
     tree = json.loads((folder / "config.json").read_text())
     tree["config"]["loss"] |= change
     (folder / "config.json").write_text(json.dumps(tree))
-    page = report.make_report([folder], tmp_path / "out")
+    page = reporting_page.make_report([folder], tmp_path / "out")
     files = {path.stem for path in page.parent.glob("*.png")}
     assert "kl_held_out" in files and "kl" not in files
 
 
 def test_the_same_runs_make_the_same_bytes(made, tmp_path):
     folders = sorted(made[1].iterdir())
-    again = report.make_report(folders[::-1], tmp_path / "again")
+    again = reporting_page.make_report(folders[::-1], tmp_path / "again")
     for path in made[0].parent.iterdir():
         assert path.read_bytes() == (again.parent / path.name).read_bytes(), path.name
 
@@ -441,7 +443,9 @@ def test_text_of_the_users_is_escaped(tmp_path):
         write_run(tmp_path / "b"),
     ]
     extra = tables.Table(title=evil, header=["a", "b"], rows=[[evil, "1"]])
-    page = report.make_report(folders, tmp_path / "out", title=evil, extra=[extra]).read_text()
+    page = reporting_page.make_report(
+        folders, tmp_path / "out", title=evil, extra=[extra]
+    ).read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
@@ -453,16 +457,16 @@ def test_extra_tables_stand_first(tmp_path):
         note="The text has 1.1 nats a token.",
     )
     folder = write_run(tmp_path / "run")
-    page = report.make_report([folder], tmp_path / "out", extra=[extra]).read_text()
+    page = reporting_page.make_report([folder], tmp_path / "out", extra=[extra]).read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles[:2] == ["CE against the known entropy", "Arms"]
     assert "The text has 1.1 nats a token." in page
-    assert report.spread_widths(extra) == [None, 6]
+    assert reporting_page.spread_widths(extra) == [None, 6]
 
 
 def test_an_earlier_report_is_replaced(tmp_path):
     folders = write_arms(tmp_path / "runs", seeds=1)
-    page = report.make_report(folders, tmp_path / "out")
+    page = reporting_page.make_report(folders, tmp_path / "out")
     old = page.read_text()
     plain = write_run(tmp_path / "plain", ratio=0.0, last=4)
     assert run(plain, "--out", tmp_path / "out") == 0
@@ -624,4 +628,4 @@ def test_every_arm_has_a_look_of_its_own(tmp_path):
     assert len(by_ratio) == 6
     many = [dataclasses.replace(arm, values={"x": arm.label}) for arm in arms]
     assert len(set(curves.make_styles(many))) == 12
-    assert report.make_report(folders, tmp_path / "out").is_file()
+    assert reporting_page.make_report(folders, tmp_path / "out").is_file()

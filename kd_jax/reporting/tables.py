@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd_jax.arms import Arm, label_names
 from kd_jax.config.record import flatten
+from kd_jax.reporting.arms import Arm, label_names
 from kd_jax.runs import COMPARED, Run
 
 

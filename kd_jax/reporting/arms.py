@@ -18,7 +18,11 @@ from kd_jax.runs import Run, identity
 IGNORED = re.compile(
     r"workdir|seed|data\.cache_dir|compilation_cache|eval\.every_steps|(log|checkpoint)\..*"
 )
+
+
 JOIN = " · "
+
+
 LABEL_SIZE = 26  # characters that leave a figure its room
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.arms import Arm, label_names
+from kd_jax.reporting.arms import Arm, label_names
 from kd_jax.runs import Run
 
 
@@ -24,7 +24,11 @@ class Figure:
 
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps [P] and values [P]
+
+
 NATS = "nats per target token"
+
+
 FIGURES = (
     Figure(file="loss", title="Loss, training", unit=NATS, column="loss"),
     Figure(file="loss_held_out", title="Loss, held-out", unit=NATS, column="loss", held_out=True),
@@ -66,12 +70,19 @@ FIGURES = (
     Figure(file="learning_rate", title="Learning rate", unit="of AdamW", column="learning_rate"),
 )
 
+
 # Told apart with any colour vision (Okabe and Ito's set, its yellow replaced by a wine red).
 COLOURS = (
     "#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7b1e3c",
 )  # fmt: skip
+
+
 DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")
+
+
 MARKERS = "os^D"
+
+
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,

@@ -1,0 +1,155 @@
+"""Runs compared on one HTML page."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_jax.config import UserError
+from kd_jax.reporting.arms import Arm, find_controls, make_arms
+from kd_jax.reporting.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
+from kd_jax.reporting.tables import (
+    Table,
+    arms_table,
+    config_table,
+    cost_table,
+    result_tables,
+    runs_table,
+    setup_table,
+)
+from kd_jax.runs import read_runs
+
+PAGE = "index.html"
+
+
+MARK = '<meta name="generator" content="kd_jax.report">'
+
+
+def make_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    control: str | None = None,
+    smooth: int | None = None,
+    title: str = "Distillation runs",
+    extra: Sequence[Table] = (),
+) -> Path:
+    """Writes OUT/index.html and a PNG file a figure; returns the page's path.
+
+    Args:
+      runs: workdirs of kd_jax.train.
+      control: an arm's name or one of its runs.
+      smooth: steps in the moving average of training curves.
+      extra: tables to place first.
+
+    Raises:
+      UserError: with everything that is wrong with the runs and with `out`.
+    """
+    problems = []
+    if smooth is not None and smooth < 1:
+        problems.append(f"--smooth: expected at least 1, got {smooth}")
+    if not _is_free(out):
+        problems.append(
+            f"--out: expected a new folder or an earlier report, got {out}, which holds other files"
+        )
+    try:
+        found = read_runs(runs)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    arms = make_arms(found)
+    controls, reason = find_controls(arms, control)
+    figures = draw_figures(arms, smooth)
+    tables = [
+        arms_table(arms, controls),
+        *result_tables(arms, controls),
+        cost_table(arms),
+        runs_table(arms),
+        setup_table(arms),
+        config_table(arms),
+    ]
+    page = _render(arms, tables, figures, title=title, reason=reason, extra=extra)
+    return _write(out, page, figures)
+
+
+def _is_free(out: Path) -> bool:
+    if not out.exists():
+        return True
+    if not out.is_dir():
+        return False
+    page = out / PAGE
+    return not any(out.iterdir()) or (page.is_file() and MARK in page.read_text(errors="replace"))
+
+
+def _render(
+    arms: Sequence[Arm],
+    tables: Sequence[Table],
+    figures: dict[Figure, bytes],
+    *,
+    title: str,
+    reason: str,
+    extra: Sequence[Table],
+) -> str:
+    """Returns the page; the template escapes every text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    num_runs = sum(len(arm.runs) for arm in arms)
+    left = num_runs - sum(len(arm.finished) for arm in arms)
+    return template.render(
+        title=title,
+        num_runs=num_runs,
+        num_arms=len(arms),
+        num_unfinished=left,
+        reason=reason,
+        styles=make_styles(arms),
+        extra=[(table, spread_widths(table)) for table in extra],
+        tables=[(table, spread_widths(table)) for table in tables],
+        figures=[
+            (figure, base64.b64encode(image).decode(), _caption(figure, arms))
+            for figure, image in figures.items()
+        ],
+    )
+
+
+def spread_widths(table: Table) -> list[int | None]:
+    """Returns for each column the characters of its longest ` ± b`; None for a column of words.
+
+    The first column names the row, be it by a number.
+    """
+    widths: list[int | None] = [None]
+    for cells in list(zip(*table.rows, strict=True))[1:]:
+        numeric = all(cell in ("", "–") or cell.lstrip("+−-")[:1].isdigit() for cell in cells)
+        longest = max(
+            (len(cell.partition(" ± ")[2]) + 3 for cell in cells if " ± " in cell), default=0
+        )
+        widths.append(longest if numeric else None)
+    return widths
+
+
+def _caption(figure: Figure, arms: Sequence[Arm]) -> str:
+    """Returns what a reader must know about a figure besides its title."""
+    losses = {str(sorted(arm.runs[0].record["config"]["loss"].items())) for arm in arms}
+    if figure.column == "loss" and len(losses) > 1:
+        return "The arms minimise different losses: compare cross-entropy and KL instead."
+    distilled = [run for arm in arms for run in arm.runs if run.distils]
+    if figure.column == "kd_loss" and not all(map(minimises_kl, distilled)):
+        return "Runs that minimise something else, or this at a temperature, have no curve here."
+    return ""
+
+
+def _write(out: Path, page: str, figures: dict[Figure, bytes]) -> Path:
+    """Writes the page last; figures of an earlier report that this one lacks are removed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for figure in FIGURES:
+            (out / f"{figure.file}.png").unlink(missing_ok=True)
+        for figure, image in figures.items():
+            (out / f"{figure.file}.png").write_bytes(image)
+        (out / PAGE).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error})") from None
+    return out / PAGE
