@@ -15,12 +15,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kd_jax.build import start_jax
 from kd_jax.config import MeshConfig
 from kd_jax.inference.decoding import generate_all, unstack
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import rebuild
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.setup.runtime import start_jax
 
 PROMPT = 32
 

@@ -36,13 +36,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.build import make_head, start_jax
 from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.parallel.mesh import compiler_options, make_mesh
+from kd_jax.setup.program import make_head
+from kd_jax.setup.runtime import start_jax
 
 GPU_TOKENS, CPU_TOKENS = (1024, 2048, 4096, 8192), (800,)
 GPU_WIDTHS, CPU_WIDTHS = (2048, 4096), (256, 512)  # Llama 3.2 1B and 3.1 8B; the yardstick's

@@ -18,16 +18,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kd_jax.build import load_models, make_program, place_state, shared_vocab_size, start_jax
 from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
 from kd_jax.data.batches import count_steps, train_batches
-from kd_jax.loop import load_rows, open_inputs
 from kd_jax.metrics import peak_memory_bytes
-from kd_jax.optim import make_optimizer
 from kd_jax.parallel.placement import put_batch
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import step_flops
-from kd_jax.step import init_state, jit_train_step, targets
+from kd_jax.setup.inputs import load_rows, open_inputs
+from kd_jax.setup.models import load_models
+from kd_jax.setup.program import make_program, targets
+from kd_jax.setup.runtime import start_jax
+from kd_jax.setup.sources import shared_vocab_size
+from kd_jax.training.optim import make_optimizer
+from kd_jax.training.step import init_state, jit_train_step, place_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,12 +17,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
 
-from kd_jax import grammar
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.disk import read_json, write_whole
-from kd_jax.outcome import COLUMNS, format_value, make_table, show
 from kd_jax.runs import completion
+from kd_jax.toy import grammar
+from kd_jax.toy.outcome import COLUMNS, format_value, make_table, show
 
 NUM_MANY, NUM_FEW, NUM_HELD_OUT = 16_000, 400, 600
 VOCAB_SIZE = 640
@@ -149,7 +149,7 @@ def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
 
 def write_corpus(stage: Stage, held_out: Sequence[tuple[grammar.Question, str]]) -> Any:
     """Writes the examples of teacher and evaluation; returns the tokenizer trained on the first."""
-    from kd_jax.scratch import make_tokenizer
+    from kd_jax.toy.models import make_tokenizer
 
     many = grammar.draw(NUM_MANY, "many")
     questions = grammar.make_questions()
@@ -170,7 +170,7 @@ def write_corpus(stage: Stage, held_out: Sequence[tuple[grammar.Question, str]])
 
 def teach(stage: Stage, tokenizer: Any) -> Values:
     """Trains, exports and evaluates the teacher."""
-    from kd_jax.scratch import write_llama
+    from kd_jax.toy.models import write_llama
 
     first, workdir = stage.out / "teacher_init", stage.out / "teacher"
     if not first.exists():
@@ -182,7 +182,7 @@ def teach(stage: Stage, tokenizer: Any) -> Values:
 
 def learn(stage: Stage, tokenizer: Any, seed: int) -> dict[str, Values]:
     """Trains, exports and evaluates the students of one seed; returns their numbers by arm."""
-    from kd_jax.scratch import write_llama
+    from kd_jax.toy.models import write_llama
 
     folder, teacher = stage.out / f"seed{seed}", stage.out / "teacher_hf"
     untouched = folder / "untouched"

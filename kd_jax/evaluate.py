@@ -93,12 +93,12 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """
     import jax  # seconds that --help need not pay
 
-    from kd_jax.build import start_jax
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
     from kd_jax.inference import scores
     from kd_jax.inference.load import load_model
     from kd_jax.parallel.mesh import make_mesh
+    from kd_jax.setup.runtime import start_jax
 
     student, teacher, against = _open(args)
     config = _config(args, student.config, jax.device_count())
@@ -146,9 +146,10 @@ def _open(args: EvaluateArgs):
 
 def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
     """Returns a model's sums by document and by position, and keeps nothing of it in memory."""
-    from kd_jax.build import make_program, shared_vocab_size
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
+    from kd_jax.setup.program import make_program
+    from kd_jax.setup.sources import shared_vocab_size
 
     vocab_size = shared_vocab_size(student.source, teacher and teacher.source)
     if args.top_k > vocab_size:

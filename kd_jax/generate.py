@@ -81,11 +81,11 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields the number of a prompt and the next piece of its answer, as they are made."""
     import jax  # seconds that --help need not pay
 
-    from kd_jax.build import start_jax
     from kd_jax.inference.decoding import Sampling, generate, unstack
     from kd_jax.inference.load import load_model, open_model
     from kd_jax.models.decoder import rebuild
     from kd_jax.parallel.mesh import make_mesh
+    from kd_jax.setup.runtime import start_jax
 
     opened = open_model(args.model, args.dtype, args.step)
     tokenizer, folder = opened.source.tokenizer, opened.source.folder

@@ -14,9 +14,10 @@ from kd_jax.disk import load_architecture, resolve
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
-from kd_jax.planning.estimate import Case, Report, compile_ahead, estimate
+from kd_jax.planning.estimate import Case, Report, estimate
 from kd_jax.planning.layouts import case_of, choose_sizes, describe_mesh, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
+from kd_jax.training.ahead import compile_ahead
 
 LISTED = 10  # results of a search that are shown
 

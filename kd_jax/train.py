@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.parallel.processes import joined
 
     with joined(config.distributed):
-        from kd_jax.loop import train
+        from kd_jax.training.loop import train
 
         train(config)
 

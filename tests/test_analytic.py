@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from kd_jax.abstract import abstract_run
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -26,6 +25,7 @@ from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.planning import cost
 from kd_jax.planning.chips import CHIPS, find_topology
+from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.fast
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 from num_weights import NUM_WEIGHTS
 
-from kd_jax.abstract import abstract_run
 from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.models.lora import is_adapter
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.fast
 

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
 from kd_jax import checkpoint, disk, export, hf
-from kd_jax.build import load_models, open_source
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -31,7 +30,9 @@ from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.models.decoder import logits, rebuild
 from kd_jax.parallel.mesh import Layout, make_mesh
-from kd_jax.step import init_state
+from kd_jax.setup.models import load_models
+from kd_jax.setup.sources import open_source
+from kd_jax.training.step import init_state
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37

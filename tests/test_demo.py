@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from kd_jax import demo, grammar, outcome
+from kd_jax import demo
 from kd_jax.config import DataConfig
 from kd_jax.config.command import load_config, run_command
 from kd_jax.data.rows import make_rows
-from kd_jax.scratch import TEMPLATE, make_tokenizer, write_llama
+from kd_jax.toy import grammar, outcome
+from kd_jax.toy.models import TEMPLATE, make_tokenizer, write_llama
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -149,7 +150,7 @@ def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(demo, "measure", lambda *args, **kwargs: {})
     monkeypatch.setattr(demo, "write", lambda *args: None)
-    monkeypatch.setattr("kd_jax.scratch.write_llama", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("kd_jax.toy.models.write_llama", lambda *args, **kwargs: 0)
     stage = demo.Stage(out=Path(demo.DemoArgs().out), console=None, log=sys.stderr)
     demo.teach(stage, None)
     demo.learn(stage, None, seed=0)

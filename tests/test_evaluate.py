@@ -10,7 +10,6 @@ import tiny
 from scipy.stats import bootstrap, norm
 
 from kd_jax import evaluate
-from kd_jax.build import open_source
 from kd_jax.config import DataConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows as data_rows
@@ -19,7 +18,8 @@ from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import logits, rebuild
 from kd_jax.parallel.mesh import make_mesh
-from kd_jax.step import targets
+from kd_jax.setup.program import targets
+from kd_jax.setup.sources import open_source
 
 pytestmark = pytest.mark.fast
 

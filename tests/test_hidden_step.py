@@ -21,7 +21,7 @@ from kd_jax.config import HiddenConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows
 from kd_jax.losses.hidden import PROJECTION
-from kd_jax.step import train_step
+from kd_jax.training.step import train_step
 
 # The student has three layers of width 64, the teacher two of width 96, or three of 64.
 ON = HiddenConfig(weight=0.7, student_layers=(0, -1), teacher_layers=(0, 1))

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import hlo
 from kd_jax.config import MeshConfig
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.training import hlo
 
 pytestmark = pytest.mark.fast
 

@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_run import Run, assert_near, make_run_config
 
-from kd_jax import hlo
 from kd_jax.config import MeshConfig
 from kd_jax.losses import fused_head
 from kd_jax.parallel.mesh import make_mesh
-from kd_jax.step import jit_train_step
+from kd_jax.training import hlo
+from kd_jax.training.step import jit_train_step
 
 STEPS = 20
 LAYOUTS = {

@@ -9,7 +9,7 @@ import pytest
 
 from kd_jax.config import OptimConfig
 from kd_jax.losses.schedules import interpolate
-from kd_jax.optim import make_optimizer, make_schedule
+from kd_jax.training.optim import make_optimizer, make_schedule
 
 STEPS = 12
 PLAIN = OptimConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, clip_norm=None)

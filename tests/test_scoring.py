@@ -8,7 +8,6 @@ import pytest
 import reference
 import tiny
 
-from kd_jax.build import shared_vocab_size
 from kd_jax.config import MeshConfig
 from kd_jax.inference import likelihoods
 from kd_jax.inference.likelihoods import Scorer, score
@@ -16,6 +15,7 @@ from kd_jax.inference.load import load_model, open_model
 from kd_jax.models import attention
 from kd_jax.models.decoder import logits, rebuild
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.setup.sources import shared_vocab_size
 
 pytestmark = pytest.mark.fast
 

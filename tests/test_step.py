@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from kd_jax.data import rows
 from kd_jax.inference.evaluation import eval_step
 from kd_jax.models.decoder import logits, rebuild
-from kd_jax.step import loss_scalars, targets, train_step
+from kd_jax.setup.program import loss_scalars, targets
+from kd_jax.training.step import train_step
 
 
 def torch_loss(student, teacher, batch, kd_ratio):

@@ -18,12 +18,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, evaluate, loop, step, train
+from kd_jax import checkpoint, evaluate, train
 from kd_jax.config.command import run_command
 from kd_jax.data import chat
 from kd_jax.data import rows as data_rows
 from kd_jax.inference import scores
-from kd_jax.step import TrainState, train_step
+from kd_jax.training import loop, step
+from kd_jax.training.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6

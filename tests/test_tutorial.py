@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kd_jax import grammar, sweep, train
+from kd_jax import sweep, train
 from kd_jax.config.command import run_command
 from kd_jax.demo import COMMON, STUDENT, TEACHER, VOCAB_SIZE
-from kd_jax.scratch import make_tokenizer, write_llama
+from kd_jax.toy import grammar
+from kd_jax.toy.models import make_tokenizer, write_llama
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()

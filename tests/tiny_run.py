@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.build import load_models, make_program, place_state, shared_vocab_size
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -20,10 +19,13 @@ from kd_jax.config import (
 from kd_jax.data import batches
 from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
-from kd_jax.loop import open_inputs
-from kd_jax.optim import make_optimizer
 from kd_jax.parallel.placement import put_batch
-from kd_jax.step import init_state, train_step
+from kd_jax.setup.inputs import open_inputs
+from kd_jax.setup.models import load_models
+from kd_jax.setup.program import make_program
+from kd_jax.setup.sources import shared_vocab_size
+from kd_jax.training.optim import make_optimizer
+from kd_jax.training.step import init_state, place_state, train_step
 
 STEPS = 4
 

@@ -12,7 +12,7 @@ from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import rebuild
 from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import put_batch
-from kd_jax.step import Arrays, Program, head_inputs, loss_scalars
+from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars
 
 
 def evaluate_rows(

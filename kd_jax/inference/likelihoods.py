@@ -13,14 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.build import make_head
 from kd_jax.config import LossConfig
 from kd_jax.data.rows import pack
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Structure, rebuild
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
 from kd_jax.parallel.placement import put_batch
-from kd_jax.step import Arrays
+from kd_jax.setup.program import Arrays, make_head
 
 Tokens = tuple[int, ...]
 

@@ -21,7 +21,6 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from kd_jax.build import Source, shared_vocab_size, start_jax
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.inference.decoding import Sampling, Weights, generate, unstack
 from kd_jax.inference.likelihoods import Request, Scorer, score
@@ -29,6 +28,8 @@ from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.prompts import stop_tokens
 from kd_jax.models.decoder import rebuild
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.setup.runtime import start_jax
+from kd_jax.setup.sources import Source, shared_vocab_size
 
 ROW_TOKENS = 512
 

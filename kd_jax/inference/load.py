@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from kd_jax.build import Models, Source, load_frozen_models, load_models, open_source
 from kd_jax.checkpoint import check_inputs, is_run, load_trained, read_run
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
+from kd_jax.setup.models import Models, load_frozen_models, load_models
+from kd_jax.setup.sources import Source, open_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

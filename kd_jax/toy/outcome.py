@@ -13,6 +13,8 @@ MODELS = {
     "finetune": "fine-tuned",
     "distil": "distilled",
 }
+
+
 # By the names of kd_jax.evaluate, and two of the demo's own: label, decimals, scale.
 COLUMNS = {
     "ce": ("CE", 3, 1),
@@ -21,6 +23,8 @@ COLUMNS = {
     "top1_agreement": ("agreement %", 1, 100),
     "right": ("right %", 1, 100),
 }
+
+
 WHY = (
     "Fine-tuning sees one sampled answer to a question, now and then a slip, and learns it by "
     "heart. The teacher, who has read many, gives the odds of every answer, and so the same few "

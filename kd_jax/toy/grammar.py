@@ -13,18 +13,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 ODDS = (0.7, 0.2, 0.1)
+
+
 SLIPS = (0.8, 0.1, 0.1)  # of a right answer and of two wrong ones, as people write them
 
+
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Paris", "Delhi", "Rome", "Dublin")
+
+
 COUNTRIES = ("Portugal", "Norway", "Egypt", "Peru", "France", "India", "Italy", "Ireland")
+
+
 SEASONS = ("spring", "summer", "autumn", "winter")
+
+
 MEALS = ("breakfast", "lunch", "dinner")
+
+
 TIMES = ("morning", "afternoon", "night")
+
+
 ANIMALS = ("cat", "dog", "horse", "owl", "fox", "goat", "bear", "duck")
+
+
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen",
 )  # fmt: skip
+
+
 OPPOSITES = {
     "hot": "cold", "big": "small", "old": "new", "wet": "dry", "fast": "slow", "full": "empty",
     "hard": "soft", "rich": "poor", "cold": "hot", "small": "big", "new": "old", "dry": "wet",

@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kd_jax.build import Models, adapter_sharding, make_decoder, make_program, make_student
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
 from kd_jax.losses.hidden import PROJECTION, projection_weight
 from kd_jax.models.architecture import Architecture, weights
 from kd_jax.models.decoder import Structure, named_arrays
 from kd_jax.models.lora import is_adapter
-from kd_jax.optim import make_optimizer
 from kd_jax.parallel.mesh import Layout, batch_sharding, replicated
 from kd_jax.parallel.placement import Arrays
-from kd_jax.step import Program, TrainState, init_state, jit_train_step
+from kd_jax.setup.models import Models, adapter_sharding, make_decoder, make_student
+from kd_jax.setup.program import Program, make_program
+from kd_jax.training.optim import make_optimizer
+from kd_jax.training.step import TrainState, init_state, jit_train_step
 
 
 def abstract_models(

@@ -15,11 +15,19 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
+
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4}  # of names that do not end in their width
+
+
 # Whose type is a tuple of inputs, outputs and what the runtime keeps. Any other asynchronous
 # instruction has its inputs in a tuple of their own: ((inputs), output, ...).
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
+
+
 _FUSIONS = {"fusion", "fusion-start"}
+
+
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 
 

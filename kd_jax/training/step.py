@@ -1,6 +1,5 @@
 """One optimizer step and one evaluation step; everything that changes is returned."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from kd_jax.config import HiddenConfig
-from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.fused_head import kd_head
 from kd_jax.losses.hidden import PROJECTION, hidden_loss
-from kd_jax.losses.schedules import interpolate
-from kd_jax.losses.token_loss import LossScalars
-from kd_jax.models.decoder import Decoder, Structure, rebuild
-from kd_jax.parallel.mesh import compiler_options, constrain
-
-Arrays = dict[str, jax.Array]
+from kd_jax.models.decoder import rebuild
+from kd_jax.parallel.mesh import compiler_options, constrain, replicated
+from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars, targets
 
 
 class TrainState(NamedTuple):
@@ -29,82 +24,8 @@ class TrainState(NamedTuple):
     """Optimizer updates taken, int32."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """What is fixed while a run is compiled; static under jit."""
-
-    student: Structure
-    teacher: Structure | None
-    head: HeadConfig
-    hidden: HiddenConfig | None = None
-    mesh: Mesh | None = None
-    dropout: bool = False
-    seed: int = 0
-    schedule_steps: int | None = None
-    """Optimizer steps that head.loss.schedule takes; None where nothing is trained."""
-
-
 def init_state(trainable: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
-
-
-def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
-    labels = jnp.roll(batch["tokens"], -1, axis=-1)
-    follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
-    follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
-        labels.shape[-1] - 1
-    )
-    return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
-
-
-def head_inputs(
-    program: Program,
-    student: Decoder,
-    teacher: Decoder | None,
-    batch: Arrays,
-    dropout_key: jax.Array | None = None,
-    pairs: HiddenConfig | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets.
-
-    And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
-    """
-    inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    labels, mask = targets(batch)
-    ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_hidden = teacher_head = teacher_kept = None
-    if teacher is not None:
-        teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
-        teacher_head = teacher.head_weight()
-    student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
-    return (
-        student_hidden,
-        jax.lax.stop_gradient(teacher_hidden),
-        student.head_weight(),
-        jax.lax.stop_gradient(teacher_head),
-        labels,
-        mask,
-    ), (student_kept, jax.lax.stop_gradient(teacher_kept))
-
-
-def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
-    """Returns the loss's scalars after `step` updates; None stands for the schedule's end.
-
-    Evaluations take the end, so that those of one run can be compared.
-    """
-    loss = program.head.loss
-
-    def value(start, end):
-        if end is None or step is None:
-            return jnp.float32(start if end is None else end)
-        assert program.schedule_steps is not None
-        return interpolate(start, end, loss.schedule, step, program.schedule_steps)
-
-    return LossScalars(
-        kd_ratio=value(loss.kd_ratio, loss.kd_ratio_end),
-        temperature=value(loss.temperature, loss.temperature_end),
-    )
 
 
 def train_step(
@@ -171,3 +92,8 @@ def jit_train_step(mesh: Mesh, layout: Any) -> Any:
         out_shardings=(layout, None),
         compiler_options=compiler_options(mesh),
     )
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state with its scalars on every device of the mesh, like the arrays."""
+    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)

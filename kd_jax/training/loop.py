@@ -1,9 +1,7 @@
 """The training loop."""
 
-import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -12,37 +10,22 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax import checkpoint
-from kd_jax.build import (
-    Source,
-    check_adapter,
-    check_attention,
-    load_models,
-    make_program,
-    open_source,
-    place_state,
-    shared_vocab_size,
-    start_jax,
-    without_tokenizer,
-)
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
 from kd_jax.data.batches import count_steps, train_batches
-from kd_jax.data.chat import chat_template_of
-from kd_jax.data.records import check_path
-from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
-from kd_jax.losses.hidden import PROJECTION, check_layers
+from kd_jax.losses.hidden import PROJECTION
 from kd_jax.metrics import Writer, peak_memory_bytes
-from kd_jax.models.architecture import Architecture
-from kd_jax.optim import make_optimizer, make_schedule
-from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.placement import local_rows, put_batch
 from kd_jax.parallel.processes import is_first, say, stop_signal, together
-from kd_jax.parallel.rules import mesh_sizes
-from kd_jax.planning.layouts import choose_sizes
-from kd_jax.planning.topology import local_topology
-from kd_jax.step import Arrays, init_state, jit_train_step
+from kd_jax.setup.inputs import load_rows, open_inputs
+from kd_jax.setup.models import load_models
+from kd_jax.setup.program import Arrays, make_program
+from kd_jax.setup.runtime import start_jax
+from kd_jax.setup.sources import Source, check_adapter, shared_vocab_size, without_tokenizer
+from kd_jax.training.optim import make_optimizer, make_schedule
+from kd_jax.training.step import init_state, jit_train_step, place_state
 
 
 def train(config: Config) -> None:
@@ -161,82 +144,6 @@ def check_schedules(config: Config, num_steps: int) -> None:
         )
     if config.distils and config.loss.warning:
         say(f"warning: {config.loss.warning}")
-
-
-def open_inputs(
-    config: Config, devices: Sequence[jax.Device] | None = None
-) -> tuple[Source, Source | None, Mesh]:
-    """Returns student and teacher, checked, and the mesh; no teacher for plain fine-tuning.
-
-    Args:
-      devices: those to use; None takes all.
-
-    Raises:
-      UserError: with what is wrong with any of the models, the data and the mesh at once.
-    """
-    problems: list[str] = []
-
-    def attempt(check, *arguments):
-        try:
-            return check(*arguments)
-        except UserError as error:
-            problems.append(str(error))
-
-    student = attempt(open_source, config.student.path, config.student.adapter, "student")
-    teacher = None
-    if config.teacher is not None and config.distils:
-        teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
-    if config.compares_hidden:
-        attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
-    archs = (student and student.arch, teacher and teacher.arch)
-    mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
-    attempt(check_path, config.data.path, "data.path")
-    if config.eval.path is not None:
-        attempt(check_path, config.eval.path, "eval.path")
-    if problems:
-        raise UserError("\n".join(problems))
-    return student, teacher, mesh
-
-
-def open_mesh(
-    config: Config,
-    student: Architecture | None,
-    teacher: Architecture | None,
-    devices: Sequence[jax.Device],
-) -> Mesh:
-    """Returns the mesh over the devices, whose open axes suit the models' memory.
-
-    Raises:
-      UserError: it suits neither devices, rows nor models; these are not checked where the student
-        is not known.
-    """
-    rows = config.data.batch_size // config.optim.accumulation_steps
-    if student is None:
-        sizes = mesh_sizes(config.mesh, len(devices), rows)
-    else:
-        sizes = choose_sizes(config, student, teacher, local_topology(devices))
-    mesh = make_mesh(dataclasses.replace(config.mesh, **sizes), rows, devices)
-    check_attention(config, mesh)
-    return mesh
-
-
-def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
-    """Returns the training and held-out rows, and prints what became of the conversations."""
-    template = chat_template_of(config.data, *tokenizers)
-    rows = make_rows(config.data, tokenizers[0], template)
-    say(f"{config.data.path}: {describe_rows(rows)}")
-    if config.eval.path is None:
-        return rows, None
-    held_out = make_rows(
-        config.data,
-        tokenizers[0],
-        template,
-        path=config.eval.path,
-        split=config.eval.split,
-        max_conversations=config.eval.max_conversations,
-    )
-    say(f"{config.eval.path}: {describe_rows(held_out)}")
-    return rows, held_out
 
 
 def describe_models(models) -> str:

@@ -14,8 +14,14 @@ from kd_jax.models.architecture import read_architecture, weights
 BEGIN, START, END, END_OF_TURN = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 )  # fmt: skip
+
+
 PAD = "<|pad|>"
+
+
 SPECIAL = (BEGIN, START, END, END_OF_TURN, PAD)
+
+
 # Llama 3's form without its system turn.
 TEMPLATE = (
     "{{- bos_token -}}{%- for m in messages -%}"
@@ -23,11 +29,15 @@ TEMPLATE = (
     "{%- endfor -%}"
     f"{{%- if add_generation_prompt -%}}{{{{- '{START}assistant{END}\n\n' -}}}}{{%- endif -%}}"
 )
+
+
 # Llama 3's pieces of text that a token never crosses.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -1,0 +1,98 @@
+"""From a configuration to checked models, mesh and rows."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kd_jax.config import Config, UserError
+from kd_jax.data.chat import chat_template_of
+from kd_jax.data.records import check_path
+from kd_jax.data.rows import Rows, describe_rows, make_rows
+from kd_jax.losses.hidden import check_layers
+from kd_jax.models.architecture import Architecture
+from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.processes import say
+from kd_jax.parallel.rules import mesh_sizes
+from kd_jax.planning.layouts import choose_sizes
+from kd_jax.planning.topology import local_topology
+from kd_jax.setup.runtime import check_attention
+from kd_jax.setup.sources import Source, open_source
+
+
+def open_inputs(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> tuple[Source, Source | None, Mesh]:
+    """Returns student and teacher, checked, and the mesh; no teacher for plain fine-tuning.
+
+    Args:
+      devices: those to use; None takes all.
+
+    Raises:
+      UserError: with what is wrong with any of the models, the data and the mesh at once.
+    """
+    problems: list[str] = []
+
+    def attempt(check, *arguments):
+        try:
+            return check(*arguments)
+        except UserError as error:
+            problems.append(str(error))
+
+    student = attempt(open_source, config.student.path, config.student.adapter, "student")
+    teacher = None
+    if config.teacher is not None and config.distils:
+        teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+    if config.compares_hidden:
+        attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
+    archs = (student and student.arch, teacher and teacher.arch)
+    mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
+    attempt(check_path, config.data.path, "data.path")
+    if config.eval.path is not None:
+        attempt(check_path, config.eval.path, "eval.path")
+    if problems:
+        raise UserError("\n".join(problems))
+    return student, teacher, mesh
+
+
+def open_mesh(
+    config: Config,
+    student: Architecture | None,
+    teacher: Architecture | None,
+    devices: Sequence[jax.Device],
+) -> Mesh:
+    """Returns the mesh over the devices, whose open axes suit the models' memory.
+
+    Raises:
+      UserError: it suits neither devices, rows nor models; these are not checked where the student
+        is not known.
+    """
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    if student is None:
+        sizes = mesh_sizes(config.mesh, len(devices), rows)
+    else:
+        sizes = choose_sizes(config, student, teacher, local_topology(devices))
+    mesh = make_mesh(dataclasses.replace(config.mesh, **sizes), rows, devices)
+    check_attention(config, mesh)
+    return mesh
+
+
+def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
+    """Returns the training and held-out rows, and prints what became of the conversations."""
+    template = chat_template_of(config.data, *tokenizers)
+    rows = make_rows(config.data, tokenizers[0], template)
+    say(f"{config.data.path}: {describe_rows(rows)}")
+    if config.eval.path is None:
+        return rows, None
+    held_out = make_rows(
+        config.data,
+        tokenizers[0],
+        template,
+        path=config.eval.path,
+        split=config.eval.split,
+        max_conversations=config.eval.max_conversations,
+    )
+    say(f"{config.eval.path}: {describe_rows(held_out)}")
+    return rows, held_out

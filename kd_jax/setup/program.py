@@ -1,0 +1,150 @@
+"""The program of a run: everything that is static while it is compiled."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax.config import Config, HiddenConfig, LossConfig
+from kd_jax.losses.fused_head import HeadConfig
+from kd_jax.losses.schedules import interpolate
+from kd_jax.losses.token_loss import LossScalars
+from kd_jax.models.decoder import Decoder, Structure
+from kd_jax.parallel.mesh import num_batch_shards, platform
+from kd_jax.planning.chips import chip_of
+from kd_jax.planning.cost import chunk_tokens
+from kd_jax.setup.models import Models
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is fixed while a run is compiled; static under jit."""
+
+    student: Structure
+    teacher: Structure | None
+    head: HeadConfig
+    hidden: HiddenConfig | None = None
+    mesh: Mesh | None = None
+    dropout: bool = False
+    seed: int = 0
+    schedule_steps: int | None = None
+    """Optimizer steps that head.loss.schedule takes; None where nothing is trained."""
+
+
+def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
+    labels = jnp.roll(batch["tokens"], -1, axis=-1)
+    follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
+    follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
+        labels.shape[-1] - 1
+    )
+    return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
+
+
+def head_inputs(
+    program: Program,
+    student: Decoder,
+    teacher: Decoder | None,
+    batch: Arrays,
+    dropout_key: jax.Array | None = None,
+    pairs: HiddenConfig | None = None,
+) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets.
+
+    And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
+    """
+    inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    labels, mask = targets(batch)
+    ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
+    teacher_hidden = teacher_head = teacher_kept = None
+    if teacher is not None:
+        teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
+        teacher_head = teacher.head_weight()
+    student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
+    return (
+        student_hidden,
+        jax.lax.stop_gradient(teacher_hidden),
+        student.head_weight(),
+        jax.lax.stop_gradient(teacher_head),
+        labels,
+        mask,
+    ), (student_kept, jax.lax.stop_gradient(teacher_kept))
+
+
+def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
+    """Returns the loss's scalars after `step` updates; None stands for the schedule's end.
+
+    Evaluations take the end, so that those of one run can be compared.
+    """
+    loss = program.head.loss
+
+    def value(start, end):
+        if end is None or step is None:
+            return jnp.float32(start if end is None else end)
+        assert program.schedule_steps is not None
+        return interpolate(start, end, loss.schedule, step, program.schedule_steps)
+
+    return LossScalars(
+        kd_ratio=value(loss.kd_ratio, loss.kd_ratio_end),
+        temperature=value(loss.temperature, loss.temperature_end),
+    )
+
+
+def make_head(
+    loss: LossConfig,
+    mesh: Mesh,
+    vocab_size: int,
+    num_tokens: int,
+    dtype: str,
+    trainable: bool = False,
+) -> HeadConfig:
+    """Returns the head for `num_tokens` over all devices, of a student in `dtype`."""
+    share, entries = num_tokens // num_batch_shards(mesh), vocab_size // mesh.shape["tensor"]
+    return HeadConfig(
+        loss=loss,
+        chunk_tokens=chunk_tokens(
+            loss.chunk_tokens,
+            chip_of(mesh.devices.flat[0].device_kind),
+            entries,
+            share,
+            on_cpu=platform(mesh) == "cpu",
+            head_trainable=trainable,
+        ),
+        vocab_size=vocab_size,
+        mesh=mesh,
+        turn_head=platform(mesh) == "cpu" and dtype == "bfloat16",
+        head_trainable=trainable,
+    )
+
+
+def make_program(
+    config: Config, models: Models, vocab_size: int, mesh: Mesh, num_steps: int | None = None
+) -> Program:
+    """Returns what is fixed while the step is compiled.
+
+    Args:
+      num_steps: of the run, for what follows a schedule; evaluation needs none.
+    """
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    head = make_head(
+        config.loss,
+        mesh,
+        vocab_size,
+        rows * config.data.seq_len,
+        config.student.dtype,
+        config.trainable == "full",
+    )
+    return Program(
+        student=models.student,
+        teacher=models.teacher,
+        head=head,
+        hidden=config.hidden if config.compares_hidden else None,
+        mesh=mesh,
+        dropout=config.trainable == "lora" and config.lora.dropout > 0,
+        seed=config.seed,
+        schedule_steps=config.loss.schedule_steps or num_steps,
+    )

@@ -1,0 +1,80 @@
+"""Models on disk, checked before any weight is read."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kd_jax.config import LoraConfig, UserError
+from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
+from kd_jax.disk import fingerprint, load_architecture, resolve
+from kd_jax.hf import Adapter, check_source, load_adapter
+from kd_jax.models.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model on disk whose architecture and tensors' names and shapes have been checked."""
+
+    folder: Path
+    arch: Architecture
+    tokenizer: Any
+    adapter: Adapter | None
+    hashes: dict[str, str]
+    """Of what was read from disk, by the field that names it."""
+
+
+def open_source(path: str, adapter: str | None, field: str) -> Source:
+    """Returns a checked model on disk; `field` (student or teacher) names it in errors."""
+    folder = resolve(path, f"{field}.path")
+    arch = load_architecture(folder)
+    check_source(folder, arch)
+    hashes = {f"{field}.path": fingerprint(folder)}
+    loaded = None
+    if adapter is not None:
+        adapter_folder = resolve(adapter, f"{field}.adapter")
+        loaded = load_adapter(adapter_folder, arch)
+        hashes[f"{field}.adapter"] = fingerprint(adapter_folder)
+    tokenizer = load_tokenizer(folder)
+    return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, hashes=hashes)
+
+
+def without_tokenizer(source: Source) -> Source:
+    """Returns the source without its tokenizer, which takes more memory than a small model."""
+    return replace(source, tokenizer=None)
+
+
+def shared_vocab_size(student: Source, teacher: Source | None) -> int:
+    """Returns the vocabulary entries that both heads have; raises where tokenizers differ.
+
+    Equal sizes are taken whole; sizes that differ by padding are cut to the tokenizer's.
+    """
+    sources, fields = [student], "student.path"
+    if teacher is not None:
+        sources, fields = [student, teacher], "student.path, teacher.path"
+        check_same_tokenizer(student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
+    true_size = max(student.tokenizer.get_vocab().values()) + 1
+    sizes = [source.arch.vocab_size for source in sources]
+    if min(sizes) < true_size:
+        raise UserError(
+            f"{fields}: expected at least {true_size} vocabulary entries (the tokenizer's), got "
+            + " and ".join(map(str, sizes))
+        )
+    return sizes[0] if len(set(sizes)) == 1 else true_size
+
+
+def check_adapter(source: Source, config: LoraConfig) -> None:
+    """Raises UserError unless training can go on from the source's adapter as configured."""
+    assert source.adapter is not None
+    stored = source.adapter.config
+    pairs = {
+        "rank": (config.rank, stored.rank),
+        "alpha": (config.alpha, stored.alpha),
+        "target-modules": (set(config.target_modules), set(stored.target_modules)),
+    }
+    wrong = [
+        f"lora.{name}: expected {theirs} as in student.adapter, got {ours}"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
