@@ -18,8 +18,8 @@ class FromHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
-    from kd_jax.disk import resolve
-    from kd_jax.export import save_orbax
+    from kd_jax.weights.export import save_orbax
+    from kd_jax.weights.folder import resolve
 
     source = resolve(args.source, "--source")
     save_orbax(source, Path(args.out).expanduser())

@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> None:
         load_trained,
         read_run,
     )
-    from kd_jax.disk import fingerprint, load_architecture, resolve
-    from kd_jax.export import export_adapter, export_merged
+    from kd_jax.weights.export import export_adapter, export_merged
+    from kd_jax.weights.folder import fingerprint, load_architecture, resolve
 
     workdir = Path(args.workdir).expanduser()
     config = read_run(workdir)

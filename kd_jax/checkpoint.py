@@ -15,9 +15,9 @@ from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
-from kd_jax.disk import write_whole
 from kd_jax.losses.hidden import PROJECTION
 from kd_jax.training.step import TrainState
+from kd_jax.weights.files import write_whole
 
 PACKAGES = (
     "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",

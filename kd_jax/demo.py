@@ -19,10 +19,10 @@ from typing import Any, TextIO
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import load_config, parse_args, run_command
-from kd_jax.disk import read_json, write_whole
 from kd_jax.runs import completion
 from kd_jax.toy import grammar
 from kd_jax.toy.outcome import COLUMNS, format_value, make_table, show
+from kd_jax.weights.files import read_json, write_whole
 
 NUM_MANY, NUM_FEW, NUM_HELD_OUT = 16_000, 400, 600
 VOCAB_SIZE = 640

@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_jax.config import Config, Dtype, MeshConfig, UserError
 from kd_jax.config.command import check_out_file, parse_args, run_command
-from kd_jax.disk import write_whole
+from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 from kd_jax.config import Dtype, UserError
 from kd_jax.config.command import check_out_file, parse_args, run_command
 from kd_jax.config.errors import first_line
-from kd_jax.disk import write_whole
+from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

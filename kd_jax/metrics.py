@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from kd_jax.config import LogConfig
-from kd_jax.disk import write_whole
+from kd_jax.weights.files import write_whole
 
 
 def peak_memory_bytes() -> int:

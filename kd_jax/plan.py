@@ -10,7 +10,6 @@ from typing import Any
 
 from kd_jax.config import UserError
 from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
-from kd_jax.disk import load_architecture, resolve
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
@@ -18,6 +17,7 @@ from kd_jax.planning.estimate import Case, Report, estimate
 from kd_jax.planning.layouts import case_of, choose_sizes, describe_mesh, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
 from kd_jax.training.ahead import compile_ahead
+from kd_jax.weights.folder import load_architecture, resolve
 
 LISTED = 10  # results of a search that are shown
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kd_jax.config import UserError
 from kd_jax.config.record import flatten
-from kd_jax.disk import read_json
+from kd_jax.weights.files import read_json
 
 Columns = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
-from kd_jax import checkpoint, disk, export, hf
+from kd_jax import checkpoint
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -33,6 +33,10 @@ from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
 from kd_jax.setup.sources import open_source
 from kd_jax.training.step import init_state
+from kd_jax.weights import adapters, export, safetensors
+from kd_jax.weights import folder as weights_folder
+from kd_jax.weights import load as weights_load
+from kd_jax.weights import names as weights_names
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
@@ -89,7 +93,7 @@ def stored_bytes(folder):
     """Returns dtype, shape and bytes of every tensor in a folder, by name."""
     return {
         name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
-        for name, tensor in disk.open_folder(folder).items()
+        for name, tensor in safetensors.open_folder(folder).items()
     }
 
 
@@ -134,7 +138,7 @@ def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(
     export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
     state = auto_model(tmp_path / "out").state_dict()
     for path, value in arrays.items():
-        for layer, name in enumerate(hf.hf_names(path, arch)):
+        for layer, name in enumerate(weights_names.hf_names(path, arch)):
             value_here = value[layer] if path.startswith("layers.") else value
             want = torch.tensor(value_here).to(getattr(torch, dtype))
             assert torch.equal(state[name], want), name
@@ -163,7 +167,7 @@ def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, 
         raw[:4] = torch.tensor([-0.0, 0.0, float("inf"), -float("inf")])
         raw[4:32] = torch.arange(1, 29).to(integer).view(weight.dtype)  # denormals
     theirs.save_pretrained(source)
-    arch = disk.load_architecture(source)
+    arch = weights_folder.load_architecture(source)
     models, _ = load(make_config(source, dtype="bfloat16"))
     place = source
     if form == "orbax":
@@ -195,7 +199,7 @@ def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
     with torch.no_grad():
         for path, value in arrays.items():
             module, factor = path.rsplit(".", 1)
-            for layer, name in enumerate(hf.hf_names(module, arch)):
+            for layer, name in enumerate(weights_names.hf_names(module, arch)):
                 place = f"base_model.model.{name}.{factor}.default.weight"
                 state[place].copy_(torch.tensor(value[layer]))
     merged = theirs.merge_and_unload().state_dict()
@@ -218,9 +222,9 @@ def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_
     assert_same_logits(our_logits(models, arrays), theirs)
     assert np.abs(theirs - before).max() > 0.1 * np.abs(before).max()
 
-    again = hf.load_adapter(out, arch)
+    again = adapters.load_adapter(out, arch)
     assert again.config == LORA
-    for name, value in hf.stack_adapter(again, arch).items():
+    for name, value in adapters.stack_adapter(again, arch).items():
         np.testing.assert_array_equal(value, arrays[name])
 
 
@@ -233,17 +237,17 @@ def test_the_orbax_form_gives_back_every_bit_in_every_layout(tiny_teacher, tmp_p
             tensors[name] = tensors[name].astype(jnp.bfloat16)
     save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
     assert run_command(from_hf.main, ["--source", str(mixed), "--out", str(tmp_path / "out")]) == 0
-    arch = disk.load_architecture(tmp_path / "out")
+    arch = weights_folder.load_architecture(tmp_path / "out")
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
         devices = Layout(make_mesh(mesh, 8))
-        want = hf.load_arrays(mixed, arch, devices, None)
-        got = hf.load_arrays(tmp_path / "out", arch, devices, None)
+        want = weights_load.load_arrays(mixed, arch, devices, None)
+        got = weights_load.load_arrays(tmp_path / "out", arch, devices, None)
         assert {x.dtype.name for x in got.values()} == {"float32", "bfloat16"}
         for name, value in want.items():
             assert got[name].sharding == value.sharding and got[name].dtype == value.dtype
             np.testing.assert_array_equal(got[name], value, err_msg=name)
-        rounded = hf.load_arrays(tmp_path / "out", arch, devices, "bfloat16")
-        for name, value in hf.load_arrays(mixed, arch, devices, "bfloat16").items():
+        rounded = weights_load.load_arrays(tmp_path / "out", arch, devices, "bfloat16")
+        for name, value in weights_load.load_arrays(mixed, arch, devices, "bfloat16").items():
             np.testing.assert_array_equal(rounded[name], value, err_msg=name)
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert copied == {"orbax", *(p.name for p in mixed.iterdir())} - {"model.safetensors"}
@@ -255,8 +259,8 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
     other = {**config, "intermediate_size": 98, "tie_word_embeddings": False}
     arch = read_architecture(other, "config")
     for use in (
-        hf.check_source,
-        lambda *args: hf.load_arrays(*args, Layout(make_mesh(MeshConfig(), 8)), None),
+        weights_load.check_source,
+        lambda *args: weights_load.load_arrays(*args, Layout(make_mesh(MeshConfig(), 8)), None),
     ):
         with pytest.raises(UserError) as error:
             use(tmp_path / "out", arch)
@@ -266,7 +270,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
         )
     shutil.rmtree(tmp_path / "out" / "orbax" / "state")
     with pytest.raises(UserError, match=r"orbax: expected what convert.from_hf wrote"):
-        hf.check_source(tmp_path / "out", read_architecture(config, "config"))
+        weights_load.check_source(tmp_path / "out", read_architecture(config, "config"))
 
 
 def run(*argv):
@@ -301,7 +305,7 @@ def run_of(tmp_path):
         workdir = tmp_path / "run"
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
-        hashes = {"student.path": disk.fingerprint(source)}
+        hashes = {"student.path": weights_folder.fingerprint(source)}
         checkpoint.claim_workdir(config, workdir, hashes, num_steps=1)
         arrays = {}
         with checkpoint.open_checkpointer(workdir, 2) as checkpointer:
@@ -355,7 +359,7 @@ def source(tmp_path):
 @pytest.mark.fast
 def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     (source / "README.md").write_text("not the model's")
-    arch = disk.load_architecture(source)
+    arch = weights_folder.load_architecture(source)
     export.export_merged(source, arch, {}, 1.0, tmp_path / "out")
     names = {path.name for path in source.iterdir()} - {"README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -376,7 +380,7 @@ def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     ],
 )
 def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source, tmp_path):
-    arch = disk.load_architecture(source)
+    arch = weights_folder.load_architecture(source)
     with pytest.raises(UserError, match=f"(misshapen|unexpected): {name}"):
         export.export_merged(
             source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out"

@@ -12,7 +12,7 @@ from convert import to_hf
 from kd_jax import evaluate, train
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import load_tokenizer
-from kd_jax.disk import open_folder
+from kd_jax.weights.safetensors import open_folder
 
 pytestmark = pytest.mark.fast
 

@@ -15,10 +15,13 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kd_jax import disk, export, hf
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.weights import export, safetensors
+from kd_jax.weights import folder as weights_folder
+from kd_jax.weights import load as weights_load
+from kd_jax.weights import names as weights_names
 
 MESHES = {
     "data": MeshConfig(data=8),
@@ -31,8 +34,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def load(folder, dtype="float32", mesh="data", **options):
-    arch = disk.load_architecture(folder)
-    return hf.load_arrays(folder, arch, Layout(make_mesh(MESHES[mesh], 8)), dtype, **options)
+    arch = weights_folder.load_architecture(folder)
+    return weights_load.load_arrays(
+        folder, arch, Layout(make_mesh(MESHES[mesh], 8)), dtype, **options
+    )
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def shard(folder):
         save_file(part, folder / file)
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": files}
-    (folder / disk.INDEX).write_text(json.dumps(index))
+    (folder / safetensors.INDEX).write_text(json.dumps(index))
     return index
 
 
@@ -93,15 +98,15 @@ def test_every_bit_that_transformers_wrote_arrives(
         weight.data = raw.view(weight.dtype)
     theirs.tie_weights()
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / disk.INDEX).is_file() == (max_shard_size == "50KB")
+    assert (tmp_path / safetensors.INDEX).is_file() == (max_shard_size == "50KB")
 
-    monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)  # several blocks in each tensor
+    monkeypatch.setattr(weights_load, "BLOCK_BYTES", 1000)  # several blocks in each tensor
     arrays = load(tmp_path, dtype, mesh)
-    arch = disk.load_architecture(tmp_path)
+    arch = weights_folder.load_architecture(tmp_path)
     state = theirs.state_dict()
     assert arrays.keys() == weights(arch).keys()
     for path, array in arrays.items():
-        stored = [state[name].view(integer).numpy() for name in hf.hf_names(path, arch)]
+        stored = [state[name].view(integer).numpy() for name in weights_names.hf_names(path, arch)]
         want = np.stack(stored) if path.startswith("layers.") else stored[0]
         assert array.dtype == dtype
         dims = weights(arch)[path].dims
@@ -114,13 +119,13 @@ def test_every_bit_that_transformers_wrote_arrives(
 
 def count_reads(monkeypatch):
     """Returns a list that gathers file, offset and length of every read of a tensor."""
-    reads, plain = [], disk.Tensor._read_into
+    reads, plain = [], safetensors.Tensor._read_into
 
     def counted(self, out, offset):
         reads.append((self.file.name, offset, out.nbytes))
         plain(self, out, offset)
 
-    monkeypatch.setattr(disk.Tensor, "_read_into", counted)
+    monkeypatch.setattr(safetensors.Tensor, "_read_into", counted)
     return reads
 
 
@@ -128,7 +133,7 @@ def count_reads(monkeypatch):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_byte_is_read_once_however_many_devices_want_it(mesh, folder, monkeypatch):
     reads = count_reads(monkeypatch)
-    monkeypatch.setattr(hf, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(weights_load, "BLOCK_BYTES", 1000)
     load(folder, mesh=mesh)
     file = folder / "model.safetensors"
     end = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
@@ -224,7 +229,7 @@ def test_the_name_table_is_transformers_own(tied, family):
     named = [
         (name, weight.shape[path.startswith("layers.") :])
         for path, weight in weights(arch).items()
-        for name in hf.hf_names(path, arch)
+        for name in weights_names.hf_names(path, arch)
     ]
     assert len(named) == len(shapes) and dict(named) == shapes
 
@@ -239,7 +244,7 @@ def test_all_tensors_that_do_not_fit_are_listed(folder):
 
     edit(folder, spoil)
     with pytest.raises(UserError) as error:
-        hf.check_source(folder, disk.load_architecture(folder))
+        weights_load.check_source(folder, weights_folder.load_architecture(folder))
     assert str(error.value).splitlines() == [
         f"{folder}: the tensors do not fit config.json:",
         f"  missing: {UP_PROJ} [96, 64]",
@@ -300,7 +305,7 @@ def edit_index(change):
     def spoil(folder):
         index = shard(folder)
         change(index)
-        (folder / disk.INDEX).write_text(json.dumps(index))
+        (folder / safetensors.INDEX).write_text(json.dumps(index))
 
     return spoil
 
@@ -331,20 +336,20 @@ BROKEN = {
     ),
     "float8": (float8, WEIGHTS, f"{UP_PROJ} has dtype F8_E4M3, expected one of F32, F16, BF16"),
     "int8": (set_dtype(np.int8), WEIGHTS, f"{UP_PROJ} has dtype I8, expected one of F32"),
-    "absent shard": (lose_shard, disk.INDEX, "files that are not there: b.safetensors"),
+    "absent shard": (lose_shard, safetensors.INDEX, "files that are not there: b.safetensors"),
     "tensor in no file": (
         edit_index(lambda index: index["weight_map"].update(extra="a.safetensors")),
-        disk.INDEX,
+        safetensors.INDEX,
         "names tensors that their files do not have: extra (a.safetensors)",
     ),
     "tensor in another file": (
         edit_index(lambda index: index["weight_map"].update({UP_PROJ: "a.safetensors"})),
-        disk.INDEX,
+        safetensors.INDEX,
         f"names tensors that their files do not have: {UP_PROJ} (a.safetensors)",
     ),
     "index without a map": (
         edit_index(lambda index: index.pop("weight_map")),
-        disk.INDEX,
+        safetensors.INDEX,
         "expected weight_map to give each tensor's file",
     ),
     "pickle": (only("pytorch_model.bin"), "", "got pickled weights (pytorch_model.bin)"),
@@ -391,7 +396,7 @@ def test_a_broken_folder_is_refused_with_path_and_expectation(case, folder):
 
 @pytest.mark.fast
 def test_a_file_that_shrinks_after_the_check_is_refused(folder):
-    tensors = disk.open_folder(folder)
+    tensors = safetensors.open_folder(folder)
     os.truncate(folder / "model.safetensors", 10_000)
     with pytest.raises(UserError, match="ended early"):
         tensors[UP_PROJ].read()
@@ -439,13 +444,13 @@ def test_the_index_says_which_file_a_tensor_is_read_from(folder):
 
 @pytest.mark.fast
 def test_the_fingerprint_is_that_of_the_content(folder, tmp_path_factory):
-    before = disk.fingerprint(folder)
+    before = weights_folder.fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "model")
     (copy / "README.md").write_text("other words")
-    assert disk.fingerprint(copy) == before
+    assert weights_folder.fingerprint(copy) == before
     edit(folder, lambda tensors: tensors[EMBEDDING].__imul__(2))
     (copy / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
-    assert len({before, disk.fingerprint(folder), disk.fingerprint(copy)}) == 3
+    assert len({before, weights_folder.fingerprint(folder), weights_folder.fingerprint(copy)}) == 3
 
 
 @pytest.fixture
@@ -464,8 +469,8 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
     (repo / "refs" / "main").write_text(commit)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, snapshot / name)
-    assert disk.resolve("some-org/some-name", "student.path").samefile(snapshot)
-    load(disk.resolve("some-org/some-name", "student.path"))
+    assert weights_folder.resolve("some-org/some-name", "student.path").samefile(snapshot)
+    load(weights_folder.resolve("some-org/some-name", "student.path"))
 
 
 @pytest.mark.fast
@@ -483,7 +488,7 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
 )
 def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
     with pytest.raises(UserError) as error:
-        disk.resolve(path, "student.path")
+        weights_folder.resolve(path, "student.path")
     assert str(error.value).startswith("student.path: ")
     assert path in str(error.value) and message in str(error.value)
 
@@ -493,7 +498,9 @@ def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_p
     tensors = tiny.random_tensors(CONFIG)
     export.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / disk.INDEX).is_file()
+    assert (
+        (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / safetensors.INDEX).is_file()
+    )
     found = {}
     for path in files:
         with safe_open(path, framework="np") as file:
@@ -503,7 +510,7 @@ def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_p
     for name, (_, value) in found.items():
         np.testing.assert_array_equal(bits(value), bits(tensors[name]))
     if len(files) > 1:
-        index = json.loads((tmp_path / disk.INDEX).read_text())
+        index = json.loads((tmp_path / safetensors.INDEX).read_text())
         assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
         assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
         for path in files:

@@ -10,13 +10,16 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from kd_jax import disk, hf
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture, weights
 from kd_jax.models.decoder import Decoder, Linear, LoraParam, logits, named_arrays
-from kd_jax.models.lora import FACTORS, add_adapters, is_adapter, merge, peft_name
+from kd_jax.models.lora import FACTORS, add_adapters, is_adapter, merge
 from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.weights import adapters, load
+from kd_jax.weights import folder as weights_folder
+from kd_jax.weights import names as weights_names
+from kd_jax.weights.adapters import peft_name
 
 CONFIG = tiny.make_config()
 ARCH = read_architecture(CONFIG, "config")
@@ -104,7 +107,7 @@ def test_factors_begin_as_in_peft():
     for name in filter(is_adapter, ours):
         module, factor = name.rsplit(".", 1)
         names = [peft_name(n, factor).replace(".weight", ".default.weight") for n in
-                 hf.hf_names(module, ARCH)]  # fmt: skip
+                 weights_names.hf_names(module, ARCH)]  # fmt: skip
         want, got = np.stack([theirs[n].numpy() for n in names]), np.asarray(ours[name])
         assert got.shape == want.shape and got.dtype == want.dtype
         if factor == "lora_B":
@@ -255,14 +258,14 @@ def test_merged_at_load_equals_pefts_merge(options, tmp_path):
     theirs = save_peft(tmp_path / "adapter", **options)
     base = tiny.make_torch_model(options.get("family", "llama"), 1)
     base.save_pretrained(tmp_path / "base")
-    arch = disk.load_architecture(tmp_path / "base")
-    adapter = hf.load_adapter(tmp_path / "adapter", arch)
+    arch = weights_folder.load_architecture(tmp_path / "base")
+    adapter = adapters.load_adapter(tmp_path / "adapter", arch)
     layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8))
-    ours = hf.load_arrays(tmp_path / "base", arch, layout, "float32", adapter=adapter)
+    ours = load.load_arrays(tmp_path / "base", arch, layout, "float32", adapter=adapter)
     plain, merged = base.state_dict(), theirs.merge_and_unload().state_dict()
     changed = 0
     for path, array in ours.items():
-        for layer, name in enumerate(hf.hf_names(path, arch)):
+        for layer, name in enumerate(weights_names.hf_names(path, arch)):
             got = np.asarray(array[layer] if path.startswith("layers.") else array)
             np.testing.assert_allclose(got, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
             changed += not np.array_equal(plain[name], merged[name])
@@ -279,16 +282,16 @@ def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora,
     options = {"use_rslora": use_rslora, "target_modules": ["q_proj", "down_proj"]}
     theirs = save_peft(tmp_path / "adapter", family=family, **options).eval()
     tiny.make_torch_model(family, 1).save_pretrained(tmp_path / "base")
-    arch = disk.load_architecture(tmp_path / "base")
-    adapter = hf.load_adapter(tmp_path / "adapter", arch)
+    arch = weights_folder.load_architecture(tmp_path / "base")
+    adapter = adapters.load_adapter(tmp_path / "adapter", arch)
     assert adapter.config.target_modules == ("q_proj", "down_proj")
     assert adapter.config.alpha / adapter.config.rank == pytest.approx(
         6 / (2 if use_rslora else 4), abs=1e-12
     )
     layout = Layout(make_mesh(MeshConfig(), 8))
-    arrays = hf.load_arrays(tmp_path / "base", arch, layout, "float32")
+    arrays = load.load_arrays(tmp_path / "base", arch, layout, "float32")
     decoder = Decoder(arch, arrays, dtype=jnp.float32)
-    start = hf.stack_adapter(adapter, arch)
+    start = adapters.stack_adapter(adapter, arch)
     add_adapters(decoder, adapter.config, jax.random.key(0), start)
     got = compute(decoder)
     with torch.no_grad():
@@ -302,7 +305,7 @@ def test_our_names_are_those_in_pefts_file(tmp_path):
     ours = set()
     for path in filter(is_adapter, arrays):
         module, factor = path.rsplit(".", 1)
-        ours |= {peft_name(name, factor) for name in hf.hf_names(module, ARCH)}
+        ours |= {peft_name(name, factor) for name in weights_names.hf_names(module, ARCH)}
     assert ours == load_file(tmp_path / "adapter_model.safetensors").keys()
 
 
@@ -374,11 +377,11 @@ UNFIT = {
 @pytest.mark.fast
 @pytest.mark.parametrize("case", UNFIT)
 def test_an_adapter_that_cannot_be_honoured_is_refused_by_name(case, adapter):
-    assert len(hf.load_adapter(adapter, ARCH).factors) == 6
+    assert len(adapters.load_adapter(adapter, ARCH).factors) == 6
     change, message = UNFIT[case]
     edit(adapter, **change)
     with pytest.raises(UserError) as error:
-        hf.load_adapter(adapter, ARCH)
+        adapters.load_adapter(adapter, ARCH)
     assert str(error.value).startswith(f"{adapter / 'adapter_config.json'}: ")
     assert message in str(error.value)
 
@@ -387,7 +390,7 @@ def test_an_adapter_that_cannot_be_honoured_is_refused_by_name(case, adapter):
 def test_all_that_is_wrong_with_an_adapter_is_listed(adapter):
     edit(adapter, drop=[FIRST_A], use_dora=True, bias="all", lora_bias=True, r=8)
     with pytest.raises(UserError) as error:
-        hf.load_adapter(adapter, ARCH)
+        adapters.load_adapter(adapter, ARCH)
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
         "use_dora", "bias", "lora_bias", "missing", *["misshapen"] * 11
@@ -405,7 +408,7 @@ def test_what_peft_writes_for_other_methods_is_refused(case, tmp_path):
     }[case]
     save_peft(tmp_path, **options)
     with pytest.raises(UserError, match=next(iter(options))):
-        hf.load_adapter(tmp_path, ARCH)
+        adapters.load_adapter(tmp_path, ARCH)
 
 
 @pytest.mark.fast
@@ -417,7 +420,7 @@ def test_training_cannot_go_on_from_factors_in_some_layers_only(adapter):
     ]
     edit(adapter, drop=gone, layers_to_transform=[0, 2])
     with pytest.raises(UserError) as error:
-        hf.stack_adapter(hf.load_adapter(adapter, ARCH), ARCH)
+        adapters.stack_adapter(adapters.load_adapter(adapter, ARCH), ARCH)
     for name in ("q_proj", "v_proj"):
         assert f"layers.self_attn.{name}: none in layers 1" in str(error.value)
 
@@ -426,7 +429,7 @@ def test_training_cannot_go_on_from_factors_in_some_layers_only(adapter):
 def test_a_folder_without_an_adapter_is_refused(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights"):
-        hf.load_adapter(adapter, ARCH)
+        adapters.load_adapter(adapter, ARCH)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"adapter_config.json: expected a JSON file"):
-        hf.load_adapter(adapter, ARCH)
+        adapters.load_adapter(adapter, ARCH)

@@ -10,12 +10,12 @@ import tiny
 import torch
 
 from kd_jax.config import MeshConfig
-from kd_jax.disk import load_architecture
-from kd_jax.hf import load_arrays
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
 from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.weights.folder import load_architecture
+from kd_jax.weights.load import load_arrays
 
 # Both sides round float32 sums of a few hundred terms in different orders.
 TOLERANCE = 1e-4

@@ -41,7 +41,7 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     Raises:
       UserError: a prompt fills the context, or is empty.
     """
-    from kd_jax.disk import read_json
+    from kd_jax.weights.files import read_json
 
     context = read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
     for number, prompt in enumerate(prompts, start=1):
@@ -58,7 +58,7 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
 
 def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
     """Returns the tokens that end an answer, from the folder's files and the tokenizer."""
-    from kd_jax.disk import read_json
+    from kd_jax.weights.files import read_json
 
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):

@@ -1,8 +1,7 @@
 """Low-rank adapters: add them to a model, merge them, and PEFT's names and configuration."""
 
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from kd_jax.config import LoraConfig
-from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.decoder import Decoder, Layer, Linear, LoraParam
 
 FACTORS = ("lora_A", "lora_B")
@@ -82,82 +80,3 @@ def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: flo
     delta = np.float32(scale) * (B.astype(np.float32) @ A.astype(np.float32))
     merged = (weight.astype(np.float32) + delta).astype(weight.dtype)
     return np.where(delta == 0, weight, merged)
-
-
-def peft_name(module: str, factor: str) -> str:
-    """Returns PEFT's name of a factor: `base_model.model.` + module + `.lora_A.weight`."""
-    return f"base_model.model.{module}.{factor}.weight"
-
-
-# Keys of adapter_config.json that do not change what a saved adapter computes.
-_IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "peft_version", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
-}  # fmt: skip
-
-
-_READ = {
-    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern",
-}  # fmt: skip
-
-
-# Keys that change the computation, with the only values under which plain LoRA is right. The other
-# initialisations (pissa, olora, loftq, ...) change the base model's weights as well.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-
-
-def peft_problems(config: Mapping[str, Any]) -> list[str]:
-    """Returns what a parsed adapter_config.json asks for that plain LoRA does not do."""
-    problems = [
-        f"{key}: expected {values[0]!r}, got {config.get(key)!r}"
-        for key, values in _FIXED.items()
-        if config.get(key) not in values
-    ]
-    problems += [
-        f"{key}: unknown, got {value!r}"
-        for key, value in config.items()
-        if key not in _FIXED.keys() | _IGNORED | _READ and value not in (None, False, [], {})
-    ]
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        problems.append(f"r: expected a whole number of at least 1, got {rank!r}")
-    if not isinstance(alpha, int | float) or alpha <= 0:
-        problems.append(f"lora_alpha: expected a number above 0, got {alpha!r}")
-    return problems
-
-
-def peft_targets(
-    config: Mapping[str, Any], modules: Collection[str], problems: list[str]
-) -> set[str]:
-    """Returns those of the `model.layers.N...` modules that PEFT adapts under this config."""
-    wanted, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
-    layers = config.get("layers_to_transform")
-    chosen = {layers} if isinstance(layers, int) else set(layers or [])
-    try:
-        for part in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
-            if not any(_is_named(module, part) for module in modules):
-                known = ", ".join(LINEAR_NAMES)
-                problems.append(f"target_modules: expected some of {known}, got {part}")
-        found = {m for m in modules if _is_named(m, wanted) and not _is_named(m, excluded)}
-    except re.error as error:
-        problems.append(f"target_modules, exclude_modules: not a regular expression ({error})")
-        return set()
-    return {m for m in found if not chosen or int(m.split(".")[2]) in chosen}
-
-
-def _is_named(module: str, names: str | list[str]) -> bool:
-    """Tells whether PEFT's `names`, an expression or endings, mean this module."""
-    if isinstance(names, str):
-        return names == "all-linear" or re.fullmatch(names, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in names)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
-from kd_jax.hf import load_arrays, stack_adapter
 from kd_jax.losses.hidden import PROJECTION, init_projection, projection_weight
 from kd_jax.models.architecture import Architecture, weights
 from kd_jax.models.attention import choose_attention
@@ -17,6 +16,8 @@ from kd_jax.models.lora import add_adapters, factor_dims, is_adapter
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.sources import Source
+from kd_jax.weights.adapters import stack_adapter
+from kd_jax.weights.load import load_arrays
 
 
 @dataclass(frozen=True, kw_only=True)

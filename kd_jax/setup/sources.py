@@ -6,9 +6,10 @@ from typing import Any
 
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
-from kd_jax.disk import fingerprint, load_architecture, resolve
-from kd_jax.hf import Adapter, check_source, load_adapter
 from kd_jax.models.architecture import Architecture
+from kd_jax.weights.adapters import Adapter, load_adapter
+from kd_jax.weights.folder import fingerprint, load_architecture, resolve
+from kd_jax.weights.load import check_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,21 +1,16 @@
 """A model's folder on disk: hub ids, JSON, hashes, and the bytes of safetensors files."""
 
-import hashlib
 import json
 import math
-import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from kd_jax.config import UserError
-from kd_jax.config.errors import first_line
-from kd_jax.models.architecture import Architecture, read_architecture
+from kd_jax.weights.files import read_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -28,73 +23,6 @@ INDEX = "model.safetensors.index.json"
 
 
 HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-ORBAX = "orbax"
-
-
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
-
-
-def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
-    """Returns the local folder of a path or hub id, downloading what a hub id lacks locally.
-
-    Args:
-      files: patterns of those wanted.
-    """
-    folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is a file")
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is not there")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=list(files)))
-    except Exception as error:
-        raise UserError(
-            f"{field}: {path} is no local folder, and fetching it from the hub failed "
-            f"({type(error).__name__}: {first_line(error)}). "
-            "Check the name, the network and your token (HF_TOKEN), or give a folder"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, which is not there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(tree).__name__}")
-    return tree
-
-
-def load_architecture(folder: Path) -> Architecture:
-    path = folder / "config.json"
-    return read_architecture(read_json(path), str(path))
-
-
-def fingerprint(folder: Path) -> str:
-    """Returns a hash of what a folder's model or adapter is, whatever the folder's name.
-
-    Of each megabyte of weights the first 4 KiB count: training and merging change nearly all
-    values of a tensor, and so the hash, while hashing every byte would take longer than loading.
-    """
-    files = [folder / "config.json", folder / "adapter_config.json"]
-    files += [*folder.glob("*.safetensors"), *(folder / ORBAX).rglob("*")]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with open(path, "rb", buffering=0) as file:
-            for start in range(0, size, 2**20):
-                file.seek(start)
-                digest.update(file.read(2**12))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +135,3 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     if lost:
         raise UserError(f"{path}: names tensors that their files do not have: {', '.join(lost)}")
     return tensors
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that nobody ever reads half of it."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)

@@ -1,0 +1,34 @@
+"""Hugging Face names of weights, and whether a folder has exactly those."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kd_jax.config import UserError
+from kd_jax.models.architecture import Architecture
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def hf_names(path: str, arch: Architecture) -> list[str]:
+    """Returns the Hugging Face names of one array: those of all layers, or its only one."""
+    if path.startswith("layers."):
+        rest = path.removeprefix("layers.")
+        return [f"model.layers.{i}.{rest}" for i in range(arch.num_hidden_layers)]
+    return [path if path == HEAD else f"model.{path}"]
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    place: Path,
+    problems: Sequence[str] = (),
+) -> None:
+    lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - shapes)]
+    lines += [f"unexpected: {n} {list(shapes[n])}" for n in sorted(shapes.keys() - expected)]
+    for name in sorted(expected.keys() & shapes.keys()):
+        want, got = list(expected[name]), list(shapes[name])
+        if got != want:
+            lines.append(f"misshapen: {name}: expected {want}, got {got}")
+    lines += problems
+    if lines:
+        raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
