@@ -20,7 +20,6 @@ import numpy as np
 
 from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
 from kd_jax.data.batches import count_steps, train_batches
-from kd_jax.metrics import peak_memory_bytes
 from kd_jax.parallel.placement import put_batch
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import step_flops
@@ -31,6 +30,7 @@ from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import shared_vocab_size
 from kd_jax.training.optim import make_optimizer
 from kd_jax.training.step import init_state, jit_train_step, place_state
+from kd_jax.workdir.metrics import peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,13 +24,10 @@ class ToHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(ToHfArgs, argv, prog="python -m convert.to_hf", description=__doc__)
-    from kd_jax.checkpoint import (  # takes seconds: not for --help
-        check_inputs,
-        load_trained,
-        read_run,
-    )
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, load_architecture, resolve
+    from kd_jax.workdir.checkpoints import load_trained
+    from kd_jax.workdir.record import check_inputs, read_run
 
     workdir = Path(args.workdir).expanduser()
     config = read_run(workdir)

@@ -19,10 +19,10 @@ from typing import Any, TextIO
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import load_config, parse_args, run_command
-from kd_jax.runs import completion
 from kd_jax.toy import grammar
 from kd_jax.toy.outcome import COLUMNS, format_value, make_table, show
 from kd_jax.weights.files import read_json, write_whole
+from kd_jax.workdir.history import completion
 
 NUM_MANY, NUM_FEW, NUM_HELD_OUT = 16_000, 400, 600
 VOCAB_SIZE = 640
@@ -138,7 +138,7 @@ def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
     result = {"seeds": num_seeds, "entropy": entropy, "models": models}
     ask(stage, stage.out / "seed0" / "distil_hf", "What is three plus four?")
     result["report"] = str(report(stage, result))
-    from kd_jax.metrics import peak_memory_bytes
+    from kd_jax.workdir.metrics import peak_memory_bytes
 
     return result | {
         "seconds": time.perf_counter() - start,

@@ -25,7 +25,7 @@ from kd_jax.config.command import (
 )
 from kd_jax.config.record import differences, dump, part_of
 from kd_jax.reporting.arms import short_names
-from kd_jax.runs import completion
+from kd_jax.workdir.history import completion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,6 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
-from kd_jax import checkpoint
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -37,6 +36,7 @@ from kd_jax.weights import adapters, export, safetensors
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
 from kd_jax.weights import names as weights_names
+from kd_jax.workdir import checkpoints, record
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
@@ -306,15 +306,15 @@ def run_of(tmp_path):
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
         hashes = {"student.path": weights_folder.fingerprint(source)}
-        checkpoint.claim_workdir(config, workdir, hashes, num_steps=1)
+        record.claim_workdir(config, workdir, hashes, num_steps=1)
         arrays = {}
-        with checkpoint.open_checkpointer(workdir, 2) as checkpointer:
+        with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):
                 arrays[step] = trained(models, 0.02 * step)
                 state = init_state(
                     {n: jnp.asarray(x) for n, x in arrays[step].items()}, optax.sgd(1)
                 )
-                checkpoint.save(checkpointer, state, step, None)
+                checkpoints.save(checkpointer, state, step, None)
         return workdir, models, arch, arrays
 
     return write

@@ -16,12 +16,13 @@ from tiny_run import Run, assert_near
 from transformers import AutoModelForCausalLM
 
 from convert import to_hf
-from kd_jax import checkpoint, evaluate, generate, train
+from kd_jax import evaluate, generate, train
 from kd_jax.config import HiddenConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows
 from kd_jax.losses.hidden import PROJECTION
 from kd_jax.training.step import train_step
+from kd_jax.workdir import checkpoints
 
 # The student has three layers of width 64, the teacher two of width 96, or three of 64.
 ON = HiddenConfig(weight=0.7, student_layers=(0, -1), teacher_layers=(0, 1))
@@ -331,7 +332,7 @@ def test_a_run_resumes_bit_for_bit_with_its_projection(finished, run_train, tmp_
 
 def test_the_projection_is_never_exported(finished, tmp_path, tiny_student, capsys):
     kind, workdir, _ = finished
-    trained, step = checkpoint.load_trained(workdir)
+    trained, step = checkpoints.load_trained(workdir)
     assert step == 4 and trained and PROJECTION not in trained
     out = tmp_path / "merged"
     argv = ["--workdir", str(workdir), "--out", str(out)]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from kd_jax import report, runs
+from kd_jax import report
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -29,6 +29,7 @@ from kd_jax.config.record import dump
 from kd_jax.reporting import curves, tables
 from kd_jax.reporting import page as reporting_page
 from kd_jax.reporting.arms import find_controls, make_arms
+from kd_jax.workdir import history
 
 pytestmark = pytest.mark.fast
 
@@ -106,7 +107,7 @@ def numbers(cell):
 
 
 def arms_of(folders):
-    return make_arms(runs.read_runs(folders))
+    return make_arms(history.read_runs(folders))
 
 
 def tables_of(folders, control=None):
@@ -215,7 +216,7 @@ def test_costs_count_every_step_logged_or_not(tmp_path):
     whole = write_run(tmp_path / "whole", seed=0)
     sparse = write_run(tmp_path / "sparse", seed=1, log=LogConfig(every_steps=10))
     for folder, seconds in ((whole, 50.0), (sparse, 40.0)):  # even steps take 2 s, odd ones 3 s
-        found = runs.read_run(folder)
+        found = history.read_run(folder)
         assert found.finished
         assert tables.train_seconds(found) == pytest.approx(seconds)
         assert tables.tokens(found) == pytest.approx(1000 * seconds)
@@ -242,7 +243,7 @@ def test_where_runs_differ_hardware_and_versions_are_counted(tmp_path):
 
 def test_starts_are_counted_by_the_event_files(tmp_path):
     folder = write_run(tmp_path / "run")
-    assert runs.read_run(folder).num_starts is None
+    assert history.read_run(folder).num_starts is None
     (folder / "tensorboard").mkdir()
     for name in ("a", "b"):
         (folder / "tensorboard" / f"events.out.tfevents.{name}").touch()
@@ -252,9 +253,9 @@ def test_starts_are_counted_by_the_event_files(tmp_path):
 def test_the_recorded_number_of_steps_tells_who_is_finished(tmp_path):
     epochs = {"steps": None, "epochs": 1.0}
     folder = write_run(tmp_path / "a", last=9, record={"num_steps": 12}, **epochs)
-    assert runs.read_run(folder).status == "unfinished at step 9 of 12"
+    assert history.read_run(folder).status == "unfinished at step 9 of 12"
     folder = write_run(tmp_path / "b", last=12, record={"num_steps": 12}, **epochs)
-    assert runs.read_run(folder).finished
+    assert history.read_run(folder).finished
 
 
 # The arms.
@@ -533,7 +534,7 @@ def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, capsys):
     path = folder / "metrics.jsonl"
     whole = path.read_text()
     path.write_text(whole + '{"step": 13, "ce_lo')
-    assert runs.read_run(folder).last_step == 12
+    assert history.read_run(folder).last_step == 12
     lines = whole.splitlines()
     path.write_text("\n".join([lines[0], lines[1][:30], *lines[2:]]))
     assert "metrics.jsonl:2: expected a JSON object" in refused(capsys, folder)

@@ -18,13 +18,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
-from kd_jax import checkpoint, evaluate, train
+from kd_jax import evaluate, train
 from kd_jax.config.command import run_command
 from kd_jax.data import chat
 from kd_jax.data import rows as data_rows
 from kd_jax.inference import scores
 from kd_jax.training import loop, step
 from kd_jax.training.step import TrainState, train_step
+from kd_jax.workdir import checkpoints
+from kd_jax.workdir import record as workdir_record
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -125,7 +127,7 @@ def test_training_brings_the_student_nearer(lora_run, full_run):
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_student):
-    trained, step = checkpoint.load_trained(lora_run)
+    trained, step = checkpoints.load_trained(lora_run)
     assert step == STEPS
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
     size = sum(f.stat().st_size for f in (lora_run / "checkpoints" / "6").rglob("*") if f.is_file())
@@ -142,10 +144,10 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_studen
     ],
 )
 def test_the_latest_checkpoints_are_kept_and_the_best_evaluated_one(losses, kept, tmp_path):
-    with checkpoint.open_checkpointer(tmp_path, keep=2) as checkpointer:
+    with checkpoints.open_checkpointer(tmp_path, keep=2) as checkpointer:
         for step, loss in enumerate(losses, start=1):
             state = TrainState({"x": jnp.ones(3)}, {}, jnp.int32(step))
-            checkpoint.save(checkpointer, state, step, loss)
+            checkpoints.save(checkpointer, state, step, loss)
     assert sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()) == kept
 
 
@@ -215,11 +217,11 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
     reached = read_metrics(tmp_path / "stopped")[-1]["step"]
     assert 5 <= reached < 40
     if number == signal.SIGTERM:  # saved at once, whatever every_steps is
-        assert checkpoint.load_trained(tmp_path / "stopped")[1] == reached
+        assert checkpoints.load_trained(tmp_path / "stopped")[1] == reached
     assert run_train(tmp_path / "stopped", *flags) == 0
     assert run_train(tmp_path / "whole", *flags) == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    ours, theirs = (checkpoint.load_trained(tmp_path / name)[0] for name in ("stopped", "whole"))
+    ours, theirs = (checkpoints.load_trained(tmp_path / name)[0] for name in ("stopped", "whole"))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
@@ -285,7 +287,7 @@ def test_the_profile_is_written(run_train, tmp_path):
 
 def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert run_train(tmp_path / "run", "--steps", "None", "--epochs", "2") == 0
-    config = checkpoint.read_run(tmp_path / "run")
+    config = workdir_record.read_run(tmp_path / "run")
     tokenizer = chat.load_tokenizer(Path(config.student.path))
     template = chat.chat_template_of(config.data, tokenizer)
     rows = data_rows.make_rows(config.data, tokenizer, template)

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from kd_jax.checkpoint import check_inputs, is_run, load_trained, read_run
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
 from kd_jax.setup.models import Models, load_frozen_models, load_models
 from kd_jax.setup.sources import Source, open_source
+from kd_jax.workdir.checkpoints import load_trained
+from kd_jax.workdir.record import check_inputs, is_run, read_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import flag_names
 from kd_jax.config.record import flatten
-from kd_jax.runs import Run, identity
+from kd_jax.workdir.history import Run, identity
 
 # Fields that neither change what is learned nor what it costs.
 IGNORED = re.compile(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.reporting.arms import Arm, label_names
-from kd_jax.runs import Run
+from kd_jax.workdir.history import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from kd_jax.reporting.tables import (
     runs_table,
     setup_table,
 )
-from kd_jax.runs import read_runs
+from kd_jax.workdir.history import read_runs
 
 PAGE = "index.html"
 

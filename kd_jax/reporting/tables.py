@@ -10,7 +10,7 @@ import numpy as np
 
 from kd_jax.config.record import flatten
 from kd_jax.reporting.arms import Arm, label_names
-from kd_jax.runs import COMPARED, Run
+from kd_jax.workdir.history import COMPARED, Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

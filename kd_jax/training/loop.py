@@ -9,14 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kd_jax import checkpoint
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
 from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.losses.hidden import PROJECTION
-from kd_jax.metrics import Writer, peak_memory_bytes
 from kd_jax.parallel.placement import local_rows, put_batch
 from kd_jax.parallel.processes import is_first, say, stop_signal, together
 from kd_jax.setup.inputs import load_rows, open_inputs
@@ -26,6 +24,8 @@ from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, check_adapter, shared_vocab_size, without_tokenizer
 from kd_jax.training.optim import make_optimizer, make_schedule
 from kd_jax.training.step import init_state, jit_train_step, place_state
+from kd_jax.workdir import checkpoints, record
+from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
 
 def train(config: Config) -> None:
@@ -50,10 +50,10 @@ def train(config: Config) -> None:
     state = place_state(init_state(models.trainable, optimizer), mesh)
     with (
         stop_signal() as asks_to_stop,
-        checkpoint.open_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
+        checkpoints.open_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
-        state = checkpoint.restore(checkpointer, state) or state
+        state = checkpoints.restore(checkpointer, state) or state
         step = int(state.step)
         say(f"resumed at step {step}" if step else describe_models(models))
         writer = stack.enter_context(closing(Writer(workdir, config.log, step, num_steps)))
@@ -89,10 +89,10 @@ def train(config: Config) -> None:
                 loop.restart_clock()
             if last or step % config.checkpoint.every_steps == 0:
                 loop.flush()  # raises rather than save a state that is not finite
-                checkpoint.save(checkpointer, state, step, eval_loss)
+                checkpoints.save(checkpointer, state, step, eval_loss)
         loop.flush()
         if step < num_steps:
-            checkpoint.save(checkpointer, state, step, None)
+            checkpoints.save(checkpointer, state, step, None)
             say(f"stopped by SIGTERM at step {step}; the same command resumes")
             return
     say(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
@@ -108,7 +108,7 @@ def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[st
         if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
     }
     hashes = student.hashes | (teacher.hashes if teacher else {})
-    return (student, teacher, mesh), {**fields, **hashes, **checkpoint.versions()}
+    return (student, teacher, mesh), {**fields, **hashes, **record.versions()}
 
 
 def _rows(config: Config, *tokenizers: Any):
@@ -121,7 +121,7 @@ def _claim(
 ) -> tuple[None, dict[str, Any]]:
     """Claims the workdir for all processes, of which the others look whether they see it."""
     if is_first():
-        checkpoint.claim_workdir(config, workdir, inputs, num_steps)
+        record.claim_workdir(config, workdir, inputs, num_steps)
     elif not (workdir / "config.json").is_file():
         raise UserError(
             f"--workdir: expected a folder that all processes share, got {workdir}, in which "

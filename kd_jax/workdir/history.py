@@ -15,10 +15,13 @@ from kd_jax.weights.files import read_json
 
 Columns = dict[str, np.ndarray]
 
+
 NEEDED = {
     "step", "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second",
     "peak_memory_bytes",
 }  # fmt: skip
+
+
 COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 

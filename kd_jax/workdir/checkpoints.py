@@ -1,0 +1,88 @@
+"""Checkpoints through Orbax v1: trained arrays, optimizer state and step; never the frozen base."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from kd_jax.config import UserError
+from kd_jax.losses.hidden import PROJECTION
+from kd_jax.training.step import TrainState
+
+
+@contextmanager
+def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpointer]:
+    """Yields the checkpointer of a run; it keeps the latest `keep` and the best evaluated one.
+
+    Raises:
+      OSError: the disk is full; the checkpoints that were finished before are whole.
+    """
+    folder = workdir.absolute() / "checkpoints"
+    policies = ocp.training.preservation_policies
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: -metrics["eval_loss"],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    try:
+        with ocp.training.Checkpointer(
+            folder,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            cleanup_tmp_directories=True,
+        ) as checkpointer:
+            yield checkpointer
+    except ValueError as error:  # how the storage library reports it
+        if "No space left on device" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "no space left for the next checkpoint", str(folder)) from error
+
+
+def save(
+    checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, eval_loss: float | None
+) -> None:
+    """Starts to write the state after `step` updates, unless that step is there already."""
+    if checkpointer.latest is not None and checkpointer.latest.step == step:
+        return
+    metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+    checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
+
+
+def restore(checkpointer: ocp.training.Checkpointer, like: TrainState) -> TrainState | None:
+    """Returns the latest state, laid out like `like`, or None where no checkpoint was finished."""
+    if checkpointer.latest is None:
+        return None
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+    )
+    return TrainState(**checkpointer.load(checkpointer.latest.step, abstract))
+
+
+def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """Returns the student's arrays in a checkpoint by dotted path, and its step; None: the latest.
+
+    What is trained beside the student, the hidden-state loss's projection, is not read.
+    """
+    folder = workdir.absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no checkpoints in it")
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+        if not steps:
+            raise UserError(f"{folder}: holds no finished checkpoint")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
+        saved = checkpointer.metadata(step).metadata
+        abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved)
+        abstract["trainable"] |= {
+            name: np.empty(leaf.shape, leaf.dtype)
+            for name, leaf in saved["trainable"].items()
+            if name != PROJECTION
+        }
+        loaded = checkpointer.load(step, abstract)["trainable"]
+        return {name: x for name, x in loaded.items() if name != PROJECTION}, step
