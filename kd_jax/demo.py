@@ -79,8 +79,8 @@ def claim(out: Path) -> None:
     Raises:
       UserError: the folder holds other things, or what another version of the demo made.
     """
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("grammar", "scratch", "demo")]
-    files += [find_config(name) for name in CONFIGS]
+    here = Path(__file__)
+    files = [here, *sorted((here.parent / "toy").rglob("*.py"))]
     recipe = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     how = "Give another --out, or remove it"
     if (out / MARK).is_file():
@@ -100,10 +100,8 @@ def claim(out: Path) -> None:
 
 
 def find_config(name: str) -> Path:
-    """Returns the demo's config file, in a clone or beside the installed package."""
-    here = Path(__file__).parent
-    folders = (here.parent / "configs" / "demo", here / "demo_configs")
-    found = next(folder for folder in folders if folder.is_dir()) / f"{name}.py"
+    """Returns the demo's config file, relative to the working directory where it lies below."""
+    found = Path(__file__).parent / "toy" / "configs" / f"{name}.py"
     return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 

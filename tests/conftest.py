@@ -31,7 +31,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Without the `test` extra's torch only the fast tests can run, and these files have none.
 NEED_TORCH = [
-    "test_decoding.py", "test_hidden_step.py", "test_model.py", "test_step.py", "test_train.py",
+    "inference/test_decoding.py", "models/test_decoder.py", "training/test_hidden_step.py",
+    "training/test_step.py", "test_train.py",
 ]  # fmt: skip
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 if not importlib.util.find_spec("lm_eval"):

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 pytestmark = pytest.mark.fast
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments):

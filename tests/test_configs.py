@@ -1,12 +1,12 @@
 """Every configuration file, with the published shapes of its models: checked and lowered."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from num_weights import NUM_WEIGHTS
+from paths import CONFIGS
 
 from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
@@ -17,7 +17,7 @@ from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.fast
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ALL_CONFIGS = sorted(CONFIGS.glob("*.py"))
 
 
 def open_config(path):
@@ -33,7 +33,7 @@ def num_weights(arrays):
     return sum(x.size for name, x in arrays.items() if not is_adapter(name))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_lowers_at_its_true_size(path):
     config, architectures = open_config(path)
     mesh = make_mesh(config.mesh, config.data.batch_size)
@@ -52,5 +52,5 @@ def test_every_configuration_lowers_at_its_true_size(path):
 
 
 def test_the_control_arm_differs_by_its_teacher_alone():
-    distil, control = (load_config(CONFIGS[0].with_name(f"{n}.py")) for n in ("8b_to_1b", "1b_sft"))
+    distil, control = (load_config(CONFIGS / f"{n}.py") for n in ("8b_to_1b", "1b_sft"))
     assert dataclasses.replace(distil, teacher=None, workdir=control.workdir) == control

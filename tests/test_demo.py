@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from kd_jax import demo
 from kd_jax.config import DataConfig
@@ -22,7 +22,6 @@ from kd_jax.data.rows import make_rows
 from kd_jax.toy import grammar, outcome
 from kd_jax.toy.models import TEMPLATE, make_tokenizer, write_llama
 
-ROOT = Path(__file__).parents[1]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NUM_SEEDS = 3
@@ -160,22 +159,6 @@ def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
     shown.clear()
     demo.learn(stage, None, seed=1)
     assert any("--seed" in words and "1" in words for words in shown)
-
-
-@pytest.mark.fast
-def test_an_installed_demo_finds_its_configs(tmp_path):
-    """As pyproject.toml lays them out: beside the package's files, with no configs folder."""
-    shutil.copytree(ROOT / "kd_jax", tmp_path / "site" / "kd_jax")
-    shutil.copytree(ROOT / "configs" / "demo", tmp_path / "site" / "kd_jax" / "demo_configs")
-    code = "from kd_jax.demo import *; print(*(load_config(find_config(n)).steps for n in CONFIGS))"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert len(done.stdout.split()) == 3
-    layout = (ROOT / "pyproject.toml").read_text()
-    assert '"kd_jax.demo_configs" = "configs/demo"' in layout
 
 
 @pytest.mark.fast

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_attention import jaxs_own, with_gradients
-from test_kd_head import make_head, value_and_gradients
+from test_fused_head import make_head, value_and_gradients
 from tiny_run import STEPS, Run, assert_near
 
 from kd_jax.losses.divergences import DIVERGENCES

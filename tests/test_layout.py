@@ -7,52 +7,88 @@ import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from kd_jax.config import Config
 from kd_jax.config.command import flag_names
 
 pytestmark = pytest.mark.fast
 
-ROOT = Path(__file__).parents[1]
-# A file imports only from files above it.
-ORDER = [
-    "config", "command", "chips", "topology", "architecture", "rules", "known_models",
-    "analytic", "hlo", "sharding", "embedding", "matmul", "attention", "model", "lora",
-    "decoding", "losses", "token_loss", "kd_head", "hidden", "scores", "disk", "text", "data",
-    "optim", "hf", "export", "step", "checkpoint", "metrics", "build", "abstract", "forecast",
-    "search", "inference", "evaluation", "scoring", "distributed", "loop", "train", "plan",
-    "evaluate", "generate", "harness", "lm_eval", "runs", "arms", "tables", "curves", "report",
-    "sweep", "grammar", "scratch", "outcome", "demo",
+# Floors from the bottom; a room imports rooms of lower floors alone, and a file of a room the files
+# before it.
+FLOORS = [
+    {"config": ["errors", "loss", "run", "record", "command"]},
+    {
+        "parallel": ["rules", "processes", "mesh", "placement"],
+        "data": ["records", "chat", "rows", "batches"],
+    },
+    {
+        "models": [
+            "architecture", "known", "attention", "matmul", "embedding", "decoder", "lora",
+        ],
+    },
+    {
+        "losses": ["divergences", "token_loss", "fused_head", "hidden", "schedules"],
+        "weights": [
+            "files", "safetensors", "names", "folder", "orbax", "adapters", "load", "export",
+        ],
+        "planning": ["chips", "topology", "cost", "estimate", "layouts"],
+    },
+    {
+        "setup": ["runtime", "sources", "models", "program", "inputs"],
+        "workdir": ["record", "checkpoints", "metrics", "history"],
+    },
+    {
+        "inference": [
+            "load", "decoding", "prompts", "scores", "evaluation", "likelihoods", "lm_eval_model",
+        ],
+        "reporting": ["arms", "tables", "curves", "page"],
+    },
+    {
+        "training": ["optim", "step", "loop", "abstract", "hlo", "ahead"],
+        "toy": ["grammar", "models", "outcome"],
+    },
 ]  # fmt: skip
+ROOMS = {room: files for floor in FLOORS for room, files in floor.items()}
+DOORS = ["train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
+FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files]
 # One file needs the `eval` extra.
-ABSENT = set() if importlib.util.find_spec("lm_eval") else {"harness"}
-IMPORTABLE = [name for name in ORDER if name not in ABSENT]
+ABSENT = set() if importlib.util.find_spec("lm_eval") else {"inference.lm_eval_model"}
+IMPORTABLE = [name for name in FILES + DOORS if name not in ABSENT]
 
 
 def imported(file):
-    """Returns the modules of kd_jax that a file imports anywhere."""
+    """Returns the modules of kd_jax that a file imports anywhere, such as config.run."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "kd_jax":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd_jax."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kd_jax":
+            inside = (node.module + ".").removeprefix("kd_jax.")
+            names = {inside + alias.name for alias in node.names}
+            found |= {name if name in FILES else inside[:-1] or name for name in names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("kd_jax.")}
+            found |= {a.name.removeprefix("kd_jax.") for a in node.names if "kd_jax." in a.name}
     return found
 
 
-def test_the_order_names_every_file():
-    files = {file.stem for file in (ROOT / "kd_jax").glob("*.py")} - {"__init__"}
-    assert files == set(ORDER)
+def test_the_floors_name_every_file():
+    files = {
+        ".".join(file.relative_to(ROOT / "kd_jax").with_suffix("").parts)
+        for file in (ROOT / "kd_jax").rglob("*.py")
+        if file.stem != "__init__" and "configs" not in file.parts
+    }
+    assert files == {*FILES, *DOORS}
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_files_above_it(name):
-    assert imported(ROOT / "kd_jax" / f"{name}.py") <= set(ORDER[: ORDER.index(name)])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_lower_floors_and_from_files_before_it(name):
+    room, file = name.split(".")
+    floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+    allowed = {f"{other}.{x}" for below in FLOORS[:floor] for other in below for x in below[other]}
+    allowed |= {f"{room}.{x}" for x in ROOMS[room][: ROOMS[room].index(file)]}
+    allowed |= {"config"}  # whose __init__ gives the configuration's names
+    assert imported(ROOT / "kd_jax" / room / f"{file}.py") <= allowed - {room}
 
 
 def test_importing_does_nothing_and_takes_no_heavy_library():
@@ -65,20 +101,17 @@ def test_importing_does_nothing_and_takes_no_heavy_library():
     assert done.stdout == "[]\n" and done.stderr == ""
 
 
-def test_the_readme_lists_every_file_in_order():
+def test_the_readme_shows_every_room_and_door():
     text = (ROOT / "README.md").read_text()
-    listed = re.findall(r"^(\S+\.py|\S+/)  ", text, re.MULTILINE)
-    assert all((ROOT / path).exists() for path in listed)
-    package = [Path(path).stem for path in listed if path.startswith("kd_jax/")]
-    assert package == ORDER
-    commands = {f"convert/{file.name}" for file in (ROOT / "convert").glob("[!_]*.py")}
-    assert commands <= set(listed)
+    tree = re.findall(r"^ *(\w+)(?:/|\.py)  +\S", text, re.MULTILINE)
+    assert set(tree) >= {*ROOMS, *DOORS, "convert", "configs", "tests"}
 
 
 def test_every_file_that_the_documents_name_exists():
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for path in re.findall(
-            r"\b((?:kd_jax|convert|configs|benchmarks|docs|tests)/\w+\.\w+)", document.read_text()
+            r"\b((?:kd_jax|convert|configs|benchmarks|docs|tests)/[\w/]+\.\w+)",
+            document.read_text(),
         ):
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 

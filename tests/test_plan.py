@@ -5,11 +5,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 import tiny
+from paths import CONFIGS
 
 from kd_jax import plan
 from kd_jax.config import UserError
@@ -19,7 +19,6 @@ from kd_jax.planning.chips import find_topology
 
 pytestmark = pytest.mark.fast
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MAIN = str(CONFIGS / "8b_to_1b.py")
 FIELDS = {
     "fits", "peak_bytes_per_device", "limit_bytes_per_device", "argument_bytes_per_device",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from paths import ROOT
 
 from kd_jax import report, sweep
 from kd_jax.config.command import run_command
@@ -210,7 +211,7 @@ def test_sigterm_lets_the_run_save_and_starts_no_other(file, tmp_path):
     often = ("--checkpoint.every-steps", "100000", "--eval.every-steps", "100000")
     child = subprocess.Popen(
         [sys.executable, "-m", "kd_jax.sweep", *map(str, argv), *often],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
     try:

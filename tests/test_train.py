@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from paths import ROOT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +29,6 @@ from kd_jax.training.step import TrainState, train_step
 from kd_jax.workdir import checkpoints
 from kd_jax.workdir import record as workdir_record
 
-ROOT = Path(__file__).parents[1]
 STEPS = 6
 
 

@@ -4,9 +4,9 @@ import importlib
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from kd_jax import sweep, train
 from kd_jax.config.command import run_command
@@ -14,7 +14,6 @@ from kd_jax.demo import COMMON, STUDENT, TEACHER, VOCAB_SIZE
 from kd_jax.toy import grammar
 from kd_jax.toy.models import make_tokenizer, write_llama
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 COMMANDS = re.findall(r"^python -m (?:kd_jax|convert)\.\w+ .*$", TEXT, re.MULTILINE)
 # Commands of other programs, and the one with a benchmark that only the hub has.

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -139,8 +138,8 @@ def _sources(text: str) -> dict[str, str]:
             seen.add(at)
             place, above = frames[at]
             file, line = places.get(place, ("", ""))
-            if Path(file).parent.name == "kd_jax":
-                found[frame] = f"{Path(file).name}:{line}"
+            if "/kd_jax/" in file:
+                found[frame] = f"{file.rpartition('/kd_jax/')[2]}:{line}"
                 break
             at = above
     return found

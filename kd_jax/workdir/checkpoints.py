@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -11,7 +12,8 @@ from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
 from kd_jax.losses.hidden import PROJECTION
-from kd_jax.training.step import TrainState
+
+State = TypeVar("State", bound=NamedTuple)
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer, state: TrainState, step: int, eval_loss: float | None
+    checkpointer: ocp.training.Checkpointer, state: State, step: int, eval_loss: float | None
 ) -> None:
     """Starts to write the state after `step` updates, unless that step is there already."""
     if checkpointer.latest is not None and checkpointer.latest.step == step:
@@ -51,14 +53,14 @@ def save(
     checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
 
 
-def restore(checkpointer: ocp.training.Checkpointer, like: TrainState) -> TrainState | None:
-    """Returns the latest state, laid out like `like`, or None where no checkpoint was finished."""
+def restore(checkpointer: ocp.training.Checkpointer, like: State) -> State | None:
+    """Returns the latest state, of the type and laid out as `like`; None where there is none."""
     if checkpointer.latest is None:
         return None
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
     )
-    return TrainState(**checkpointer.load(checkpointer.latest.step, abstract))
+    return type(like)(**checkpointer.load(checkpointer.latest.step, abstract))
 
 
 def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:

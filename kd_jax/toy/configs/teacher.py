@@ -1,6 +1,6 @@
 """The demo's teacher: a small Llama, from random weights, on many examples of a toy language.
 
-Command:   python -m kd_jax.train --config configs/demo/teacher.py
+Command:   python -m kd_jax.train --config kd_jax/toy/configs/teacher.py
            after python -m kd_jax.demo, which writes what is read here.
 Hardware:  two CPU cores.
 Expected:  a cross-entropy close to the language's entropy; docs/benchmarks.md has a record.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_model import port
+from test_decoder import port
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kd_jax.config import LoraConfig

@@ -138,7 +138,7 @@ def excesses(program, vocab_size, chunk, widths):
                 found.append(f"logits {one}")
             if loops & set(one.loops) and math.prod(shape) > chunk:
                 found.append(f"inside the head's loop {one}")
-        if one.transfer.kind == "all-gather" and one.source.startswith("kd_head.py"):
+        if one.transfer.kind == "all-gather" and one.source.startswith("losses/fused_head.py"):
             for width in widths:
                 heads[width] += one.transfer.times * any(width in shape for shape in sizes)
     return found + [f"heads of {width}: {n} times" for width, n in heads.items() if n > 1]

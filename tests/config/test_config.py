@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from paths import ROOT
 
 from kd_jax.config import (
     Config,
@@ -36,9 +37,8 @@ from kd_jax.models import attention
 
 pytestmark = pytest.mark.fast
 
-ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
-CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
+ALL_CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
 MAX_SECONDS = 2.0
 
 
@@ -356,7 +356,7 @@ def test_what_is_meant_is_accepted(changes):
     assert from_json(dump(make(**changes))) == make(**changes)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
 def test_from_json_inverts_dump(path):
     loaded = load_config(path)
     assert from_json(json.loads(json.dumps(dump(loaded)))) == loaded
@@ -406,7 +406,7 @@ def test_choices_are_what_is_implemented():
     assert literal(Config, "attention") == {"auto", *get_args(attention.Implementation)}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
 def test_config_files_are_lab_records(path):
     assert isinstance(load_config(path), Config)
     text = ast.get_docstring(ast.parse(path.read_text()))

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import yaml
+from paths import ROOT
 
 from kd_jax.config import DistributedConfig, UserError
 from kd_jax.config.command import parse_config
@@ -22,7 +22,6 @@ from kd_jax.parallel import processes as parallel_processes
 
 pytestmark = pytest.mark.fast
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 SHAPE = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 328, "num_hidden_layers": 2,

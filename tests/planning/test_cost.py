@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from paths import CONFIGS
 
 from kd_jax.config import (
     Config,
@@ -28,8 +28,6 @@ from kd_jax.planning.chips import CHIPS, find_topology
 from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.fast
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_a_chunk_holds_about_the_tokens_asked_for():
