@@ -4,7 +4,7 @@ python benchmarks/train_step.py --config FILE [any flag of kd_jax.train] [--roun
 
 Real folders, data and rows, as kd_jax.train takes them, but nothing is written to the workdir. The
 first two steps warm up; printed are medians of the others. MFU is what the step needs
-(kd_jax.analytic.step_flops) over what the devices can do, both in bfloat16.
+(kd_jax.planning.cost.step_flops) over what the devices can do, both in bfloat16.
 """
 
 import json

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +12,6 @@ from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
 from kd_jax.losses.hidden import PROJECTION
-
-State = TypeVar("State", bound=NamedTuple)
 
 
 @contextmanager
@@ -44,7 +42,7 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer, state: State, step: int, eval_loss: float | None
+    checkpointer: ocp.training.Checkpointer, state: Any, step: int, eval_loss: float | None
 ) -> None:
     """Starts to write the state after `step` updates, unless that step is there already."""
     if checkpointer.latest is not None and checkpointer.latest.step == step:
@@ -53,7 +51,7 @@ def save(
     checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
 
 
-def restore(checkpointer: ocp.training.Checkpointer, like: State) -> State | None:
+def restore(checkpointer: ocp.training.Checkpointer, like: Any) -> Any:
     """Returns the latest state, of the type and laid out as `like`; None where there is none."""
     if checkpointer.latest is None:
         return None

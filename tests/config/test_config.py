@@ -67,7 +67,8 @@ LEAVES = sorted(leaves(Config))
 def documented() -> dict[str, str]:
     """Returns the docstring under each field of each dataclass, as `Class.field`."""
     found = {}
-    for node in ast.parse(Path(run.__file__).read_text()).body:
+    files = [Path(module.__file__) for module in (run, loss)]
+    for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -109,7 +110,7 @@ def run_python(code: str, *argv: str) -> tuple[float, str]:
 
 HELP = f"""
 import sys
-from kd_jax.command import run_command
+from kd_jax.config.command import run_command
 from kd_jax.train import main
 assert run_command(main, ["--config", "{EXAMPLE}", "--help"]) == 0
 """
@@ -146,7 +147,7 @@ def test_help_needs_no_config_file(capsys):
 
 @pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[-1] for name in LEAVES}))
 def test_every_field_is_read_somewhere(name):
-    sources = [path for path in ROOT.glob("kd_jax/*.py") if path.name != "config.py"]
+    sources = [path for path in ROOT.glob("kd_jax/**/*.py") if path.parent.name != "config"]
     assert any(re.search(rf'[."]{name}\b', path.read_text()) for path in sources)
 
 

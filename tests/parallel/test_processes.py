@@ -202,13 +202,14 @@ def test_processes_that_disagree_stop_and_name_what_differs(file, tmp_path, flag
 # Reads the verdict so late that process 0, which lingers for less, would be gone.
 SLOW = """
 import sys, time
-from kd_jax import distributed, train
-from kd_jax.command import run_command
-receive = distributed._receive
+from kd_jax import train
+from kd_jax.config.command import run_command
+from kd_jax.parallel import processes
+receive = processes._receive
 def late(key):
-    time.sleep(key.endswith("/verdict") * (distributed._LINGER_SECONDS + 2))
+    time.sleep(key.endswith("/verdict") * (processes._LINGER_SECONDS + 2))
     return receive(key)
-distributed._receive = late
+processes._receive = late
 sys.exit(run_command(train.main))
 """
 

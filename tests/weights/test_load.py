@@ -147,23 +147,26 @@ PROCESS = """
 import sys, jax, numpy as np
 from pathlib import Path
 from safetensors.numpy import load_file
-from kd_jax import disk, hf
 from kd_jax.config import MeshConfig
-from kd_jax.sharding import Layout, make_mesh
+from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.weights.folder import load_architecture
+from kd_jax.weights.load import load_arrays
+from kd_jax.weights.names import hf_names
+from kd_jax.weights.safetensors import Tensor
 folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-count, plain = 0, disk.Tensor._read_into
+count, plain = 0, Tensor._read_into
 def counted(self, out, offset):
     global count
     count += out.nbytes
     plain(self, out, offset)
-disk.Tensor._read_into = counted
-arch = disk.load_architecture(folder)
+Tensor._read_into = counted
+arch = load_architecture(folder)
 layout = Layout(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8))
-arrays = hf.load_arrays(folder, arch, layout, "float32")
+arrays = load_arrays(folder, arch, layout, "float32")
 stored = load_file(folder / "model.safetensors")
 for path, array in arrays.items():
-    want = np.stack([stored[name] for name in hf.hf_names(path, arch)])
+    want = np.stack([stored[name] for name in hf_names(path, arch)])
     want = want if path.startswith("layers.") else want[0]
     for part in array.addressable_shards:
         np.testing.assert_array_equal(part.data, want[part.index])
