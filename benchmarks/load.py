@@ -29,13 +29,13 @@ import numpy as np
 
 from kd_jax.config import DistributedConfig, MeshConfig
 from kd_jax.config.command import run_command
-from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.architecture import read_architecture
 from kd_jax.models.known import KNOWN_MODELS
+from kd_jax.models.table import hf_names, weights
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture, resolve
 from kd_jax.weights.load import load_arrays
-from kd_jax.weights.names import hf_names
 from kd_jax.weights.safetensors import INDEX
 
 ROUNDS = 3

@@ -1,6 +1,6 @@
 """python -m kd_jax.demo: the whole story in minutes, from a corpus and random weights to a report.
 
-A teacher reads many examples of a small language whose entropy is known (kd_jax.toy.grammar). A smaller
+A teacher reads many examples of a small language of known entropy (kd_jax.toy.grammar). A smaller
 student gets few: untouched, fine-tuned on them, and distilled from the teacher on them.
 """
 

@@ -5,8 +5,8 @@ Needs the `eval` extra: pip install 'kd-jax[eval]'. For example
   python -m kd_jax.lm_eval --model FOLDER --tasks truthfulqa_mc2,hellaswag,commonsense_qa
   python -m kd_jax.lm_eval --model WORKDIR --tasks my_task --include-path FOLDER_OF_YAML --json
 
-Scores are those of lm-eval's own `hf` model; in Python, import kd_jax.inference.lm_eval_model and give "kd_jax" as
-the model to lm_eval.simple_evaluate.
+Scores are those of lm-eval's own `hf` model. In Python, import kd_jax.inference.lm_eval_model and
+give "kd_jax" as the model to lm_eval.simple_evaluate.
 """
 
 import difflib

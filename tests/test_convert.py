@@ -26,8 +26,9 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.config.command import run_command
-from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.table import weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
 from kd_jax.setup.sources import open_source

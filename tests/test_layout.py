@@ -26,7 +26,7 @@ FLOORS = [
     },
     {
         "models": [
-            "architecture", "known", "attention", "matmul", "embedding", "decoder", "lora",
+            "architecture", "table", "known", "attention", "matmul", "embedding", "decoder", "lora",
         ],
     },
     {

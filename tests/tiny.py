@@ -122,8 +122,8 @@ def write_model(
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Returns a config.json's tensors by Hugging Face name, float32, without torch."""
-    from kd_jax.models.architecture import read_architecture, weights
-    from kd_jax.weights.names import hf_names
+    from kd_jax.models.architecture import read_architecture
+    from kd_jax.models.table import hf_names, weights
 
     arch, rng = read_architecture(config, "tiny"), np.random.default_rng(seed)
     tensors = {}

@@ -17,8 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kd_jax.config import Config, HiddenConfig, UserError
-from kd_jax.models.architecture import Architecture, Weight
+from kd_jax.config import HiddenConfig, UserError
+from kd_jax.models.architecture import Architecture
 
 PROJECTION = "hidden.projection"  # its name among what is trained; no part of the student
 
@@ -45,16 +45,6 @@ def check_layers(
         ]
     if problems:
         raise UserError("\n".join(problems))
-
-
-def projection_weight(
-    config: Config, student: Architecture, teacher: Architecture | None
-) -> Weight | None:
-    """Returns the shape of what brings student states to the teacher's width, or None for none."""
-    if teacher is None or not config.compares_hidden or student.hidden_size == teacher.hidden_size:
-        return None
-    shape = (len(config.hidden.student_layers), teacher.hidden_size, student.hidden_size)
-    return Weight(shape, ("layers", "embed", "embed"))
 
 
 def init_projection(shape: tuple[int, ...], seed: int) -> jax.Array:

@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kd_jax.models.architecture import Architecture, Rope, layer_weights
+from kd_jax.models.architecture import Architecture, Rope
 from kd_jax.models.attention import SAVED_ATTENTION, Implementation, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.matmul import project
+from kd_jax.models.table import layer_weights
 from kd_jax.parallel.mesh import Layout, constrain
 
 SAVED_PRODUCT = "product"

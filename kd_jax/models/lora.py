@@ -11,8 +11,7 @@ from flax import nnx
 
 from kd_jax.config import LoraConfig
 from kd_jax.models.decoder import Decoder, Layer, Linear, LoraParam
-
-FACTORS = ("lora_A", "lora_B")
+from kd_jax.models.table import FACTORS
 
 
 def factor_dims(name: str, dims: tuple[str, ...]) -> tuple[str, str, str]:
@@ -64,11 +63,6 @@ def merge_adapters(layer: Layer) -> None:
                 delta = linear.scale * (linear.lora_B[...] @ linear.lora_A[...])
                 linear.weight[...] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
                 linear.lora_A = linear.lora_B = nnx.data(None)
-
-
-def is_adapter(name: str) -> bool:
-    """Tells whether an array's dotted path is that of a low-rank factor."""
-    return name.endswith(FACTORS)
 
 
 def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
-from kd_jax.models.architecture import Architecture, Weight, layer_weights, weights
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.table import Weight, adapter_weights, layer_weights, trained_weights, weights
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
 from kd_jax.planning.chips import GIB, Chip, Topology
 
@@ -163,23 +164,6 @@ def make_shares(
     )
 
 
-def adapter_weights(config: Config, arch: Architecture) -> dict[str, Weight]:
-    """Returns the low-rank factors of LoRA by the path of their weight and their name."""
-    table, rank = {}, config.lora.rank
-    for path, weight in weights(arch).items():
-        name = path.split(".")[-2]
-        if name in config.lora.target_modules and len(weight.shape) == 3:
-            (L, out, into), (layers, out_dim, into_dim) = weight.shape, weight.dims
-            stem = path.removesuffix("weight")
-            table[f"{stem}lora_A"] = Weight((L, rank, into), (layers, "rank", into_dim))
-            table[f"{stem}lora_B"] = Weight((L, out, rank), (layers, out_dim, "rank"))
-    return table
-
-
-def trained_weights(config: Config, arch: Architecture) -> dict[str, Weight]:
-    return adapter_weights(config, arch) if config.trainable == "lora" else weights(arch)
-
-
 def count(table: Mapping[str, Weight]) -> int:
     return sum(math.prod(weight.shape) for weight in table.values())
 
@@ -208,7 +192,7 @@ def step_flops(
     """
     full = config.trainable == "full"
     products, attention = layer_flops(student, config.data.seq_len)
-    adapters = 0.0 if full else 2.0 * count(adapter_weights(config, student))
+    adapters = 0.0 if full else 2.0 * count(adapter_weights(config.lora, student))
     head = 2.0 * student.vocab_size * student.hidden_size
     passes = 3 if full else 2
     needed = num_tokens * (passes * products + 3 * adapters + 3 * attention)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
 from kd_jax.config import Config, UserError
-from kd_jax.models.architecture import Architecture, weights
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.table import weights
 from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
 from kd_jax.planning.chips import GIB, Topology
 from kd_jax.planning.estimate import Case, Report, estimate

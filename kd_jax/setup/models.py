@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
-from kd_jax.losses.hidden import PROJECTION, init_projection, projection_weight
-from kd_jax.models.architecture import Architecture, weights
+from kd_jax.losses.hidden import PROJECTION, init_projection
+from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
-from kd_jax.models.lora import add_adapters, factor_dims, is_adapter
+from kd_jax.models.lora import add_adapters, factor_dims
+from kd_jax.models.table import is_adapter, projection_weight, weights
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.sources import Source

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.architecture import read_architecture
+from kd_jax.models.table import hf_names, weights
 from kd_jax.weights.export import new_folder
-from kd_jax.weights.names import hf_names
 
 BEGIN, START, END, END_OF_TURN = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"

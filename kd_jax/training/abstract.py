@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
-from kd_jax.losses.hidden import PROJECTION, projection_weight
-from kd_jax.models.architecture import Architecture, weights
+from kd_jax.losses.hidden import PROJECTION
+from kd_jax.models.architecture import Architecture
 from kd_jax.models.decoder import Structure, named_arrays
-from kd_jax.models.lora import is_adapter
+from kd_jax.models.table import is_adapter, projection_weight, weights
 from kd_jax.parallel.mesh import Layout, batch_sharding, replicated
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, adapter_sharding, make_decoder, make_student

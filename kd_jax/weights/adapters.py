@@ -11,10 +11,9 @@ import numpy as np
 
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
-from kd_jax.models.architecture import Architecture, weights
-from kd_jax.models.lora import FACTORS
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.table import FACTORS, hf_names, weights
 from kd_jax.weights.files import read_json
-from kd_jax.weights.names import hf_names
 from kd_jax.weights.safetensors import open_folder
 
 

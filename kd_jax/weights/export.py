@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.models.architecture import Architecture, weights
-from kd_jax.models.lora import FACTORS, is_adapter, merge
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.lora import merge
+from kd_jax.models.table import FACTORS, hf_names, is_adapter, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.adapters import peft_name
 from kd_jax.weights.folder import ORBAX, load_architecture
 from kd_jax.weights.load import check_source, load_arrays, open_tensors
-from kd_jax.weights.names import check_shapes, hf_names
+from kd_jax.weights.names import check_shapes
 from kd_jax.weights.orbax import absl_silent, orbax_leaves, read_orbax
 from kd_jax.weights.safetensors import INDEX
 

@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from kd_jax.config import UserError
-from kd_jax.models.architecture import Architecture, Weight, weights
+from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
+from kd_jax.models.table import HEAD, Weight, hf_names, weights
 from kd_jax.parallel.mesh import Layout
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
-from kd_jax.weights.names import EMBEDDING, HEAD, check_shapes, hf_names
+from kd_jax.weights.names import EMBEDDING, check_shapes
 from kd_jax.weights.orbax import _load_orbax, orbax_leaves
 from kd_jax.weights.safetensors import Tensor, open_folder
 

@@ -4,17 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd_jax.config import UserError
-from kd_jax.models.architecture import Architecture
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def hf_names(path: str, arch: Architecture) -> list[str]:
-    """Returns the Hugging Face names of one array: those of all layers, or its only one."""
-    if path.startswith("layers."):
-        rest = path.removeprefix("layers.")
-        return [f"model.layers.{i}.{rest}" for i in range(arch.num_hidden_layers)]
-    return [path if path == HEAD else f"model.{path}"]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def check_shapes(

@@ -10,7 +10,8 @@ import jax
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
-from kd_jax.models.architecture import Architecture, weights
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.table import weights
 from kd_jax.weights.folder import ORBAX
 from kd_jax.weights.names import check_shapes
 

@@ -12,9 +12,10 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from kd_jax.config import LoraConfig
 from kd_jax.inference import decoding
 from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack
-from kd_jax.models.architecture import FAMILIES, layer_weights
+from kd_jax.models.architecture import FAMILIES
 from kd_jax.models.decoder import Decoder, named_arrays
-from kd_jax.models.lora import add_adapters, is_adapter, merge
+from kd_jax.models.lora import add_adapters, merge
+from kd_jax.models.table import is_adapter, layer_weights
 
 NEW = 200
 

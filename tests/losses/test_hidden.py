@@ -20,15 +20,10 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.config.record import dump, from_json
-from kd_jax.losses.hidden import (
-    KINDS,
-    check_layers,
-    hidden_loss,
-    init_projection,
-    projection_weight,
-)
-from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.losses.hidden import KINDS, check_layers, hidden_loss, init_projection
+from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, named_arrays, rebuild
+from kd_jax.models.table import projection_weight, weights
 
 pytestmark = pytest.mark.fast
 

@@ -8,8 +8,9 @@ from num_weights import NUM_WEIGHTS
 
 from kd_jax.config import UserError
 from kd_jax.models import architecture as architecture_module
-from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
+from kd_jax.models.table import weights
 
 pytestmark = pytest.mark.fast
 

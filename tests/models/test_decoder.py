@@ -11,8 +11,9 @@ import torch
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import decoder as model_module
-from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
+from kd_jax.models.table import weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays

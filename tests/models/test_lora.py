@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
-from kd_jax.models.architecture import read_architecture, weights
+from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, Linear, LoraParam, logits, named_arrays
-from kd_jax.models.lora import FACTORS, add_adapters, is_adapter, merge
+from kd_jax.models.lora import add_adapters, merge
+from kd_jax.models.table import FACTORS, is_adapter, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import adapters, load
 from kd_jax.weights import folder as weights_folder

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.models.architecture import FAMILIES, read_architecture, weights
+from kd_jax.models.architecture import FAMILIES, read_architecture
+from kd_jax.models.table import weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import export, safetensors
 from kd_jax.weights import folder as weights_folder
