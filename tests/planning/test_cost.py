@@ -128,7 +128,7 @@ def test_a_models_flops_are_what_xla_counts():
     arrays = run.models.frozen | run.models.trainable
     counted = jax.jit(forward).lower(arrays, ids).compile().cost_analysis()["flops"]
     head = 2.0 * student.vocab_size * student.hidden_size
-    adapters = 2.0 * cost.count(cost.adapter_weights(config, student))
+    adapters = 2.0 * cost.count(cost.adapter_weights(config.lora, student))
     want = 64 * (sum(cost.layer_flops(student, 64)) + adapters + head)
     assert counted == pytest.approx(want, rel=0.03)
 
@@ -149,7 +149,7 @@ def test_remat_adds_a_forward_pass_of_the_student():
     needed, again = cost.step_flops(config, student, teacher, tokens, tokens)
     assert needed / tokens == pytest.approx(21e9, rel=0.03)  # the cost model of the records
     products = sum(cost.layer_flops(student, config.data.seq_len))
-    adapters = 2 * cost.count(cost.adapter_weights(config, student))
+    adapters = 2 * cost.count(cost.adapter_weights(config.lora, student))
     assert again == tokens * (products + adapters)
 
 
