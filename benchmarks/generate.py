@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from kd_jax.config import MeshConfig
-from kd_jax.inference.decoding import generate_all, unstack
+from kd_jax.inference.decoding import generate_all, unstack_layers
 from kd_jax.inference.load import load_model, open_model
-from kd_jax.models.decoder import rebuild
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.runtime import start_jax
 
@@ -29,11 +28,11 @@ def ours(folder: Path, dtype: str, tokens: int):
     """Returns a function from prompts to the seconds and tokens of a generation."""
     opened = open_model(str(folder), dtype)
     models = load_model(opened, make_mesh(MeshConfig(), jax.device_count()))
-    arch, weights = opened.source.arch, unstack(rebuild(models.student, models.frozen))
+    unstack_layers(models.student, models.frozen)
 
     def run(prompts):
         begin = time.perf_counter()
-        rows = generate_all(arch, weights, prompts, max_new_tokens=tokens)
+        rows = generate_all(models.student, models.frozen, prompts, max_new_tokens=tokens)
         return time.perf_counter() - begin, rows
 
     return run

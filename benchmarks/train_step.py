@@ -28,8 +28,7 @@ from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program, targets
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import shared_vocab_size
-from kd_jax.training.optim import make_optimizer
-from kd_jax.training.step import init_state, jit_train_step, place_state
+from kd_jax.training.step import init_state, jit_train_step
 from kd_jax.workdir.metrics import peak_memory_bytes
 
 
@@ -51,8 +50,7 @@ def main(argv: Sequence[str]) -> None:
     models = load_models(config, student, teacher, mesh)
     vocab_size, num_steps = shared_vocab_size(student, teacher), count_steps(rows, config)
     program = make_program(config, models, vocab_size, mesh, num_steps)
-    optimizer = make_optimizer(config.optim, num_steps)
-    state = place_state(init_state(models.trainable, optimizer), mesh)
+    state = init_state(program, models.trainable)
     some = train_batches(
         rows,
         seed=config.seed,
@@ -69,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         clock.append(time.perf_counter())
         return clock[-1] - clock[-2]
 
-    traced = run.trace(program, optimizer, state, *frozen, put_batch(batches[0], mesh))
+    traced = run.trace(program, state, *frozen, put_batch(batches[0], mesh))
     out = {"trace_seconds": lap()}
     lowered = traced.lower()
     out["lower_seconds"] = lap()

@@ -81,9 +81,8 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields the number of a prompt and the next piece of its answer, as they are made."""
     import jax  # seconds that --help need not pay
 
-    from kd_jax.inference.decoding import Sampling, generate, unstack
+    from kd_jax.inference.decoding import Sampling, generate, unstack_layers
     from kd_jax.inference.load import load_model, open_model
-    from kd_jax.models.decoder import rebuild
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
 
@@ -100,11 +99,11 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     room = check_length(prompts, args.max_new_tokens, folder)
     start_jax(opened.config.compilation_cache)
     models = load_model(opened, make_mesh(args.mesh, jax.device_count()))
-    weights = unstack(rebuild(models.student, models.frozen))
+    unstack_layers(models.student, models.frozen)
     writers = [TextWriter(tokenizer, args.stop) for _ in prompts]
     steps = generate(
-        opened.source.arch,
-        weights,
+        models.student,
+        models.frozen,
         prompts,
         max_new_tokens=room,
         stop_tokens=stop_tokens(folder, tokenizer),

@@ -27,7 +27,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.decoder import Decoder, logits
 from kd_jax.models.table import weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
@@ -69,12 +69,12 @@ def trained(models, change=0.1):
     rng = np.random.default_rng(3)
     return {
         name: np.asarray(x) + change * rng.standard_normal(x.shape, np.float32)
-        for name, x in models.trainable.items()
+        for name, x in models.trainable["student"].items()
     }
 
 
 def our_logits(models, arrays):
-    decoder = rebuild(models.student, models.frozen, arrays)
+    decoder = Decoder(models.student, models.frozen | arrays)
     return np.asarray(jax.jit(logits)(decoder, TOKENS, *PLACES))
 
 
@@ -123,7 +123,7 @@ def test_a_merged_export_is_what_transformers_computes_with(tied, family, tmp_pa
 def test_an_export_of_full_training_is_what_transformers_computes_with(tied, family, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     models, arch = load(make_config(source, trainable="full"))
-    assert models.trainable.keys() == weights(arch).keys()
+    assert models.trainable["student"].keys() == weights(arch).keys()
     arrays = trained(models, 0.05)
     export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
     assert_same_logits(our_logits(models, arrays), torch_logits(auto_model(tmp_path / "out")))
@@ -174,7 +174,7 @@ def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, 
     if form == "orbax":
         place = tmp_path / "orbax"
         export.save_orbax(source, place)
-    arrays = {name: np.asarray(x) for name, x in models.trainable.items()}
+    arrays = {name: np.asarray(x) for name, x in models.trainable["student"].items()}
     assert any(x.any() for x in arrays.values())
     export.export_merged(place, arch, arrays, 2.5, tmp_path / "out")
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)

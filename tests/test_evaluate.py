@@ -16,7 +16,7 @@ from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
-from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.decoder import Decoder, logits
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.program import targets
 from kd_jax.setup.sources import open_source
@@ -147,7 +147,7 @@ def expected_values(root, top_k):
     both = []
     for name in ("student", "teacher"):
         models = load_model(open_model(str(root / name), "float32"), mesh)
-        model = rebuild(models.student, models.frozen)
+        model = Decoder(models.student, models.frozen)
         inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
         both.append(np.asarray(jax.jit(logits)(model, *inputs))[mask])
     document = (np.arange(len(mask))[:, None] * 1000 + batch["segment_ids"])[mask]

@@ -120,6 +120,14 @@ def write_model(
     return folder
 
 
+def arrays_of(decoder: Any) -> dict[str, Any]:
+    """Returns a decoder's arrays by path, as Flax gives them."""
+    from flax import nnx
+
+    state = nnx.to_flat_state(nnx.state(decoder))
+    return {".".join(map(str, path)): variable[...] for path, variable in state}
+
+
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Returns a config.json's tensors by Hugging Face name, float32, without torch."""
     from kd_jax.models.architecture import read_architecture

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.config import (
@@ -24,8 +23,7 @@ from kd_jax.setup.inputs import open_inputs
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.sources import shared_vocab_size
-from kd_jax.training.optim import make_optimizer
-from kd_jax.training.step import init_state, place_state, train_step
+from kd_jax.training.step import init_state, loss_gradients, train_step
 
 STEPS = 4
 
@@ -73,8 +71,7 @@ class Run:
         self.models = load_models(config, student, teacher, self.mesh)
         vocab_size = shared_vocab_size(student, teacher)
         self.program = make_program(config, self.models, vocab_size, self.mesh, config.steps)
-        self.optimizer = make_optimizer(config.optim, config.steps)
-        self.state = place_state(init_state(self.models.trainable, self.optimizer), self.mesh)
+        self.state = init_state(self.program, self.models.trainable)
 
     def batch(self, seed=0):
         count = self.config.optim.accumulation_steps
@@ -92,21 +89,22 @@ class Run:
 
     def step(self, batch):
         """Takes one step and returns its metrics as floats."""
-        run = jax.jit(train_step, static_argnums=(0, 1))
-        self.state, metrics = run(self.program, self.optimizer, *self.arguments(batch))
+        run = jax.jit(train_step, static_argnums=0)
+        self.state, metrics = run(self.program, *self.arguments(batch))
         return {name: float(value) for name, value in metrics.items()}
 
     def gradients(self, batch):
-        """Returns the mean loss's gradients, caught where the optimizer gets them, and metrics."""
-
-        def update(gradients, state, params):
-            return jax.tree.map(jnp.zeros_like, gradients), gradients
-
-        catch = self.optimizer._replace(update=update)
-        run = jax.jit(train_step, static_argnums=(0, 1))
-        state, metrics = run(self.program, catch, *self.arguments(batch))
-        gradients = {name: np.asarray(x) for name, x in state.opt_state.items()}
+        """Returns the mean loss's gradients by path, and metrics."""
+        run = jax.jit(loss_gradients, static_argnums=0)
+        gradients, metrics = run(self.program, *self.arguments(batch))
+        gradients = {name: np.asarray(x) for name, x in flat(gradients).items()}
         return gradients, {name: float(value) for name, value in metrics.items()}
+
+
+def flat(trainable):
+    """Returns the student's arrays by path, and `projection` where one is trained."""
+    rest = {name: x for name, x in trainable.items() if name != "student"}
+    return trainable["student"] | rest
 
 
 def assert_near(got, want, tolerance):

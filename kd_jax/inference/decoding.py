@@ -4,38 +4,18 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.models.architecture import Architecture
-from kd_jax.models.attention import attention, choose_attention
-from kd_jax.models.decoder import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
-from kd_jax.models.lora import merge_adapters
+from kd_jax.models.attention import attention
+from kd_jax.models.decoder import Decoder, DecoderSpec
+from kd_jax.models.table import FACTORS, is_adapter
+from kd_jax.parallel.placement import Arrays
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
-
-
-NO_KEYS = (None,) * 4  # no dropout
-
-
-class Weights(NamedTuple):
-    """A decoder's arrays, all in its dtype, without adapters.
-
-    Each layer's are apart, so that no step has to slice a stack, and plain, so that the arguments
-    of a step are gathered in no time.
-    """
-
-    embed_tokens: jax.Array
-    """[V, D]."""
-    layers: tuple[dict[str, jax.Array], ...]
-    """By their names in `layer_weights`."""
-    norm: jax.Array
-    """[D]."""
-    head: jax.Array
-    """[V, D]."""
+Cache = Any  # keys and values, a pair [B, T, K, H] for each layer, or stacked [L, B, T, K, H]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,22 +30,32 @@ class Sampling:
     """Draw from the fewest likeliest tokens that have this probability together."""
 
 
-def unstack(model: Decoder) -> Weights:
-    """Returns the decoder's weights for `generate`; the stacked ones can be dropped."""
-    layers = []
-    for i in range(model.arch.num_hidden_layers):
-        layer = jax.tree.map(lambda x, i=i: x[i], model.layers)
-        merge_adapters(layer)
-        layers.append(named_arrays(layer)[0])
-    weights = Weights(
-        model.embed_tokens.weight[...], tuple(layers), model.norm.weight[...], model.head_weight()
-    )
-    return jax.tree.map(lambda x: x.astype(model.dtype), weights)
+def unstack_layers(spec: DecoderSpec, arrays: Arrays) -> None:
+    """Takes a decoder's stacked arrays apart in place, its adapters merged, in the spec's dtype.
+
+    No more than one stack is held twice. A loop over layers apart slices no stack, which on a CPU
+    takes longer than the products of one token.
+    """
+    stacked = "layers.input_layernorm.weight" in arrays
+    for path in [path for path in arrays if not is_adapter(path)]:
+        value = arrays.pop(path).astype(spec.dtype)
+        if not stacked or not path.startswith("layers."):
+            arrays[path] = value
+            continue
+        module, name = path.removeprefix("layers.").rsplit(".", 1)
+        factors = [f"layers.{module}.{factor}" for factor in FACTORS]
+        merges = name == "weight" and factors[0] in arrays
+        A, B = (arrays.pop(factor) for factor in factors) if merges else (None, None)
+        for i, layer in enumerate(value):
+            if A is not None and B is not None:
+                delta = spec.lora_scale * (B[i] @ A[i])  # float32, rounded once
+                layer = (layer.astype(jnp.float32) + delta).astype(spec.dtype)
+            arrays[f"layers.{i}.{module}.{name}"] = layer
 
 
 def generate(
-    arch: Architecture,
-    weights: Weights,
+    spec: DecoderSpec,
+    arrays: Arrays,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -79,24 +69,25 @@ def generate(
     A row ends before a stop token, which is not given, or after `max_new_tokens`.
 
     Args:
+      arrays: of the decoder by path, stacked or, faster on a CPU, as `unstack_layers` leaves them.
       prompts: token ids, none empty, of any lengths.
       vocab_size: entries of the vocabulary with a meaning; None takes all.
     """
     num_rows = len(prompts)
-    if num_rows == 1 and _dtype(weights) == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if num_rows == 1 and spec.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         prompts = [*prompts, prompts[0]]  # XLA is five times slower with a single row there
     tokens, start = _left_pad(prompts)
     P = tokens.shape[1]
     # The prompt's length and the number of new tokens are rounded up: few programs serve all.
     length = P + _round_up(max_new_tokens, 64)
-    fixed = (arch, sampling, vocab_size or arch.vocab_size)
+    fixed = (spec, sampling, vocab_size or spec.arch.vocab_size)
     key = jax.random.key(seed)
-    cache, ids = _prefill(fixed, length, weights, tokens, start, key)
+    cache, ids = _prefill(fixed, length, arrays, tokens, start, key)
     alive = np.ones(num_rows, bool)
     for i in range(max_new_tokens):
         here = ids
         if i + 1 < max_new_tokens:  # begun before this step's tokens are looked at
-            cache, ids = _step(fixed, weights, cache, here, np.int32(P + i), start, key)
+            cache, ids = _step(fixed, arrays, cache, here, np.int32(P + i), start, key)
         found = np.asarray(here)[:num_rows]
         alive &= ~np.isin(found, list(stop_tokens))
         if not alive.any():
@@ -105,11 +96,11 @@ def generate(
 
 
 def generate_all(
-    arch: Architecture, weights: Weights, prompts: Sequence[Sequence[int]], **options
+    spec: DecoderSpec, arrays: Arrays, prompts: Sequence[Sequence[int]], **options
 ) -> list[list[int]]:
     """Returns what `generate` yields, gathered for each row."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(arch, weights, prompts, **options):
+    for tokens in generate(spec, arrays, prompts, **options):
         for row, token in zip(rows, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -132,71 +123,54 @@ def _round_up(number: int, unit: int) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _prefill(fixed, length, weights: Weights, tokens, start, key):
-    """Returns the cache [B, length, ...] filled with the prompts, and the next tokens, [B]."""
-    arch = fixed[0]
+def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
+    """Returns the cache of `length` places with the prompts [B, P], and the next tokens, [B]."""
+    spec = fixed[0]
+    model = Decoder(spec, arrays)
     B, P = tokens.shape
     place = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding sees padding alone
-    positions = jnp.maximum(place - start[:, None], 0)
-    rope = rope_tables(positions, arch.rope, arch.head_dim, _dtype(weights))
-    x = weights.embed_tokens[tokens]
-    cache = []
+    x, rope = model.embed(tokens, jnp.maximum(place - start[:, None], 0))
+    room = ((0, 0), (0, length - P), (0, 0), (0, 0))
 
     def attend(q, k, v):
-        kernel = choose_attention("auto", jax.default_backend(), q.dtype, arch.head_dim)
-        return attention(q, k, v, segment_ids, implementation=kernel), (k, v)
+        out = attention(q, k, v, segment_ids, implementation=spec.attention, layout=spec.layout)
+        return out, (jnp.pad(k, room), jnp.pad(v, room))
 
-    for layer in weights.layers:
-        x, (k, v) = _run_layer(arch, layer, x, rope, attend)
-        room = ((0, 0), (0, length - P), (0, 0), (0, 0))
-        cache.append((jnp.pad(k, room), jnp.pad(v, room)))
-    return tuple(cache), _next_tokens(fixed, weights, x[:, -1], jax.random.fold_in(key, P))
+    x, cache = model.over_layers(lambda x, layer, _: layer(x, rope, attend), x, None)
+    return cache, _next_tokens(fixed, model, x[:, -1], jax.random.fold_in(key, P))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(fixed, weights: Weights, cache: Cache, tokens, index, start, key):
+def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
     """Returns the cache with `tokens` [B] at place `index`, and the next tokens, [B]."""
-    T = cache[0][0].shape[1]
-    place = jnp.arange(T)[None]
+    model = Decoder(fixed[0], arrays)
+    place = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
     seen = (place >= start[:, None]) & (place <= index)  # [B, T]
-    arch = fixed[0]
-    positions = (index - start)[:, None]
-    rope = rope_tables(positions, arch.rope, arch.head_dim, _dtype(weights))
-    x = weights.embed_tokens[tokens[:, None]]
-    after = []
-    for layer, (keys, values) in zip(weights.layers, cache, strict=True):
+    x, rope = model.embed(tokens[:, None], (index - start)[:, None])
 
-        def attend(q, k, v, keys=keys, values=values):
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+    def run_layer(x, layer, pair):
+        def attend(q, k, v):
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+                for old, new in zip(pair, (k, v), strict=True)
+            )
             mask = seen[:, None, None]
             return jax.nn.dot_product_attention(q, keys, values, mask=mask), (keys, values)
 
-        x, pair = _run_layer(arch, layer, x, rope, attend)
-        after.append(pair)
-    return tuple(after), _next_tokens(fixed, weights, x[:, 0], jax.random.fold_in(key, index + 1))
+        return layer(x, rope, attend)
+
+    x, cache = model.over_layers(run_layer, x, cache)
+    return cache, _next_tokens(fixed, model, x[:, 0], jax.random.fold_in(key, index + 1))
 
 
-def _run_layer(arch: Architecture, arrays: dict[str, jax.Array], x, rope, attend):
-    """Returns the layer's output [B, S, D], and what `attend` gives besides the attention's."""
-    layer = Layer(arrays, arch, x.dtype, Placement())
-    heads = layer.self_attn.heads(layer.input_layernorm(x), rope, NO_KEYS)
-    out, pair = attend(*heads)
-    x = x + layer.self_attn.o_proj(out.reshape(*x.shape[:2], -1))
-    return x + layer.mlp(layer.post_attention_layernorm(x), NO_KEYS), pair
-
-
-def _dtype(weights: Weights):
-    return weights.norm.dtype
-
-
-def _next_tokens(fixed, weights: Weights, x, key) -> jax.Array:
+def _next_tokens(fixed, model: Decoder, x, key) -> jax.Array:
     """Returns the tokens [B] chosen after hidden states [B, D] of the last layer."""
-    arch, sampling, vocab_size = fixed
-    hidden = RMSNorm(weights.norm, arch.rms_norm_eps)(x[:, None])[:, 0]
-    # The head first, as in matmul.project; the barrier keeps XLA from turning the product around.
-    z = jnp.einsum("VD,BD->VB", weights.head, hidden, preferred_element_type=jnp.float32)
+    _, sampling, vocab_size = fixed
+    hidden = model.norm(x[:, None])[:, 0]
+    head = model.head_weight().astype(hidden.dtype)
+    # The head first, as in matmul.project; the barrier keeps XLA from transposing the product.
+    z = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
     logits = jax.lax.optimization_barrier(z).T
     if vocab_size < logits.shape[1]:
         real = jnp.arange(logits.shape[1]) < vocab_size

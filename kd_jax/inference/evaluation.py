@@ -9,7 +9,7 @@ from kd_jax.data.batches import eval_batches
 from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, tally
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.models.decoder import rebuild
+from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars
@@ -63,8 +63,8 @@ def eval_step(
     program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[jax.Array, Arrays]:
     """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
-    student = rebuild(program.student, student_arrays)
-    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
+    student = Decoder(program.student, student_arrays)
+    teacher = None if program.teacher is None else Decoder(program.teacher, teacher_arrays)
     inputs, _ = head_inputs(program, student, teacher, batch)
     scalars = loss_scalars(program, None)
     return inputs[-1], token_metrics(program.head, scalars, *inputs)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from kd_jax.config import LossConfig
 from kd_jax.data.rows import pack
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.models.decoder import Structure, rebuild
+from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import Arrays, make_head
@@ -41,7 +41,7 @@ class Score(NamedTuple):
 class Scorer:
     """A model on the mesh, and how requests are laid out for it."""
 
-    structure: Structure
+    spec: DecoderSpec
     arrays: Arrays
     mesh: Mesh
     vocab_size: int
@@ -126,7 +126,7 @@ def _score_rows(
     unused, dtype = LossConfig(), scorer.arrays["norm.weight"].dtype.name  # without a teacher
     head = make_head(unused, scorer.mesh, scorer.vocab_size, len(rows) * length, dtype)
     placed = put_batch(batch, scorer.mesh)
-    out = jax.device_get(run(scorer.structure, head, scorer.arrays, placed))
+    out = jax.device_get(run(scorer.spec, head, scorer.arrays, placed))
     for r, request, first, last in places:
         nats, correct = (x[r, first:last] for x in out)
         yield request, Score(-float(nats.sum(dtype=np.float64)), bool(correct.all()))
@@ -158,9 +158,9 @@ def _fill(batch: Batch, r: int, row: list[_Piece]) -> Iterator[tuple[Request, in
             yield (piece.context, continuation), here.start, here.stop
 
 
-def _score_step(structure, head, arrays, batch):
+def _score_step(spec, head, arrays, batch):
     """Returns -log p of each label, nats, and whether it is the likeliest token, [B, S] float32."""
-    model = rebuild(structure, arrays)
+    model = Decoder(spec, arrays)
     segments = (batch["segment_ids"], batch["context_ids"])
     hidden = model(batch["tokens"], batch["positions"], segments)
     targets = batch["labels"], batch["mask"]

@@ -22,11 +22,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.inference.decoding import Sampling, Weights, generate, unstack
+from kd_jax.inference.decoding import Sampling, generate, unstack_layers
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.prompts import stop_tokens
-from kd_jax.models.decoder import rebuild
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, shared_vocab_size
@@ -76,7 +75,6 @@ class KdJaxLM(TemplateLM):
         start_jax(compilation_cache)
         mesh = make_mesh(MeshConfig(), jax.device_count())
         models = load_model(model, mesh)
-        self.arch = model.source.arch
         self.tokenizer = _tokenizer(model.source, add_bos_token)
         self.stop_tokens = stop_tokens(folder, self.tokenizer)
         self.max_length = max_length or _max_length(folder, self.tokenizer)
@@ -85,7 +83,7 @@ class KdJaxLM(TemplateLM):
         self.chat_template_args = chat_template_args or {}
         self.prompts_at_once = 16 if batch_size == "auto" else int(batch_size)
         self.scorer = Scorer(
-            structure=models.student,
+            spec=models.student,
             arrays=models.frozen,
             mesh=mesh,
             vocab_size=shared_vocab_size(model.source, None),
@@ -184,7 +182,7 @@ class KdJaxLM(TemplateLM):
     # Generation.
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        weights = unstack(rebuild(self.scorer.structure, self.scorer.arrays))
+        unstack_layers(self.scorer.spec, self.scorer.arrays)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -196,7 +194,7 @@ class KdJaxLM(TemplateLM):
                 for first in range(0, len(group), self.prompts_at_once):
                     some = group[first : first + self.prompts_at_once]
                     options = requests[some[0]].args[1]
-                    texts = self._answer(weights, [prompts[i] for i in some], options)
+                    texts = self._answer([prompts[i] for i in some], options)
                     for i, text in zip(some, texts, strict=True):
                         results[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -207,9 +205,7 @@ class KdJaxLM(TemplateLM):
         begun = has_bos_prefix(context, self.tokenizer.bos_token)
         return self.tok_encode(context, add_special_tokens=False if begun else self.add_bos_token)
 
-    def _answer(
-        self, weights: Weights, prompts: list[list[int]], options: dict[str, Any]
-    ) -> list[str]:
+    def _answer(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         """Returns the texts that follow the prompts, each without what stops it."""
         options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)  # type: ignore[assignment]
         until = [text for text in options.pop("until") if text]
@@ -224,8 +220,8 @@ class KdJaxLM(TemplateLM):
             id for id in ids if not self._text([id])
         }  # special tokens, of which no text is left
         steps = generate(
-            self.arch,
-            weights,
+            self.scorer.spec,
+            self.scorer.arrays,
             [prompt[-room:] for prompt in prompts],
             max_new_tokens=self.max_length - room,
             stop_tokens=self.stop_tokens | ends,

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
-from kd_jax.setup.models import Models, load_frozen_models, load_models
+from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
 from kd_jax.workdir.checkpoints import load_trained
 from kd_jax.workdir.record import check_inputs, is_run, read_run
@@ -60,11 +60,19 @@ def open_model(
 
 
 def load_model(model: OpenModel, mesh: Mesh) -> Models:
-    """Returns the model's arrays on the mesh as `frozen`, and its structure, without a teacher."""
+    """Returns the model, all of its arrays on the mesh as `frozen`, without a teacher.
+
+    A run's arrays come from its checkpoint, and from the base only what was not trained.
+    """
+    config, source = model.config, model.source
     if model.workdir is None:
-        return load_frozen_models(model.config, model.source, None, mesh)
-    models = load_models(model.config, model.source, None, mesh)
-    arrays = models.frozen | models.trainable
-    trained, _ = load_trained(model.workdir, model.step)
-    arrays |= {name: jax.device_put(x, arrays[name].sharding) for name, x in trained.items()}
-    return dataclasses.replace(models, frozen=arrays, trainable={})
+        spec, arrays = load_frozen(config, config.student, source, mesh)
+    else:
+        models = load_models(config, source, None, mesh, with_trainable=False)
+        spec, abstract = models.student, models.trainable["student"]
+        trained, _ = load_trained(model.workdir, model.step)
+        arrays = models.frozen | {
+            path: jax.device_put(trained[path].astype(x.dtype), x.sharding)
+            for path, x in abstract.items()
+        }
+    return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})

@@ -20,9 +20,6 @@ import jax.numpy as jnp
 from kd_jax.config import HiddenConfig, UserError
 from kd_jax.models.architecture import Architecture
 
-PROJECTION = "hidden.projection"  # its name among what is trained; no part of the student
-
-
 _STREAM = 2**32 - 1  # of random numbers, apart from those of steps and adapters
 
 

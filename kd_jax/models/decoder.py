@@ -1,12 +1,13 @@
-"""The decoder.
+"""The decoder: one layer for training, evaluation and decoding.
 
 Dimensions: B batch, S sequence, D embed, F mlp, N query heads, K key/value heads, H head dim,
-V vocab, L layers. Weights keep Hugging Face names and orientation, [out, in]; those of the layers
-are stacked on a leading L and run by a scan.
+V vocab, L layers. Weights keep Hugging Face names and orientation, [out, in]. Those of the layers
+are stacked on a leading L and run by a scan; a model for decoding alone may have them apart.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,27 @@ from kd_jax.models.table import layer_weights
 from kd_jax.parallel.mesh import Layout, constrain
 
 SAVED_PRODUCT = "product"
-"""Name of a projection's output, by which remat can keep it."""
+"""Name of a projection's output, by which gradient checkpointing can keep it."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Maps q [B, S, N, H], k and v [B, S, K, H] to the output [B, S, N, H] and what else it makes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where and how a model runs; changes no result."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """A decoder without its arrays: what it computes, and where; static under jit."""
 
-    implementation: Implementation = "xla"
-    """Attention kernel."""
+    arch: Architecture
+    dtype: Any
+    """Of activations and matrix products."""
+    attention: Implementation = "xla"
     layout: Layout | None = None
-    """Of its weights and rows on the mesh."""
+    """Of weights and rows on the mesh; None on one device."""
+    remat: Literal["none", "dots", "attention", "layer"] = "none"
+    lora_scale: float = 0.0
+    """alpha / rank of the adapters among its arrays."""
+    dropout: float = 0.0
+    """Probability of zeroing an adapter's input in training."""
 
 
 class LoraParam(nnx.Param):
@@ -40,50 +51,44 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ (+ b), plus scale (x Aᵀ) Bᵀ where adapters were added."""
+    """y = x Wᵀ (+ b), plus lora_scale (x Aᵀ) Bᵀ where the arrays hold an adapter."""
 
-    def __init__(
-        self, weight: Any, bias: Any, dims: tuple[str, ...], dtype: Any, layout: Layout | None
-    ):
-        """Takes a weight [out, in], and the logical names of these dimensions."""
-        self.weight = nnx.Param(weight)
-        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
-        self.dims = dims
-        self.dtype = dtype
-        self.layout = layout
-        self.lora_A: LoraParam | None = nnx.data(None)
-        self.lora_B: LoraParam | None = nnx.data(None)
-        self.scale = 0.0
-        self.dropout = 0.0
+    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any], path: str):
+        """Takes `path`.weight [out, in], and bias and low-rank factors where there are any."""
+
+        def optional(name: str, kind: type[nnx.Param]) -> Any:
+            value = arrays.get(f"{path}.{name}")
+            return nnx.data(None if value is None else kind(value))
+
+        self.weight = nnx.Param(arrays[f"{path}.weight"])
+        self.bias = optional("bias", nnx.Param)
+        self.lora_A = optional("lora_A", LoraParam)
+        self.lora_B = optional("lora_B", LoraParam)
+        self.dims = layer_weights(spec.arch)[f"{path}.weight"].dims
+        self.spec = spec
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
         out, into = self.dims
         y = self._project(x, self.weight[...], out, into)
         if self.bias is not None:
-            bias = self.bias[...].astype(self.dtype)  # as project casts weights
+            bias = self.bias[...].astype(self.spec.dtype)  # as project casts weights
             y = y + bias[None, None]
-        if self.lora_A is not None and self.lora_B is not None:
-            if key is not None and self.dropout > 0:
-                keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        if self.lora_A is not None:
+            dropout = self.spec.dropout
+            if key is not None and dropout > 0:
+                keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
+                x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
             low = self._project(x, self.lora_A[...], "rank", into)
             low = checkpoint_name(low, SAVED_PRODUCT)
-            y = y + self.scale * self._project(low, self.lora_B[...], out, "rank")
+            y = y + self.spec.lora_scale * self._project(low, self.lora_B[...], out, "rank")
         return checkpoint_name(y, SAVED_PRODUCT)  # the sum, whose parts no gradient takes
 
-    def _project(self, x, weight, *dims):
-        alone = self.layout is None or self.layout.mesh.size == 1
-        in_use = None if alone else self.layout.in_use(dims, weight.shape)
-        return project(x, weight, self.dtype, in_use)
-
-
-def _linear(
-    w: dict[str, Any], block: str, name: str, arch: Architecture, dtype: Any, place: Placement
-) -> Linear:
-    """Returns one projection of the arrays in its block."""
-    dims = layer_weights(arch)[f"{block}.{name}.weight"].dims
-    return Linear(w[f"{name}.weight"], w.get(f"{name}.bias"), dims, dtype, place.layout)
+    def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
+        layout = self.spec.layout
+        alone = layout is None or layout.mesh.size == 1
+        in_use = None if alone else layout.in_use(dims, weight.shape)
+        return project(x, weight, self.spec.dtype, in_use)
 
 
 class RMSNorm(nnx.Module):
@@ -102,41 +107,37 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
-        self.q_proj = _linear(w, "self_attn", "q_proj", arch, dtype, place)
-        self.k_proj = _linear(w, "self_attn", "k_proj", arch, dtype, place)
-        self.v_proj = _linear(w, "self_attn", "v_proj", arch, dtype, place)
-        self.o_proj = _linear(w, "self_attn", "o_proj", arch, dtype, place)
-        eps, normed = arch.rms_norm_eps, arch.qk_norm
-        self.q_norm = nnx.data(RMSNorm(w["q_norm.weight"], eps) if normed else None)
-        self.k_norm = nnx.data(RMSNorm(w["k_norm.weight"], eps) if normed else None)
-        self.head_dim = arch.head_dim
-        self.place = place
+    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
+        self.q_proj = Linear(spec, arrays, "self_attn.q_proj")
+        self.k_proj = Linear(spec, arrays, "self_attn.k_proj")
+        self.v_proj = Linear(spec, arrays, "self_attn.v_proj")
+        self.o_proj = Linear(spec, arrays, "self_attn.o_proj")
+        self.q_norm = nnx.data(_head_norm(spec, arrays, "q_norm"))
+        self.k_norm = nnx.data(_head_norm(spec, arrays, "k_norm"))
+        self.head_dim = spec.arch.head_dim
 
-    def __call__(self, x, rope, segment_ids, keys):
-        q, k, v = self.heads(x, rope, keys)
-        layout = self.place.layout
-        out = attention(
-            q, k, v, segment_ids, implementation=self.place.implementation, layout=layout
-        )
-        return self.o_proj(out.reshape(*x.shape[:2], -1), keys[3])
-
-    def heads(self, x, rope, keys):
-        """Maps [B, S, D] to rotated queries [B, S, N, H] and keys, and values, [B, S, K, H]."""
+    def __call__(self, x, rope, attend: Attend, keys):
+        """Maps [B, S, D] to [B, S, D], and returns what `attend` makes besides."""
         B, S, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
         k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *rope), rotate(k, *rope), v
+        out, made = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.o_proj(out.reshape(B, S, -1), keys[3]), made
+
+
+def _head_norm(spec: DecoderSpec, arrays: Mapping[str, Any], name: str) -> RMSNorm | None:
+    weight = arrays.get(f"self_attn.{name}.weight")
+    return None if weight is None else RMSNorm(weight, spec.arch.rms_norm_eps)
 
 
 class MLP(nnx.Module):
-    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
-        self.gate_proj = _linear(w, "mlp", "gate_proj", arch, dtype, place)
-        self.up_proj = _linear(w, "mlp", "up_proj", arch, dtype, place)
-        self.down_proj = _linear(w, "mlp", "down_proj", arch, dtype, place)
+    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
+        self.gate_proj = Linear(spec, arrays, "mlp.gate_proj")
+        self.up_proj = Linear(spec, arrays, "mlp.up_proj")
+        self.down_proj = Linear(spec, arrays, "mlp.down_proj")
 
     def __call__(self, x, keys):
         gate = jax.nn.silu(self.gate_proj(x, keys[0]))
@@ -144,22 +145,23 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, w: dict[str, Any], arch: Architecture, dtype: Any, place: Placement):
-        self.input_layernorm = RMSNorm(w["input_layernorm.weight"], arch.rms_norm_eps)
-        self.self_attn = Attention(_below(w, "self_attn."), arch, dtype, place)
-        self.post_attention_layernorm = RMSNorm(
-            w["post_attention_layernorm.weight"], arch.rms_norm_eps
-        )
-        self.mlp = MLP(_below(w, "mlp."), arch, dtype, place)
+    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
+        eps = spec.arch.rms_norm_eps
+        self.input_layernorm = RMSNorm(arrays["input_layernorm.weight"], eps)
+        self.self_attn = Attention(spec, arrays)
+        self.post_attention_layernorm = RMSNorm(arrays["post_attention_layernorm.weight"], eps)
+        self.mlp = MLP(spec, arrays)
 
-    def __call__(self, x, rope, segment_ids, key):
+    def __call__(self, x, rope, attend: Attend, key: jax.Array | None = None):
+        """Returns the residual stream [B, S, D] after the layer, and what else `attend` makes."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        x = x + self.self_attn(self.input_layernorm(x), rope, segment_ids, keys[:4])
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:])
+        added, made = self.self_attn(self.input_layernorm(x), rope, attend, keys[:4])
+        x = x + added
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), made
 
 
 class Table(nnx.Module):
-    """A weight of [V, D]: the embedding, or the head, whose product kd_head takes in chunks."""
+    """A weight of [V, D]: the embedding, or the head, which the loss multiplies in chunks."""
 
     def __init__(self, weight: Any):
         self.weight = nnx.Param(weight)
@@ -168,31 +170,24 @@ class Table(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder of the Llama family; a tied head is the absence of `lm_head`."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        arrays: dict[str, Any],
-        *,
-        dtype: Any,
-        place: Placement = Placement(),
-        remat: str = "none",
-    ):
-        """Takes every array of `weights(arch)` by name."""
+    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
+        """Takes arrays by the paths of models.table; layers apart are layers.0.NAME and so on."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
-        self.layers = Layer(_below(arrays, "layers."), arch, dtype, place)
-        self.norm = RMSNorm(arrays["norm.weight"], arch.rms_norm_eps)
-        tied = arch.tie_word_embeddings
+        if "layers.input_layernorm.weight" in arrays:
+            self.layers = Layer(spec, _below(arrays, "layers."))
+        else:
+            every = range(spec.arch.num_hidden_layers)
+            self.layers = nnx.List([Layer(spec, _below(arrays, f"layers.{i}.")) for i in every])
+        self.norm = RMSNorm(arrays["norm.weight"], spec.arch.rms_norm_eps)
+        tied = spec.arch.tie_word_embeddings
         self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
-        self.arch = arch
-        self.dtype = dtype
-        self.remat = remat
-        self.place = place
+        self.spec = spec
 
     def __call__(
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | tuple[jax.Array, jax.Array],
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Maps tokens, positions and segment ids, each [B, S] int32, to hidden states [B, S, D]."""
@@ -202,51 +197,76 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array,
+        segment_ids: jax.Array | tuple[jax.Array, jax.Array],
         layers: tuple[int, ...],
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the hidden states, and the outputs of chosen layers [len(layers), B, S, D].
 
         A layer's output is the residual stream behind it, before the final norm. Negative layers
-        count from the last one; no layers have None. Outputs of other layers are not kept.
+        count from the last one; without layers it is None. Outputs of other layers are not kept.
         """
-        x = embed(self.embed_tokens.weight[...], tokens, self.place.layout)
-        x = _on_rows(x, self.place.layout).astype(self.dtype)
-        rope = rope_tables(positions, self.arch.rope, self.arch.head_dim, self.dtype)
+        x, rope = self.embed(tokens, positions)
+
+        def attend(q, k, v):
+            kernel, layout = self.spec.attention, self.spec.layout
+            return attention(q, k, v, segment_ids, implementation=kernel, layout=layout), None
 
         def run_layer(x, layer, key):
-            return _on_rows(layer(x, rope, segment_ids, key), self.place.layout)
+            return self.on_rows(layer(x, rope, attend, key)[0])
 
-        run_layer = _with_remat(run_layer, self.remat)
+        run_layer = _with_remat(run_layer, self.spec.remat)
 
-        def run_and_keep(carry, layer_key_and_slot):
+        def run_and_keep(carry, layer, key_and_slot):
             x, kept = carry
-            layer, key, slot = layer_key_and_slot
+            key, slot = key_and_slot
             x = run_layer(x, layer, key)
-            if kept is not None:  # outside what is recomputed, whose backward pass needs none of it
+            if (
+                kept is not None
+            ):  # outside gradient checkpointing: the backward pass needs none of it
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
             return (x, kept), None
 
-        depth = self.arch.num_hidden_layers
+        depth = self.spec.arch.num_hidden_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
         slots, order = _slots(layers, depth)
         kept = jnp.zeros((slots[-1] + 1, *x.shape), x.dtype) if layers else None
-        xs = (self.layers, keys, slots if layers else None)
-        (x, kept), _ = jax.lax.scan(run_and_keep, (x, kept), xs)
+        (x, kept), _ = self.over_layers(run_and_keep, (x, kept), (keys, slots if layers else None))
         if kept is not None:
             kept = kept[: len(order)] if order == sorted(set(order)) else kept[np.array(order)]
         return self.norm(x), kept
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns the embeddings [B, S, D] of tokens [B, S], and the RoPE tables of positions."""
+        x = embed(self.embed_tokens.weight[...], tokens, self.spec.layout)
+        x = self.on_rows(x).astype(self.spec.dtype)
+        arch = self.spec.arch
+        return x, rope_tables(positions, arch.rope, arch.head_dim, self.spec.dtype)
+
+    def over_layers(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+        """Returns the last carry of `step(carry, layer, x) -> (carry, y)` over the layers, and ys.
+
+        Args:
+          xs: arrays [L, ...] of stacked layers; of layers apart a list of what each gets may do.
+        """
+        if isinstance(self.layers, Layer):
+            return jax.lax.scan(lambda carry, pair: step(carry, *pair), carry, (self.layers, xs))
+        ys = []
+        for i, layer in enumerate(self.layers):
+            x = xs[i] if isinstance(xs, list) else jax.tree.map(lambda x, i=i: x[i], xs)
+            carry, y = step(carry, layer, x)
+            ys.append(y)
+        return carry, ys
+
+    def on_rows(self, x: jax.Array) -> jax.Array:
+        """Returns hidden states [B, S, D] sharded over rows alone."""
+        layout = self.spec.layout
+        return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
 
     def head_weight(self) -> jax.Array:
         """Returns the output head, [V, D]."""
         source = self.embed_tokens if self.lm_head is None else self.lm_head
         return source.weight[...]
-
-
-def _on_rows(x: jax.Array, layout: Layout | None) -> jax.Array:
-    """Returns hidden states [B, S, D], whole on each device that has their rows."""
-    return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
 
 
 def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:
@@ -272,7 +292,7 @@ def _with_remat(run_layer, policy: str):
     return jax.checkpoint(run_layer, policy=saved, prevent_cse=False)
 
 
-def _below(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): v for name, v in tree.items() if name.startswith(prefix)}
 
 
@@ -289,31 +309,6 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [B, S, heads, H] by its position's angles, pairing entry i with i + H / 2."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """A model without its arrays; static under jit."""
-
-    treedef: Any
-    names: tuple[str, ...]
-
-
-def named_arrays(model: Decoder) -> tuple[dict[str, jax.Array], Structure]:
-    """Returns the model's arrays by dotted path, and what `rebuild` needs besides them."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
-    names = tuple(".".join(key.name for key in path[:-1]) for path, _ in leaves)
-    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}, Structure(
-        treedef, names
-    )
-
-
-def rebuild(structure: Structure, *arrays: dict[str, jax.Array]) -> Decoder:
-    """Returns the model whose arrays are in the given dicts together."""
-    merged: dict[str, jax.Array] = {}
-    for part in arrays:
-        merged |= part
-    return jax.tree.unflatten(structure.treedef, [merged[name] for name in structure.names])
 
 
 def logits(model: Decoder, tokens, positions, segment_ids) -> jax.Array:

@@ -94,3 +94,14 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
         rest = path.removeprefix("layers.")
         return [f"model.layers.{i}.{rest}" for i in range(arch.num_hidden_layers)]
     return [path if path == HEAD else f"model.{path}"]
+
+
+def abstract_weights(table, layout, dtype):
+    import jax
+
+    return {
+        path: jax.ShapeDtypeStruct(
+            weight.shape, dtype, sharding=layout.sharding(weight.dims, weight.shape)
+        )
+        for path, weight in table.items()
+    }

@@ -1,25 +1,30 @@
 """From a configuration to checked models, mesh and rows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, UserError
+from kd_jax.data.batches import train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.records import check_path
 from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.placement import Arrays, local_rows, put_batch
 from kd_jax.parallel.processes import say
 from kd_jax.parallel.rules import mesh_sizes
 from kd_jax.planning.layouts import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
 from kd_jax.setup.sources import Source, open_source
+
+BatchSource = Callable[[int, Any], Arrays]
+"""Maps an optimizer step and the state before it to the step's batch, [A, B, S] on the mesh."""
 
 
 def open_inputs(
@@ -96,3 +101,20 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     )
     say(f"{config.eval.path}: {describe_rows(held_out)}")
     return rows, held_out
+
+
+def row_source(config: Config, rows: Rows, mesh: Mesh, start_step: int) -> BatchSource:
+    """Returns batches of the rows, which depend on seed and step alone.
+
+    Each process reads only the rows of its devices. Steps are asked for in turn.
+    """
+    size, count = config.data.batch_size, config.optim.accumulation_steps
+    batches = train_batches(
+        rows,
+        seed=config.seed,
+        start_step=start_step,
+        batch_size=size,
+        accumulation_steps=count,
+        wanted=local_rows(mesh, size // count),
+    )
+    return lambda step, state: put_batch(next(batches), mesh)

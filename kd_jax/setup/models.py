@@ -1,19 +1,19 @@
-"""From a configuration to what runs: checked inputs, models on the mesh, the step's program."""
+"""Models of a run on the mesh: their shapes alone, or loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
-from kd_jax.losses.hidden import PROJECTION, init_projection
+from kd_jax.losses.hidden import init_projection
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import choose_attention
-from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
-from kd_jax.models.lora import add_adapters, factor_dims
-from kd_jax.models.table import is_adapter, projection_weight, weights
+from kd_jax.models.decoder import DecoderSpec
+from kd_jax.models.lora import init_adapters
+from kd_jax.models.table import abstract_weights, projection_weight, trained_weights, weights
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.sources import Source
@@ -23,112 +23,119 @@ from kd_jax.weights.load import load_arrays
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Both models: arrays by dotted path, and the structures that they fill."""
+    """Both models: what each computes, and its arrays by path, or their shapes."""
 
-    student: Structure
-    trainable: Arrays
+    student: DecoderSpec
+    trainable: dict[str, Any]
+    """`student`: arrays by path, float32; `projection`: that of the hidden-state loss, if any."""
     frozen: Arrays
-    teacher: Structure | None
+    """The student's other arrays."""
+    teacher: DecoderSpec | None
     teacher_arrays: Arrays
 
 
-def load_models(config: Config, student: Source, teacher: Source | None, mesh: Mesh) -> Models:
-    """Returns the models of a run; what is trained is float32."""
-    lora = config.trainable == "lora"
-    layout = Layout(mesh, config.student.shard_over)
-    stored = load_arrays(
-        student.folder,
-        student.arch,
-        layout,
-        config.student.dtype if lora else "float32",
-        adapter=None if lora else student.adapter,
-    )
-    start = None
-    if lora and student.adapter is not None:
-        start = stack_adapter(student.adapter, student.arch)
-    arrays, structure = make_student(config, student.arch, layout, stored, start)
-    trainable = {name: x for name, x in sorted(arrays.items()) if is_adapter(name) or not lora}
-    if lora:  # whole weights stay as they were loaded
-        trainable = {
-            name: jax.device_put(x, adapter_sharding(layout, student.arch, name, x.shape))
-            for name, x in trainable.items()
-        }
-    weight = projection_weight(config, student.arch, teacher.arch if teacher else None)
-    if weight is not None:
-        value = init_projection(weight.shape, config.seed)
-        trainable[PROJECTION] = jax.device_put(value, layout.sharding(weight.dims, weight.shape))
-    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
-    return Models(
-        student=structure,
-        trainable=trainable,
-        frozen={name: x for name, x in arrays.items() if name not in trainable},
-        teacher=teacher_structure,
-        teacher_arrays=teacher_arrays,
+def make_spec(
+    config: Config, part: StudentConfig | TeacherConfig, arch: Architecture, mesh: Mesh
+) -> DecoderSpec:
+    """Returns a frozen model, without adapters, as it runs on the mesh."""
+    dtype = jnp.dtype(part.dtype)
+    return DecoderSpec(
+        arch=arch,
+        dtype=dtype,
+        attention=choose_attention(config.attention, platform(mesh), dtype, arch.head_dim),
+        layout=Layout(mesh, part.shard_over),
     )
 
 
-def adapter_sharding(
-    layout: Layout, arch: Architecture, name: str, shape: tuple[int, ...]
-) -> NamedSharding:
-    """Returns how a stacked LoRA factor lies on the mesh: as its weight does."""
-    weight = weights(arch)[f"{name.rpartition('.')[0]}.weight"]
-    return layout.sharding(factor_dims(name, weight.dims), shape)
+def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> DecoderSpec:
+    """Returns the student as it is trained."""
+    spec, lora = make_spec(config, config.student, arch, mesh), config.lora
+    adapted = {"lora_scale": lora.alpha / lora.rank, "dropout": lora.dropout}
+    return replace(spec, remat=config.remat, **(adapted if config.trainable == "lora" else {}))
 
 
-def make_student(
-    config: Config,
-    arch: Architecture,
-    layout: Layout,
-    stored: Arrays,
-    start: dict[str, Any] | None = None,
-) -> tuple[Arrays, Structure]:
-    """Returns the student's arrays, with adapters where they are trained, and its structure."""
-    model = make_decoder(config, arch, config.student.dtype, layout, stored, config.remat)
-    if config.trainable == "lora":
-        add_adapters(model, config.lora, jax.random.key(config.seed), start)
-    return named_arrays(model)
-
-
-def make_decoder(
-    config: Config,
-    arch: Architecture,
-    dtype: str,
-    layout: Layout,
-    stored: Arrays,
-    remat: str = "none",
-) -> Decoder:
-    """Returns a model of these arrays as it runs on the mesh's devices."""
-    kind = jnp.dtype(dtype)
-    kernel = choose_attention(config.attention, platform(layout.mesh), kind, arch.head_dim)
-    place = Placement(implementation=kernel, layout=layout)
-    return Decoder(arch, stored, dtype=kind, place=place, remat=remat)
-
-
-def load_frozen_models(
-    config: Config, student: Source, teacher: Source | None, mesh: Mesh
+def abstract_models(
+    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
 ) -> Models:
-    """Returns both models as they are on disk, none of them to be trained."""
-    arrays, structure = _load_frozen(student, config.student, config, mesh)
-    assert structure is not None
-    teacher_arrays, teacher_structure = _load_frozen(teacher, config.teacher, config, mesh)
+    """Returns the models of a run as shapes, dtypes and shardings."""
+    spec = make_student_spec(config, student, mesh)
+    table = trained_weights(config, student)
+    trainable: dict[str, Any] = {"student": abstract_weights(table, spec.layout, "float32")}
+    weight = projection_weight(config, student, teacher)
+    if weight is not None:
+        named = abstract_weights({"projection": weight}, spec.layout, "float32")
+        trainable |= named
+    frozen = {}
+    if config.trainable == "lora":
+        frozen = abstract_weights(weights(student), spec.layout, config.student.dtype)
+    teacher_spec, teacher_arrays = None, {}
+    if teacher is not None and config.teacher is not None:
+        teacher_spec = make_spec(config, config.teacher, teacher, mesh)
+        teacher_arrays = abstract_weights(
+            weights(teacher), teacher_spec.layout, config.teacher.dtype
+        )
     return Models(
-        student=structure,
-        trainable={},
-        frozen=arrays,
-        teacher=teacher_structure,
+        student=spec,
+        trainable=trainable,
+        frozen=abstract_weights(weights(student), spec.layout, config.student.dtype)
+        if lora
+        else {},
+        teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
     )
 
 
-def _load_frozen(
-    source: Source | None,
-    part: StudentConfig | TeacherConfig | None,
+def load_models(
     config: Config,
+    student: Source,
+    teacher: Source | None,
     mesh: Mesh,
-) -> tuple[Arrays, Structure | None]:
-    """Returns a model with its adapter merged into it; nothing for no model."""
-    if source is None or part is None:
-        return {}, None
-    layout = Layout(mesh, part.shard_over)
-    stored = load_arrays(source.folder, source.arch, layout, part.dtype, adapter=source.adapter)
-    return named_arrays(make_decoder(config, source.arch, part.dtype, layout, stored))
+    *,
+    with_trainable: bool = True,
+) -> Models:
+    """Returns the models of a run.
+
+    Args:
+      with_trainable: load or initialise what is trained; else its shapes stay, to be filled from a
+        checkpoint.
+    """
+    models = abstract_models(config, student.arch, teacher and teacher.arch, mesh)
+    frozen = load_arrays(student.folder, student.arch, models.frozen)
+    trainable = models.trainable
+    if with_trainable:
+        trainable = _first_values(config, student, models)
+    arrays = {}
+    if teacher is not None:
+        arrays = load_arrays(
+            teacher.folder, teacher.arch, models.teacher_arrays, adapter=teacher.adapter
+        )
+    return replace(models, frozen=frozen, trainable=trainable, teacher_arrays=arrays)
+
+
+def _first_values(config: Config, student: Source, models: Models) -> dict[str, Any]:
+    """Returns what is trained as a run starts with it, like models.trainable."""
+    abstract = models.trainable["student"]
+    if config.trainable == "full":
+        arrays = load_arrays(student.folder, student.arch, abstract, adapter=student.adapter)
+    else:
+        values = (
+            init_adapters(config.lora, student.arch, config.seed)
+            if student.adapter is None
+            else stack_adapter(student.adapter, student.arch)
+        )
+        arrays = {path: jax.device_put(values[path], x.sharding) for path, x in abstract.items()}
+    trainable: dict[str, Any] = {"student": arrays}
+    if "projection" in models.trainable:
+        shape = models.trainable["projection"]
+        value = init_projection(shape.shape, config.seed)
+        trainable["projection"] = jax.device_put(value, shape.sharding)
+    return trainable
+
+
+def load_frozen(
+    config: Config, part: StudentConfig | TeacherConfig, source: Source, mesh: Mesh
+) -> tuple[DecoderSpec, Arrays]:
+    """Returns a model as it is on disk, with its adapter merged."""
+    spec = make_spec(config, part, source.arch, mesh)
+    abstract = abstract_weights(weights(source.arch), spec.layout, part.dtype)
+    return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)

@@ -7,32 +7,37 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kd_jax.config import Config, HiddenConfig, LossConfig
+from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
 from kd_jax.losses.fused_head import HeadConfig
 from kd_jax.losses.schedules import interpolate
 from kd_jax.losses.token_loss import LossScalars
-from kd_jax.models.decoder import Decoder, Structure
+from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, platform
+from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
 from kd_jax.setup.models import Models
-
-Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """What is fixed while a run is compiled; static under jit."""
 
-    student: Structure
-    teacher: Structure | None
+    student: DecoderSpec
+    teacher: DecoderSpec | None
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
-    dropout: bool = False
     seed: int = 0
-    schedule_steps: int | None = None
-    """Optimizer steps that head.loss.schedule takes; None where nothing is trained."""
+    optim: OptimConfig | None = None
+    """The optimizer, built while the step is traced; None where nothing is trained."""
+    num_steps: int | None = None
+    """Optimizer steps of the run, which schedules follow."""
+
+    @property
+    def schedule_steps(self) -> int | None:
+        """Optimizer steps that the schedule of the loss takes."""
+        return self.head.loss.schedule_steps or self.num_steps
 
 
 def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +132,7 @@ def make_program(
     """Returns what is fixed while the step is compiled.
 
     Args:
-      num_steps: of the run, for what follows a schedule; evaluation needs none.
+      num_steps: optimizer steps of the run, which schedules follow; None for an evaluation.
     """
     rows = config.data.batch_size // config.optim.accumulation_steps
     head = make_head(
@@ -144,7 +149,7 @@ def make_program(
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
-        dropout=config.trainable == "lora" and config.lora.dropout > 0,
         seed=config.seed,
-        schedule_steps=config.loss.schedule_steps or num_steps,
+        optim=config.optim,
+        num_steps=num_steps,
     )

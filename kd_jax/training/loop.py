@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,91 +12,133 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
-from kd_jax.data.batches import count_steps, train_batches
+from kd_jax.data.batches import count_steps
+from kd_jax.data.rows import Rows
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
-from kd_jax.losses.hidden import PROJECTION
-from kd_jax.parallel.placement import local_rows, put_batch
+from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, stop_signal, together
-from kd_jax.setup.inputs import load_rows, open_inputs
-from kd_jax.setup.models import load_models
-from kd_jax.setup.program import Arrays, make_program
+from kd_jax.setup.inputs import load_rows, open_inputs, row_source
+from kd_jax.setup.models import Models, load_models
+from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, check_adapter, shared_vocab_size, without_tokenizer
-from kd_jax.training.optim import make_optimizer, make_schedule
-from kd_jax.training.step import init_state, jit_train_step, place_state
+from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
 from kd_jax.workdir import checkpoints, record
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run starts from, checked and agreed on by all processes."""
+
+    student: Source
+    teacher: Source | None
+    mesh: Mesh
+    vocab_size: int
+    rows: Rows
+    eval_rows: Rows | None
+    num_steps: int
+    workdir: Path
 
 
 def train(config: Config) -> None:
     """Runs or resumes a run to its last step; SIGTERM saves and returns."""
     start_jax(config.compilation_cache)
+    run = _open_run(config)
+    with (
+        stop_signal() as asks_to_stop,
+        checkpoints.open_checkpointer(run.workdir, config.checkpoint.keep) as checkpointer,
+        ExitStack() as stack,
+    ):
+        program, state, frozen = _load(config, run, checkpointer)
+        step = int(state.step)
+        writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
+        loop = stack.enter_context(closing(_Loop(config, writer, checkpointer)))
+        run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
+        source = row_source(config, run.rows, run.mesh, step)
+        while step < run.num_steps and not asks_to_stop(step):
+            loop.profile(step)
+            state, metrics = run_step(program, state, *frozen, source(step, state))
+            step += 1
+            loop.log(step, metrics)
+            last = step == run.num_steps
+            eval_loss = None
+            if run.eval_rows is not None and (last or step % config.eval.every_steps == 0):
+                loop.flush()
+                eval_loss = _evaluate(config, run, program, state, frozen, writer)
+                loop.restart_clock()
+            if last or step % config.checkpoint.every_steps == 0:
+                loop.flush()  # raises rather than save a state that is not finite
+                checkpoints.save(checkpointer, state, step, eval_loss)
+        loop.flush()
+        if step < run.num_steps:
+            checkpoints.save(checkpointer, state, step, None)
+            say(f"stopped by SIGTERM at step {step}; the same command resumes")
+            return
+    say(f"done: python -m convert.to_hf --workdir {run.workdir} --out FOLDER exports the student")
+
+
+def _open_run(config: Config) -> _Run:
+    """Returns the checked inputs, once all processes have the same, and claims the workdir."""
     student, teacher, mesh = together("inputs", lambda: _inputs(config))
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
     rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
-    student, teacher = without_tokenizer(student), teacher and without_tokenizer(teacher)
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
     inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
     together("workdir", lambda: _claim(config, workdir, inputs, num_steps), first_alone=True)
+    return _Run(
+        student=without_tokenizer(student),
+        teacher=teacher and without_tokenizer(teacher),
+        mesh=mesh,
+        vocab_size=vocab_size,
+        rows=rows,
+        eval_rows=eval_rows,
+        num_steps=num_steps,
+        workdir=workdir,
+    )
 
-    models = load_models(config, student, teacher, mesh)
-    program = make_program(config, models, vocab_size, mesh, num_steps)
-    optimizer = make_optimizer(config.optim, num_steps)
-    state = place_state(init_state(models.trainable, optimizer), mesh)
-    with (
-        stop_signal() as asks_to_stop,
-        checkpoints.open_checkpointer(workdir, config.checkpoint.keep) as checkpointer,
-        ExitStack() as stack,
-    ):
-        state = checkpoints.restore(checkpointer, state) or state
-        step = int(state.step)
-        say(f"resumed at step {step}" if step else describe_models(models))
-        writer = stack.enter_context(closing(Writer(workdir, config.log, step, num_steps)))
-        loop = stack.enter_context(closing(_Loop(config, num_steps, writer, checkpointer)))
-        layout = jax.tree.map(lambda x: x.sharding, state)  # of every step, the resumed ones too
-        run_step = jit_train_step(mesh, layout)
-        batches = train_batches(
-            rows,
-            seed=config.seed,
-            start_step=step,
-            batch_size=config.data.batch_size,
-            accumulation_steps=config.optim.accumulation_steps,
-            wanted=local_rows(mesh, config.data.batch_size // config.optim.accumulation_steps),
-        )
-        frozen = (models.frozen, models.teacher_arrays)
-        while step < num_steps and not asks_to_stop(step):
-            loop.profile(step)
-            batch = put_batch(next(batches), mesh)
-            state, metrics = run_step(program, optimizer, state, *frozen, batch)
-            step += 1
-            loop.log(step, metrics)
-            last = step == num_steps
-            eval_loss = None
-            if eval_rows is not None and (last or step % config.eval.every_steps == 0):
-                loop.flush()
-                arrays = models.frozen | state.trainable
-                documents, _ = evaluate_rows(
-                    program, mesh, arrays, models.teacher_arrays, eval_rows, config
-                )
-                values = scores.whole(documents)
-                writer.write(step, {f"eval/{name}": value for name, value in values.items()})
-                eval_loss = values["loss"]
-                loop.restart_clock()
-            if last or step % config.checkpoint.every_steps == 0:
-                loop.flush()  # raises rather than save a state that is not finite
-                checkpoints.save(checkpointer, state, step, eval_loss)
-        loop.flush()
-        if step < num_steps:
-            checkpoints.save(checkpointer, state, step, None)
-            say(f"stopped by SIGTERM at step {step}; the same command resumes")
-            return
-    say(f"done: python -m convert.to_hf --workdir {workdir} --out FOLDER exports the student")
+
+def _load(
+    config: Config, run: _Run, checkpointer: Any
+) -> tuple[Program, TrainState, tuple[Arrays, Arrays]]:
+    """Returns the program, the state it starts from, and the frozen arrays of both models.
+
+    What is trained comes from the latest checkpoint where there is one, else from the models.
+    """
+    resumes = checkpointer.latest is not None
+    models = load_models(config, run.student, run.teacher, run.mesh, with_trainable=not resumes)
+    program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
+    if resumes:
+        state = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
+        say(f"resumed at step {int(state.step)}")
+    else:
+        state = init_state(program, models.trainable)
+        say(describe_models(models))
+    return program, state, (models.frozen, models.teacher_arrays)
+
+
+def _evaluate(
+    config: Config,
+    run: _Run,
+    program: Program,
+    state: TrainState,
+    frozen: tuple[Arrays, Arrays],
+    writer: Writer,
+) -> float:
+    """Evaluates the held-out rows, writes the means, and returns the loss."""
+    ours, theirs = frozen
+    arrays = ours | state.trainable["student"]
+    assert run.eval_rows is not None
+    documents, _ = evaluate_rows(program, run.mesh, arrays, theirs, run.eval_rows, config)
+    values = scores.whole(documents)
+    writer.write(int(state.step), {f"eval/{name}": value for name, value in values.items()})
+    return values["loss"]
 
 
 def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[str, Any]]:
@@ -146,27 +189,25 @@ def check_schedules(config: Config, num_steps: int) -> None:
         say(f"warning: {config.loss.warning}")
 
 
-def describe_models(models) -> str:
-    trained = sum(x.size for name, x in models.trainable.items() if name != PROJECTION)
-    frozen = sum(x.size for x in models.frozen.values())
-    teacher = sum(x.size for x in models.teacher_arrays.values())
+def describe_models(models: Models) -> str:
+    def count(tree: Any) -> int:
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    trained, teacher = count(models.trainable["student"]), count(models.teacher_arrays)
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
-    projection = models.trainable.get(PROJECTION)
-    if projection is not None:
-        beside += f", projection {projection.size:,}"
-    return (
-        f"student {trained + frozen:,} parameters, {trained:,} of them trained; {beside}; compiling"
-    )
+    if "projection" in models.trainable:
+        beside += f", projection {count(models.trainable['projection']):,}"
+    total = trained + count(models.frozen)
+    return f"student {total:,} parameters, {trained:,} of them trained; {beside}; compiling"
 
 
 class _Loop:
     """The loop's bookkeeping: logs one step late, so that the device never waits for the host."""
 
-    def __init__(self, config: Config, num_steps: int, writer: Writer, checkpointer: Any):
+    def __init__(self, config: Config, writer: Writer, checkpointer: Any):
         self.config = config
         self.writer = writer
         self.checkpointer = checkpointer
-        self.schedule = make_schedule(config.optim, num_steps)
         self.pending: tuple[int, Arrays] | None = None
         self.profiling = False
         self.restart_clock()
@@ -195,7 +236,6 @@ class _Loop:
             "tokens_per_second": values.pop("tokens") / seconds,
             "target_tokens_per_second": values["target_tokens"] / seconds,
             "step_seconds": seconds,
-            "learning_rate": float(self.schedule(step - 1)),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if step % self.config.log.every_steps == 0:

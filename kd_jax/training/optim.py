@@ -1,5 +1,8 @@
 """Schedules and the optax chain."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -21,20 +24,20 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return schedule
 
 
-def decays(name: str) -> bool:
-    """Tells whether weight decay applies to the array of this dotted path: not to norms, biases."""
-    return not name.endswith(("norm.weight", ".bias"))
+def decays(path: tuple[Any, ...], _: Any = None) -> bool:
+    """Tells whether weight decay applies to the array at this tree path: not to norms, biases."""
+    return not path[-1].key.endswith(("norm.weight", ".bias"))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Returns AdamW after optional clipping, over a flat dict of float32 arrays by dotted path."""
+    """Returns AdamW after optional clipping, over nested dicts of float32 arrays."""
     adamw = optax.adamw(
         make_schedule(config, num_steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: {name: decays(name) for name in params},
+        mask=lambda params: jax.tree.map_with_path(decays, params),
     )
     if config.clip_norm is None:
         return adamw

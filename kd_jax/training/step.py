@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step; everything that changes is returned."""
+"""One optimizer step; everything that changes is returned."""
 
 from typing import Any, NamedTuple
 
@@ -8,33 +8,61 @@ import optax
 from jax.sharding import Mesh
 
 from kd_jax.losses.fused_head import kd_head
-from kd_jax.losses.hidden import PROJECTION, hidden_loss
-from kd_jax.models.decoder import rebuild
+from kd_jax.losses.hidden import hidden_loss
+from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, constrain, replicated
-from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars, targets
+from kd_jax.parallel.placement import Arrays
+from kd_jax.setup.program import Program, head_inputs, loss_scalars, targets
+from kd_jax.training.optim import make_optimizer, make_schedule
 
 
 class TrainState(NamedTuple):
     """What a checkpoint holds."""
 
-    trainable: Arrays
-    """float32, by dotted path."""
+    trainable: dict[str, Any]
+    """`student`: float32 arrays by path; `projection` where the hidden-state loss trains one."""
     opt_state: Any
     step: jax.Array
     """Optimizer updates taken, int32."""
 
 
-def init_state(trainable: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+def init_state(program: Program, trainable: dict[str, Any]) -> TrainState:
+    """Returns the state before the first step, its scalars replicated over the mesh."""
+    state = TrainState(trainable, _optimizer(program).init(trainable), jnp.zeros((), jnp.int32))
+    if program.mesh is None:
+        return state
+    everywhere = replicated(program.mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
+
+
+def abstract_state(program: Program, trainable: dict[str, Any]) -> TrainState:
+    """Returns the shapes, dtypes and shardings of a run's state.
+
+    Args:
+      trainable: arrays, or their shapes with shardings; each moment is sharded as its weight.
+    """
+    assert program.mesh is not None
+    everywhere = replicated(program.mesh)
+    optimizer = _optimizer(program)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda x, weight: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    )
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(jax.tree.map(like, trainable), opt_state, step)
+
+
+def _optimizer(program: Program) -> optax.GradientTransformation:
+    assert program.optim is not None and program.num_steps is not None
+    return make_optimizer(program.optim, program.num_steps)
 
 
 def train_step(
-    program: Program,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Arrays,
-    teacher_arrays: Arrays,
-    batch: Arrays,
+    program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[TrainState, Arrays]:
     """Returns the state after one update, and metrics as means over its target tokens.
 
@@ -42,22 +70,39 @@ def train_step(
 
     Args:
       batch: tokens, positions, segment_ids (int32) and loss_mask (bool), [A, B, S] each: A
-        micro-batches whose gradients are summed before the single division by the number of
-        target tokens of all of them.
+        micro-batches.
     """
-    teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
+    gradients, metrics = loss_gradients(program, state, frozen, teacher_arrays, batch)
+    updates, opt_state = _optimizer(program).update(gradients, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    assert program.optim is not None and program.num_steps is not None
+    metrics["learning_rate"] = make_schedule(program.optim, program.num_steps)(state.step)
+    metrics["grad_norm"] = optax.global_norm(gradients)
+    metrics["param_norm"] = optax.global_norm(trainable)  # not finite where an update was not
+    return TrainState(trainable, opt_state, state.step + 1), metrics
+
+
+def loss_gradients(
+    program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays, batch: Arrays
+) -> tuple[dict[str, Any], Arrays]:
+    """Returns the gradients of the mean loss in state.trainable, and the metrics of the loss.
+
+    Gradients of the micro-batches are summed before the single division by the number of target
+    tokens of all of them.
+    """
+    teacher = None if program.teacher is None else Decoder(program.teacher, teacher_arrays)
     num_tokens = jnp.sum(targets(batch)[1]).astype(jnp.float32)
     scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_loss(trainable, micro_batch, key):
-        student = rebuild(program.student, trainable, frozen)
+        student = Decoder(program.student, frozen | trainable["student"])
         inputs, kept = head_inputs(program, student, teacher, micro_batch, key, program.hidden)
         loss, metrics = kd_head(program.head, scalars, *inputs)
         if program.hidden is not None:
-            projection = trainable.get(PROJECTION)
+            projection = trainable.get("projection")
             if projection is not None:
-                projection = constrain(projection, program.mesh)  # gathered once, as the heads are
+                projection = constrain(projection, program.mesh)  # all-gathered, as the heads are
             extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1])
             loss += program.hidden.weight * extra
             metrics["hidden_loss"] = extra
@@ -65,7 +110,7 @@ def train_step(
 
     def accumulate(gradients, indexed):
         index, micro_batch = indexed
-        key = jax.random.fold_in(step_key, index) if program.dropout else None
+        key = jax.random.fold_in(step_key, index) if program.student.dropout > 0 else None
         micro, metrics = jax.grad(micro_loss, has_aux=True)(state.trainable, micro_batch, key)
         return jax.tree.map(jnp.add, gradients, micro), metrics
 
@@ -73,27 +118,19 @@ def train_step(
     index = jnp.arange(batch["tokens"].shape[0])
     gradients, sums = jax.lax.scan(accumulate, zeros, (index, batch))
     metrics = {name: jnp.sum(x) / jnp.maximum(num_tokens, 1) for name, x in sums.items()}
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     metrics["target_tokens"] = num_tokens
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
-    metrics["grad_norm"] = optax.global_norm(gradients)
     if program.head.loss.is_scheduled:
         metrics |= scalars._asdict()
-    trainable = optax.apply_updates(state.trainable, updates)
-    return TrainState(trainable, opt_state, state.step + 1), metrics
+    return gradients, metrics
 
 
 def jit_train_step(mesh: Mesh, layout: Any) -> Any:
-    """Returns `train_step` under jit: its state is donated, and laid out as `layout` says."""
+    """Returns `train_step` under jit: its state is donated, and sharded as `layout` says."""
     return jax.jit(
         train_step,
-        static_argnums=(0, 1),
-        donate_argnums=2,
+        static_argnums=0,
+        donate_argnums=1,
         out_shardings=(layout, None),
         compiler_options=compiler_options(mesh),
     )
-
-
-def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Returns the state with its scalars on every device of the mesh, like the arrays."""
-    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)) if x.ndim == 0 else x, state)

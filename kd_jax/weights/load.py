@@ -5,11 +5,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -17,11 +15,10 @@ from kd_jax.config import UserError
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
 from kd_jax.models.table import HEAD, Weight, hf_names, weights
-from kd_jax.parallel.mesh import Layout
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
 from kd_jax.weights.names import EMBEDDING, check_shapes
-from kd_jax.weights.orbax import _load_orbax, orbax_leaves
+from kd_jax.weights.orbax import orbax_leaves
 from kd_jax.weights.safetensors import Tensor, open_folder
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
@@ -84,35 +81,23 @@ def check_source(folder: Path, arch: Architecture) -> None:
         open_tensors(folder, arch)
 
 
-def load_arrays(
-    folder: Path,
-    arch: Architecture,
-    layout: Layout,
-    dtype: str | None,
-    *,
-    adapter: Adapter | None = None,
-) -> dict[str, jax.Array]:
-    """Returns every array of `weights(arch)`, read from the folder straight into its shards.
-
-    Args:
-      folder: Hugging Face form, or what convert.from_hf wrote.
-      dtype: of the result; stored values are rounded to it. None keeps what is stored.
-      adapter: merged in float32 before that rounding.
-    """
+def load_arrays(folder, arch, abstract, *, adapter=None):
+    if not abstract:
+        return {}
+    one = next(iter(abstract.values()))
     if (folder / ORBAX).is_dir():
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
-        return _load_orbax(folder, arch, layout, dtype)
+        orbax_leaves(folder, arch)
+        return read_orbax(folder, abstract)
     tensors = open_tensors(folder, arch)
-    arrays: dict[str, jax.Array] = {}
+    arrays = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
         for path, weight in weights(arch).items():
             names = hf_names(path, arch)
-            stored = [tensors[name].dtype for name in names]
-            out = np.dtype(reduce(jnp.promote_types, stored) if dtype is None else jnp.dtype(dtype))
             layers = [_Layer(tensors[name], *_factors(name, adapter)) for name in names]
-            sharding = layout.sharding(weight.dims, weight.shape)
-            arrays[path] = _load_array(pool, layers, weight, sharding, out)
+            x = abstract[path]
+            arrays[path] = _load_array(pool, layers, weight, x.sharding, np.dtype(x.dtype))
     return arrays
 
 

@@ -1,5 +1,7 @@
 """Decoding against transformers' generate, token for token."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,14 @@ import torch
 from test_decoder import port
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from kd_jax.config import LoraConfig
+from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
-from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack
+from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack_layers
+from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES
-from kd_jax.models.decoder import Decoder, named_arrays
-from kd_jax.models.lora import add_adapters, merge
-from kd_jax.models.table import is_adapter, layer_weights
+from kd_jax.models.lora import merge
+from kd_jax.models.table import FACTORS, adapter_weights, is_adapter, layer_weights, weights
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 NEW = 200
 
@@ -37,14 +40,16 @@ def torch_greedy(model, prompt, count):
 def decoder_of(family="llama"):
     theirs = tiny.make_torch_model(family, 3, tie_word_embeddings=False)
     ours = port(theirs)
-    return theirs, ours.arch, unstack(ours)
+    arrays = tiny.arrays_of(ours)
+    unstack_layers(ours.spec, arrays)
+    return theirs, ours.spec, arrays
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers(family):
-    theirs, arch, weights = decoder_of(family)
+    theirs, spec, arrays = decoder_of(family)
     prompts = prompts_of((7, 40, 1))
-    ours = generate_all(arch, weights, prompts, max_new_tokens=NEW)
+    ours = generate_all(spec, arrays, prompts, max_new_tokens=NEW)
     for prompt, row in zip(prompts, ours, strict=True):
         want = torch_greedy(theirs, prompt, NEW)
         assert len(set(want)) > 20  # else a wrong cache could go unseen
@@ -52,33 +57,33 @@ def test_greedy_tokens_are_those_of_transformers(family):
 
 
 def test_a_row_ends_before_its_stop_token():
-    _, arch, weights = decoder_of()
+    _, spec, arrays = decoder_of()
     prompts = prompts_of((9, 17))
-    whole = generate_all(arch, weights, prompts, max_new_tokens=40)
+    whole = generate_all(spec, arrays, prompts, max_new_tokens=40)
     stop = whole[0][5]
-    rows = generate_all(arch, weights, prompts, max_new_tokens=40, stop_tokens={stop})
+    rows = generate_all(spec, arrays, prompts, max_new_tokens=40, stop_tokens={stop})
     for row, full in zip(rows, whole, strict=True):
         assert row == full[: full.index(stop) if stop in full else None]
 
 
 def test_prompts_of_near_lengths_share_their_programs():
-    _, arch, weights = decoder_of()
+    _, spec, arrays = decoder_of()
     decoding._step.clear_cache()
     decoding._prefill.clear_cache()
     for lengths in ((3, 20), (32, 1), (7, 9)):
-        generate_all(arch, weights, prompts_of(lengths), max_new_tokens=8)
+        generate_all(spec, arrays, prompts_of(lengths), max_new_tokens=8)
     assert (decoding._step._cache_size(), decoding._prefill._cache_size()) == (1, 1)
 
 
 def test_a_wrong_position_is_seen(monkeypatch):
-    theirs, arch, weights = decoder_of()
+    theirs, spec, arrays = decoder_of()
     prompt = prompts_of((7,))[0]
-    right = decoding.rope_tables
+    right = decoder.rope_tables
     monkeypatch.setattr(
-        decoding, "rope_tables", lambda p, *rest: right(p + (p.shape[1] == 1), *rest)
+        decoder, "rope_tables", lambda p, *rest: right(p + (p.shape[1] == 1), *rest)
     )
     decoding._step.clear_cache()
-    wrong = generate_all(arch, weights, [prompt], max_new_tokens=50)
+    wrong = generate_all(spec, arrays, [prompt], max_new_tokens=50)
     decoding._step.clear_cache()
     assert wrong[0] != torch_greedy(theirs, prompt, 50)
 
@@ -87,11 +92,11 @@ def test_a_wrong_position_is_seen(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_bfloat16_generates_for_any_number_of_rows(rows, sampling):
     exact = port(tiny.make_torch_model("qwen2", 3))
-    half = {name: x.astype(jnp.bfloat16) for name, x in named_arrays(exact)[0].items()}
-    weights = unstack(Decoder(exact.arch, half, dtype=jnp.bfloat16))
+    spec, arrays = replace(exact.spec, dtype=jnp.dtype("bfloat16")), tiny.arrays_of(exact)
+    unstack_layers(spec, arrays)
     prompts = [prompts_of((9,))[0]] * rows
     found = generate_all(
-        exact.arch, weights, prompts, max_new_tokens=12, sampling=sampling, vocab_size=300
+        spec, arrays, prompts, max_new_tokens=12, sampling=sampling, vocab_size=300
     )
     assert [len(row) for row in found] == [12] * rows
     assert all(token < 300 for row in found for token in row)
@@ -101,23 +106,45 @@ def test_bfloat16_generates_for_any_number_of_rows(rows, sampling):
 
 def test_adapters_are_merged_into_the_weights_once():
     model = port(tiny.make_torch_model("qwen2", 3))
-    config = LoraConfig(rank=4, alpha=6.0, target_modules=("q_proj", "down_proj"))
-    add_adapters(model, config, jax.random.key(0))
+    lora = LoraConfig(rank=4, alpha=6.0, target_modules=("q_proj", "down_proj"))
     rng = np.random.default_rng(0)
-    factors = {n: rng.normal(size=x.shape) for n, x in named_arrays(model)[0].items()}
-    start = {n: x.astype(np.float32) for n, x in factors.items() if is_adapter(n)}
-    add_adapters(model, config, jax.random.key(0), start)
-    stacked, weights = named_arrays(model)[0], unstack(model)
-    assert len(start) == 4
-    for i, layer in enumerate(weights.layers):
-        assert layer.keys() == layer_weights(model.arch).keys()
-        for name, got in layer.items():
+    table = adapter_weights(lora, model.spec.arch)
+    start = {n: jnp.asarray(rng.normal(size=w.shape), jnp.float32) for n, w in table.items()}
+    stacked = tiny.arrays_of(model)
+    arrays = stacked | start
+    unstack_layers(replace(model.spec, lora_scale=1.5), arrays)
+    assert len(start) == 4 and not any(map(is_adapter, arrays))
+    for i in range(model.spec.arch.num_hidden_layers):
+        for name in layer_weights(model.spec.arch):
             want = np.asarray(stacked[f"layers.{name}"][i])
             module = f"layers.{name.removesuffix('.weight')}"
-            if f"{module}.lora_A" in start:
-                A, B = (start[f"{module}.{factor}"][i] for factor in ("lora_A", "lora_B"))
+            if name.endswith(".weight") and f"{module}.lora_A" in start:
+                A, B = (np.asarray(start[f"{module}.{factor}"][i]) for factor in FACTORS)
                 want = merge(want, (A, B), 1.5)
+            got = arrays[f"layers.{i}.{name}"]
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_stacked_layers_and_many_devices_generate_the_same_tokens():
+    model, prompts = port(tiny.make_torch_model("llama", 3)), prompts_of((7, 40, 1, 3))
+    stacked = tiny.arrays_of(model)
+    want = generate_all(model.spec, stacked, prompts, max_new_tokens=20)
+    apart = dict(stacked)
+    unstack_layers(model.spec, apart)
+    assert generate_all(model.spec, apart, prompts, max_new_tokens=20) == want
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 4))
+    spec = replace(model.spec, layout=layout)
+    for arrays in (stacked, apart):
+        table = weights(spec.arch) if arrays is stacked else {}
+        placed = {
+            name: jax.device_put(x, layout.sharding(table[name].dims, x.shape) if table else None)
+            for name, x in arrays.items()
+        }
+        if not table:
+            placed = {
+                name: jax.device_put(x, replicated(layout.mesh)) for name, x in arrays.items()
+            }
+        assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 320, 4096])

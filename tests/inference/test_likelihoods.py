@@ -13,7 +13,7 @@ from kd_jax.inference import likelihoods
 from kd_jax.inference.likelihoods import Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models import attention
-from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.decoder import Decoder, logits
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.sources import shared_vocab_size
 
@@ -28,7 +28,7 @@ def scorer(tmp_path_factory):
     models = load_model(model, mesh)
     vocab_size = shared_vocab_size(model.source, None)
     return Scorer(
-        structure=models.student, arrays=models.frozen, mesh=mesh,
+        spec=models.student, arrays=models.frozen, mesh=mesh,
         vocab_size=vocab_size, row_tokens=32, batch_tokens=512,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def run_alone(scorer, *tokens):
     """Returns the logits after each token of one document, [n, V] float64."""
     whole = np.zeros((1, 96), np.int32)
     whole[0, : len(tokens)] = tokens
-    model = rebuild(scorer.structure, scorer.arrays)
+    model = Decoder(scorer.spec, scorer.arrays)
     inputs = (whole, np.arange(96)[None], np.ones_like(whole))
     return np.asarray(jax.jit(logits)(model, *inputs), np.float64)[0, : len(tokens)]
 

@@ -22,7 +22,7 @@ from kd_jax.config import (
 from kd_jax.config.record import dump, from_json
 from kd_jax.losses.hidden import KINDS, check_layers, hidden_loss, init_projection
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import Decoder, named_arrays, rebuild
+from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.models.table import projection_weight, weights
 
 pytestmark = pytest.mark.fast
@@ -201,7 +201,7 @@ def make_model(depth=4, remat="none", dtype="float32", seed=0):
         path: jnp.asarray(rng.normal(size=w.shape) / w.shape[-1] ** 0.5, jnp.float32)
         for path, w in weights(arch).items()
     }
-    return Decoder(arch, arrays, dtype=jnp.dtype(dtype), remat=remat)
+    return Decoder(DecoderSpec(arch=arch, dtype=jnp.dtype(dtype), remat=remat), arrays)
 
 
 def make_inputs():
@@ -215,11 +215,11 @@ def make_inputs():
 def one_by_one(depth):
     """Returns each layer's output: what a model of only the layers up to it computes."""
     full, outputs = make_model(depth), []
-    arrays, _ = named_arrays(full)
+    arrays = tiny.arrays_of(full)
     for count in range(1, depth + 1):
         part = {n: x[:count] if n.startswith("layers.") else x for n, x in arrays.items()}
-        arch = dataclasses.replace(full.arch, num_hidden_layers=count)
-        model = Decoder(arch, part, dtype=full.dtype)
+        arch = dataclasses.replace(full.spec.arch, num_hidden_layers=count)
+        model = Decoder(dataclasses.replace(full.spec, arch=arch), part)
         model.norm = lambda x: x
         outputs.append(np.asarray(model(*make_inputs())))
     return outputs
@@ -259,13 +259,12 @@ def scan_outputs(jaxpr):
 def gradient_program(remat, layers, depth=5):
     """Returns the program of a gradient that reaches the weights through the chosen layers."""
     model = make_model(depth, remat)
-    arrays, structure = named_arrays(model)
 
     def total(arrays):
-        hidden, kept = rebuild(structure, arrays).with_layers(*make_inputs(), layers)
+        hidden, kept = Decoder(model.spec, arrays).with_layers(*make_inputs(), layers)
         return jnp.sum(hidden**2) + (0 if kept is None else jnp.sum(kept**3))
 
-    return jax.make_jaxpr(jax.grad(total))(arrays).jaxpr
+    return jax.make_jaxpr(jax.grad(total))(tiny.arrays_of(model)).jaxpr
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])

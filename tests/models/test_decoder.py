@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from flax import nnx
 
 from kd_jax.config import MeshConfig
+from kd_jax.inference.decoding import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
-from kd_jax.models.table import weights
+from kd_jax.models.decoder import Attention, Decoder, DecoderSpec, logits, rotate
+from kd_jax.models.table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays
@@ -45,7 +47,8 @@ def port(torch_model, **options):
             arrays[path] = jnp.stack([state[name] for name in names])
         else:
             arrays[path] = jnp.asarray(state[path if "lm_head" in path else f"model.{path}"])
-    return Decoder(arch, arrays, dtype=jnp.float32, **options)
+    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("float32"), **options)
+    return Decoder(spec, arrays)
 
 
 def some_tokens(rows=2, length=48):
@@ -98,8 +101,10 @@ def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family
     theirs = tiny.make_torch_model(family, 3)
     theirs.save_pretrained(tmp_path)
     arch = load_architecture(tmp_path)
-    arrays = load_arrays(tmp_path, arch, Layout(make_mesh(MeshConfig(), 8)), "float32")
-    assert distance(theirs, Decoder(arch, arrays, dtype=jnp.float32)) < TOLERANCE
+    layout = Layout(make_mesh(MeshConfig(), 8))
+    arrays = load_arrays(tmp_path, arch, abstract_weights(weights(arch), layout, "float32"))
+    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("float32"))
+    assert distance(theirs, Decoder(spec, arrays)) < TOLERANCE
 
 
 def interleaved(x, cos, sin):
@@ -163,12 +168,12 @@ def test_swapped_or_lost_head_norms_are_seen():
 
 
 def test_a_head_norm_after_the_rotation_is_seen(monkeypatch):
-    def norm_late(self, x, rope, segment_ids, keys):
+    def norm_late(self, x, rope, attend, keys):
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(rotate(q, *rope)), self.k_norm(rotate(k, *rope))
-        out = model_module.attention(q, k, v, segment_ids)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        out, made = attend(q, k, v)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), made
 
     theirs = tiny.make_torch_model("qwen3", 3)
     monkeypatch.setattr(Attention, "__call__", norm_late)
@@ -178,10 +183,11 @@ def test_a_head_norm_after_the_rotation_is_seen(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_array_gets_a_gradient(family):
     tokens, positions = some_tokens(rows=1)
-    arrays, structure = named_arrays(port(tiny.make_torch_model(family, 3)))
+    model = port(tiny.make_torch_model(family, 3))
+    arrays = tiny.arrays_of(model)
 
     def score(arrays):
-        return jnp.sum(jnp.sin(rebuild(structure, arrays)(tokens, positions, 0 * tokens)))
+        return jnp.sum(jnp.sin(Decoder(model.spec, arrays)(tokens, positions, 0 * tokens)))
 
     for name, gradient in jax.jit(jax.grad(score))(arrays).items():
         if name != "embed_tokens.weight":
@@ -205,8 +211,8 @@ def test_each_constant_of_config_json_is_used(change):
     theirs = tiny.make_torch_model("llama", 3)
     ours = port(theirs)
     changed = read_architecture({**theirs.config.to_dict(), **change}, "config")
-    arrays, _ = named_arrays(ours)
-    assert distance(theirs, Decoder(changed, arrays, dtype=jnp.float32)) > 10 * TOLERANCE
+    spec = dataclasses.replace(ours.spec, arch=changed)
+    assert distance(theirs, Decoder(spec, tiny.arrays_of(ours))) > 10 * TOLERANCE
 
 
 def test_both_spellings_of_rope_give_one_architecture():
@@ -237,10 +243,10 @@ def test_a_token_sees_its_documents_past_and_nothing_else():
     tokens, _ = some_tokens(rows=1, length=12)
     segment_ids = np.repeat([1, 2], 6)[None].astype(np.int32)
     positions = np.tile(np.arange(6), 2)[None].astype(np.int32)
-    arrays, structure = named_arrays(decoder)
+    arrays = tiny.arrays_of(decoder)
 
     def score(embedded):  # one embedding for each place, so that its gradient is that place's
-        changed = rebuild(structure, arrays, {"embed_tokens.weight": embedded})
+        changed = Decoder(decoder.spec, arrays | {"embed_tokens.weight": embedded})
         place = np.arange(12, dtype=np.int32)[None]
         return jnp.sum(changed(place, positions, segment_ids)[0, 8] ** 2)
 
@@ -256,12 +262,12 @@ def test_remat_changes_no_gradient(remat):
     tokens, positions = some_tokens(rows=1)
 
     def gradient(policy):
-        arrays, structure = named_arrays(port(theirs, remat=policy))
+        model = port(theirs, remat=policy)
 
         def score(arrays):
-            return jnp.sum(jnp.sin(rebuild(structure, arrays)(tokens, positions, 0 * tokens)))
+            return jnp.sum(jnp.sin(Decoder(model.spec, arrays)(tokens, positions, 0 * tokens)))
 
-        return jax.jit(jax.grad(score))(arrays)
+        return jax.jit(jax.grad(score))(tiny.arrays_of(model))
 
     plain, recomputed = gradient("none"), gradient(remat)
     for name, value in plain.items():
@@ -273,9 +279,8 @@ def test_remat_changes_no_gradient(remat):
 def test_bfloat16_stays_near_float32(family):
     theirs = tiny.make_torch_model(family, 3)
     exact = port(theirs)
-    arrays, _ = named_arrays(exact)
-    half = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
-    rounded = Decoder(exact.arch, half, dtype=jnp.bfloat16)
+    half = {name: x.astype(jnp.bfloat16) for name, x in tiny.arrays_of(exact).items()}
+    rounded = Decoder(dataclasses.replace(exact.spec, dtype=jnp.dtype("bfloat16")), half)
     tokens, positions = some_tokens()
     # transformers' own model in bfloat16 is the measure of what rounding does here.
     torch_half = torch_logits(theirs.to(torch.bfloat16), tokens, positions)
@@ -286,10 +291,23 @@ def test_bfloat16_stays_near_float32(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_arrays_round_trip_by_name(family):
+def test_flax_names_the_arrays_as_the_table_does(family):
     decoder = port(tiny.make_torch_model(family, 3, tie_word_embeddings=False))
-    arrays, structure = named_arrays(decoder)
-    assert arrays.keys() == weights(decoder.arch).keys()
-    again, _ = named_arrays(rebuild(structure, arrays))
+    arrays = tiny.arrays_of(decoder)
+    assert arrays.keys() == weights(decoder.spec.arch).keys()
+    again = tiny.arrays_of(Decoder(decoder.spec, arrays))
     assert all(again[name] is arrays[name] for name in arrays)
-    assert dataclasses.is_dataclass(structure) and hash(structure) == hash(structure)
+    assert hash(decoder.spec) == hash(dataclasses.replace(decoder.spec))  # static under jit
+    graph, state = nnx.split(decoder)
+    assert tiny.arrays_of(nnx.merge(graph, state)).keys() == arrays.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_apart_compute_what_stacked_ones_do(family):
+    decoder = port(tiny.make_torch_model(family, 3))
+    apart = tiny.arrays_of(decoder)
+    unstack_layers(decoder.spec, apart)
+    tokens, positions = some_tokens()
+    want = our_logits(decoder, tokens, positions)
+    got = our_logits(Decoder(decoder.spec, apart), tokens, positions)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import Decoder, Linear, LoraParam, logits, named_arrays
-from kd_jax.models.lora import add_adapters, merge
-from kd_jax.models.table import FACTORS, is_adapter, weights
+from kd_jax.models.decoder import Decoder, DecoderSpec, Linear, logits
+from kd_jax.models.lora import init_adapters, merge
+from kd_jax.models.table import FACTORS, abstract_weights, is_adapter, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import adapters, load
 from kd_jax.weights import folder as weights_folder
@@ -28,19 +28,31 @@ TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
 PLACES = (np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)), np.ones((2, 20), np.int32))
 
 
-def random_model():
+def random_arrays():
     rng = np.random.default_rng(0)
-    arrays = {
+    return {
         path: jnp.asarray(rng.standard_normal(w.shape, np.float32) / w.shape[-1] ** 0.5)
         for path, w in weights(ARCH).items()
     }
-    return Decoder(ARCH, arrays, dtype=jnp.float32)
+
+
+def random_model():
+    return Decoder(DecoderSpec(arch=ARCH, dtype=jnp.dtype("float32")), random_arrays())
 
 
 def adapted(config, start=None, seed=0):
-    decoder = random_model()
-    add_adapters(decoder, config, jax.random.key(seed), start)
-    return decoder
+    return with_adapters(ARCH, random_arrays(), config, start, seed)
+
+
+def with_adapters(arch, arrays, config, start=None, seed=0):
+    """Returns a decoder with adapters, in their first values or those of `start`."""
+    spec = DecoderSpec(
+        arch=arch,
+        dtype=jnp.dtype("float32"),
+        lora_scale=config.alpha / config.rank,
+        dropout=config.dropout,
+    )
+    return Decoder(spec, arrays | (start or init_adapters(config, arch, seed)))
 
 
 def compute(decoder):
@@ -52,7 +64,7 @@ def test_adapters_change_nothing_before_training():
     plain = compute(random_model())
     decoder = adapted(LoraConfig(rank=4, target_modules=LINEAR_NAMES))
     np.testing.assert_array_equal(compute(decoder), plain)
-    arrays, _ = named_arrays(decoder)
+    arrays = tiny.arrays_of(decoder)
     grown = {name: x + 0.1 for name, x in arrays.items() if is_adapter(name)}
     changed = adapted(LoraConfig(rank=4, target_modules=LINEAR_NAMES), grown)
     assert np.abs(compute(changed) - plain).max() > 0.1
@@ -61,7 +73,7 @@ def test_adapters_change_nothing_before_training():
 @pytest.mark.fast
 @pytest.mark.parametrize("targets", [("q_proj",), ("down_proj", "k_proj"), LINEAR_NAMES])
 def test_the_target_projections_get_float32_factors_and_no_others(targets):
-    arrays, _ = named_arrays(adapted(LoraConfig(rank=5, target_modules=targets)))
+    arrays = tiny.arrays_of(adapted(LoraConfig(rank=5, target_modules=targets)))
     expected = {}
     for path, weight in weights(ARCH).items():
         if path.removesuffix(".weight").endswith(targets):
@@ -77,7 +89,7 @@ def test_the_target_projections_get_float32_factors_and_no_others(targets):
 @pytest.mark.fast
 def test_each_factor_a_is_its_own_draw_and_follows_the_seed():
     config = LoraConfig(rank=4, target_modules=LINEAR_NAMES)
-    first, again, other = (named_arrays(adapted(config, seed=seed))[0] for seed in (0, 0, 1))
+    first, again, other = (tiny.arrays_of(adapted(config, seed=seed)) for seed in (0, 0, 1))
     rows = [x[i, 0, :64] for n, x in first.items() if n.endswith("lora_A") for i in range(3)]
     assert len({row.tobytes() for row in map(np.asarray, rows)}) == len(rows) == 21
     for name in filter(is_adapter, first):
@@ -104,7 +116,7 @@ def peft_model(rank=4, seed=1, random_b=True, family="llama", **options):
 
 def test_factors_begin_as_in_peft():
     theirs = peft_model(rank=64, random_b=False).state_dict()
-    ours, _ = named_arrays(adapted(LoraConfig(rank=64, target_modules=LINEAR_NAMES)))
+    ours = tiny.arrays_of(adapted(LoraConfig(rank=64, target_modules=LINEAR_NAMES)))
     for name in filter(is_adapter, ours):
         module, factor = name.rsplit(".", 1)
         names = [peft_name(n, factor).replace(".weight", ".default.weight") for n in
@@ -126,13 +138,18 @@ def test_factors_begin_as_in_peft():
 
 def make_linear(seed=0, dropout=0.0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    linear = Linear(
-        jnp.asarray(rng.standard_normal((5, 7)), dtype), None, ("mlp", "embed"), dtype, None
-    )
-    linear.lora_A = LoraParam(jnp.asarray(rng.standard_normal((3, 7)), jnp.float32))
-    linear.lora_B = LoraParam(jnp.asarray(rng.standard_normal((5, 3)), jnp.float32))
-    linear.scale, linear.dropout = 8 / 3, dropout
-    return linear, jnp.asarray(rng.standard_normal((2, 4, 7)), dtype)
+    W, A, B, x = (rng.standard_normal(shape) for shape in ((5, 7), (3, 7), (5, 3), (2, 4, 7)))
+    return linear_of(W, A, B, 8 / 3, dropout, dtype), jnp.asarray(x, dtype)
+
+
+def linear_of(W, A, B, scale, dropout=0.0, dtype=jnp.float32):
+    arrays = {
+        "mlp.up_proj.weight": jnp.asarray(W, dtype),
+        "mlp.up_proj.lora_A": jnp.asarray(A, jnp.float32),
+        "mlp.up_proj.lora_B": jnp.asarray(B, jnp.float32),
+    }
+    spec = DecoderSpec(arch=ARCH, dtype=jnp.dtype(dtype), lora_scale=scale, dropout=dropout)
+    return Linear(spec, arrays, "mlp.up_proj")
 
 
 def by_definition(linear, x, x_low):
@@ -141,7 +158,7 @@ def by_definition(linear, x, x_low):
         np.asarray(p[...], np.float64) for p in (linear.weight, linear.lora_A, linear.lora_B)
     )
     x, x_low = np.asarray(x, np.float64), np.asarray(x_low, np.float64)
-    return x @ W.T + linear.scale * (x_low @ A.T) @ B.T
+    return x @ W.T + linear.spec.lora_scale * (x_low @ A.T) @ B.T
 
 
 @pytest.mark.fast
@@ -152,27 +169,24 @@ def test_the_output_is_that_of_the_definition():
     assert half(x).dtype == jnp.bfloat16
 
 
-def seen_by_adapter(linear, x, key):
+def seen_by_adapter(x, key, dropout):
     """Returns what A was given, solved from the output where A and B are identities."""
-    linear.weight = type(linear.weight)(jnp.zeros((7, 7)))
-    linear.lora_A, linear.lora_B = LoraParam(jnp.eye(7)), LoraParam(jnp.eye(7))
-    linear.scale = 1.0
+    linear = linear_of(np.zeros((7, 7)), np.eye(7), np.eye(7), 1.0, dropout)
     return np.asarray(linear(x, key))
 
 
 @pytest.mark.fast
 def test_dropout_zeroes_inputs_of_a_and_scales_the_rest():
     p, key = 0.25, jax.random.key(0)
-    linear, _ = make_linear(dropout=p)
     x = jax.random.normal(jax.random.key(1), (8, 64, 7))
-    inside = seen_by_adapter(linear, x, key)
+    inside = seen_by_adapter(x, key, p)
     kept = inside != 0
     np.testing.assert_allclose(inside[kept], np.asarray(x)[kept] / (1 - p), rtol=1e-6)
     # 3,584 draws: five standard deviations of their mean are 0.036.
     assert abs(kept.mean() - (1 - p)) < 0.036
 
     full, x = make_linear(dropout=p)
-    low = seen_by_adapter(make_linear(dropout=p)[0], x, key)
+    low = seen_by_adapter(x, key, p)
     np.testing.assert_allclose(full(x, key), by_definition(full, x, low), rtol=0, atol=1e-5)
 
 
@@ -183,7 +197,7 @@ def test_dropout_follows_its_key_and_is_off_without_one():
     np.testing.assert_array_equal(linear(x, one), linear(x, one))
     assert (linear(x, one) != linear(x, two)).any()
     np.testing.assert_allclose(linear(x), by_definition(linear, x, x), rtol=0, atol=1e-5)
-    linear.dropout = 0.0
+    linear, x = make_linear(dropout=0.0)
     np.testing.assert_allclose(linear(x, one), by_definition(linear, x, x), rtol=0, atol=1e-5)
 
 
@@ -191,7 +205,7 @@ def test_dropout_follows_its_key_and_is_off_without_one():
 def test_the_decoder_passes_its_dropout_key_down():
     config = LoraConfig(rank=4, dropout=0.5, target_modules=("q_proj",))
     grown = {
-        name: x + 0.3 for name, x in named_arrays(adapted(config))[0].items() if is_adapter(name)
+        name: x + 0.3 for name, x in tiny.arrays_of(adapted(config)).items() if is_adapter(name)
     }
     decoder = adapted(config, grown)
     run = jax.jit(lambda decoder, key: decoder(TOKENS, *PLACES, key))
@@ -290,10 +304,10 @@ def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora,
         6 / (2 if use_rslora else 4), abs=1e-12
     )
     layout = Layout(make_mesh(MeshConfig(), 8))
-    arrays = load.load_arrays(tmp_path / "base", arch, layout, "float32")
-    decoder = Decoder(arch, arrays, dtype=jnp.float32)
+    abstract = abstract_weights(weights(arch), layout, "float32")
+    arrays = load.load_arrays(tmp_path / "base", arch, abstract)
     start = adapters.stack_adapter(adapter, arch)
-    add_adapters(decoder, adapter.config, jax.random.key(0), start)
+    decoder = with_adapters(arch, arrays, adapter.config, start)
     got = compute(decoder)
     with torch.no_grad():
         want = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
@@ -302,7 +316,7 @@ def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora,
 
 def test_our_names_are_those_in_pefts_file(tmp_path):
     save_peft(tmp_path, target_modules=["k_proj", "gate_proj"])
-    arrays, _ = named_arrays(adapted(LoraConfig(target_modules=("k_proj", "gate_proj"))))
+    arrays = tiny.arrays_of(adapted(LoraConfig(target_modules=("k_proj", "gate_proj"))))
     ours = set()
     for path in filter(is_adapter, arrays):
         module, factor = path.rsplit(".", 1)

@@ -119,7 +119,7 @@ def compiled(config):
     """Returns the program of the run's step."""
     run = Run(config)
     traced = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state)).trace(
-        run.program, run.optimizer, *run.arguments(run.batch())
+        run.program, *run.arguments(run.batch())
     )
     return hlo.read_program(traced.lower().compile().as_text())
 

@@ -20,7 +20,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import logits, rebuild
+from kd_jax.models.decoder import Decoder, logits
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.planning import cost
@@ -123,9 +123,9 @@ def test_a_models_flops_are_what_xla_counts():
     ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 
     def forward(arrays, ids):
-        return logits(rebuild(run.program.student, arrays), ids, ids, ids)
+        return logits(Decoder(run.program.student, arrays), ids, ids, ids)
 
-    arrays = run.models.frozen | run.models.trainable
+    arrays = run.models.frozen | run.models.trainable["student"]
     counted = jax.jit(forward).lower(arrays, ids).compile().cost_analysis()["flops"]
     head = 2.0 * student.vocab_size * student.hidden_size
     adapters = 2.0 * cost.count(cost.adapter_weights(config.lora, student))
