@@ -63,23 +63,19 @@ def abstract_models(
     trainable: dict[str, Any] = {"student": abstract_weights(table, spec.layout, "float32")}
     weight = projection_weight(config, student, teacher)
     if weight is not None:
-        named = abstract_weights({"projection": weight}, spec.layout, "float32")
-        trainable |= named
-    frozen = {}
+        trainable |= abstract_weights({"projection": weight}, spec.layout, "float32")
+    frozen: dict[str, Any] = {}
     if config.trainable == "lora":
         frozen = abstract_weights(weights(student), spec.layout, config.student.dtype)
-    teacher_spec, teacher_arrays = None, {}
+    teacher_spec, teacher_arrays = None, dict[str, Any]()
     if teacher is not None and config.teacher is not None:
-        teacher_spec = make_spec(config, config.teacher, teacher, mesh)
-        teacher_arrays = abstract_weights(
-            weights(teacher), teacher_spec.layout, config.teacher.dtype
-        )
+        part = config.teacher
+        teacher_spec = make_spec(config, part, teacher, mesh)
+        teacher_arrays = abstract_weights(weights(teacher), teacher_spec.layout, part.dtype)
     return Models(
         student=spec,
         trainable=trainable,
-        frozen=abstract_weights(weights(student), spec.layout, config.student.dtype)
-        if lora
-        else {},
+        frozen=frozen,
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
     )

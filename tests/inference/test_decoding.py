@@ -134,17 +134,13 @@ def test_stacked_layers_and_many_devices_generate_the_same_tokens():
     assert generate_all(model.spec, apart, prompts, max_new_tokens=20) == want
     layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 4))
     spec = replace(model.spec, layout=layout)
-    for arrays in (stacked, apart):
-        table = weights(spec.arch) if arrays is stacked else {}
-        placed = {
-            name: jax.device_put(x, layout.sharding(table[name].dims, x.shape) if table else None)
-            for name, x in arrays.items()
-        }
-        if not table:
-            placed = {
-                name: jax.device_put(x, replicated(layout.mesh)) for name, x in arrays.items()
-            }
-        assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
+    placed = {
+        name: jax.device_put(stacked[name], layout.sharding(weight.dims, weight.shape))
+        for name, weight in weights(spec.arch).items()
+    }
+    assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
+    unstack_layers(spec, placed)
+    assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 320, 4096])
