@@ -13,7 +13,7 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import Decoder, Placement, Structure, named_arrays
 from kd_jax.models.lora import add_adapters, factor_dims
-from kd_jax.models.table import is_adapter, projection_weight, weights
+from kd_jax.models.table import abstract_weights, is_adapter, projection_weight, weights
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.sources import Source
@@ -39,8 +39,9 @@ def load_models(config: Config, student: Source, teacher: Source | None, mesh: M
     stored = load_arrays(
         student.folder,
         student.arch,
-        layout,
-        config.student.dtype if lora else "float32",
+        abstract_weights(
+            weights(student.arch), layout, config.student.dtype if lora else "float32"
+        ),
         adapter=None if lora else student.adapter,
     )
     start = None
@@ -130,5 +131,6 @@ def _load_frozen(
     if source is None or part is None:
         return {}, None
     layout = Layout(mesh, part.shard_over)
-    stored = load_arrays(source.folder, source.arch, layout, part.dtype, adapter=source.adapter)
+    abstract = abstract_weights(weights(source.arch), layout, part.dtype)
+    stored = load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)
     return named_arrays(make_decoder(config, source.arch, part.dtype, layout, stored))

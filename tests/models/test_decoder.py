@@ -13,7 +13,7 @@ from kd_jax.config import MeshConfig
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Attention, Decoder, logits, named_arrays, rebuild, rotate
-from kd_jax.models.table import weights
+from kd_jax.models.table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays
@@ -98,7 +98,8 @@ def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family
     theirs = tiny.make_torch_model(family, 3)
     theirs.save_pretrained(tmp_path)
     arch = load_architecture(tmp_path)
-    arrays = load_arrays(tmp_path, arch, Layout(make_mesh(MeshConfig(), 8)), "float32")
+    layout = Layout(make_mesh(MeshConfig(), 8))
+    arrays = load_arrays(tmp_path, arch, abstract_weights(weights(arch), layout, "float32"))
     assert distance(theirs, Decoder(arch, arrays, dtype=jnp.float32)) < TOLERANCE
 
 
