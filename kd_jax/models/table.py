@@ -143,3 +143,16 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
             for i in range(arch.num_hidden_layers)
         ]
     return [path if path == HEAD else f"model.{path}"]
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Returns an error for each array that is missing, unexpected or misshapen."""
+    lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found)]
+    lines += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected)]
+    return lines + [
+        f"misshapen: {n}: expected {list(expected[n])}, got {list(found[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if tuple(found[n]) != expected[n]
+    ]

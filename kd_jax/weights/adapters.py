@@ -12,9 +12,9 @@ import numpy as np
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import FACTORS, adapter_weights, hf_names
+from kd_jax.models.table import FACTORS, adapter_weights, hf_names, shape_problems
 from kd_jax.weights.files import read_json
-from kd_jax.weights.safetensors import Tensor, open_folder
+from kd_jax.weights.safetensors import open_folder
 
 
 def peft_name(name: str) -> str:
@@ -63,15 +63,11 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
         if key not in _FIXED.keys() | _IGNORED | _READ and value not in (None, False, [], {})
     ]
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_count(rank):
+    if type(rank) is not int or rank < 1:
         problems.append(f"r: expected a whole number of at least 1, got {rank!r}")
     if not isinstance(alpha, int | float) or alpha <= 0:
         problems.append(f"lora_alpha: expected a number above 0, got {alpha!r}")
     return problems
-
-
-def _is_count(rank: Any) -> bool:
-    return type(rank) is int and rank > 0
 
 
 def peft_targets(
@@ -131,41 +127,26 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
     config = read_json(path)
     tensors = open_folder(folder, single="adapter_model.safetensors")
     problems = peft_problems(config)
-    rank = config["r"] if _is_count(config.get("r")) else None
-    shapes = _factor_shapes(rank or 1, arch)
+    rank = config["r"] if type(config.get("r")) is int else 0
+    every = LoraConfig(rank=rank, target_modules=LINEAR_NAMES)
+    shapes = {
+        name: weight.layer_shape
+        for dotted, weight in adapter_weights(every, arch).items()
+        for name in hf_names(dotted, arch)
+    }
     modules = peft_targets(config, {name.rpartition(".")[0] for name in shapes}, problems)
-    names = sorted(name for name in shapes if name.rpartition(".")[0] in modules)
-    problems += _tensor_problems({name: shapes[name] for name in names}, tensors, rank is not None)
+    names = [name for name in shapes if name.rpartition(".")[0] in modules]
+    if rank > 0:
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        problems += shape_problems(found, {peft_name(name): shapes[name] for name in names})
     if not modules:
         problems.append("target_modules, layers_to_transform: no projection is left to adapt")
     if problems:
         raise UserError(f"{path}: this adapter cannot be loaded:\n  " + "\n  ".join(problems))
-    assert rank is not None
     factors = {name: tensors[peft_name(name)].read().astype(np.float32) for name in names}
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(f".{n}") for m in modules))
     return Adapter(factors, LoraConfig(rank=rank, alpha=alpha, target_modules=targets))
-
-
-def _factor_shapes(rank: int, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each factor that LoRA of this rank can have, by name."""
-    table = adapter_weights(LoraConfig(rank=rank, target_modules=LINEAR_NAMES), arch)
-    return {n: weight.layer_shape for path, weight in table.items() for n in hf_names(path, arch)}
-
-
-def _tensor_problems(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], rank_known: bool
-) -> list[str]:
-    """Returns an error for each tensor that is missing, unexpected or misshapen."""
-    wanted = {peft_name(name) for name in shapes}
-    problems = [f"missing: {name}" for name in sorted(wanted - tensors.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - wanted)]
-    for name, shape in shapes.items():
-        found = tensors.get(peft_name(name))
-        if rank_known and found is not None and found.shape != shape:
-            got = list(found.shape)
-            problems.append(f"misshapen: {name}: expected {list(shape)}, got {got}")
-    return problems
 
 
 def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:

@@ -1,12 +1,14 @@
 """Exports: Hugging Face, PEFT and Orbax folders, each written whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,47 +94,32 @@ def copy_config(source: Path, out: Path) -> None:
     copy_extra_files(source, out)
 
 
-def save_model(out: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
+def save_model(
+    out: Path, sizes: Mapping[str, int], get: Callable[[str], np.ndarray], max_shard_bytes: int
+) -> None:
     """Writes tensors in shards of at most `max_shard_bytes`, with an index if there are several.
 
     Args:
       out: an existing folder.
-      tensors: Hugging Face names and values, drawn one by one; one shard is held in memory.
+      sizes: bytes of each tensor by Hugging Face name.
+      get: returns one tensor; called once for each, shard by shard.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors, max_shard_bytes):
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, out / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shard.clear()  # before the next one is filled
-    if len(shards) == 1:
-        os.rename(out / "shard-1", out / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(out / f"shard-{number}", out / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(
-    tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the tensors in groups of at most `max_bytes`, or of one tensor."""
-    shard: dict[str, np.ndarray] = {}
-    filled = 0
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > max_bytes:
-            yield shard
-            shard, filled = {}, 0
-        shard[name] = np.ascontiguousarray(tensor)
-        filled += tensor.nbytes
-    yield shard
+    split = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: np.ascontiguousarray(get(name)) for name in names}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        del tensors  # before the next shard is read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def export_merged(
@@ -151,9 +138,30 @@ def export_merged(
     """
     arch = load_architecture(source)
     _check_trained(trained, config, arch, source)
-    tensors = _merged_tensors(source, arch, trained, config.lora.alpha / config.lora.rank)
+    table = weights(arch)
+    place = {
+        name: (path, layer) for path in table for layer, name in enumerate(hf_names(path, arch))
+    }
+    read, dtype_of = _open_source(source, arch, place)
+    whole = _keep_last(trained.read)
+    factors = _keep_last(lambda stem: [trained.read(f"{stem}{factor}") for factor in FACTORS])
+
+    def get(name: str) -> np.ndarray:
+        path, layer = place[name]
+        if path in trained.shapes:
+            return table[path].split(whole(path))[layer].astype(dtype_of(name))
+        stem = path.removesuffix("weight")
+        if f"{stem}{FACTORS[0]}" not in trained.shapes:
+            return read(name)
+        A, B = factors(stem)
+        return merge(read(name), (A[layer], B[layer]), config.lora.alpha / config.lora.rank)
+
+    sizes = {
+        name: math.prod(table[path].layer_shape) * dtype_of(name).itemsize
+        for name, (path, _) in place.items()
+    }
     with new_folder(out) as folder:
-        save_model(folder, tensors, max_shard_bytes)
+        save_model(folder, sizes, get, max_shard_bytes)
         copy_config(source, folder)
 
 
@@ -163,55 +171,32 @@ def _check_trained(trained: OrbaxArrays, config: Config, arch: Architecture, sou
     check_shapes(trained.shapes, expected, source)
 
 
-def _merged_tensors(
-    source: Path, arch: Architecture, trained: OrbaxArrays, scale: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields Hugging Face names and values; at most one stacked array is held at a time."""
-    read, dtypes = _open_source(source, arch)
-    for path in weights(arch):
-        if path in trained.shapes:
-            values = _cast(trained, path, arch, dtypes(path))
-        else:
-            values = _merge(trained, path, read(path), scale)
-        yield from zip(hf_names(path, arch), values, strict=True)
+def _open_source(source: Path, arch: Architecture, place: Mapping[str, tuple[str, int]]):
+    """Returns functions that give one tensor of the source, and its dtype, by name."""
+    if not (source / ORBAX).is_dir():
+        tensors = open_tensors(source, arch)
+        return (lambda name: tensors[name].read()), (lambda name: tensors[name].dtype)
+    saved = open_orbax(source, arch)
+    whole, dtypes, table = _keep_last(saved.read), saved.dtypes, weights(arch)
+
+    def read(name: str) -> np.ndarray:
+        path, layer = place[name]
+        return table[path].split(whole(path))[layer].copy()
+
+    return read, lambda name: dtypes[place[name][0]]
 
 
-def _open_source(source: Path, arch: Architecture):
-    """Returns functions of a path: the array's tensors, read one by one, and their dtypes."""
-    table = weights(arch)
-    if (source / ORBAX).is_dir():
-        saved = open_orbax(source, arch)
-        return (
-            lambda path: (np.array(x) for x in table[path].split(saved.read(path))),
-            lambda path: [saved.dtypes[path]] * len(hf_names(path, arch)),
-        )
-    tensors = open_tensors(source, arch)
-    return (
-        lambda path: (tensors[name].read() for name in hf_names(path, arch)),
-        lambda path: [tensors[name].dtype for name in hf_names(path, arch)],
-    )
+def _keep_last(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns `read` with a cache of one result, which is dropped before the next is read."""
+    held: dict[str, Any] = {}
 
+    def get(key: str) -> Any:
+        if key not in held:
+            held.clear()
+            held[key] = read(key)
+        return held[key]
 
-def _cast(
-    trained: OrbaxArrays, path: str, arch: Architecture, dtypes: list[np.dtype]
-) -> Iterator[np.ndarray]:
-    """Yields copies of a trained array's tensors in the source's dtypes."""
-    layers = weights(arch)[path].split(trained.read(path))
-    for layer, dtype in zip(layers, dtypes, strict=True):
-        yield layer.astype(dtype)
-
-
-def _merge(
-    trained: OrbaxArrays, path: str, tensors: Iterator[np.ndarray], scale: float
-) -> Iterator[np.ndarray]:
-    """Yields the source's tensors with the LoRA factors that belong to them."""
-    factors = [f"{path.removesuffix('weight')}{factor}" for factor in FACTORS]
-    if factors[0] not in trained.shapes:
-        yield from tensors
-        return
-    A, B = map(trained.read, factors)
-    for layer, tensor in enumerate(tensors):
-        yield merge(tensor, (A[layer], B[layer]), scale)
+    return get
 
 
 def export_adapter(source: Path, config: Config, trained: OrbaxArrays, out: Path) -> None:

@@ -16,7 +16,7 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
-from kd_jax.models.table import HEAD, hf_names, weights
+from kd_jax.models.table import HEAD, hf_names, shape_problems, weights
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
 from kd_jax.weights.orbax import OrbaxArrays
@@ -27,19 +27,13 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def check_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     place: Path,
     problems: Sequence[str] = (),
 ) -> None:
-    """Raises UserError with every array that is missing, unexpected or misshapen."""
-    lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - shapes)]
-    lines += [f"unexpected: {n} {list(shapes[n])}" for n in sorted(shapes.keys() - expected)]
-    for name in sorted(expected.keys() & shapes.keys()):
-        want, got = list(expected[name]), list(shapes[name])
-        if got != want:
-            lines.append(f"misshapen: {name}: expected {want}, got {got}")
-    lines += problems
+    """Raises UserError with every array that does not fit, and with `problems`."""
+    lines = [*shape_problems(found, expected), *problems]
     if lines:
         raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
 
@@ -71,22 +65,20 @@ def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[st
 
     transformers unties such a model with a warning.
     """
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
-    if not arch.tie_word_embeddings or head is None or embedding is None:
+    if not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return []
-    if head.shape == embedding.shape and _same_values(head, embedding):
-        return []
-    return [
-        f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
-        "tie_word_embeddings to false there to use both"
-    ]
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    """Compares two tensors of one shape in blocks of rows."""
-    return all(
-        np.array_equal(a.read(start, stop), b.read(start, stop), equal_nan=True)
-        for start, stop in _blocks(a, 0, a.shape[0])
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    same = head.shape == embedding.shape and all(
+        np.array_equal(head.read(*rows), embedding.read(*rows), equal_nan=True)
+        for rows in _blocks(head, 0, head.shape[0])
+    )
+    return (
+        []
+        if same
+        else [
+            f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
+            "tie_word_embeddings to false there to use both"
+        ]
     )
 
 

@@ -345,10 +345,10 @@ UNFIT = {
     "activated": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: unknown"),
     "no rank": ({"r": None}, "r: expected a whole number of at least 1, got None"),
     "no alpha": ({"lora_alpha": "x"}, "lora_alpha: expected a number above 0, got 'x'"),
-    "rank": ({"r": 2}, "misshapen: model.layers.0.self_attn.q_proj.lora_A: expected [2, 64]"),
+    "rank": ({"r": 2}, f"misshapen: {FIRST_A}: expected [2, 64], got [4, 64]"),
     "shape": (
         {"add": {FIRST_B: np.ones((32, 4), np.float32)}},
-        "misshapen: model.layers.0.self_attn.q_proj.lora_B: expected [64, 4], got [32, 4]",
+        f"misshapen: {FIRST_B}: expected [64, 4], got [32, 4]",
     ),
     "factor missing": ({"drop": [FIRST_B]}, f"missing: {FIRST_B}"),
     "layer missing": ({"drop": [FIRST_A, FIRST_B]}, f"missing: {FIRST_A}"),
