@@ -31,7 +31,7 @@ from kd_jax.config import DistributedConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.models.table import hf_names, weights
+from kd_jax.models.table import abstract_weights, hf_names, weights
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture, resolve
@@ -45,7 +45,8 @@ SHARD_BYTES = 4 * 10**9
 def load_seconds(folder: Path, layout: Layout) -> tuple[float, int]:
     """Returns how long a bfloat16 load takes, and the bytes of its arrays on this process."""
     start = time.perf_counter()
-    arrays = load_arrays(folder, load_architecture(folder), layout, "bfloat16")
+    arch = load_architecture(folder)
+    arrays = load_arrays(folder, arch, abstract_weights(weights(arch), layout, "bfloat16"))
     jax.block_until_ready(arrays)
     seconds = time.perf_counter() - start
     return seconds, sum(s.data.nbytes for x in arrays.values() for s in x.addressable_shards)
@@ -93,7 +94,7 @@ def write_model(folder: Path, model: str) -> None:
         shard.clear()
 
     for path, weight in weights(arch).items():
-        shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
+        shape = weight.layer_shape
         for name in hf_names(path, arch):
             if len(shape) == 1:
                 shard[name] = np.ones(shape, ml_dtypes.bfloat16)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,13 @@ from kd_jax.config import (
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Decoder, logits
-from kd_jax.models.table import weights
+from kd_jax.models.table import (
+    abstract_weights,
+    adapter_weights,
+    hf_names,
+    trained_weights,
+    weights,
+)
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
 from kd_jax.setup.sources import open_source
@@ -36,7 +43,7 @@ from kd_jax.training.step import init_state
 from kd_jax.weights import adapters, export, safetensors
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
-from kd_jax.weights import names as weights_names
+from kd_jax.weights.orbax import OrbaxArrays
 from kd_jax.workdir import checkpoints, record
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
@@ -71,6 +78,14 @@ def trained(models, change=0.1):
         name: np.asarray(x) + change * rng.standard_normal(x.shape, np.float32)
         for name, x in models.trainable["student"].items()
     }
+
+
+class InMemory:
+    """Arrays in place of those of a checkpoint."""
+
+    def __init__(self, arrays):
+        self.shapes = {path: x.shape for path, x in arrays.items()}
+        self.read = arrays.__getitem__
 
 
 def our_logits(models, arrays):
@@ -108,10 +123,10 @@ def auto_model(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_merged_export_is_what_transformers_computes_with(tied, family, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
-    models, arch = load(make_config(source))
+    config, out = make_config(source), tmp_path / "out"
+    models, _ = load(config)
     arrays = trained(models)
-    scale = LORA.alpha / LORA.rank
-    export.export_merged(source, arch, arrays, scale, tmp_path / "out", max_shard_bytes=50_000)
+    export.export_merged(source, config, InMemory(arrays), out, max_shard_bytes=50_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
     theirs, base = torch_logits(auto_model(tmp_path / "out")), torch_logits(auto_model(source))
     assert_same_logits(our_logits(models, arrays), theirs)
@@ -122,10 +137,11 @@ def test_a_merged_export_is_what_transformers_computes_with(tied, family, tmp_pa
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_of_full_training_is_what_transformers_computes_with(tied, family, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
-    models, arch = load(make_config(source, trainable="full"))
+    config = make_config(source, trainable="full")
+    models, arch = load(config)
     assert models.trainable["student"].keys() == weights(arch).keys()
     arrays = trained(models, 0.05)
-    export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    export.export_merged(source, config, InMemory(arrays), tmp_path / "out")
     assert_same_logits(our_logits(models, arrays), torch_logits(auto_model(tmp_path / "out")))
 
 
@@ -134,14 +150,15 @@ def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(
     import torch
 
     source = tiny.write_model(tmp_path / "source", 1, dtype)
-    models, arch = load(make_config(source, trainable="full"))
+    config = make_config(source, trainable="full")
+    models, arch = load(config)
     arrays = trained(models, 0.05)
-    export.export_merged(source, arch, arrays, 1.0, tmp_path / "out")
+    export.export_merged(source, config, InMemory(arrays), tmp_path / "out")
     state = auto_model(tmp_path / "out").state_dict()
     for path, value in arrays.items():
-        for layer, name in enumerate(weights_names.hf_names(path, arch)):
-            value_here = value[layer] if path.startswith("layers.") else value
-            want = torch.tensor(value_here).to(getattr(torch, dtype))
+        for layer, name in enumerate(hf_names(path, arch)):
+            want = weights(arch)[path].split(value)[layer]
+            want = torch.tensor(want).to(getattr(torch, dtype))
             assert torch.equal(state[name], want), name
 
 
@@ -168,15 +185,15 @@ def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, 
         raw[:4] = torch.tensor([-0.0, 0.0, float("inf"), -float("inf")])
         raw[4:32] = torch.arange(1, 29).to(integer).view(weight.dtype)  # denormals
     theirs.save_pretrained(source)
-    arch = weights_folder.load_architecture(source)
-    models, _ = load(make_config(source, dtype="bfloat16"))
+    config = make_config(source, dtype="bfloat16")
+    models, _ = load(config)
     place = source
     if form == "orbax":
         place = tmp_path / "orbax"
         export.save_orbax(source, place)
     arrays = {name: np.asarray(x) for name, x in models.trainable["student"].items()}
     assert any(x.any() for x in arrays.values())
-    export.export_merged(place, arch, arrays, 2.5, tmp_path / "out")
+    export.export_merged(place, config, InMemory(arrays), tmp_path / "out")
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)
 
 
@@ -192,16 +209,16 @@ def make_peft(adapted):
 def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
     import torch
 
-    models, arch = load(make_config(tiny_student))
+    config = make_config(tiny_student)
+    models, arch = load(config)
     arrays = trained(models)
-    export.export_merged(tiny_student, arch, arrays, LORA.alpha / LORA.rank, tmp_path / "out")
+    export.export_merged(tiny_student, config, InMemory(arrays), tmp_path / "out")
     theirs = make_peft(auto_model(tiny_student))
     state = theirs.state_dict()
     with torch.no_grad():
         for path, value in arrays.items():
-            module, factor = path.rsplit(".", 1)
-            for layer, name in enumerate(weights_names.hf_names(module, arch)):
-                place = f"base_model.model.{name}.{factor}.default.weight"
+            for layer, name in enumerate(hf_names(path, arch)):
+                place = f"base_model.model.{name}.default.weight"
                 state[place].copy_(torch.tensor(value[layer]))
     merged = theirs.merge_and_unload().state_dict()
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
@@ -213,10 +230,10 @@ def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_
     from peft import PeftModel
 
     source = tiny.write_model(tmp_path / "source", 1, family=family)
-    models, arch = load(make_config(source))
+    config, out = make_config(source), tmp_path / "out"
+    models, arch = load(config)
     arrays = trained(models)
-    out = tmp_path / "out"
-    export.export_adapter(source, str(source), arch, arrays, LORA, out)
+    export.export_adapter(source, config, InMemory(arrays), out)
     base = auto_model(source)
     before = torch_logits(base)
     theirs = torch_logits(PeftModel.from_pretrained(base, out))
@@ -240,16 +257,23 @@ def test_the_orbax_form_gives_back_every_bit_in_every_layout(tiny_teacher, tmp_p
     assert run_command(from_hf.main, ["--source", str(mixed), "--out", str(tmp_path / "out")]) == 0
     arch = weights_folder.load_architecture(tmp_path / "out")
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
-        devices = Layout(make_mesh(mesh, 8))
-        want = weights_load.load_arrays(mixed, arch, devices, None)
-        got = weights_load.load_arrays(tmp_path / "out", arch, devices, None)
+        layout = Layout(make_mesh(mesh, 8))
+        dtypes = weights_load.stored_dtypes(mixed, arch)
+        assert weights_load.stored_dtypes(tmp_path / "out", arch) == dtypes
+        abstract = abstract_weights(weights(arch), layout, dtypes)
+        want = weights_load.load_arrays(mixed, arch, abstract)
+        got = weights_load.load_arrays(tmp_path / "out", arch, abstract)
         assert {x.dtype.name for x in got.values()} == {"float32", "bfloat16"}
         for name, value in want.items():
             assert got[name].sharding == value.sharding and got[name].dtype == value.dtype
             np.testing.assert_array_equal(got[name], value, err_msg=name)
-        rounded = weights_load.load_arrays(tmp_path / "out", arch, devices, "bfloat16")
-        for name, value in weights_load.load_arrays(mixed, arch, devices, "bfloat16").items():
+        some = {path: weights(arch)[path] for path in ("norm.weight", "layers.mlp.up_proj.weight")}
+        half = abstract_weights(some, layout, "bfloat16")
+        rounded = weights_load.load_arrays(tmp_path / "out", arch, half)
+        assert rounded.keys() == some.keys()
+        for name, value in weights_load.load_arrays(mixed, arch, half).items():
             np.testing.assert_array_equal(rounded[name], value, err_msg=name)
+    assert weights_load.load_arrays(tmp_path / "out", arch, {}) == {}
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert copied == {"orbax", *(p.name for p in mixed.iterdir())} - {"model.safetensors"}
 
@@ -261,7 +285,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
     arch = read_architecture(other, "config")
     for use in (
         weights_load.check_source,
-        lambda *args: weights_load.load_arrays(*args, Layout(make_mesh(MeshConfig(), 8)), None),
+        lambda *args: weights_load.load_arrays(*args, {}),
     ):
         with pytest.raises(UserError) as error:
             use(tmp_path / "out", arch)
@@ -344,6 +368,66 @@ def test_a_runs_student_is_exported_by_the_command(
     assert_same_logits(our_logits(models, arrays[step or 5]), torch_logits(theirs))
 
 
+def owner(array):
+    """Returns the array whose memory a view shows."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+@pytest.mark.parametrize(
+    "trainable, form, limit",
+    # Arrays still in memory when another one is read: none, factor A, and the source's own.
+    [("full", "hugging face", 0), ("lora", "hugging face", 1), ("lora", "orbax", 2)],
+)
+def test_an_export_reads_one_array_at_a_time_and_drops_it(
+    trainable, form, limit, tiny_student, run_of, tmp_path, monkeypatch
+):
+    place = tiny_student
+    if form == "orbax":
+        place = tmp_path / "orbax"
+        export.save_orbax(tiny_student, place)
+    workdir, _, arch, arrays = run_of(place, trainable=trainable)
+    plain, read, alive, counts = OrbaxArrays.load, [], [], []
+
+    def load(self, abstract):
+        (path,) = abstract
+        counts.append(sum(reference() is not None for reference in alive))
+        found = plain(self, abstract)
+        read.append(path)
+        alive.append(weakref.ref(owner(found[path])))
+        return found
+
+    monkeypatch.setattr(OrbaxArrays, "load", load)
+    argv = ["--workdir", str(workdir), "--out", str(tmp_path / "out")]
+    assert run_command(to_hf.main, argv) == 0
+    own = weights(arch).keys() if form == "orbax" else set()
+    assert sorted(read) == sorted([*arrays[5], *own])
+    assert max(counts) == limit
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_trained_arrays_are_read_straight_into_shards(trainable, tiny_student, run_of):
+    workdir, models, _, arrays = run_of(tiny_student, trainable=trainable)
+    found = checkpoints.open_trained(workdir, 3)
+    assert found.step == 3 and found.shapes == {n: x.shape for n, x in arrays[3].items()}
+    some = list(found.shapes)[1::2]
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            found.shapes[name], "bfloat16", sharding=models.trainable["student"][name].sharding
+        )
+        for name in some
+    }
+    loaded = found.load(abstract)
+    assert loaded.keys() == set(some) and found.load({}) == {}
+    for name, array in loaded.items():
+        assert array.sharding == abstract[name].sharding
+        np.testing.assert_array_equal(array, arrays[3][name].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(found.read(name), arrays[3][name])
+    latest = checkpoints.open_trained(workdir)
+    assert latest.step == 5 and latest.shapes.keys() == arrays[5].keys()
+
+
 @pytest.fixture
 def source(tmp_path):
     """A model written without torch."""
@@ -360,8 +444,10 @@ def source(tmp_path):
 @pytest.mark.fast
 def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     (source / "README.md").write_text("not the model's")
-    arch = weights_folder.load_architecture(source)
-    export.export_merged(source, arch, {}, 1.0, tmp_path / "out")
+    config = make_config(source)
+    table = adapter_weights(LORA, weights_folder.load_architecture(source))
+    arrays = {path: np.zeros(weight.shape, np.float32) for path, weight in table.items()}
+    export.export_merged(source, config, InMemory(arrays), tmp_path / "out")
     names = {path.name for path in source.iterdir()} - {"README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     for name in names - {"model.safetensors"}:
@@ -382,10 +468,23 @@ def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
 )
 def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source, tmp_path):
     arch = weights_folder.load_architecture(source)
-    with pytest.raises(UserError, match=f"(misshapen|unexpected): {name}"):
-        export.export_merged(
-            source, arch, {name: np.ones(shape, np.float32)}, 1.0, tmp_path / "out"
-        )
+    shapes = {path: weight.shape for path, weight in adapter_weights(LORA, arch).items()}
+    arrays = {path: np.ones(shape, np.float32) for path, shape in {**shapes, name: shape}.items()}
+    for write in (export.export_merged, export.export_adapter):
+        with pytest.raises(UserError, match=f"config.json:\n  (misshapen|unexpected): {name}"):
+            write(source, make_config(source), InMemory(arrays), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_checkpoint_without_a_trained_array_is_refused_by_name(trainable, source, tmp_path):
+    config = make_config(source, trainable=trainable)
+    table = trained_weights(config, weights_folder.load_architecture(source))
+    arrays = {path: np.zeros(weight.shape, np.float32) for path, weight in table.items()}
+    path, _ = arrays.popitem()
+    with pytest.raises(UserError, match=f"config.json:\n  missing: {path}"):
+        export.export_merged(source, config, InMemory(arrays), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

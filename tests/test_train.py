@@ -1,6 +1,7 @@
 """Whole runs through the real commands."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -127,11 +128,11 @@ def test_training_brings_the_student_nearer(lora_run, full_run):
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_student):
-    trained, step = checkpoints.load_trained(lora_run)
-    assert step == STEPS
-    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    trained = checkpoints.open_trained(lora_run)
+    assert trained.step == STEPS
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained.shapes)
     size = sum(f.stat().st_size for f in (lora_run / "checkpoints" / "6").rglob("*") if f.is_file())
-    moments_and_values = 3 * sum(x.nbytes for x in trained.values())
+    moments_and_values = 3 * sum(4 * math.prod(shape) for shape in trained.shapes.values())
     assert size < moments_and_values + 200_000
 
 
@@ -217,13 +218,13 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
     reached = read_metrics(tmp_path / "stopped")[-1]["step"]
     assert 5 <= reached < 40
     if number == signal.SIGTERM:  # saved at once, whatever every_steps is
-        assert checkpoints.load_trained(tmp_path / "stopped")[1] == reached
+        assert checkpoints.open_trained(tmp_path / "stopped").step == reached
     assert run_train(tmp_path / "stopped", *flags) == 0
     assert run_train(tmp_path / "whole", *flags) == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    ours, theirs = (checkpoints.load_trained(tmp_path / name)[0] for name in ("stopped", "whole"))
-    for name, value in theirs.items():
-        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    ours, theirs = (checkpoints.open_trained(tmp_path / name) for name in ("stopped", "whole"))
+    for name in theirs.shapes:
+        np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
 
 
 def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, capsys):

@@ -4,13 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
+from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
-from kd_jax.workdir.checkpoints import load_trained
+from kd_jax.workdir.checkpoints import open_trained
 from kd_jax.workdir.record import check_inputs, is_run, read_run
 
 
@@ -69,10 +69,14 @@ def load_model(model: OpenModel, mesh: Mesh) -> Models:
         spec, arrays = load_frozen(config, config.student, source, mesh)
     else:
         models = load_models(config, source, None, mesh, with_trainable=False)
-        spec, abstract = models.student, models.trainable["student"]
-        trained, _ = load_trained(model.workdir, model.step)
-        arrays = models.frozen | {
-            path: jax.device_put(trained[path].astype(x.dtype), x.sharding)
-            for path, x in abstract.items()
-        }
+        spec, trained = models.student, open_trained(model.workdir, model.step)
+        arrays = models.frozen | trained.load(_in_use(config, models))
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
+
+
+def _in_use(config: Config, models: Models) -> Arrays:
+    """Returns the shapes of what was trained: factors in float32, whole weights in the dtype."""
+    abstract = models.trainable["student"]
+    if config.trainable == "lora":
+        return abstract
+    return {path: x.update(dtype=config.student.dtype) for path, x in abstract.items()}

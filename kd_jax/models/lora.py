@@ -31,9 +31,13 @@ def init_adapters(lora: LoraConfig, arch: Architecture, seed: int) -> dict[str, 
 
 
 def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float) -> np.ndarray:
-    """Returns weight + scale B A, summed in float32 and rounded to the weight's dtype.
+    """Returns weight + scale B A, summed in float32 and rounded once to the weight's dtype.
 
-    Entries that the adapter leaves alone keep their bits, the sign of zero too.
+    Entries where scale B A is zero keep their bits, -0.0 included.
+
+    Args:
+      weight: [out, in], any float dtype.
+      factors: A [rank, in] and B [out, rank].
     """
     A, B = factors
     delta = np.float32(scale) * (B.astype(np.float32) @ A.astype(np.float32))

@@ -1,9 +1,21 @@
-"""The one table of weights: paths, shapes, dimensions and Hugging Face names."""
+"""The one table of weights: paths, shapes, dimensions and Hugging Face names.
 
+Importing it needs no jax.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kd_jax.config import Config, LoraConfig
 from kd_jax.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    import jax
+
+    from kd_jax.parallel.mesh import Layout
 
 HEAD = "lm_head.weight"
 FACTORS = ("lora_A", "lora_B")
@@ -11,14 +23,28 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What one tensor looks like: its shape and the logical names of its dimensions."""
+    """Shape of one array, and the logical names of its dimensions (keys of parallel.rules)."""
 
     shape: tuple[int, ...]
     dims: tuple[str, ...]
 
+    @property
+    def is_stacked(self) -> bool:
+        """Tells whether dimension 0 counts layers, each a tensor of its own in Hugging Face."""
+        return self.dims[0] == "layers"
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer's tensor, or of the whole array if it is not stacked."""
+        return self.shape[1:] if self.is_stacked else self.shape
+
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """Returns views of the array's tensors, in the order of `hf_names`."""
+        return list(array) if self.is_stacked else [array]
+
 
 def layer_weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns each tensor of one layer by its name below `model.layers.N.`."""
+    """Returns the weights of one layer by their names below `model.layers.N.`."""
     D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
     NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
     table = {
@@ -43,7 +69,7 @@ def layer_weights(arch: Architecture) -> dict[str, Weight]:
 
 
 def weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns every tensor of the model by dotted path; those of the layers have a leading L."""
+    """Returns the model's weights by dotted path; those of layers are stacked, with a leading L."""
     V, D, L = arch.vocab_size, arch.hidden_size, arch.num_hidden_layers
     table = {
         f"layers.{name}": Weight((L, *weight.shape), ("layers", *weight.dims))
@@ -57,16 +83,16 @@ def weights(arch: Architecture) -> dict[str, Weight]:
 
 
 def is_adapter(name: str) -> bool:
-    """Tells whether an array's dotted path is that of a low-rank factor."""
+    """Tells whether a dotted path names a LoRA factor."""
     return name.endswith(FACTORS)
 
 
 def adapter_weights(lora: LoraConfig, arch: Architecture) -> dict[str, Weight]:
-    """Returns the low-rank factors of LoRA by the path of their weight and their name."""
+    """Returns LoRA's factors A [L, rank, in] and B [L, out, rank] by dotted path."""
     table, rank = {}, lora.rank
     for path, weight in weights(arch).items():
         name = path.split(".")[-2]
-        if name in lora.target_modules and len(weight.shape) == 3:
+        if name in lora.target_modules and len(weight.layer_shape) == 2:
             (L, out, into), (layers, out_dim, into_dim) = weight.shape, weight.dims
             stem = path.removesuffix("weight")
             table[f"{stem}lora_A"] = Weight((L, rank, into), (layers, "rank", into_dim))
@@ -75,33 +101,58 @@ def adapter_weights(lora: LoraConfig, arch: Architecture) -> dict[str, Weight]:
 
 
 def trained_weights(config: Config, arch: Architecture) -> dict[str, Weight]:
+    """Returns the student's trainable weights by dotted path."""
     return adapter_weights(config.lora, arch) if config.trainable == "lora" else weights(arch)
 
 
 def projection_weight(
     config: Config, student: Architecture, teacher: Architecture | None
 ) -> Weight | None:
-    """Returns the shape of what brings student states to the teacher's width, or None for none."""
+    """Returns the projection from the student's to the teacher's hidden size, None if unused."""
     if teacher is None or not config.compares_hidden or student.hidden_size == teacher.hidden_size:
         return None
     shape = (len(config.hidden.student_layers), teacher.hidden_size, student.hidden_size)
     return Weight(shape, ("layers", "embed", "embed"))
 
 
-def hf_names(path: str, arch: Architecture) -> list[str]:
-    """Returns the Hugging Face names of one array: those of all layers, or its only one."""
-    if path.startswith("layers."):
-        rest = path.removeprefix("layers.")
-        return [f"model.layers.{i}.{rest}" for i in range(arch.num_hidden_layers)]
-    return [path if path == HEAD else f"model.{path}"]
+def abstract_weights(
+    table: Mapping[str, Weight], layout: "Layout", dtype: str | Mapping[str, Any]
+) -> "dict[str, jax.ShapeDtypeStruct]":
+    """Returns shapes, dtypes and shardings of a table's arrays, by path.
 
-
-def abstract_weights(table, layout, dtype):
+    Args:
+      dtype: one for all, or one for each path.
+    """
     import jax
 
     return {
         path: jax.ShapeDtypeStruct(
-            weight.shape, dtype, sharding=layout.sharding(weight.dims, weight.shape)
+            weight.shape,
+            dtype if isinstance(dtype, str) else dtype[path],
+            sharding=layout.sharding(weight.dims, weight.shape),
         )
         for path, weight in table.items()
     }
+
+
+def hf_names(path: str, arch: Architecture) -> list[str]:
+    """Returns the Hugging Face names of an array: one for each layer, or a single one."""
+    if path.startswith("layers."):
+        return [
+            f"model.layers.{i}.{path.removeprefix('layers.')}"
+            for i in range(arch.num_hidden_layers)
+        ]
+    return [path if path == HEAD else f"model.{path}"]
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Returns an error for each array that is missing, unexpected or misshapen."""
+    lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found)]
+    lines += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected)]
+    return lines + [
+        f"misshapen: {n}: expected {list(expected[n])}, got {list(found[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if tuple(found[n]) != expected[n]
+    ]

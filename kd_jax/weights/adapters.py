@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: names, configuration and factors."""
+"""PEFT's LoRA adapters: tensor names, adapter_config.json and factors."""
 
 import math
 import re
@@ -12,14 +12,14 @@ import numpy as np
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import FACTORS, hf_names, weights
+from kd_jax.models.table import FACTORS, adapter_weights, hf_names, shape_problems
 from kd_jax.weights.files import read_json
 from kd_jax.weights.safetensors import open_folder
 
 
-def peft_name(module: str, factor: str) -> str:
-    """Returns PEFT's name of a factor: `base_model.model.` + module + `.lora_A.weight`."""
-    return f"base_model.model.{module}.{factor}.weight"
+def peft_name(name: str) -> str:
+    """Returns PEFT's tensor name of a factor such as model.layers.0.mlp.up_proj.lora_A."""
+    return f"base_model.model.{name}.weight"
 
 
 # Keys of adapter_config.json that do not change what a saved adapter computes.
@@ -36,8 +36,8 @@ _READ = {
 }  # fmt: skip
 
 
-# Keys that change the computation, with the only values under which plain LoRA is right. The other
-# initialisations (pissa, olora, loftq, ...) change the base model's weights as well.
+# Keys that change the computation, with the values that mean plain LoRA. The initialisations left
+# out (pissa, olora, loftq, ...) change the base model's weights as well.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -51,7 +51,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def peft_problems(config: Mapping[str, Any]) -> list[str]:
-    """Returns what a parsed adapter_config.json asks for that plain LoRA does not do."""
+    """Returns an error for each key of adapter_config.json that asks for more than plain LoRA."""
     problems = [
         f"{key}: expected {values[0]!r}, got {config.get(key)!r}"
         for key, values in _FIXED.items()
@@ -73,7 +73,7 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
 def peft_targets(
     config: Mapping[str, Any], modules: Collection[str], problems: list[str]
 ) -> set[str]:
-    """Returns those of the `model.layers.N...` modules that PEFT adapts under this config."""
+    """Returns the `model.layers.N...` modules that PEFT adapts; adds errors to `problems`."""
     wanted, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
     layers = config.get("layers_to_transform")
     chosen = {layers} if isinstance(layers, int) else set(layers or [])
@@ -90,7 +90,7 @@ def peft_targets(
 
 
 def _is_named(module: str, names: str | list[str]) -> bool:
-    """Tells whether PEFT's `names`, an expression or endings, mean this module."""
+    """Tells whether a module matches PEFT's regular expression or list of name endings."""
     if isinstance(names, str):
         return names == "all-linear" or re.fullmatch(names, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)
@@ -98,69 +98,74 @@ def _is_named(module: str, names: str | list[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT LoRA adapter: factors by Hugging Face module name, and the scale of B A."""
+    """A PEFT LoRA adapter in host memory."""
 
-    factors: dict[str, tuple[np.ndarray, np.ndarray]]
+    factors: dict[str, np.ndarray]
+    """A [rank, in] and B [out, rank], float32, by name: model.layers.0.mlp.up_proj.lora_A."""
     config: LoraConfig
-    scale: float
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.config.alpha / self.config.rank
+
+    def factors_of(self, weight: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns A and B of a weight by its Hugging Face name, None if it is not adapted."""
+        stem = weight.removesuffix("weight")
+        if f"{stem}lora_A" not in self.factors:
+            return None
+        return self.factors[f"{stem}lora_A"], self.factors[f"{stem}lora_B"]
 
 
 def load_adapter(folder: Path, arch: Architecture) -> Adapter:
-    """Reads a PEFT folder; anything but plain LoRA on the seven projections is refused."""
+    """Reads a PEFT folder.
+
+    Raises:
+      UserError: it is not plain LoRA on projections of this architecture; all reasons are listed.
+    """
     path = folder / "adapter_config.json"
     config = read_json(path)
     tensors = open_folder(folder, single="adapter_model.safetensors")
-    shapes = {
-        name.removesuffix(".weight"): weight.shape[1:]
-        for array, weight in weights(arch).items()
-        if array.endswith("_proj.weight")
-        for name in hf_names(array, arch)
-    }
     problems = peft_problems(config)
-    modules = sorted(peft_targets(config, shapes, problems))
-    wanted = {peft_name(module, factor) for module in modules for factor in FACTORS}
-    problems += [f"missing: {name}" for name in sorted(wanted - tensors.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(tensors.keys() - wanted)]
-    rank = config.get("r")
-    for module in modules:
-        num_out, num_in = shapes[module]
-        for factor, shape in zip(FACTORS, ((rank, num_in), (num_out, rank)), strict=True):
-            found = tensors.get(peft_name(module, factor))
-            if found is not None and found.shape != shape:
-                got = list(found.shape)
-                problems.append(f"misshapen: {module}.{factor}: expected {list(shape)}, got {got}")
+    rank = config["r"] if type(config.get("r")) is int else 0
+    every = LoraConfig(rank=rank, target_modules=LINEAR_NAMES)
+    shapes = {
+        name: weight.layer_shape
+        for dotted, weight in adapter_weights(every, arch).items()
+        for name in hf_names(dotted, arch)
+    }
+    modules = peft_targets(config, {name.rpartition(".")[0] for name in shapes}, problems)
+    names = [name for name in shapes if name.rpartition(".")[0] in modules]
+    if rank > 0:
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        problems += shape_problems(found, {peft_name(name): shapes[name] for name in names})
     if not modules:
         problems.append("target_modules, layers_to_transform: no projection is left to adapt")
     if problems:
         raise UserError(f"{path}: this adapter cannot be loaded:\n  " + "\n  ".join(problems))
-    assert isinstance(rank, int)
-    factors = {
-        m: tuple(tensors[peft_name(m, factor)].read().astype(np.float32) for factor in FACTORS)
-        for m in modules
-    }
+    factors = {name: tensors[peft_name(name)].read().astype(np.float32) for name in names}
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(f".{n}") for m in modules))
-    lora = LoraConfig(rank=rank, alpha=alpha, target_modules=targets)
-    return Adapter(factors, lora, alpha / rank)  # type: ignore[arg-type]
+    return Adapter(factors, LoraConfig(rank=rank, alpha=alpha, target_modules=targets))
 
 
 def stack_adapter(adapter: Adapter, arch: Architecture) -> dict[str, np.ndarray]:
-    """Returns the factors stacked over layers, by their dotted paths in a model."""
+    """Returns the factors stacked over layers, by dotted path.
+
+    Raises:
+      UserError: the adapter adapts a projection in some layers only.
+    """
     stacked, partly = {}, []
-    for path in weights(arch):
-        module = path.removesuffix(".weight")
-        names = [name.removesuffix(".weight") for name in hf_names(path, arch)]
+    for path in adapter_weights(adapter.config, arch):
+        names = hf_names(path, arch)
         absent = [str(i) for i, name in enumerate(names) if name not in adapter.factors]
-        if len(absent) == len(names):
-            continue
-        if absent:
-            partly.append(f"{module}: none in layers {', '.join(absent)}")
-            continue
-        for k, factor in enumerate(FACTORS):
-            stacked[f"{module}.{factor}"] = np.stack([adapter.factors[n][k] for n in names])
+        if not absent:
+            stacked[path] = np.stack([adapter.factors[name] for name in names])
+        elif path.endswith(FACTORS[0]):
+            partly.append(f"{path.rpartition('.')[0]}: none in layers {', '.join(absent)}")
     if partly:
         raise UserError(
-            "student.adapter: expected factors in every layer to go on from, got some layers only:"
-            "\n  " + "\n  ".join(partly) + "\nMerge the adapter into its base with peft first"
+            "student.adapter: expected factors in every layer to continue training, got some "
+            "layers only:\n  " + "\n  ".join(partly) + "\nMerge the adapter into its base with peft"
         )
     return stacked

@@ -1,175 +1,219 @@
-"""Hugging Face folders as arrays: one name table, streamed and sharded, strict both ways."""
+"""Hugging Face and Orbax folders as sharded arrays; each process reads only its shards' bytes."""
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
-from kd_jax.models.table import HEAD, Weight, hf_names, weights
+from kd_jax.models.table import HEAD, hf_names, shape_problems, weights
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
-from kd_jax.weights.names import EMBEDDING, check_shapes
-from kd_jax.weights.orbax import orbax_leaves
+from kd_jax.weights.orbax import OrbaxArrays
 from kd_jax.weights.safetensors import Tensor, open_folder
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    place: Path,
+    problems: Sequence[str] = (),
+) -> None:
+    """Raises UserError with every array that does not fit, and with `problems`."""
+    lines = [*shape_problems(found, expected), *problems]
+    if lines:
+        raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
 
 
 def open_tensors(folder: Path, arch: Architecture) -> dict[str, Tensor]:
-    """Returns a folder's tensors once they are known to be exactly this architecture's.
+    """Returns the architecture's tensors in a Hugging Face folder, which must hold no others.
 
     Raises:
       UserError: tensors are missing, unexpected or misshapen; all are listed.
     """
     tensors = open_folder(folder)
-    table: dict[str, tuple[int, ...]] = {}
-    for path, weight in weights(arch).items():
-        shape = weight.shape[1:] if path.startswith("layers.") else weight.shape
-        table |= dict.fromkeys(hf_names(path, arch), shape)
-    redundant = {name for name in tensors if _is_redundant(name, tensors, arch)}
-    shapes = {name: tensors[name].shape for name in tensors.keys() - redundant}
+    table = {
+        name: weight.layer_shape
+        for path, weight in weights(arch).items()
+        for name in hf_names(path, arch)
+    }
+    shapes = {
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")  # saved by old versions; computed here
+        and not (arch.tie_word_embeddings and name == HEAD)
+    }
     check_shapes(shapes, table, folder, _head_problems(tensors, arch))
     return {name: tensors[name] for name in table}
 
 
-def _is_redundant(name: str, tensors: Mapping[str, Tensor], arch: Architecture) -> bool:
-    """Tells whether a tensor repeats what the model has: a tied head, old rotary buffers."""
-    tied_head = arch.tie_word_embeddings and name == HEAD
-    return tied_head or name.endswith("rotary_emb.inv_freq")
-
-
 def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[str]:
-    """Returns what is wrong where a tied head is stored with other values than the embedding's.
+    """Returns an error where a tied lm_head is stored with other values than the embedding.
 
     transformers unties such a model with a warning.
     """
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
-    if not arch.tie_word_embeddings or head is None or embedding is None:
+    if not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return []
-    if head.shape == embedding.shape and _same_values(head, embedding):
-        return []
-    return [
-        f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
-        "tie_word_embeddings to false there to use both"
-    ]
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    same = head.shape == embedding.shape and all(
+        np.array_equal(head.read(*rows), embedding.read(*rows), equal_nan=True)
+        for rows in _blocks(head, 0, head.shape[0])
+    )
+    return (
+        []
+        if same
+        else [
+            f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
+            "tie_word_embeddings to false there to use both"
+        ]
+    )
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    """Compares two tensors of one shape, some rows at a time."""
-    step = max(1, BLOCK_BYTES // max(1, a.row_bytes))
-    for start in range(0, a.shape[0], step):
-        stop = min(start + step, a.shape[0])
-        if not np.array_equal(a.read(start, stop), b.read(start, stop), equal_nan=True):
-            return False
-    return True
+def _blocks(tensor: Tensor, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yields the rows from `first` to `last` in blocks of at most BLOCK_BYTES, but one row."""
+    step = max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
+
+
+def open_orbax(folder: Path, arch: Architecture) -> OrbaxArrays:
+    """Returns the arrays that convert.from_hf wrote, which must be the architecture's."""
+    from orbax.checkpoint import v1 as ocp
+
+    place = (folder / ORBAX).absolute()
+    try:
+        arrays = OrbaxArrays(place=place, saved=ocp.metadata(place).metadata)
+        shapes = arrays.shapes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{place}: expected what convert.from_hf wrote ({reason})") from error
+    check_shapes(shapes, {path: weight.shape for path, weight in weights(arch).items()}, place)
+    return arrays
 
 
 def check_source(folder: Path, arch: Architecture) -> None:
     """Raises UserError unless the folder holds exactly this architecture's tensors."""
+    (open_orbax if (folder / ORBAX).is_dir() else open_tensors)(folder, arch)
+
+
+def stored_dtypes(folder: Path, arch: Architecture) -> dict[str, np.dtype]:
+    """Returns the stored dtype of each array of `weights(arch)`; mixed layers are promoted."""
     if (folder / ORBAX).is_dir():
-        orbax_leaves(folder, arch)
-    else:
-        open_tensors(folder, arch)
+        return open_orbax(folder, arch).dtypes
+    tensors = open_tensors(folder, arch)
+    return {
+        path: np.dtype(
+            reduce(jnp.promote_types, [tensors[name].dtype for name in hf_names(path, arch)])
+        )
+        for path in weights(arch)
+    }
 
 
-def load_arrays(folder, arch, abstract, *, adapter=None):
-    if not abstract:
-        return {}
-    one = next(iter(abstract.values()))
+def load_arrays(
+    folder: Path,
+    arch: Architecture,
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    adapter: Adapter | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the arrays named in `abstract`, read from the folder straight into their shards.
+
+    Args:
+      folder: Hugging Face form, or the output of convert.from_hf.
+      abstract: shape, dtype and NamedSharding of any of `weights(arch)`; stored values are rounded
+        to the dtype.
+      adapter: merged in float32 before rounding.
+    """
     if (folder / ORBAX).is_dir():
         if adapter is not None:
             raise UserError(f"{folder}: an adapter needs its base in Hugging Face form")
-        orbax_leaves(folder, arch)
-        return read_orbax(folder, abstract)
+        return open_orbax(folder, arch).load(abstract)
     tensors = open_tensors(folder, arch)
     arrays = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for path, weight in weights(arch).items():
-            names = hf_names(path, arch)
-            layers = [_Layer(tensors[name], *_factors(name, adapter)) for name in names]
-            x = abstract[path]
-            arrays[path] = _load_array(pool, layers, weight, x.sharding, np.dtype(x.dtype))
+        for path, like in abstract.items():
+            layers = [_Layer(tensors[name], name, adapter) for name in hf_names(path, arch)]
+            arrays[path] = _load_array(pool, layers, like)
     return arrays
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One stored tensor, and the low-rank factors that are merged into it."""
+    """One stored tensor, and the adapter that is merged into it."""
 
     tensor: Tensor
-    factors: tuple[np.ndarray, np.ndarray] | None
-    scale: float
+    name: str
+    adapter: Adapter | None
 
     def read_rows(self, start: int, stop: int, shards: dict[tuple, np.ndarray]) -> None:
-        """Reads rows once, into each shard's own rows [start, stop) by its columns."""
+        """Reads rows once, and copies them to each shard's rows [start, stop) by its columns."""
         dtypes = {out.dtype for out in shards.values()}
         whole = all(out.shape[1:] == self.tensor.shape[1:] for out in shards.values())
-        if whole and self.factors is None and dtypes == {self.tensor.dtype}:
+        factors = None if self.adapter is None else self.adapter.factors_of(self.name)
+        if whole and factors is None and dtypes == {self.tensor.dtype}:
             (out,) = shards.values()
             self.tensor.read_rows(out, start)
             return
         rows = self.tensor.read(start, stop)
-        if self.factors is not None:
-            A, B = self.factors
-            # The sum is rounded to the result's dtype below, once.
-            rows = merge(rows.astype(np.float32), (A, B[start:stop]), self.scale)
+        if self.adapter is not None and factors is not None:
+            A, B = factors
+            # Stays float32, so that the copy below rounds once.
+            rows = merge(rows.astype(np.float32), (A, B[start:stop]), self.adapter.scale)
         for columns, out in shards.items():
             out[...] = rows[(slice(None), *(slice(*span) for span in columns))]
 
 
-def _factors(name: str, adapter: Adapter | None):
-    if adapter is None:
-        return None, 0.0
-    return adapter.factors.get(name.removesuffix(".weight")), adapter.scale
-
-
 def _load_array(
-    pool: ThreadPoolExecutor,
-    layers: list[_Layer],
-    weight: Weight,
-    sharding: NamedSharding,
-    dtype: np.dtype,
+    pool: ThreadPoolExecutor, layers: list[_Layer], like: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Reads one array's shards; a row that several devices want parts of is read once."""
-    stacked = len(weight.shape) > len(layers[0].tensor.shape)
+    """Reads one array's shards; a row that several devices need parts of is read once."""
+    stacked = len(like.shape) > len(layers[0].tensor.shape)
+    # Rows -> columns -> devices that hold this part.
     groups: dict[tuple[int, int], dict[tuple, list[jax.Device]]] = defaultdict(dict)
-    for device, index in sharding.addressable_devices_indices_map(weight.shape).items():
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
         assert index is not None  # every device of a NamedSharding has a part
-        spans = [s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True)][stacked:]
+        spans = [s.indices(n)[:2] for s, n in zip(index, like.shape, strict=True)][stacked:]
         groups[spans[0]].setdefault(tuple(spans[1:]), []).append(device)
     arrays = []
     for (first, last), devices in groups.items():
-        shards = {
-            columns: _aligned(
-                (len(layers), last - first, *(stop - start for start, stop in columns)), dtype
-            )
-            for columns in devices
-        }
-        step = max(1, BLOCK_BYTES // layers[0].tensor.row_bytes)
-        jobs = []
-        for i, layer in enumerate(layers):
-            for start in range(first, last, step):
-                stop = min(start + step, last)
-                parts = {c: out[i, start - first : stop - first] for c, out in shards.items()}
-                jobs.append(pool.submit(layer.read_rows, start, stop, parts))
-        for job in jobs:
-            job.result()
-        for columns, out in shards.items():
+        for columns, out in _read_shards(pool, layers, first, last, devices, like.dtype).items():
             host = out if stacked else out[0]
             arrays += [jax.device_put(host, device) for device in devices[columns]]
     # Waiting keeps the host from holding more than one array where devices have their own memory.
     return jax.block_until_ready(
-        jax.make_array_from_single_device_arrays(weight.shape, sharding, arrays)
+        jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
     )
+
+
+def _read_shards(pool, layers: list[_Layer], first: int, last: int, parts, dtype):
+    """Returns [L, last - first, ...] in host memory for each part of the columns."""
+    shards = {
+        columns: _aligned(
+            (len(layers), last - first, *(stop - start for start, stop in columns)), dtype
+        )
+        for columns in parts
+    }
+    jobs = []
+    for i, layer in enumerate(layers):
+        for start, stop in _blocks(layer.tensor, first, last):
+            rows = {c: out[i, start - first : stop - first] for c, out in shards.items()}
+            jobs.append(pool.submit(layer.read_rows, start, stop, rows))
+    for job in jobs:
+        job.result()
+    return shards
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,65 +1,73 @@
-"""The Orbax form of a model's weights."""
+"""Arrays of an Orbax checkpoint, read one at a time or straight into shards."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
-from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import weights
-from kd_jax.weights.folder import ORBAX
-from kd_jax.weights.names import check_shapes
 
 
-def orbax_leaves(folder: Path, arch: Architecture) -> dict[str, Any]:
-    """Returns shape and dtype of what convert.from_hf wrote, once they fit the architecture."""
-    from orbax.checkpoint import v1 as ocp
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrbaxArrays:
+    """Arrays of one checkpoint by dotted path; opening it reads none of them."""
 
-    place = (folder / ORBAX).absolute()
-    try:
-        saved = ocp.metadata(place).metadata
-        shapes = {path: leaf.shape for path, leaf in saved.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{place}: expected what convert.from_hf wrote ({reason})") from error
-    check_shapes(shapes, {path: w.shape for path, w in weights(arch).items()}, place)
-    return saved
+    place: Path
+    saved: dict[str, Any]
+    """Orbax's metadata of each array."""
+    parents: tuple[str, ...] = ()
+    """Keys of the nested dicts that hold the arrays in the checkpoint's tree."""
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: tuple(leaf.shape) for path, leaf in self.saved.items()}
 
-def _load_orbax(folder, arch, layout, dtype):
-    saved = orbax_leaves(folder, arch)
-    abstract = {
-        path: jax.ShapeDtypeStruct(
-            weight.shape,
-            saved[path].dtype if dtype is None else dtype,
-            sharding=layout.sharding(weight.dims, weight.shape),
-        )
-        for path, weight in weights(arch).items()
-    }
-    return read_orbax(folder, abstract)
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {path: np.dtype(leaf.dtype) for path, leaf in self.saved.items()}
 
+    def load(self, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arrays named in `abstract`; the others are not read.
 
-def read_orbax(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    from orbax.checkpoint import v1 as ocp
+        Args:
+          abstract: a ShapeDtypeStruct for an array that is read into its shards and rounded to its
+            dtype, a NumPy array of shape and dtype for one in host memory.
+        """
+        from orbax.checkpoint import v1 as ocp
 
-    place = (folder / ORBAX).absolute()
-    try:
-        with absl_silent():
-            return ocp.load(place, abstract)
-    except Exception as error:  # Orbax raises no narrower class for a damaged file
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"{place}: cannot be read ({reason})") from error
+        # Orbax returns uninitialised memory for a path that the checkpoint lacks.
+        assert abstract.keys() <= self.saved.keys(), abstract.keys() - self.saved.keys()
+        if not abstract:
+            return {}
+        tree = dict(abstract)
+        for key in reversed(self.parents):
+            tree = {key: tree}
+        options = ocp.options.PyTreeOptions
+        partial = options(loading=options.Loading(partial_load=True))
+        try:
+            with absl_silent(), ocp.Context(pytree_options=partial):
+                tree = ocp.load(self.place, tree)
+        except Exception as error:  # Orbax raises no narrower class for a damaged file
+            reason = first_line(error.__cause__ or error)
+            raise UserError(f"{self.place}: cannot be read ({reason})") from error
+        for key in self.parents:
+            tree = tree[key]
+        return tree
+
+    def read(self, path: str) -> np.ndarray:
+        """Returns one array in host memory, in its stored dtype."""
+        return self.load({path: np.empty(self.shapes[path], self.dtypes[path])})[path]
 
 
 @contextmanager
 def absl_silent() -> Iterator[None]:
-    """Keeps Orbax from printing the traceback of what it raises as well."""
+    """Keeps Orbax from printing the traceback of an error that it also raises."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
     yield
-    logger.disabled = before  # but not after an error: threads of the failed call still print
+    logger.disabled = before  # not after an error: threads of the failed call still print

@@ -3,15 +3,15 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
-from kd_jax.losses.hidden import PROJECTION
+from kd_jax.weights.orbax import OrbaxArrays
 
 
 @contextmanager
@@ -61,28 +61,37 @@ def restore(checkpointer: ocp.training.Checkpointer, like: Any) -> Any:
     return type(like)(**checkpointer.load(checkpointer.latest.step, abstract))
 
 
-def load_trained(workdir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
-    """Returns the student's arrays in a checkpoint by dotted path, and its step; None: the latest.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained(OrbaxArrays):
+    """The student's trained arrays in one checkpoint, read on demand."""
 
-    What is trained beside the student, the hidden-state loss's projection, is not read.
+    step: int
+
+
+STUDENT = (
+    "trainable",
+    "student",
+)  # keys of the dict in a checkpoint's tree that holds the student's arrays
+
+
+def open_trained(workdir: Path, step: int | None = None) -> Trained:
+    """Opens a run's checkpoint, the latest for None, without reading its arrays.
+
+    Raises:
+      UserError: the workdir has no finished checkpoint, or none of this step.
     """
     folder = workdir.absolute() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no checkpoints in it")
     with ocp.training.Checkpointer(folder) as checkpointer:
-        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
-        if not steps:
-            raise UserError(f"{folder}: holds no finished checkpoint")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            known = ", ".join(map(str, steps))
-            raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
-        saved = checkpointer.metadata(step).metadata
-        abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved)
-        abstract["trainable"] |= {
-            name: np.empty(leaf.shape, leaf.dtype)
-            for name, leaf in saved["trainable"].items()
-            if name != PROJECTION
-        }
-        loaded = checkpointer.load(step, abstract)["trainable"]
-        return {name: x for name, x in loaded.items() if name != PROJECTION}, step
+        places = {found.step: found.path for found in checkpointer.checkpoints}
+    if not places:
+        raise UserError(f"{folder}: holds no finished checkpoint")
+    step = max(places) if step is None else step
+    if step not in places:
+        known = ", ".join(map(str, sorted(places)))
+        raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
+    saved = ocp.metadata(places[step]).metadata
+    for key in STUDENT:
+        saved = saved[key]
+    return Trained(place=places[step], saved=saved, parents=STUDENT, step=step)

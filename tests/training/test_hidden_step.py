@@ -331,8 +331,8 @@ def test_a_run_resumes_bit_for_bit_with_its_projection(finished, run_train, tmp_
 
 def test_the_projection_is_never_exported(finished, tmp_path, tiny_student, capsys):
     kind, workdir, _ = finished
-    trained, step = checkpoints.load_trained(workdir)
-    assert step == 4 and trained and "projection" not in trained
+    trained = checkpoints.open_trained(workdir)
+    assert trained.step == 4 and trained.shapes and "projection" not in trained.shapes
     out = tmp_path / "merged"
     argv = ["--workdir", str(workdir), "--out", str(out)]
     assert run_command(to_hf.main, argv) == 0

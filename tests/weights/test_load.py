@@ -17,12 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.table import weights
+from kd_jax.models.table import abstract_weights, hf_names, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import export, safetensors
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
-from kd_jax.weights import names as weights_names
 
 MESHES = {
     "data": MeshConfig(data=8),
@@ -35,10 +34,11 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def load(folder, dtype="float32", mesh="data", **options):
+    """Loads a whole model; `dtype` None keeps the stored ones."""
     arch = weights_folder.load_architecture(folder)
-    return weights_load.load_arrays(
-        folder, arch, Layout(make_mesh(MESHES[mesh], 8)), dtype, **options
-    )
+    dtype = weights_load.stored_dtypes(folder, arch) if dtype is None else dtype
+    abstract = abstract_weights(weights(arch), Layout(make_mesh(MESHES[mesh], 8)), dtype)
+    return weights_load.load_arrays(folder, arch, abstract, **options)
 
 
 @pytest.fixture
@@ -107,11 +107,13 @@ def test_every_bit_that_transformers_wrote_arrives(
     state = theirs.state_dict()
     assert arrays.keys() == weights(arch).keys()
     for path, array in arrays.items():
-        stored = [state[name].view(integer).numpy() for name in weights_names.hf_names(path, arch)]
-        want = np.stack(stored) if path.startswith("layers.") else stored[0]
-        assert array.dtype == dtype
-        dims = weights(arch)[path].dims
-        assert array.sharding == Layout(make_mesh(MESHES[mesh], 8)).sharding(dims, want.shape)
+        stored = [state[name].view(integer).numpy() for name in hf_names(path, arch)]
+        weight = weights(arch)[path]
+        want = np.stack(stored) if weight.is_stacked else stored[0]
+        assert array.dtype == dtype and array.shape == want.shape
+        assert array.sharding == Layout(make_mesh(MESHES[mesh], 8)).sharding(
+            weight.dims, want.shape
+        )
         for part in array.addressable_shards:
             np.testing.assert_array_equal(
                 bits(part.data), bits(want[part.index]), err_msg=f"{path} {part.index}"
@@ -144,15 +146,34 @@ def test_every_byte_is_read_once_however_many_devices_want_it(mesh, folder, monk
     assert end == file.stat().st_size
 
 
+@pytest.mark.fast
+def test_only_the_arrays_asked_for_are_read(folder, monkeypatch):
+    whole = load(folder, mesh="fsdp")
+    reads = count_reads(monkeypatch)
+    arch = weights_folder.load_architecture(folder)
+    layout = Layout(make_mesh(MESHES["fsdp"], 8))
+    names = ("layers.mlp.up_proj.weight", "norm.weight")
+    table = {path: weights(arch)[path] for path in names}
+    dtypes = dict(zip(names, ("bfloat16", "float32"), strict=True))
+    abstract = abstract_weights(table, layout, dtypes)
+    arrays = weights_load.load_arrays(folder, arch, abstract)
+    assert {path: x.dtype.name for path, x in arrays.items()} == dtypes
+    for path, array in arrays.items():
+        assert array.sharding == abstract[path].sharding
+        np.testing.assert_array_equal(array, whole[path].astype(dtypes[path]))
+    assert sum(length for *_, length in reads) == sum(whole[path].nbytes for path in names)
+    assert weights_load.load_arrays(folder, arch, {}) == {}
+
+
 PROCESS = """
 import sys, jax, numpy as np
 from pathlib import Path
 from safetensors.numpy import load_file
 from kd_jax.config import MeshConfig
+from kd_jax.models.table import abstract_weights, hf_names, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays
-from kd_jax.weights.names import hf_names
 from kd_jax.weights.safetensors import Tensor
 folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
@@ -164,11 +185,11 @@ def counted(self, out, offset):
 Tensor._read_into = counted
 arch = load_architecture(folder)
 layout = Layout(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8))
-arrays = load_arrays(folder, arch, layout, "float32")
+arrays = load_arrays(folder, arch, abstract_weights(weights(arch), layout, "float32"))
 stored = load_file(folder / "model.safetensors")
 for path, array in arrays.items():
     want = np.stack([stored[name] for name in hf_names(path, arch)])
-    want = want if path.startswith("layers.") else want[0]
+    want = want if weights(arch)[path].is_stacked else want[0]
     for part in array.addressable_shards:
         np.testing.assert_array_equal(part.data, want[part.index])
 print(count)
@@ -231,9 +252,9 @@ def test_the_name_table_is_transformers_own(tied, family):
     arch = read_architecture(theirs.config.to_dict(), "config")
     shapes = {name: tuple(x.shape) for name, x in theirs.named_parameters()}
     named = [
-        (name, weight.shape[path.startswith("layers.") :])
+        (name, weight.layer_shape)
         for path, weight in weights(arch).items()
-        for name in weights_names.hf_names(path, arch)
+        for name in hf_names(path, arch)
     ]
     assert len(named) == len(shapes) and dict(named) == shapes
 
@@ -500,7 +521,8 @@ def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
 def test_what_is_saved_opens_in_safetensors_with_its_bits(max_shard_bytes, tmp_path):
     tensors = tiny.random_tensors(CONFIG)
-    export.save_model(tmp_path, list(tensors), tensors.__getitem__, max_shard_bytes)
+    sizes = {name: x.nbytes for name, x in tensors.items()}
+    export.save_model(tmp_path, sizes, tensors.__getitem__, max_shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (
         (len(files) > 1) == (max_shard_bytes == 60_000) == (tmp_path / safetensors.INDEX).is_file()
