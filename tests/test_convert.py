@@ -11,7 +11,6 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
@@ -39,7 +38,7 @@ from kd_jax.models.table import (
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
 from kd_jax.setup.sources import open_source
-from kd_jax.training.step import init_state
+from kd_jax.training.step import TrainState
 from kd_jax.weights import adapters, export, safetensors
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
@@ -336,9 +335,8 @@ def run_of(tmp_path):
         with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):
                 arrays[step] = trained(models, 0.02 * step)
-                state = init_state(
-                    {n: jnp.asarray(x) for n, x in arrays[step].items()}, optax.sgd(1)
-                )
+                student = {n: jnp.asarray(x) for n, x in arrays[step].items()}
+                state = TrainState({"student": student}, (), jnp.int32(step))
                 checkpoints.save(checkpointer, state, step, None)
         return workdir, models, arch, arrays
 
