@@ -67,4 +67,4 @@ def eval_step(
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
     inputs, _ = head_inputs(program, student, teacher, batch)
     scalars = loss_scalars(program, None)
-    return inputs[-1], token_metrics(program.head, scalars, *inputs)
+    return inputs[-1].mask, token_metrics(program.head, scalars, *inputs)

@@ -10,12 +10,14 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, HiddenConfig, LossConfig
 from kd_jax.losses.fused_head import HeadConfig
 from kd_jax.losses.schedules import interpolate
+from kd_jax.losses.sides import Side, Targets, Teacher
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, Structure
 from kd_jax.parallel.mesh import num_batch_shards, platform
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
 from kd_jax.setup.models import Models
+from kd_jax.teachers.live import Live
 
 Arrays = dict[str, jax.Array]
 
@@ -35,14 +37,14 @@ class Program:
     """Optimizer steps that head.loss.schedule takes; None where nothing is trained."""
 
 
-def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
+def targets(batch: Arrays) -> Targets:
     """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
     labels = jnp.roll(batch["tokens"], -1, axis=-1)
     follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
     follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
         labels.shape[-1] - 1
     )
-    return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
+    return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows)
 
 
 def head_inputs(
@@ -52,27 +54,21 @@ def head_inputs(
     batch: Arrays,
     dropout_key: jax.Array | None = None,
     pairs: HiddenConfig | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets.
+) -> tuple[tuple[Side, Teacher | None, Targets], tuple[Any, Any]]:
+    """Returns the fused head's student, teacher and targets for a batch of rows [B, S].
 
     And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
     """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    labels, mask = targets(batch)
     ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_hidden = teacher_head = teacher_kept = None
+    teacher_side = teacher_kept = None
     if teacher is not None:
         teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
-        teacher_head = teacher.head_weight()
+        teacher_side = jax.lax.stop_gradient(Live(teacher_hidden, teacher.head_weight()))
     student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
-    return (
-        student_hidden,
-        jax.lax.stop_gradient(teacher_hidden),
-        student.head_weight(),
-        jax.lax.stop_gradient(teacher_head),
-        labels,
-        mask,
-    ), (student_kept, jax.lax.stop_gradient(teacher_kept))
+    student_side = Side(student_hidden, student.head_weight())
+    kept = student_kept, jax.lax.stop_gradient(teacher_kept)
+    return (student_side, teacher_side, targets(batch)), kept
 
 
 def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
@@ -116,7 +112,7 @@ def make_head(
         ),
         vocab_size=vocab_size,
         mesh=mesh,
-        turn_head=platform(mesh) == "cpu" and dtype == "bfloat16",
+        transpose_head=platform(mesh) == "cpu" and dtype == "bfloat16",
         head_trainable=trainable,
     )
 

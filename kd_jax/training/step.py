@@ -46,7 +46,7 @@ def train_step(
         target tokens of all of them.
     """
     teacher = None if program.teacher is None else rebuild(program.teacher, teacher_arrays)
-    num_tokens = jnp.sum(targets(batch)[1]).astype(jnp.float32)
+    num_tokens = jnp.sum(targets(batch).mask).astype(jnp.float32)
     scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
@@ -58,7 +58,7 @@ def train_step(
             projection = trainable.get(PROJECTION)
             if projection is not None:
                 projection = constrain(projection, program.mesh)  # gathered once, as the heads are
-            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1])
+            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1].mask)
             loss += program.hidden.weight * extra
             metrics["hidden_loss"] = extra
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}

@@ -14,6 +14,7 @@ from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.losses import divergences, token_loss
 from kd_jax.losses.divergences import DIVERGENCES
 from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
+from kd_jax.losses.sides import Side, Targets
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -22,7 +23,9 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
+from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.parallel.mesh import compiler_options, make_mesh
+from kd_jax.teachers.live import Live
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +44,7 @@ def scalars_of(config):
 
 
 def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
-    """Returns the arrays of kd_head; logits have a deviation near 3, and a row has no loss."""
+    """Returns hidden states, heads, labels and mask; logits deviate by 3, one row has no loss."""
     rng = np.random.default_rng(seed)
     inputs = (
         rng.normal(size=(B, S, DS)),
@@ -52,6 +55,12 @@ def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
     mask = rng.random((B, S)) < 0.6
     mask[1] = False
     return (*(x.astype(dtype) for x in inputs), rng.integers(0, V, (B, S)), mask)
+
+
+def sides(hidden, teacher_hidden, head, teacher_head, labels, mask):
+    """Returns kd_head's student, teacher and targets."""
+    teacher = None if teacher_hidden is None else Live(teacher_hidden, teacher_head)
+    return Side(hidden, head), teacher, Targets(labels, mask)
 
 
 @pytest.fixture(params=["_sums", "_sums_in_one_pass"])
@@ -68,7 +77,7 @@ def value_and_gradients(config, *inputs):
     scalars = scalars_of(config)
 
     def loss(hidden, head):
-        return kd_head(config, scalars, hidden, inputs[1], head, *inputs[3:])
+        return kd_head(config, scalars, *sides(hidden, inputs[1], head, *inputs[3:]))
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, metrics), gradients = run(inputs[0], inputs[2])
@@ -112,7 +121,7 @@ def test_value_and_metrics_equal_float64(kd_ratio, temperature):
     inputs = make_inputs()
     want = expected(config, *inputs)
     trained, _ = value_and_gradients(config, *inputs)
-    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *inputs)
+    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *sides(*inputs))
     assert trained.keys() == {"loss", *METRICS}
     for values in (trained, {"loss": loss, **metrics}):
         for name, value in values.items():
@@ -141,7 +150,8 @@ def test_bfloat16_inputs_stay_near_float64():
 
 
 def token_values(config, *inputs):
-    out = jax.jit(token_metrics, static_argnums=0)(config, scalars_of(config), *inputs)
+    run = jax.jit(token_metrics, static_argnums=0)
+    out = run(config, scalars_of(config), *sides(*inputs))
     return {n: np.asarray(x) for n, x in out.items()}
 
 
@@ -353,7 +363,7 @@ def test_torchtunes_values_are_reached():
     eye = np.eye(4, dtype=np.float32)  # the hidden states are the logits
     config = dataclasses.replace(make_head(kd_ratio=0.5), chunk_tokens=2, vocab_size=4)
     arrays = (student, teacher, eye, eye, np.array(LABELS), np.ones((2, 4), bool))
-    _, sums = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *arrays)
+    _, sums = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *sides(*arrays))
     means = {name: float(value) / 8 for name, value in sums.items()}
     assert means["kd_loss"] + means["teacher_entropy"] == pytest.approx(1.7208780, abs=1e-6)
     reverse = token_values(config, *arrays)["kl_reverse"]
@@ -369,10 +379,10 @@ def test_metrics_of_losses_handle_entries_without_probability():
     np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
     np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
     terms = divergences.agreement_terms(log_q, log_p)
-    forward, reverse, accepted = divergences.over_vocab(jnp.add, 0.0, terms.values())
-    np.testing.assert_allclose(forward[:, 0], value, rtol=1e-6)
-    assert np.isfinite(reverse).all()
-    np.testing.assert_allclose(accepted[:, 0], [0.5, 0.5], rtol=1e-6)
+    sums = sum_over_vocab(terms)
+    np.testing.assert_allclose(sums["kl_forward"][:, 0], value, rtol=1e-6)
+    assert np.isfinite(sums["kl_reverse"]).all()
+    np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
