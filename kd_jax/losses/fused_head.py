@@ -204,7 +204,7 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
 
 def _arrange(config, rows, head, vocab_arrays, teacher_logits):
     """Returns the _Share of rows [B, S, ...] and of this device's vocabulary entries."""
-    shape = rows.targets.mask.shape
+    shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
     order = jnp.argsort(~rows.targets.mask, stable=True)
     padding = -len(order) % config.chunk_tokens
@@ -225,7 +225,7 @@ def _arrange(config, rows, head, vocab_arrays, teacher_logits):
         vocab=Vocab(entries, config.vocab_axis),
         order=order,
         shape=shape,
-        num_chunks=-(-jnp.sum(rows.targets.mask) // config.chunk_tokens),
+        num_chunks=-(-num_targets // config.chunk_tokens),
     )
 
 

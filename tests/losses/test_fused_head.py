@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -310,6 +311,53 @@ def test_devices_change_nothing(sizes):
     alone = token_values(config, *inputs)
     for name, value in token_values(sharded, *placed).items():
         np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+class Table(NamedTuple):
+    """A kind of teacher without an lm_head: stored logits, looked up by vocabulary id."""
+
+    rows: dict[str, Any]
+    vocab_arrays: Any
+
+    @property
+    def num_entries(self):
+        return len(self.vocab_arrays)
+
+    @staticmethod
+    def logits(rows, vocab_arrays):
+        return jnp.take(rows["high"], vocab_arrays, axis=1) + rows["low"][:, None]
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_another_kind_of_teacher_needs_nothing_of_the_head(sizes, shift):
+    inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
+    inputs[2], inputs[3] = make_inputs(student_vocab=V + 6, teacher_vocab=V + 2)[2:4]
+    config = CONFIG
+    if sizes is not None:
+        mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), 2 * B)
+        config = dataclasses.replace(CONFIG, mesh=mesh)
+    student, live, targets = sides(*inputs)
+    z = jnp.einsum("BSD,VD->BSV", live.hidden, live.head)
+    low = jnp.mean(z, axis=-1)
+    ids = (jnp.arange(V + 2) + shift) % (V + 2)
+    table = Table({"high": z - low[..., None], "low": low}, ids)
+    run = jax.jit(kd_head, static_argnums=0)
+    (want, _), (got, _) = (
+        run(config, scalars_of(config), student, teacher, targets) for teacher in (live, table)
+    )
+    assert (float(got) == pytest.approx(float(want), rel=1e-6)) == (shift == 0)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher, targets = sides(*make_inputs())
+
+    def loss(student, teacher):
+        return kd_head(CONFIG, scalars_of(CONFIG), student, teacher, targets)[0]
+
+    d_student, d_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(student, teacher)
+    assert np.asarray(d_student.hidden).any()
+    assert not any(np.asarray(x).any() for x in (d_student.head, *d_teacher))
 
 
 def loop_bodies(program):
