@@ -40,10 +40,12 @@ from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.sides import Side, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.setup.program import make_head
 from kd_jax.setup.runtime import start_jax
+from kd_jax.teachers.live import Live
 
 GPU_TOKENS, CPU_TOKENS = (1024, 2048, 4096, 8192), (800,)
 GPU_WIDTHS, CPU_WIDTHS = (2048, 4096), (256, 512)  # Llama 3.2 1B and 3.1 8B; the yardstick's
@@ -59,7 +61,7 @@ IGNORED = -100
 
 
 class Inputs(NamedTuple):
-    """What kd_head takes: [1, S, Ds], [1, S, Dt], [V, Ds], [V, Dt], and [1, S] twice."""
+    """Random arrays: [1, S, Ds], [1, S, Dt], [V, Ds], [V, Dt], and [1, S] twice."""
 
     student_hidden: Any
     teacher_hidden: Any
@@ -69,9 +71,9 @@ class Inputs(NamedTuple):
     mask: Any
 
 
-class Side(NamedTuple):
+class Entry(NamedTuple):
     run: Callable[[], float | None]
-    """Computes once and waits; returns the loss per target token, where there is one."""
+    """Computes once and waits; returns the loss per target token, or None."""
     temporary_bytes: int | None
 
 
@@ -92,7 +94,7 @@ def make_inputs(
     return Inputs(*jax.jit(draw)(jax.random.key(0)), *map(jnp.asarray, (labels, mask)))
 
 
-def compile_side(function: Callable, *arguments: Any) -> Side:
+def compile_side(function: Callable, *arguments: Any) -> Entry:
     """Returns a side that runs a jax function, the loss first among what it returns."""
     options = compiler_options(make_mesh(MeshConfig(), jax.device_count()))
     program = jax.jit(function, compiler_options=options).lower(*arguments).compile()
@@ -100,10 +102,10 @@ def compile_side(function: Callable, *arguments: Any) -> Side:
     def run():
         return float(jax.block_until_ready(program(*arguments))[0])
 
-    return Side(run, program.memory_analysis().temp_size_in_bytes)
+    return Entry(run, program.memory_analysis().temp_size_in_bytes)
 
 
-def with_gradients(loss: Callable, config: HeadConfig, inputs: Inputs) -> Side:
+def with_gradients(loss: Callable, config: HeadConfig, inputs: Inputs) -> Entry:
     """Returns the side of a function from Inputs to the summed loss and what is beside it."""
     trained = ("student_hidden", "student_head")[: 1 + config.head_trainable]
 
@@ -121,15 +123,17 @@ def with_gradients(loss: Callable, config: HeadConfig, inputs: Inputs) -> Side:
     return compile_side(step, inputs)
 
 
-def fused(config: HeadConfig, inputs: Inputs) -> Side:
+def fused(config: HeadConfig, inputs: Inputs) -> Entry:
     def loss(inputs):
         scalars = LossScalars(jnp.float32(config.loss.kd_ratio), jnp.float32(1))
-        return kd_head(config, scalars, *inputs)
+        student = Side(inputs.student_hidden, inputs.student_head)
+        teacher = Live(inputs.teacher_hidden, inputs.teacher_head)
+        return kd_head(config, scalars, student, teacher, Targets(inputs.labels, inputs.mask))
 
     return with_gradients(loss, config, inputs)
 
 
-def dense(config: HeadConfig, inputs: Inputs) -> Side:
+def dense(config: HeadConfig, inputs: Inputs) -> Entry:
     def log_probs(hidden, head):
         z = jnp.einsum("BSD,VD->BSV", hidden, head, preferred_element_type=jnp.float32)
         return jax.nn.log_softmax(z)
@@ -138,7 +142,7 @@ def dense(config: HeadConfig, inputs: Inputs) -> Side:
         log_q = log_probs(inputs.student_hidden, inputs.student_head)
         log_p = log_probs(inputs.teacher_hidden, inputs.teacher_head)
         weight = divergences.token_weight(jax.lax.stop_gradient(log_q), log_p, config.loss)
-        terms, _ = divergences.divergence_terms(log_q, log_p, config.loss, weight)
+        terms = divergences.divergence_terms(log_q, log_p, config.loss, weight).value
         ce = -jnp.take_along_axis(log_q, inputs.labels[..., None], axis=-1)[..., 0]
         ratio = config.loss.kd_ratio
         values = (1 - ratio) * ce + ratio * jnp.sum(terms, axis=-1)
@@ -147,7 +151,7 @@ def dense(config: HeadConfig, inputs: Inputs) -> Side:
     return with_gradients(loss, config, inputs)
 
 
-def products(config: HeadConfig, inputs: Inputs) -> Side:
+def products(config: HeadConfig, inputs: Inputs) -> Entry:
     """Returns the floor: what the head's loop multiplies, and nothing else.
 
     A gradient of the logits is given, and barriers tie it to a chunk's logits: else XLA would drop
@@ -159,10 +163,10 @@ def products(config: HeadConfig, inputs: Inputs) -> Side:
     rows = [jnp.pad(x[0], ((0, num_chunks * C - num_tokens), (0, 0))) for x in rows]
     dtype, V = inputs.student_head.dtype, len(inputs.student_head)
     heads = (
-        inputs.student_head.T if config.turn_head else inputs.student_head,
+        inputs.student_head.T if config.transpose_head else inputs.student_head,
         inputs.teacher_head,
     )
-    dims = "DV" if config.turn_head else "VD"
+    dims = "DV" if config.transpose_head else "VD"
     d_logits = jnp.ones((C, V), dtype) / V
 
     def multiply(rows, heads, d_logits):
@@ -206,7 +210,7 @@ def to_torch(inputs: Inputs, head_trainable: bool) -> dict[str, Any]:
     return tensors
 
 
-def torch_side(tensors: dict[str, Any], loss: Callable[[], Any]) -> Side:
+def torch_side(tensors: dict[str, Any], loss: Callable[[], Any]) -> Entry:
     import torch
 
     cuda = torch.cuda.is_available()
@@ -221,15 +225,15 @@ def torch_side(tensors: dict[str, Any], loss: Callable[[], Any]) -> Side:
         return value.item()
 
     if not cuda:
-        return Side(run, None)
+        return Entry(run, None)
     run()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
-    return Side(run, torch.cuda.max_memory_allocated() - before)
+    return Entry(run, torch.cuda.max_memory_allocated() - before)
 
 
-def liger(config: HeadConfig, inputs: Inputs) -> Side:
+def liger(config: HeadConfig, inputs: Inputs) -> Entry:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     ratio, x = config.loss.kd_ratio, to_torch(inputs, config.head_trainable)
@@ -239,7 +243,7 @@ def liger(config: HeadConfig, inputs: Inputs) -> Side:
     return torch_side(x, lambda: loss(*arguments, None, None))
 
 
-def torchtune(config: HeadConfig, inputs: Inputs) -> Side:
+def torchtune(config: HeadConfig, inputs: Inputs) -> Entry:
     import torch
     from torchtune import training
     from torchtune.modules import loss as modules
@@ -293,7 +297,7 @@ def make_configs(args: argparse.Namespace, num_tokens: int, dtype: str) -> dict[
 
 def make_sides(
     args: argparse.Namespace, num_tokens: int, dtype: str, configs: dict[str, HeadConfig]
-) -> dict[str, Side]:
+) -> dict[str, Entry]:
     """Returns what is compared, by name, the floor first."""
     first, *_ = args.divergences
     shape = (num_tokens, args.widths, args.vocab, dtype)
@@ -313,7 +317,7 @@ def make_sides(
     return sides
 
 
-def measure(sides: dict[str, Side], rounds: int) -> list[dict[str, Any]]:
+def measure(sides: dict[str, Entry], rounds: int) -> list[dict[str, Any]]:
     """Returns a record of each side: its loss, and its seconds in every round."""
     found = {name: side.run() for name, side in sides.items()}  # warm
     seconds: dict[str, list[float]] = {name: [] for name in sides}

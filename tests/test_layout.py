@@ -30,12 +30,15 @@ FLOORS = [
         ],
     },
     {
-        "losses": ["divergences", "token_loss", "fused_head", "hidden", "schedules"],
+        "losses": [
+            "sides", "vocabulary", "divergences", "token_loss", "fused_head", "hidden", "schedules",
+        ],
         "weights": [
             "files", "safetensors", "folder", "orbax", "adapters", "load", "export",
         ],
         "planning": ["chips", "topology", "cost", "estimate", "layouts"],
     },
+    {"teachers": ["live"]},
     {
         "setup": ["runtime", "sources", "models", "program", "inputs"],
         "workdir": ["record", "checkpoints", "metrics", "history"],

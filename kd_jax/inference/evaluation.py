@@ -64,7 +64,6 @@ def eval_step(
 ) -> tuple[jax.Array, Arrays]:
     """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
     student = Decoder(program.student, student_arrays)
-    teacher = None if program.teacher is None else Decoder(program.teacher, teacher_arrays)
-    inputs, _ = head_inputs(program, student, teacher, batch)
+    inputs, _ = head_inputs(program, student, teacher_arrays, batch)
     scalars = loss_scalars(program, None)
-    return inputs[-1], token_metrics(program.head, scalars, *inputs)
+    return inputs[-1].mask, token_metrics(program.head, scalars, *inputs)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from kd_jax.config import LossConfig
 from kd_jax.data.rows import pack
 from kd_jax.losses.fused_head import token_metrics
+from kd_jax.losses.sides import Side, Targets
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
 from kd_jax.parallel.placement import put_batch
@@ -163,6 +164,6 @@ def _score_step(spec, head, arrays, batch):
     model = Decoder(spec, arrays)
     segments = (batch["segment_ids"], batch["context_ids"])
     hidden = model(batch["tokens"], batch["positions"], segments)
-    targets = batch["labels"], batch["mask"]
-    metrics = token_metrics(head, None, hidden, None, model.head_weight(), None, *targets)
+    student, targets = Side(hidden, model.head_weight()), Targets(batch["labels"], batch["mask"])
+    metrics = token_metrics(head, None, student, None, targets)
     return metrics["ce"], metrics["correct"]

@@ -1,17 +1,19 @@
-"""The fused head: hidden states of both models to loss, metrics and the student's gradient.
+"""The fused head: from hidden states to the loss, metrics and the student's gradient.
 
-No array of tokens x vocabulary larger than one chunk exists: a loop over chunks of the sequence
-computes both models' logits, the loss and its closed-form gradient, multiplies that by the
-student's head at once, and keeps only the gradient of the hidden states. The backward pass scales.
-Tokens without a loss are moved behind the others first, and chunks that hold none are not run.
+No array of tokens x vocabulary is larger than one chunk. A loop over chunks of tokens computes both
+models' logits, the loss and its closed-form gradient, multiplies that by the student's head, and
+keeps only the gradient of the hidden states as the residual. The backward pass scales it. Tokens
+with a loss are moved to the front, and chunks without any are skipped.
 
-On a mesh each device does this with its own rows and, along "tensor", its share of the vocabulary.
-Only the reductions over the vocabulary are collectives inside the loop; sums and gradients are
-added up once behind it.
+On a mesh, each device runs the loop on its own rows and its share of the vocabulary. The only
+collectives inside the loop are the reductions over the vocabulary; loss, metrics and gradients are
+summed over devices after it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,152 +21,282 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
-from kd_jax.losses import divergences
+from kd_jax.losses.divergences import overlap
+from kd_jax.losses.sides import Side, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
     SINGLE_EVAL_METRICS,
     SINGLE_METRICS,
+    LossScalars,
     token_losses,
 )
+from kd_jax.losses.vocabulary import NEGATIVE, Vocab, top_k
 from kd_jax.parallel.rules import BATCH_AXES, axes_size
+
+Metrics = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadConfig:
-    """What the head computes; static under jit."""
+    """Settings of the fused head; static under jit."""
 
     loss: LossConfig
     chunk_tokens: int
-    """Tokens of a device's rows in a chunk."""
+    """Tokens in a chunk, per device."""
     vocab_size: int
-    """Vocabulary entries with a meaning: those above are padding in either model."""
+    """Vocabulary entries in use; higher ones are padding in either model."""
     mesh: Mesh | None = None
-    """Devices that share rows and vocabulary; None where there is one."""
-    turn_head: bool = False
-    """Whether the student's head is copied to [D, V] once: a CPU multiplies a bfloat16 one faster
-    so from both sides."""
+    """Shards rows and vocabulary; None: one device."""
+    transpose_head: bool = False
+    """Transpose the student's head once to [D, V]: bfloat16 matmuls on CPU are faster with it."""
     head_trainable: bool = False
-    """Whether the student's head gets a gradient."""
+    """Compute the gradient of the student's head."""
     top_k: int | None = None
-    """Entries of each model whose overlap an evaluation measures; None measures none."""
+    """Entries of each model whose overlap evaluation measures; None: not measured."""
 
     @property
     def vocab_axis(self) -> str | None:
-        """The mesh axis that the vocabulary is split over."""
+        """The mesh axis that shards the vocabulary."""
         return "tensor" if self.mesh is not None and self.mesh.shape["tensor"] > 1 else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def kd_head(
-    config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask
-):
-    """Returns the summed loss and the sums of the metrics over unmasked tokens.
+    config: HeadConfig,
+    scalars: LossScalars | None,
+    student: Side,
+    teacher: Teacher | None,
+    targets: Targets,
+) -> tuple[jax.Array, Metrics]:
+    """Returns the loss and the metrics, summed over unmasked tokens.
 
     Args:
-      config: HeadConfig.
-      scalars: LossScalars; None for no teacher.
-      student_hidden: [B, S, Ds]; its dtype is that of the matrix products.
-      teacher_hidden: [B, S, Dt], likewise; None for no teacher, where the loss is CE.
-      student_head: [V, Ds], any V of at least config.vocab_size.
-      teacher_head: [V', Dt], likewise.
-      labels: [B, S] int32.
-      mask: [B, S] bool; a token without a loss contributes nothing.
+      scalars: None without a teacher.
+      student: hidden [B, S, D] and head [V, D], V at least config.vocab_size.
+      teacher: at least config.vocab_size entries; gets no gradient. None: the loss is
+        cross-entropy.
+      targets: labels [B, S] int32 and mask [B, S] bool.
 
     Returns:
-      (loss, metrics): loss is the float32 sum over tokens of
-      (1 - kd_ratio) * CE + kd_ratio * divergence, differentiable in student_hidden and, with
-      head_trainable, student_head; metrics are float32 sums by the names in METRICS.
+      (loss, metrics): the float32 sum over tokens of (1 - kd_ratio) * CE + kd_ratio * divergence,
+      differentiable in student.hidden and, with head_trainable, student.head; float32 sums by the
+      names in METRICS, or SINGLE_METRICS without a teacher.
     """
-    arrays = (student_hidden, teacher_hidden, student_head, teacher_head, labels, mask)
-    loss, metrics, _ = _run(config, scalars, *arrays)
+    loss, metrics, _ = _run(config, scalars, student, teacher, targets)
     return loss, metrics
 
 
-def _forward(config, scalars, *arrays):
-    loss, metrics, (d_hidden, d_head) = _run(config, scalars, *arrays)
-    if d_head is not None:  # rows that were cut get no gradient
-        d_head = jnp.pad(d_head, ((0, len(arrays[2]) - len(d_head)), (0, 0)))
-    return (loss, metrics), (d_hidden, d_head)
+def _forward(config, scalars, student, teacher, targets):
+    loss, metrics, gradient = _run(config, scalars, student, teacher, targets)
+    if gradient.head is not None:  # vocabulary padding that was cut gets a gradient of 0
+        padding = len(student.head) - len(gradient.head)
+        gradient = gradient._replace(head=jnp.pad(gradient.head, ((0, padding), (0, 0))))
+    return (loss, metrics), gradient
 
 
-def _backward(config, gradients, cotangents):
+def _backward(config, gradient, cotangents):
     scale, _ = cotangents  # the metrics are not differentiable
-    d_hidden, d_head = gradients
+    d_hidden, d_head = gradient
     d_hidden = (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype)
-    d_head = None if d_head is None else d_head * scale
-    return None, d_hidden, None, d_head, None, None, None
+    return None, Side(d_hidden, None if d_head is None else d_head * scale), None, None
 
 
 kd_head.defvjp(_forward, _backward)
 
 
-def _run(config, scalars, *arrays):
-    """Returns loss, metrics and the gradients in student_hidden and, if trained, student_head."""
-    d_head = P(_axes_of_gradient(config, *arrays[2:4])) if config.head_trainable else None
-    out_specs = (P(), P(), (P(BATCH_AXES), d_head))
-    return _on_devices(config, _run_rows, out_specs, scalars, *arrays)
+def token_metrics(
+    config: HeadConfig,
+    scalars: LossScalars | None,
+    student: Side,
+    teacher: Teacher | None,
+    targets: Targets,
+) -> Metrics:
+    """Returns each token's metrics, [B, S] float32, 0 where masked.
+
+    They are at temperature 1, except loss and kd_loss, which are those of training.
+
+    Args:
+      as kd_head.
+
+    Returns:
+      values by the names in EVAL_METRICS, or SINGLE_EVAL_METRICS without a teacher, and with
+      config.top_k and a teacher topk_overlap.
+    """
+    return _on_devices(config, _device_metrics, P(BATCH_AXES), scalars, student, teacher, targets)
 
 
-def _axes_of_gradient(config, *heads):
-    """Returns the axes that split the rows of the gradient of the student's head."""
-    size = min(len(head) for head in heads if head is not None)
+def _run(config, scalars, student, teacher, targets):
+    """Returns loss, metrics and the gradient, a Side; its head is None if that is frozen."""
+    d_head = None
+    if config.head_trainable:
+        d_head = P(_head_gradient_axes(config, _common_entries(student, teacher)))
+    specs = P(), P(), Side(P(BATCH_AXES), d_head)
+    return _on_devices(config, _device_gradients, specs, scalars, student, teacher, targets)
+
+
+def _head_gradient_axes(config, num_entries):
+    """Returns the mesh axes that shard the vocabulary of the gradient of the student's head."""
     axes = ("tensor", "fsdp")
-    if config.mesh is not None and size % axes_size(config.mesh.shape, axes) == 0:
+    if config.mesh is not None and num_entries % axes_size(config.mesh.shape, axes) == 0:
         return axes
     return config.vocab_axis
 
 
-def _on_devices(config, run, out_specs, scalars, *arrays):
-    """Returns `run` of each device's rows and share of the vocabulary, which both heads have."""
-    student_hidden, teacher_hidden, student_head, teacher_head, *targets = arrays
-    heads = [_cut(student_head, teacher_head).astype(student_hidden.dtype), None]
-    if teacher_head is not None:
-        heads[1] = _cut(teacher_head, student_head).astype(teacher_hidden.dtype)
-    run = partial(run, config)
+def _common_entries(student, teacher):
+    """Returns the number of vocabulary entries that both models have, padding included."""
+    size = len(student.head)
+    return size if teacher is None else min(size, teacher.num_entries)
+
+
+class _Rows(NamedTuple):
+    """What the head has of each token: [B, S, ...], or [N, ...] once arranged."""
+
+    hidden: jax.Array
+    teacher: Any
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One device's tokens and vocabulary entries, ready for the loop."""
+
+    rows: _Rows
+    """[chunks * C, ...], the tokens with a loss first."""
+    head: jax.Array
+    """[V, D], or [D, V] with transpose_head."""
+    vocab_arrays: Any
+    """The teacher's, [V, ...]."""
+    teacher_logits: Callable[[Any, Any], jax.Array] | None
+    vocab: Vocab
+    order: jax.Array
+    """[B * S] int32: where each arranged token was."""
+    shape: tuple[int, int]
+    """(B, S)."""
+    num_chunks: jax.Array
+    """Chunks with a loss."""
+
+
+def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
+    """Returns run(config, scalars, share) of every device's share, put together by `out_specs`."""
+    size = _common_entries(student, teacher)
+    head = student.head[:size].astype(student.hidden.dtype)
+    rows, vocab_arrays, teacher_logits = _Rows(student.hidden, None, targets), None, None
+    if teacher is not None:
+        rows, teacher_logits = rows._replace(teacher=teacher.rows), teacher.logits
+        vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
+
+    def run_device(scalars, rows, head, vocab_arrays):
+        share = _arrange(config, rows, head, vocab_arrays, teacher_logits)
+        return run(config, scalars, share)
+
     if config.mesh is not None:
-        rows, head = P(BATCH_AXES), P(config.vocab_axis)
-        in_specs = (P(), rows, rows, head, head, rows, rows)
-        run = jax.shard_map(
-            run, mesh=config.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        by_entry = P(config.vocab_axis)
+        run_device = jax.shard_map(
+            run_device,
+            mesh=config.mesh,
+            in_specs=(P(), P(BATCH_AXES), by_entry, by_entry),
+            out_specs=out_specs,
+            check_vma=False,
         )
-    return run(scalars, student_hidden, teacher_hidden, *heads, *targets)
+    return run_device(scalars, rows, head, vocab_arrays)
 
 
-def _run_rows(config, scalars, *arrays):
-    """Returns what `_run` does, from one device's share."""
-    C, axis = config.chunk_tokens, config.vocab_axis
-    rows, heads, entries, order, num_chunks = _arrange(config, *arrays)
-    h = rows[0]
+def _arrange(config, rows, head, vocab_arrays, teacher_logits):
+    """Returns the _Share of rows [B, S, ...] and of this device's vocabulary entries."""
+    shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    order = jnp.argsort(~rows.targets.mask, stable=True)
+    padding = -len(order) % config.chunk_tokens
+
+    def gather(x):
+        return jnp.pad(jnp.take(x, order, axis=0), [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+
+    entries = jnp.arange(len(head))
+    if config.vocab_axis is not None:
+        entries += len(head) * jax.lax.axis_index(config.vocab_axis)
+    # Without the barrier a CPU recomputes them for every logit, at the cost of the softmax.
+    entries = jax.lax.optimization_barrier(entries)
+    return _Share(
+        rows=jax.tree.map(gather, rows),
+        head=head.T if config.transpose_head else head,
+        vocab_arrays=vocab_arrays,
+        teacher_logits=teacher_logits,
+        vocab=Vocab(entries, config.vocab_axis),
+        order=order,
+        shape=shape,
+        num_chunks=-(-num_targets // config.chunk_tokens),
+    )
+
+
+def _restore(share, x):
+    """Returns arranged x [chunks * C, ...] as [B, S, ...]."""
+    return jnp.take(x, jnp.argsort(share.order), axis=0).reshape(*share.shape, *x.shape[1:])
+
+
+def _chunk(config, share, index):
+    """Returns a chunk's _Rows [C, ...] and both models' logits [C, V] float32."""
+    rows = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(
+            x, index * config.chunk_tokens, config.chunk_tokens, axis=0
+        ),
+        share.rows,
+    )
+    product = "CD,DV->CV" if config.transpose_head else "CD,VD->CV"
+    z_s = jnp.einsum(product, rows.hidden, share.head, preferred_element_type=jnp.float32)
+    z_s, z_t = _mask_padding(config, share.vocab, z_s), None
+    if share.teacher_logits is not None:
+        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays)
+        z_t = _mask_padding(config, share.vocab, z_t)
+    return rows, z_s, z_t
+
+
+def _mask_padding(config, vocab, logits):
+    """Returns logits [C, V] with NEGATIVE at vocabulary padding."""
+    num_shards = 1 if vocab.axis is None else config.mesh.shape[vocab.axis]
+    if len(vocab.entries) * num_shards == config.vocab_size:
+        return logits
+    return jnp.where(vocab.entries < config.vocab_size, logits, NEGATIVE)
+
+
+def _device_gradients(config, scalars, share):
+    """Returns loss, metrics and the gradient, a Side, of one device's share."""
+    hidden, axis = share.rows.hidden, share.vocab.axis
 
     def run_chunk(index, carry):
         sums, d_hidden, d_head = carry
-        h_s, z_s, z_t, y, m = _chunk(config, rows, heads, entries, index)
-        values, d_logits = token_losses(config.loss, scalars, z_s, z_t, y, m, entries, axis)
-        sums = {name: x + jnp.sum(jnp.where(m, values[name], 0.0)) for name, x in sums.items()}
-        d_logits = d_logits.astype(h_s.dtype)
-        back = "CV,DV->CD" if config.turn_head else "CV,VD->CD"
-        product = jnp.einsum(back, d_logits, heads[0], preferred_element_type=jnp.float32)
-        product = product.astype(d_hidden.dtype)
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, product, index * C, axis=0)
+        rows, z_s, z_t = _chunk(config, share, index)
+        values, d_logits = token_losses(config.loss, scalars, z_s, z_t, rows.targets, share.vocab)
+        sums = {n: x + jnp.sum(values[n], where=rows.targets.mask) for n, x in sums.items()}
+        d_logits = d_logits.astype(hidden.dtype)  # that of the matmuls
+        product = "CV,DV->CD" if config.transpose_head else "CV,VD->CD"
+        d_rows = jnp.einsum(product, d_logits, share.head, preferred_element_type=jnp.float32)
+        d_hidden = _write(config, d_hidden, d_rows.astype(d_hidden.dtype), index)
         if d_head is not None:
-            d_head += jnp.einsum("CV,CD->VD", d_logits, h_s, preferred_element_type=jnp.float32)
+            d_head += jnp.einsum(
+                "CV,CD->VD", d_logits, rows.hidden, preferred_element_type=jnp.float32
+            )
         return sums, d_hidden, d_head
 
-    names = ("loss", *(SINGLE_METRICS if heads[1] is None else METRICS))
+    names = ("loss", *(SINGLE_METRICS if share.teacher_logits is None else METRICS))
     sums = dict.fromkeys(names, jnp.zeros((), jnp.float32))
-    d_hidden = jnp.zeros(h.shape, h.dtype if axis is None else jnp.float32)  # a part of a sum
+    # Float32 where devices have parts of a sum.
+    d_hidden = jnp.zeros(hidden.shape, hidden.dtype if axis is None else jnp.float32)
     d_head = None
     if config.head_trainable:
-        d_head = jnp.zeros((len(entries), h.shape[-1]), jnp.float32)
-    sums, d_hidden, d_head = jax.lax.fori_loop(0, num_chunks, run_chunk, (sums, d_hidden, d_head))
-    if config.mesh is not None:
-        sums, d_hidden, d_head = _add_up(config, sums, d_hidden, d_head)
-    return sums.pop("loss"), sums, (_put_back(d_hidden.astype(h.dtype), order, arrays[-1]), d_head)
+        d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
+    carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
+    sums, d_hidden, d_head = carry if config.mesh is None else _add_up(config, *carry)
+    return sums.pop("loss"), sums, Side(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
+
+
+def _write(config, array, chunk, index):
+    """Returns array [chunks * C, ...] with a chunk [C, ...] written into it."""
+    return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * config.chunk_tokens, axis=0)
 
 
 def _add_up(config, sums, d_hidden, d_head):
-    """Returns the sums over devices: over the vocabulary's for hidden states, over rows' else."""
+    """Returns sums over devices: d_hidden over the vocabulary's axis, the others over the rows'."""
     if config.vocab_axis is not None:
         d_hidden = jax.lax.psum(d_hidden, config.vocab_axis)
     if d_head is not None:
@@ -176,108 +308,26 @@ def _add_up(config, sums, d_hidden, d_head):
     return jax.lax.psum(sums, BATCH_AXES), d_hidden, d_head
 
 
-def token_metrics(
-    config, scalars, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask
-):
-    """Returns what an evaluation says of each token, [B, S] float32 by name; 0 where masked.
-
-    Distributions are those of temperature 1, but for loss and kd_loss, which are training's.
-
-    Args:
-      as kd_head's.
-    """
-    arrays = (student_hidden, teacher_hidden, student_head, teacher_head, labels, mask)
-    return _on_devices(config, _metrics_of_rows, P(BATCH_AXES), scalars, *arrays)
-
-
-def _metrics_of_rows(config, scalars, *arrays):
-    """Returns what `token_metrics` does, from one device's share."""
-    C, axis = config.chunk_tokens, config.vocab_axis
-    rows, heads, entries, order, num_chunks = _arrange(config, *arrays)
+def _device_metrics(config, scalars, share):
+    """Returns each token's metrics, [B, S] float32, of one device's share."""
 
     def run_chunk(index, metrics):
-        _, z_s, z_t, y, m = _chunk(config, rows, heads, entries, index)
-        # XLA drops the gradient, which is not used.
-        values, _ = token_losses(config.loss, scalars, z_s, z_t, y, m, entries, axis)
+        rows, z_s, z_t = _chunk(config, share, index)
+        # XLA drops the gradient, which is unused.
+        values, _ = token_losses(config.loss, scalars, z_s, z_t, rows.targets, share.vocab)
         if "topk_overlap" in metrics:
-            places = (_top_k(z, config.top_k, entries, axis) for z in (z_s, z_t))
-            values["topk_overlap"] = divergences.overlap(*places)
-        return {
-            name: jax.lax.dynamic_update_slice_in_dim(
-                x, jnp.where(m, values[name], 0.0), index * C, axis=0
+            values["topk_overlap"] = overlap(
+                *(top_k(z, config.top_k, share.vocab) for z in (z_s, z_t))
             )
+        mask = rows.targets.mask
+        return {
+            name: _write(config, x, jnp.where(mask, values[name], 0.0), index)
             for name, x in metrics.items()
         }
 
-    names = SINGLE_EVAL_METRICS if heads[1] is None else EVAL_METRICS
-    if config.top_k is not None and heads[1] is not None:
+    names = SINGLE_EVAL_METRICS if share.teacher_logits is None else EVAL_METRICS
+    if config.top_k is not None and share.teacher_logits is not None:
         names += ("topk_overlap",)
-    zeros = jnp.zeros(rows[-1].shape, jnp.float32)
-    metrics = jax.lax.fori_loop(0, num_chunks, run_chunk, dict.fromkeys(names, zeros))
-    return {name: _put_back(value, order, arrays[-1]) for name, value in metrics.items()}
-
-
-def _arrange(config, student_hidden, teacher_hidden, student_head, teacher_head, labels, mask):
-    """Returns rows [B, S, ...] as [chunks * C, ...], the tokens with a loss first.
-
-    Returns:
-      the rows; both heads; the vocabulary entries that they have, [V] int32; the order of the
-      tokens; and how many chunks have a loss.
-    """
-    rows = (student_hidden, teacher_hidden, labels, mask)
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
-    order = jnp.argsort(~rows[-1], stable=True)  # [B * S]
-    padded = -len(order) % config.chunk_tokens
-
-    def gather(x):
-        return jnp.pad(jnp.take(x, order, axis=0), [(0, padded)] + [(0, 0)] * (x.ndim - 1))
-
-    num_chunks = -(-jnp.sum(mask) // config.chunk_tokens)
-    entries = jnp.arange(len(student_head))
-    if config.vocab_axis is not None:
-        entries += len(student_head) * jax.lax.axis_index(config.vocab_axis)
-    # Counted anew for every logit, they cost a CPU as much as its softmax.
-    entries = jax.lax.optimization_barrier(entries)
-    if config.turn_head:
-        student_head = student_head.T
-    return jax.tree.map(gather, rows), (student_head, teacher_head), entries, order, num_chunks
-
-
-def _put_back(x, order, like):
-    """Returns arranged rows [chunks * C, ...] as [B, S, ...], as the mask `like` is laid out."""
-    return jnp.take(x, jnp.argsort(order), axis=0).reshape(*like.shape, *x.shape[1:])
-
-
-def _chunk(config, rows, heads, entries, index):
-    """Returns student hidden states, both logits, labels and mask of a chunk's C tokens."""
-    C = config.chunk_tokens
-    h_s, h_t, labels, mask = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, index * C, C, axis=0), rows
-    )
-    parts = 1 if config.vocab_axis is None else config.mesh.shape[config.vocab_axis]
-    real = None if len(entries) * parts == config.vocab_size else entries < config.vocab_size
-    z_s = _logits("CD,DV->CV" if config.turn_head else "CD,VD->CV", h_s, heads[0], real)
-    z_t = None if h_t is None else _logits("CD,VD->CV", h_t, heads[1], real)
-    return h_s, z_s, z_t, labels, mask
-
-
-def _cut(head, other):
-    """Returns the head without the padding rows that the other model's lacks."""
-    return head if other is None else head[: min(len(head), len(other))]
-
-
-def _logits(product, hidden, head, real):
-    """Returns [C, V] float32; entries that are padding hold losses.NEGATIVE."""
-    z = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
-    return z if real is None else jnp.where(real[None], z, divergences.NEGATIVE)
-
-
-def _top_k(z, k, entries, axis):
-    """Returns which entries have the k largest logits of each token, [C, k] int32."""
-    values, places = jax.lax.top_k(z, k)
-    if axis is None:
-        return places
-    values, found = (
-        jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (values, entries[places])
-    )
-    return jnp.take_along_axis(found, jax.lax.top_k(values, k)[1], axis=1)
+    zeros = jnp.zeros(share.rows.targets.mask.shape, jnp.float32)
+    metrics = jax.lax.fori_loop(0, share.num_chunks, run_chunk, dict.fromkeys(names, zeros))
+    return {name: _restore(share, value) for name, value in metrics.items()}

@@ -1,15 +1,15 @@
-"""The hidden-state loss: outputs of chosen layers of both models, compared token by token.
+"""The hidden-state loss: compares outputs of paired student and teacher layers per token.
 
-With s the output of a student's layer [Ds], u that of its teacher's layer [Dt], n(x) = x / rms(x)
-and P the pair's trained projection [Dt, Ds] (the identity where the widths are equal):
+With s the output of a student layer [Ds], u that of a teacher layer [Dt], n(x) = x / rms(x) and P
+the pair's trained projection [Dt, Ds] (the identity where the widths are equal):
 
     z = P n(s)
-    mse     mean over Dt of (z - n(u))^2       0 where alike; 1 where z explains nothing of n(u)
-    cosine  1 - z . n(u) / (|z| |n(u)|)        0 where alike; the length of z does not count
+    mse     mean over Dt of (z - n(u))^2       0 if equal; 1 if z explains nothing of n(u)
+    cosine  1 - z . n(u) / (|z| |n(u)|)        0 if parallel; ignores the norm of z
 
-per token, averaged over the pairs. Norms of the residual stream grow with depth, and attention
-sinks have huge ones: n makes every layer and token count alike. Without a projection both sides
-have one length, and mse is exactly twice cosine.
+per token, averaged over the pairs. n gives every layer and token equal weight, although norms in
+the residual stream grow with depth and are huge at attention sinks. Without a projection both
+sides have equal norms, and mse is exactly twice cosine.
 """
 
 from functools import partial
@@ -20,16 +20,14 @@ import jax.numpy as jnp
 from kd_jax.config import HiddenConfig, UserError
 from kd_jax.models.architecture import Architecture
 
-_STREAM = 2**32 - 1  # of random numbers, apart from those of steps and adapters
-
-
-_EPSILON = 1e-12  # added to mean squares: a state of zeros has no direction
+_STREAM = 2**32 - 1  # random stream, apart from those of steps and adapters
+_EPSILON = 1e-12  # added to mean squares, because a state of zeros has no direction
 
 
 def check_layers(
     config: HiddenConfig, student: Architecture | None, teacher: Architecture | None
 ) -> None:
-    """Raises UserError with every layer that its model does not have; None is an unknown model."""
+    """Raises UserError with every layer that a model lacks; None: an unknown model, not checked."""
     sides = ("student", config.student_layers, student), ("teacher", config.teacher_layers, teacher)
     problems = []
     for side, layers, arch in sides:
@@ -45,7 +43,7 @@ def check_layers(
 
 
 def init_projection(shape: tuple[int, ...], seed: int) -> jax.Array:
-    """Returns [pairs, Dt, Ds] float32 that keeps the mean square of what it projects."""
+    """Returns a random projection [pairs, Dt, Ds] float32 that preserves mean squares."""
     key = jax.random.fold_in(jax.random.key(seed), _STREAM)
     return jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5
 
@@ -56,7 +54,7 @@ def hidden_loss(kind, student, teacher, projection, mask):
 
     Args:
       kind: a name of KINDS.
-      student: [pairs, B, S, Ds]; its dtype is that of the projection's product.
+      student: [pairs, B, S, Ds]; the projection's matmul runs in its dtype.
       teacher: [pairs, B, S, Dt]; gets no gradient.
       projection: [pairs, Dt, Ds] float32, or None with equal widths.
       mask: [B, S] bool; a token without a loss contributes nothing.
@@ -65,7 +63,7 @@ def hidden_loss(kind, student, teacher, projection, mask):
 
 
 def _forward(kind, student, teacher, projection, mask):
-    """Scans over the pairs, so that float32 states of one pair alone exist; keeps the gradients."""
+    """Scans over the pairs, so that only one pair's float32 states exist at a time."""
 
     def run_pair(total, pair):
         loss, gradients = _pair(kind, *pair, mask)
@@ -88,7 +86,7 @@ hidden_loss.defvjp(_forward, _backward)
 
 
 def _pair(kind, student, teacher, projection, mask):
-    """Returns a pair's summed loss and its gradients in student and projection."""
+    """Returns a pair's summed loss and its gradients with respect to student and projection."""
     s, u = student.astype(jnp.float32), teacher.astype(jnp.float32)  # norms and losses are float32
     inverse_rms = jax.lax.rsqrt(jnp.mean(s * s, axis=-1, keepdims=True) + _EPSILON)
     u *= jax.lax.rsqrt(jnp.mean(u * u, axis=-1, keepdims=True) + _EPSILON)
@@ -102,7 +100,7 @@ def _pair(kind, student, teacher, projection, mask):
     d_projected = d_student = d_z * inverse_rms
     d_projection = None
     if projection is not None:
-        d_projected = d_projected.astype(student.dtype)  # as the head's products
+        d_projected = d_projected.astype(student.dtype)  # that of the matmuls
         d_student = jnp.einsum(
             "BSe,ed->BSd", d_projected, weight, preferred_element_type=jnp.float32
         )

@@ -1,4 +1,4 @@
-"""Shapes of schedules, over the progress of a run."""
+"""Schedules over the steps of a run."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +15,6 @@ SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def interpolate(start: float, end: float, shape: str, step: Any, num_steps: int) -> jax.Array:
-    """Returns what goes from `start` at step 0 to `end` at the last of num_steps, and stays."""
+    """Returns the value at `step`: `start` at step 0, `end` from step num_steps - 1 on."""
     progress = jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1)
     return end + (start - end) * SHAPES[shape](jnp.minimum(progress, 1.0))

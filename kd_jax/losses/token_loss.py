@@ -1,4 +1,4 @@
-"""From both models' logits to each token's loss, metrics and gradient, in few passes."""
+"""Each token's loss, metrics and gradient from the logits of both models, in few passes."""
 
 from functools import partial
 from typing import NamedTuple
@@ -8,93 +8,117 @@ import jax.numpy as jnp
 
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
+from kd_jax.losses.sides import Targets
+from kd_jax.losses.vocabulary import (
+    NEGATIVE,
+    Vocab,
+    label_logits,
+    max_over_vocab,
+    sum_over_vocab,
+)
 
-# What training sums up, and what an evaluation says of each token; without a teacher the SINGLE_.
+# Metrics that training sums and that evaluation has of each token; SINGLE_ without a teacher.
 SINGLE_METRICS = ("ce_loss", "entropy")
-
-
-METRICS = (
-    *SINGLE_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
-    "teacher_ce", "teacher_entropy",
-)  # fmt: skip
-
-
 SINGLE_EVAL_METRICS = ("loss", "ce", "entropy", "confidence", "correct")
-
-
-EVAL_METRICS = (
-    *SINGLE_EVAL_METRICS, "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance",
-    "teacher_ce", "teacher_entropy", "teacher_confidence", "teacher_correct",
+_PAIR_METRICS = (
+    "kd_loss", "kl_forward", "kl_reverse", "top1_agreement", "acceptance", "teacher_ce",
+    "teacher_entropy",
 )  # fmt: skip
+METRICS = (*SINGLE_METRICS, *_PAIR_METRICS)
+EVAL_METRICS = (*SINGLE_EVAL_METRICS, *_PAIR_METRICS, "teacher_confidence", "teacher_correct")
 
-
-_SAME_AS = {"forward_kl": "kl_forward", "reverse_kl": "kl_reverse"}
+# Divergences that equal a metric at temperature 1.
+_METRIC_AT_ONE = {"forward_kl": "kl_forward", "reverse_kl": "kl_reverse"}
 
 
 class LossScalars(NamedTuple):
-    """What a schedule may change from step to step: float32 scalars."""
+    """Values that a schedule may change between steps: float32 scalars."""
 
     kd_ratio: jax.Array
     temperature: jax.Array
 
 
 def static_temperature(config: LossConfig) -> float | None:
-    """Returns the temperature that is known while compiling; None where it follows a schedule."""
+    """Returns the temperature as a compile-time constant; None if a schedule changes it."""
     return config.temperature if config.temperature_end is None else None
 
 
-def token_losses(config, scalars, z_s, z_t, labels, mask, entries, axis=None):
+def token_losses(
+    config: LossConfig,
+    scalars: LossScalars | None,
+    z_s: jax.Array,
+    z_t: jax.Array | None,
+    targets: Targets,
+    vocab: Vocab,
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns each token's loss and metrics, and the gradient of the masked loss.
 
-    Four passes over the vocabulary: maxima, sums of exponentials, losses, gradient. On a GPU the
-    first two are one.
+    Makes four passes over the vocabulary: maxima, sums of exponentials, losses, gradient.
 
     Args:
-      config: LossConfig.
-      scalars: LossScalars; None for no teacher.
+      scalars: None without a teacher.
       z_s: [N, V] float32, the student's logits.
-      z_t: [N, V] float32, the teacher's; None for no teacher, where the loss is CE.
-      labels: [N] int32.
-      mask: [N] bool; a token without a loss has no gradient.
-      entries: [V] int32, the vocabulary entries of these logits: 0 to V - 1, or a device's share.
-      axis: mesh axis that the vocabulary is split over, inside a shard_map; None where it is whole.
+      z_t: [N, V] float32, the teacher's logits; None: the loss is cross-entropy.
+      targets: labels [N] int32 and mask [N] bool; the gradient is 0 where masked.
+      vocab: the entries of these logits.
 
     Returns:
-      values by the names above, [N] float32, mask or not; the gradient in z_s, [N, V] float32.
+      (values, gradient): values by the names above, [N] float32, also of masked tokens; the
+      gradient with respect to z_s, [N, V] float32.
     """
-    T = None if z_t is None else static_temperature(config) or scalars.temperature
-    student, *teachers = _softmaxes([z_s] if z_t is None else [z_s, z_t], T, axis)
-    values = _model_values(student, z_s, labels, entries, axis)
-    values["ce_loss"] = values["ce"]
-    if not teachers:
-        return values | {"loss": values["ce"]}, _d_ce(student, z_s, labels, mask, entries)
-    (teacher,), ratio = teachers, scalars.kd_ratio
-    for name, value in _model_values(teacher, z_t, labels, entries, axis).items():
-        values[f"teacher_{name}"] = value
+    labels, mask = targets
+    if z_t is None:
+        (student,) = _softmaxes([z_s], None, vocab.axis)
+        values = _model_values(student, z_s, labels, vocab)
+        values |= {"ce_loss": values["ce"], "loss": values["ce"]}
+        return values, _ce_gradient(student, z_s, labels, mask, vocab)
+    assert scalars is not None
+    T, ratio = static_temperature(config) or scalars.temperature, scalars.kd_ratio
+    student, teacher = _softmaxes([z_s, z_t], T, vocab.axis)
     log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
-    weight = divergences.token_weight(log_q, log_p, config, axis)
-    value, slope = divergences.divergence_terms(log_q, log_p, config, weight)
+    weight = divergences.token_weight(log_q, log_p, config, vocab.axis)
+    terms = divergences.divergence_terms(log_q, log_p, config, weight)
+    agreement = divergences.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
     agree = (z_s == student.highest) & (z_t == teacher.highest)
-    terms = divergences.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
-    if _is_one(T) and config.compat != "torchtune":  # what is minimised may be one of them
-        value = terms.get(_SAME_AS.get(config.divergence), value)
-    terms |= {"kd_loss": value, "slope": slope, "top1_agreement": agree.astype(jnp.float32)}
-    sums = dict(zip(terms, divergences.over_vocab(jnp.add, 0.0, terms.values(), axis), strict=True))
-    total_slope, scale = sums.pop("slope"), divergences.t2_factor(T, config)
-    values |= {name: x[:, 0] for name, x in sums.items()}
-    values["kd_loss"] *= scale
-    values["top1_agreement"] = jnp.minimum(values["top1_agreement"], 1.0)  # several may tie
+    agreement["top1_agreement"] = agree.astype(jnp.float32)
+    sums, values = _pair_sums(terms, agreement, _metric_of(config, T), vocab.axis)
+    values |= _model_values(student, z_s, labels, vocab)
+    values |= _model_values(teacher, z_t, labels, vocab, "teacher_")
+    scale = divergences.t2_factor(T, config)
+    values |= {"ce_loss": values["ce"], "kd_loss": sums.value[:, 0] * scale}
     values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
-    # The barrier has XLA compute the exponentials again rather than store them.
+    # The barrier makes XLA recompute the exponentials instead of storing them.
     student, teacher = jax.lax.optimization_barrier((student, teacher))
-    log_q = _log_probs(student, z_s, T)
-    _, slope = divergences.divergence_terms(log_q, _log_probs(teacher, z_t, T), config, weight)
-    d_kd = (slope - jnp.exp(log_q) * total_slope) * jnp.where(mask, ratio * scale / T, 0.0)[:, None]
-    return values, d_kd + _d_ce(student, z_s, labels, jnp.where(mask, 1 - ratio, 0.0), entries)
+    log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
+    slope = divergences.divergence_terms(log_q, log_p, config, weight).slope
+    kd_weights = jnp.where(mask, ratio * scale / T, 0.0)[:, None]
+    gradient = (slope - jnp.exp(log_q) * sums.slope) * kd_weights
+    ce_weights = jnp.where(mask, 1 - ratio, 0.0)
+    return values, gradient + _ce_gradient(student, z_s, labels, ce_weights, vocab)
+
+
+def _metric_of(config, T):
+    """Returns the metric that equals the divergence before its sum; None if there is none."""
+    at_one = _is_one(T) and config.compat != "torchtune"
+    return _METRIC_AT_ONE.get(config.divergence) if at_one else None
+
+
+def _pair_sums(terms, agreement, same, axis):
+    """Returns the divergence's Terms summed, [N, 1], and the agreement metrics, [N].
+
+    Args:
+      same: the metric that equals the divergence, which is summed once; or None.
+    """
+    others = {name: x for name, x in agreement.items() if name != same}
+    sums, others = sum_over_vocab((terms, others), axis)
+    metrics = others if same is None else {**others, same: sums.value}
+    metrics = {name: x[:, 0] for name, x in metrics.items()}
+    metrics["top1_agreement"] = jnp.minimum(metrics["top1_agreement"], 1.0)  # ties count once
+    return sums, metrics
 
 
 class _Softmax(NamedTuple):
-    """What the softmax of one model's logits needs besides them, [N, 1] each."""
+    """What log-probabilities need besides one model's logits, [N, 1] each."""
 
     highest: jax.Array
     """The largest logit."""
@@ -107,12 +131,9 @@ class _Softmax(NamedTuple):
 
 
 def _softmaxes(logits, T, axis):
-    """Returns the _Softmax of each model's logits."""
+    """Returns the _Softmax of each model's logits [N, V]."""
     T = None if _is_one(T) else T
-    # A reduction cannot take a temperature that follows a schedule.
-    on_gpu = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
-    options = {"cuda": partial(on_gpu, T=T), "default": partial(_sums, T=T)}
-    sums = jax.lax.platform_dependent(logits, **options)
+    sums = _sums_of_platform(logits, T)
     if axis is not None:
         highest = jax.lax.pmax([x.highest for x in sums], axis)
         rests = [_rescaled(x, x.highest - m, T) for x, m in zip(sums, highest, strict=True)]
@@ -126,7 +147,7 @@ def _softmaxes(logits, T, axis):
 
 
 class _Sums(NamedTuple):
-    """What a softmax is made of, [N, 1] each, with x = logit - highest."""
+    """Sums of a softmax, [N, 1] each, with x = logit - highest."""
 
     highest: jax.Array
     total: jax.Array
@@ -134,39 +155,47 @@ class _Sums(NamedTuple):
     moment: jax.Array
     """sum_v x exp(x)."""
     tempered: jax.Array
-    """sum_v exp(x / T); without a T the total."""
+    """sum_v exp(x / T); the total at temperature 1."""
+
+
+def _sums_of_platform(logits, T):
+    """Platform choice: a GPU, bound by memory bandwidth, reads the logits once, others twice."""
+    # A reduction cannot close over a temperature that a schedule changes.
+    on_gpu = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
+    options = {"cuda": partial(on_gpu, T=T), "default": partial(_sums, T=T)}
+    return jax.lax.platform_dependent(logits, **options)
 
 
 def _sums(logits, T):
     """Returns the _Sums of each model's logits: one pass for all maxima, one for all sums."""
-    highest = divergences.over_vocab(jnp.maximum, -jnp.inf, logits)
+    highest = max_over_vocab(logits)
     terms = []
     for z, m in zip(logits, highest, strict=True):
         e = jnp.exp(z - m)
-        terms += [e, e * (z - m), e if T is None else jnp.exp((z - m) / T)]
-    sums = divergences.over_vocab(jnp.add, 0.0, terms)
-    return list(map(_Sums, highest, sums[::3], sums[1::3], sums[2::3]))
+        tempered = () if T is None else (jnp.exp((z - m) / T),)
+        terms.append((e, e * (z - m), *tempered))
+    return [_filled(m, *x) for m, x in zip(highest, sum_over_vocab(terms), strict=True)]
 
 
 def _sums_in_one_pass(logits, T):
-    """Returns what `_sums` does, reading the logits once: a GPU waits for its memory."""
+    """Returns the _Sums of each model's logits, which are read once."""
     return [_running_sums(z, T) for z in logits]
 
 
 def _running_sums(z, T):
-    """Returns the _Sums of logits [N, V] by a reduction that corrects them as the maximum grows."""
+    """Returns the _Sums of logits [N, V] by a reduction that rescales them as the maximum grows."""
 
     def combine(one, other):
         gap = one[0] - other[0]
         keep = partial(jnp.where, gap > 0)
         high, low = tuple(map(keep, one, other)), tuple(map(keep, other, one))
-        rest = _rescaled(_filled(*low), -jnp.abs(gap), T)  # one exponential, not one of each side
-        return high[0], *map(jnp.add, high[1:], rest)  # without a T there is no fourth
+        rest = _rescaled(_filled(*low), -jnp.abs(gap), T)  # one exponential, not one per side
+        return high[0], *map(jnp.add, high[1:], rest)  # at temperature 1 there is no fourth
 
-    z = jnp.maximum(z, divergences.NEGATIVE)  # no difference of two is NaN
+    z = jnp.maximum(z, NEGATIVE)  # a difference of infinities would be NaN
     ones, zeros = jnp.ones_like(z), jnp.zeros_like(z)
     entries = (z, ones, zeros) if T is None else (z, ones, zeros, ones)
-    starts = (jnp.float32(divergences.NEGATIVE), *[jnp.float32(0)] * len(entries[1:]))
+    starts = (jnp.float32(NEGATIVE), *[jnp.float32(0)] * len(entries[1:]))
     sums = jax.lax.reduce(entries, starts, combine, dimensions=(1,))
     return _filled(*(x[:, None] for x in sums))
 
@@ -176,20 +205,10 @@ def _filled(highest, total, moment, tempered=None):
 
 
 def _rescaled(sums, fall, T):
-    """Returns total, moment and tempered of _Sums for a maximum that is theirs less `fall`."""
+    """Returns total, moment and tempered of _Sums for the maximum `highest - fall`."""
     scale = jnp.exp(fall)
     hot = scale if T is None else jnp.exp(fall / T)
     return scale * sums.total, scale * (sums.moment + fall * sums.total), hot * sums.tempered
-
-
-def _pick(logits, labels, entries, axis):
-    """Returns each token's logit of its label, [N, 1]."""
-    if axis is None:
-        return jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    place = labels[:, None] - entries[0]
-    here = (place >= 0) & (place < logits.shape[1])
-    picked = jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), axis=-1)
-    return jax.lax.psum(jnp.where(here, picked, 0.0), axis)
 
 
 def _is_one(T):
@@ -203,19 +222,24 @@ def _log_probs(softmax, logits, T=None):
     return (logits - softmax.highest) / T - softmax.tempered_log_sum
 
 
-def _d_ce(softmax, logits, labels, weights, entries):
-    """Returns the gradient of -log q[label] in the logits, weights (q - onehot), [N, V]."""
+def _ce_gradient(softmax, logits, labels, weights, vocab):
+    """Returns weights (q - onehot), the gradient of weighted cross-entropy in the logits, [N, V].
+
+    Args:
+      weights: [N].
+    """
     weights = weights[:, None].astype(jnp.float32)
-    onehot = jnp.where(labels[:, None] == entries[None], weights, 0.0)
+    onehot = jnp.where(labels[:, None] == vocab.entries[None], weights, 0.0)
     return jnp.exp(_log_probs(softmax, logits)) * weights - onehot
 
 
-def _model_values(softmax, logits, labels, entries, axis):
-    """Returns what is said of each token of one model alone, [N]."""
-    picked = _pick(logits, labels, entries, axis)
-    return {
-        "ce": (softmax.log_sum - (picked - softmax.highest))[:, 0],
-        "entropy": softmax.entropy[:, 0],
-        "confidence": jnp.exp(-softmax.log_sum)[:, 0],
-        "correct": (picked == softmax.highest)[:, 0].astype(jnp.float32),
+def _model_values(softmax, logits, labels, vocab, prefix=""):
+    """Returns the metrics of one model alone, [N] float32, with prefixed names."""
+    at_label = label_logits(logits, labels, vocab)
+    values = {
+        "ce": softmax.log_sum - (at_label - softmax.highest),
+        "entropy": softmax.entropy,
+        "confidence": jnp.exp(-softmax.log_sum),
+        "correct": (at_label == softmax.highest).astype(jnp.float32),
     }
+    return {prefix + name: x[:, 0] for name, x in values.items()}

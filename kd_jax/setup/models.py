@@ -1,5 +1,6 @@
 """Models of a run on the mesh: their shapes alone, or loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,13 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import init_adapters
-from kd_jax.models.table import abstract_weights, projection_weight, trained_weights, weights
+from kd_jax.models.table import (
+    Weight,
+    abstract_weights,
+    projection_weight,
+    trained_weights,
+    weights,
+)
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.sources import Source
@@ -28,10 +35,10 @@ class Models:
     student: DecoderSpec
     trainable: dict[str, Any]
     """`student`: arrays by path, float32; `projection`: that of the hidden-state loss, if any."""
-    frozen: Arrays
+    frozen: dict[str, Any]
     """The student's other arrays."""
     teacher: DecoderSpec | None
-    teacher_arrays: Arrays
+    teacher_arrays: dict[str, Any]
 
 
 def make_spec(
@@ -50,8 +57,10 @@ def make_spec(
 def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> DecoderSpec:
     """Returns the student as it is trained."""
     spec, lora = make_spec(config, config.student, arch, mesh), config.lora
-    adapted = {"lora_scale": lora.alpha / lora.rank, "dropout": lora.dropout}
-    return replace(spec, remat=config.remat, **(adapted if config.trainable == "lora" else {}))
+    spec = replace(spec, remat=config.remat)
+    if config.trainable == "lora":
+        spec = replace(spec, lora_scale=lora.alpha / lora.rank, dropout=lora.dropout)
+    return spec
 
 
 def abstract_models(
@@ -60,18 +69,18 @@ def abstract_models(
     """Returns the models of a run as shapes, dtypes and shardings."""
     spec = make_student_spec(config, student, mesh)
     table = trained_weights(config, student)
-    trainable: dict[str, Any] = {"student": abstract_weights(table, spec.layout, "float32")}
+    trainable: dict[str, Any] = {"student": _abstract(spec, table, "float32")}
     weight = projection_weight(config, student, teacher)
     if weight is not None:
-        trainable |= abstract_weights({"projection": weight}, spec.layout, "float32")
+        trainable |= _abstract(spec, {"projection": weight}, "float32")
     frozen: dict[str, Any] = {}
     if config.trainable == "lora":
-        frozen = abstract_weights(weights(student), spec.layout, config.student.dtype)
+        frozen = _abstract(spec, weights(student), config.student.dtype)
     teacher_spec, teacher_arrays = None, dict[str, Any]()
     if teacher is not None and config.teacher is not None:
         part = config.teacher
         teacher_spec = make_spec(config, part, teacher, mesh)
-        teacher_arrays = abstract_weights(weights(teacher), teacher_spec.layout, part.dtype)
+        teacher_arrays = _abstract(teacher_spec, weights(teacher), part.dtype)
     return Models(
         student=spec,
         trainable=trainable,
@@ -79,6 +88,11 @@ def abstract_models(
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
     )
+
+
+def _abstract(spec: DecoderSpec, table: Mapping[str, Weight], dtype: str) -> Any:
+    assert spec.layout is not None
+    return abstract_weights(table, spec.layout, dtype)
 
 
 def load_models(
@@ -95,7 +109,7 @@ def load_models(
       with_trainable: load or initialise what is trained; else its shapes stay, to be filled from a
         checkpoint.
     """
-    models = abstract_models(config, student.arch, teacher and teacher.arch, mesh)
+    models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh)
     frozen = load_arrays(student.folder, student.arch, models.frozen)
     trainable = models.trainable
     if with_trainable:
@@ -133,5 +147,5 @@ def load_frozen(
 ) -> tuple[DecoderSpec, Arrays]:
     """Returns a model as it is on disk, with its adapter merged."""
     spec = make_spec(config, part, source.arch, mesh)
-    abstract = abstract_weights(weights(source.arch), spec.layout, part.dtype)
+    abstract = _abstract(spec, weights(source.arch), part.dtype)
     return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)

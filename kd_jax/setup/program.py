@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
 from kd_jax.losses.fused_head import HeadConfig
 from kd_jax.losses.schedules import interpolate
+from kd_jax.losses.sides import Side, Targets, Teacher
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, platform
@@ -17,6 +18,7 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
 from kd_jax.setup.models import Models
+from kd_jax.teachers.live import LiveModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Program:
     """What is fixed while a run is compiled; static under jit."""
 
     student: DecoderSpec
-    teacher: DecoderSpec | None
+    teacher: LiveModel | None
+    """Makes the teacher's side of a batch."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
@@ -40,44 +43,37 @@ class Program:
         return self.head.loss.schedule_steps or self.num_steps
 
 
-def targets(batch: Arrays) -> tuple[jax.Array, jax.Array]:
+def targets(batch: Arrays) -> Targets:
     """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
     labels = jnp.roll(batch["tokens"], -1, axis=-1)
     follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
     follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
         labels.shape[-1] - 1
     )
-    return labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows
+    return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows)
 
 
 def head_inputs(
     program: Program,
     student: Decoder,
-    teacher: Decoder | None,
+    teacher_arrays: Arrays,
     batch: Arrays,
     dropout_key: jax.Array | None = None,
     pairs: HiddenConfig | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-    """Returns what the head takes of a batch of rows [B, S]: hidden states, heads, targets.
+) -> tuple[tuple[Side, Teacher | None, Targets], tuple[Any, Any]]:
+    """Returns the fused head's student, teacher and targets for a batch of rows [B, S].
 
     And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
     """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    labels, mask = targets(batch)
     ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_hidden = teacher_head = teacher_kept = None
-    if teacher is not None:
-        teacher_hidden, teacher_kept = teacher.with_layers(*inputs, theirs)
-        teacher_head = teacher.head_weight()
+    teacher_side = teacher_kept = None
+    if program.teacher is not None:
+        teacher_side, teacher_kept = program.teacher(teacher_arrays, batch, theirs)
     student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
-    return (
-        student_hidden,
-        jax.lax.stop_gradient(teacher_hidden),
-        student.head_weight(),
-        jax.lax.stop_gradient(teacher_head),
-        labels,
-        mask,
-    ), (student_kept, jax.lax.stop_gradient(teacher_kept))
+    student_side = Side(student_hidden, student.head_weight())
+    frozen = jax.lax.stop_gradient((teacher_side, teacher_kept))
+    return (student_side, frozen[0], targets(batch)), (student_kept, frozen[1])
 
 
 def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
@@ -121,7 +117,7 @@ def make_head(
         ),
         vocab_size=vocab_size,
         mesh=mesh,
-        turn_head=platform(mesh) == "cpu" and dtype == "bfloat16",
+        transpose_head=platform(mesh) == "cpu" and dtype == "bfloat16",
         head_trainable=trainable,
     )
 
@@ -145,7 +141,7 @@ def make_program(
     )
     return Program(
         student=models.student,
-        teacher=models.teacher,
+        teacher=None if models.teacher is None else LiveModel(models.teacher),
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     trainable: dict[str, Any]
     """`student`: float32 arrays by path; `projection` where the hidden-state loss trains one."""
     opt_state: Any
-    step: jax.Array
+    step: Any
     """Optimizer updates taken, int32."""
 
 
@@ -90,20 +90,21 @@ def loss_gradients(
     Gradients of the micro-batches are summed before the single division by the number of target
     tokens of all of them.
     """
-    teacher = None if program.teacher is None else Decoder(program.teacher, teacher_arrays)
-    num_tokens = jnp.sum(targets(batch)[1]).astype(jnp.float32)
+    num_tokens = jnp.sum(targets(batch).mask).astype(jnp.float32)
     scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_loss(trainable, micro_batch, key):
         student = Decoder(program.student, frozen | trainable["student"])
-        inputs, kept = head_inputs(program, student, teacher, micro_batch, key, program.hidden)
+        inputs, kept = head_inputs(
+            program, student, teacher_arrays, micro_batch, key, program.hidden
+        )
         loss, metrics = kd_head(program.head, scalars, *inputs)
         if program.hidden is not None:
             projection = trainable.get("projection")
             if projection is not None:
                 projection = constrain(projection, program.mesh)  # all-gathered, as the heads are
-            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1])
+            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1].mask)
             loss += program.hidden.weight * extra
             metrics["hidden_loss"] = extra
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}

@@ -13,7 +13,10 @@ import reference
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
+from kd_jax.losses.sides import Side, Targets
 from kd_jax.losses.token_loss import LossScalars
+from kd_jax.losses.vocabulary import sum_over_vocab
+from kd_jax.teachers.live import Live
 
 pytestmark = pytest.mark.fast
 
@@ -130,18 +133,16 @@ def test_swapped_models_are_seen(name, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(divergences.DIVERGENCES.keys() - {"forward_kl"}))
 def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
-    right = divergences.over_vocab
-
-    def no_slope(*arguments):
-        value, slope = right(*arguments)
-        return value, 0 * slope
+    def no_slope(terms):
+        sums = sum_over_vocab(terms)
+        return divergences.Terms(sums.value, 0 * sums.slope)
 
     weight = divergences.adaptive_weight  # which takes sums of its own
     monkeypatch.setattr(
         divergences, "adaptive_weight", lambda *x: jax.jit(weight, static_argnums=2)(*x)
     )
     assert not is_seen(ONE_EACH[name])
-    monkeypatch.setattr(divergences, "over_vocab", no_slope)
+    monkeypatch.setattr(divergences, "sum_over_vocab", no_slope)
     assert is_seen(ONE_EACH[name])
 
 
@@ -233,7 +234,7 @@ def test_bounds_hold(beta):
     forward = value_of(*logits, divergence="forward_kl")
     assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
     terms = divergences.agreement_terms(*map(jax.nn.log_softmax, logits))
-    (accepted,) = divergences.over_vocab(jnp.add, 0.0, [terms["acceptance"]])
+    accepted = sum_over_vocab(terms["acceptance"])
     np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
 
 
@@ -353,7 +354,8 @@ def run_head(case, temperature, padding, length):
 
     @jax.jit
     def measure(hidden):
-        return kd_head(config, scalars, hidden, h_t, w_s, w_t, labels, mask)
+        student, targets = Side(hidden, w_s), Targets(labels, mask)
+        return kd_head(config, scalars, student, Live(h_t, w_t), targets)
 
     (value, metrics), gradient = jax.value_and_grad(measure, has_aux=True)(h_s)
     teacher = np.float64(h_t) @ np.float64(w_t[:V]).T

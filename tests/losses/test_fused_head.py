@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.losses import divergences, token_loss
 from kd_jax.losses.divergences import DIVERGENCES
 from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
+from kd_jax.losses.sides import Side, Targets
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -22,7 +24,9 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
+from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.parallel.mesh import compiler_options, make_mesh
+from kd_jax.teachers.live import Live
 
 pytestmark = pytest.mark.fast
 
@@ -41,7 +45,7 @@ def scalars_of(config):
 
 
 def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
-    """Returns the arrays of kd_head; logits have a deviation near 3, and a row has no loss."""
+    """Returns hidden states, heads, labels and mask; logits deviate by 3, one row has no loss."""
     rng = np.random.default_rng(seed)
     inputs = (
         rng.normal(size=(B, S, DS)),
@@ -52,6 +56,12 @@ def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
     mask = rng.random((B, S)) < 0.6
     mask[1] = False
     return (*(x.astype(dtype) for x in inputs), rng.integers(0, V, (B, S)), mask)
+
+
+def sides(hidden, teacher_hidden, head, teacher_head, labels, mask):
+    """Returns kd_head's student, teacher and targets."""
+    teacher = None if teacher_hidden is None else Live(teacher_hidden, teacher_head)
+    return Side(hidden, head), teacher, Targets(labels, mask)
 
 
 @pytest.fixture(params=["_sums", "_sums_in_one_pass"])
@@ -68,7 +78,7 @@ def value_and_gradients(config, *inputs):
     scalars = scalars_of(config)
 
     def loss(hidden, head):
-        return kd_head(config, scalars, hidden, inputs[1], head, *inputs[3:])
+        return kd_head(config, scalars, *sides(hidden, inputs[1], head, *inputs[3:]))
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, metrics), gradients = run(inputs[0], inputs[2])
@@ -112,7 +122,7 @@ def test_value_and_metrics_equal_float64(kd_ratio, temperature):
     inputs = make_inputs()
     want = expected(config, *inputs)
     trained, _ = value_and_gradients(config, *inputs)
-    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *inputs)
+    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *sides(*inputs))
     assert trained.keys() == {"loss", *METRICS}
     for values in (trained, {"loss": loss, **metrics}):
         for name, value in values.items():
@@ -141,7 +151,8 @@ def test_bfloat16_inputs_stay_near_float64():
 
 
 def token_values(config, *inputs):
-    out = jax.jit(token_metrics, static_argnums=0)(config, scalars_of(config), *inputs)
+    run = jax.jit(token_metrics, static_argnums=0)
+    out = run(config, scalars_of(config), *sides(*inputs))
     return {n: np.asarray(x) for n, x in out.items()}
 
 
@@ -302,6 +313,53 @@ def test_devices_change_nothing(sizes):
         np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+class Table(NamedTuple):
+    """A kind of teacher without an lm_head: stored logits, looked up by vocabulary id."""
+
+    rows: dict[str, Any]
+    vocab_arrays: Any
+
+    @property
+    def num_entries(self):
+        return len(self.vocab_arrays)
+
+    @staticmethod
+    def logits(rows, vocab_arrays):
+        return jnp.take(rows["high"], vocab_arrays, axis=1) + rows["low"][:, None]
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_another_kind_of_teacher_needs_nothing_of_the_head(sizes, shift):
+    inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
+    inputs[2], inputs[3] = make_inputs(student_vocab=V + 6, teacher_vocab=V + 2)[2:4]
+    config = CONFIG
+    if sizes is not None:
+        mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), 2 * B)
+        config = dataclasses.replace(CONFIG, mesh=mesh)
+    student, live, targets = sides(*inputs)
+    z = jnp.einsum("BSD,VD->BSV", live.hidden, live.head)
+    low = jnp.mean(z, axis=-1)
+    ids = (jnp.arange(V + 2) + shift) % (V + 2)
+    table = Table({"high": z - low[..., None], "low": low}, ids)
+    run = jax.jit(kd_head, static_argnums=0)
+    (want, _), (got, _) = (
+        run(config, scalars_of(config), student, teacher, targets) for teacher in (live, table)
+    )
+    assert (float(got) == pytest.approx(float(want), rel=1e-6)) == (shift == 0)
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher, targets = sides(*make_inputs())
+
+    def loss(student, teacher):
+        return kd_head(CONFIG, scalars_of(CONFIG), student, teacher, targets)[0]
+
+    d_student, d_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(student, teacher)
+    assert np.asarray(d_student.hidden).any()
+    assert not any(np.asarray(x).any() for x in (d_student.head, *d_teacher))
+
+
 def loop_bodies(program):
     """Yields the text of each while loop's body in a compiled program, with what it calls."""
     parts = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S))
@@ -353,7 +411,7 @@ def test_torchtunes_values_are_reached():
     eye = np.eye(4, dtype=np.float32)  # the hidden states are the logits
     config = dataclasses.replace(make_head(kd_ratio=0.5), chunk_tokens=2, vocab_size=4)
     arrays = (student, teacher, eye, eye, np.array(LABELS), np.ones((2, 4), bool))
-    _, sums = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *arrays)
+    _, sums = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *sides(*arrays))
     means = {name: float(value) / 8 for name, value in sums.items()}
     assert means["kd_loss"] + means["teacher_entropy"] == pytest.approx(1.7208780, abs=1e-6)
     reverse = token_values(config, *arrays)["kl_reverse"]
@@ -369,10 +427,10 @@ def test_metrics_of_losses_handle_entries_without_probability():
     np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
     np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
     terms = divergences.agreement_terms(log_q, log_p)
-    forward, reverse, accepted = divergences.over_vocab(jnp.add, 0.0, terms.values())
-    np.testing.assert_allclose(forward[:, 0], value, rtol=1e-6)
-    assert np.isfinite(reverse).all()
-    np.testing.assert_allclose(accepted[:, 0], [0.5, 0.5], rtol=1e-6)
+    sums = sum_over_vocab(terms)
+    np.testing.assert_allclose(sums["kl_forward"][:, 0], value, rtol=1e-6)
+    assert np.isfinite(sums["kl_reverse"]).all()
+    np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

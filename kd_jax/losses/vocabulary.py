@@ -1,0 +1,72 @@
+"""Operations over the vocabulary, the last dimension, which may be sharded over a mesh axis."""
+
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+# The logit or log-probability of vocabulary padding; finite, so that 0 times it is 0.
+NEGATIVE = -1e30
+
+Tree = TypeVar("Tree")
+
+
+class Vocab(NamedTuple):
+    """A device's vocabulary entries."""
+
+    entries: jax.Array
+    """[V] int32, consecutive."""
+    axis: str | None = None
+    """Mesh axis that shards the vocabulary, inside a shard_map; None: not sharded."""
+
+
+def sum_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
+    """Returns a pytree of float32 arrays [..., V] summed over V in one pass, [..., 1] each.
+
+    XLA materializes an operand that is reduced twice, so give each array once.
+
+    Args:
+      axis: as in Vocab.
+    """
+    sums = _reduce(terms, 0.0, jax.lax.add)
+    return sums if axis is None else jax.lax.psum(sums, axis)
+
+
+def max_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
+    """Returns what sum_over_vocab does, with maxima in place of sums."""
+    maxima = _reduce(terms, -jnp.inf, jax.lax.max)
+    return maxima if axis is None else jax.lax.pmax(maxima, axis)
+
+
+def _reduce(terms, start, combine):
+    operands, structure = jax.tree.flatten(terms)
+    starts = (jnp.float32(start),) * len(operands)
+
+    def combine_all(some, others):
+        return tuple(map(combine, some, others))
+
+    dims = (operands[0].ndim - 1,)
+    reduced = jax.lax.reduce(tuple(operands), starts, combine_all, dimensions=dims)
+    return jax.tree.unflatten(structure, [x[..., None] for x in reduced])
+
+
+def label_logits(logits: jax.Array, labels: jax.Array, vocab: Vocab) -> jax.Array:
+    """Returns each token's logit at its label, [N, 1], of logits [N, V] and labels [N]."""
+    if vocab.axis is None:
+        return jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    place = labels[:, None] - vocab.entries[0]
+    here = (place >= 0) & (place < logits.shape[1])
+    found = jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), axis=-1)
+    return jax.lax.psum(jnp.where(here, found, 0.0), vocab.axis)
+
+
+def top_k(logits: jax.Array, k: int, vocab: Vocab) -> jax.Array:
+    """Returns the entries with each token's k largest logits, [N, k] int32, of [N, V]."""
+    values, places = jax.lax.top_k(logits, k)
+    if vocab.axis is None:
+        return places
+    values, found = (
+        jax.lax.all_gather(x, vocab.axis, axis=1, tiled=True)
+        for x in (values, vocab.entries[places])
+    )
+    return jnp.take_along_axis(found, jax.lax.top_k(values, k)[1], axis=1)

@@ -1,0 +1,52 @@
+"""A teacher that runs in the program: its hidden states and its head."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.models.decoder import Decoder, DecoderSpec
+from kd_jax.parallel.placement import Arrays
+
+
+class Live(NamedTuple):
+    """The outputs of a teacher model; implements losses.sides.Teacher."""
+
+    hidden: jax.Array
+    """[B, S, Dt], final-normed hidden states; the matmul runs in their dtype."""
+    head: jax.Array
+    """[V', Dt]: the lm_head, or the tied embedding."""
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.head)
+
+    @property
+    def rows(self) -> jax.Array:
+        return self.hidden
+
+    @property
+    def vocab_arrays(self) -> jax.Array:
+        return self.head.astype(self.hidden.dtype)  # once, not in each chunk
+
+    @staticmethod
+    def logits(rows: jax.Array, vocab_arrays: jax.Array) -> jax.Array:
+        """Returns [C, V] float32 of hidden states [C, Dt] and the head [V, Dt]."""
+        return jnp.einsum("CD,VD->CV", rows, vocab_arrays, preferred_element_type=jnp.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """A teacher model beside the student; static under jit."""
+
+    spec: DecoderSpec
+
+    def __call__(
+        self, arrays: Arrays, batch: Arrays, layers: tuple[int, ...] = ()
+    ) -> tuple[Live, jax.Array | None]:
+        """Returns the side of rows [B, S], and the outputs of `layers`, [len(layers), B, S, Dt]."""
+        model = Decoder(self.spec, arrays)
+        rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
+        hidden, kept = model.with_layers(*rows, layers)
+        return Live(hidden, model.head_weight()), kept
