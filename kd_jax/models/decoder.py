@@ -85,9 +85,9 @@ class Linear(nnx.Module):
         return checkpoint_name(y, SAVED_PRODUCT)  # the sum, whose parts no gradient takes
 
     def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
-        layout = self.spec.layout
-        alone = layout is None or layout.mesh.size == 1
-        in_use = None if alone else layout.in_use(dims, weight.shape)
+        layout, in_use = self.spec.layout, None
+        if layout is not None and layout.mesh.size > 1:
+            in_use = layout.in_use(dims, weight.shape)
         return project(x, weight, self.spec.dtype, in_use)
 
 
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
         k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, made = attend(rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(out.reshape(B, S, -1), keys[3]), made
@@ -173,6 +173,7 @@ class Decoder(nnx.Module):
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
         """Takes arrays by the paths of models.table; layers apart are layers.0.NAME and so on."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
+        self.layers: Any
         if "layers.input_layernorm.weight" in arrays:
             self.layers = Layer(spec, _below(arrays, "layers."))
         else:
