@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 # Floors from the bottom; a room imports rooms of lower floors alone, and a file of a room the files
 # before it.
 FLOORS = [
-    {"config": ["errors", "loss", "run", "record", "command"]},
+    {"config": ["errors", "checks", "loss", "run", "record", "command"]},
     {
         "parallel": ["rules", "processes", "mesh", "placement"],
         "data": ["records", "chat", "rows", "batches"],
@@ -52,7 +52,7 @@ FLOORS = [
     },
 ]  # fmt: skip
 ROOMS = {room: files for floor in FLOORS for room, files in floor.items()}
-DOORS = ["train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
+DOORS = ["__main__", "train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
 FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files]
 # One file needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"inference.lm_eval_model"}
