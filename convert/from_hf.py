@@ -1,4 +1,4 @@
-"""python -m convert.from_hf: a Hugging Face folder as an Orbax checkpoint that kd_jax loads."""
+"""python -m convert.from_hf: writes a Hugging Face folder as an Orbax checkpoint for kd_jax."""
 
 import sys
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from kd_jax.config.command import parse_args, run_command
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FromHfArgs:
     source: str
-    """Folder in Hugging Face form, or hub id."""
+    """Hugging Face folder or hub id."""
     out: str
-    """Folder to write, which must not exist yet."""
+    """Folder to write; it must not exist."""
 
 
 def main(argv: Sequence[str]) -> None:

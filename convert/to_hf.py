@@ -1,4 +1,4 @@
-"""python -m convert.to_hf: a run's student as a folder that transformers or peft loads."""
+"""python -m convert.to_hf: exports a run's student as a folder for transformers or peft."""
 
 import sys
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class ToHfArgs:
     workdir: str
     """Folder of a run of kd_jax.train."""
     out: str
-    """Folder to write, which must not exist yet."""
+    """Folder to write; it must not exist."""
     step: int | None = None
     """Checkpoint to export; None takes the latest."""
     format: Literal["merged", "adapter"] = "merged"
-    """merged: a whole model in the source's dtype. adapter: a PEFT adapter of the source."""
+    """merged: full weights in the source's dtype. adapter: a PEFT adapter of the source."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(args.workdir).expanduser()
     config = read_run(workdir)
     if args.format == "adapter" and config.trainable == "full":
-        raise UserError("--format: expected merged, since this run trained whole weights")
+        raise UserError("--format: expected merged, since this run trained all weights")
     source = resolve(config.student.path, "student.path")
     check_inputs(workdir, {"student.path": fingerprint(source)})
     arch = load_architecture(source)

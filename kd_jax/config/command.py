@@ -89,7 +89,8 @@ def _help_with_ranges() -> Any:
     import tyro
     from tyro.constructors import ConstructorRegistry
 
-    registry, inside = ConstructorRegistry(), []
+    registry = ConstructorRegistry()
+    inside: list[bool] = []
 
     @registry.struct_rule
     def rule(info):
