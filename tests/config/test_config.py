@@ -182,12 +182,6 @@ def test_help_needs_no_config_file(capsys):
     assert "--workdir STR" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted({name.rsplit(".", 1)[-1] for name in LEAVES}))
-def test_every_field_is_read_somewhere(name):
-    sources = [path for path in ROOT.glob("kd_jax/**/*.py") if path.parent.name != "config"]
-    assert any(re.search(rf'[."]{name}\b', path.read_text()) for path in sources)
-
-
 @pytest.mark.parametrize(
     "argv, said",
     [
