@@ -1,6 +1,7 @@
 """Ranges beside the fields of dataclasses, and checks that report all problems at once."""
 
 import dataclasses
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -9,23 +10,19 @@ from kd_jax.config.errors import UserError
 INF = float("inf")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
     """The numbers of a field, as in `rank: Annotated[int, Range(least=1)]`; None always fits.
 
     --help and error messages show it.
     """
 
-    def __init__(
-        self,
-        *,
-        least: float | None = None,
-        above: float | None = None,
-        most: float | None = None,
-        below: float | None = None,
-        also: float | None = None,
-    ) -> None:
-        """Args: bounds (`above` and `below` are exclusive), and one value outside of them."""
-        self.least, self.above, self.most, self.below, self.also = least, above, most, below, also
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    also: float | None = None
+    """A value outside the bounds that is allowed."""
 
     def __contains__(self, x: float) -> bool:
         inside = (

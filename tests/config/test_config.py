@@ -32,8 +32,11 @@ from kd_jax.config import (
     run,
 )
 from kd_jax.config.checks import Range, metadata, plain_type
-from kd_jax.config.command import load_config, parse_config, run_command
+from kd_jax.config.command import load_config, parse_args, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
+from kd_jax.evaluate import EvaluateArgs
+from kd_jax.generate import GenerateArgs
+from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
 
@@ -90,6 +93,28 @@ def annotation(name: str) -> Any:
     part, _, field = name.rpartition(".")
     cls = record.part_of(get_type_hints(Config)[part]) if part else Config
     return get_type_hints(cls, include_extras=True)[field]
+
+
+RANGES = [
+    (cls, entry, mark)
+    for cls in (GenerateArgs, EvaluateArgs, LmEvalArgs)
+    for entry in dataclasses.fields(cls)
+    for mark in metadata(entry.type)
+]
+
+
+@pytest.mark.parametrize("cls, entry, mark", RANGES, ids=lambda x: getattr(x, "name", ""))
+def test_arguments_have_the_range_that_help_shows(cls, entry, mark, capsys):
+    flag = "--" + entry.name.replace("_", "-")
+    needed = [e for e in dataclasses.fields(cls) if e.default is e.default_factory]  # both missing
+    argv = [word for e in needed for word in (f"--{e.name}", "x")]
+    with pytest.raises(SystemExit):
+        parse_args(cls, ["--help"], prog="", description="")
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert re.search(rf"{flag} [^-].*? \(default: \S+; {mark}\)", shown)
+    lowest = mark.above if mark.least is None else mark.least - 1
+    with pytest.raises(UserError, match=f"^{flag}: expected {mark}, got {lowest}"):
+        parse_args(cls, [*argv, f"{flag}={lowest}"], prog="", description="")
 
 
 def parse(*argv: str) -> Config:
