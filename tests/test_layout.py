@@ -123,7 +123,7 @@ def known_flags():
     commands += [f"convert.{file.stem}" for file in (ROOT / "convert").glob("[!_]*.py")]
     for name in commands:
         for kind in vars(importlib.import_module(name)).values():
-            if dataclasses.is_dataclass(kind) and kind.__name__.endswith("Args"):
+            if isinstance(kind, type) and kind.__name__.endswith("Args"):
                 known |= set(flag_names(kind))
     for file in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"--([\w-]+)"', file.read_text()))
