@@ -1,7 +1,6 @@
 """What holds the package together: who may import whom, and what importing costs."""
 
 import ast
-import dataclasses
 import importlib
 import importlib.util
 import re
