@@ -1,6 +1,6 @@
 """Llama 3.2 1B Instruct fine-tuned on alpaca-cleaned without a teacher: the control arm.
 
-All but the teacher is as in 8b_to_1b.py, so what differs between the two runs is distillation.
+Equal to 8b_to_1b.py but for the teacher: the two runs differ by distillation alone.
 
 Command:   python -m kd_jax.train --config configs/1b_sft.py
 Hardware:  one GPU of 24 GB or more (bfloat16).

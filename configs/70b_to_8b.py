@@ -1,9 +1,9 @@
 """Llama 3.3 70B Instruct into Llama 3.1 8B Instruct by LoRA, on alpaca-cleaned.
 
-The devices share both models' weights, of which the teacher's alone are 141 GB in bfloat16.
+Both models' weights are sharded over the devices; the teacher's are 141 GB in bfloat16.
 
 Command:   python -m kd_jax.train --config configs/70b_to_8b.py
-Hardware:  eight H100 or H200, or a v5p-16, and any number of these (docs/planning.md; bfloat16).
+Hardware:  eight H100 or H200, or a v5p-16, or more of them (docs/planning.md; bfloat16).
 Source:    8b_to_1b.py at the next size.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """

@@ -1,11 +1,11 @@
-"""Llama 3.1 8B Instruct fine-tuned by LoRA on alpaca-cleaned: the teacher, made fit for the data.
+"""Llama 3.1 8B Instruct fine-tuned by LoRA on alpaca-cleaned: adapts the teacher to the data.
 
-A teacher knows best what it has seen. Distil from it afterwards, with the adapter on its base,
+Distil from it afterwards, with the adapter on its base
 
     python -m convert.to_hf --workdir runs/8b_teacher_sft --out out/8b_adapter --format adapter
     python -m kd_jax.train --config configs/8b_to_1b.py --teacher.adapter out/8b_adapter
 
-or merged: without --format, and then with --teacher.path.
+or with merged weights: omit --format and give --teacher.path.
 
 Command:   python -m kd_jax.train --config configs/8b_teacher_sft.py
 Hardware:  one GPU of 80 GB or more (bfloat16).

@@ -1,9 +1,9 @@
-"""Llama 3.1 8B Instruct into Llama 3.2 1B Instruct by LoRA, on alpaca-cleaned: the main job.
+"""Llama 3.1 8B Instruct into Llama 3.2 1B Instruct by LoRA, on alpaca-cleaned.
 
 Command:   python -m kd_jax.train --config configs/8b_to_1b.py
-Hardware:  one GPU of 80 GB or more, eight of them, or a v5e-8 (bfloat16); the mesh is chosen.
+Hardware:  one GPU of 80 GB or more, eight of them, or a v5e-8 (bfloat16); automatic mesh.
 Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_ratio 0.5); there a
-           step was 32 padded conversations, here it is packed rows that hold about as many.
+           step was 32 padded conversations, here it is packed rows with about as many.
 Expected:  22,400 tokens/s in 20 GiB on one H100, 24,000 in 21 GiB with --data.batch-size 8 (random
            weights, GSM8K; docs/benchmarks.md); the loss of a whole run is unmeasured so far.
 """

@@ -3,7 +3,7 @@
 Command:   python -m kd_jax.train --config configs/qwen2_1p5b_to_0p5b.py
 Hardware:  one GPU of 24 GB or more (bfloat16).
 Source:    the preset published with torchtune's recipe (rank 32); there a step was 64 padded
-           conversations, here it is packed rows that hold about as many.
+           conversations, here it is packed rows with about as many.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
 

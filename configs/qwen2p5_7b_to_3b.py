@@ -1,7 +1,6 @@
 """Qwen2.5 7B Instruct into Qwen2.5 3B Instruct by LoRA, on alpaca-cleaned.
 
-The heads have 152,064 and 151,936 entries, of which the tokenizer knows 151,665: the loss is taken
-over those.
+The heads are padded to 152,064 and 151,936 entries; the loss covers the tokenizer's 151,665.
 
 Command:   python -m kd_jax.train --config configs/qwen2p5_7b_to_3b.py
 Hardware:  one GPU of 80 GB or more (bfloat16).

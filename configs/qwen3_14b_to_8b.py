@@ -3,7 +3,7 @@
 Command:   python -m kd_jax.train --config configs/qwen3_14b_to_8b.py
 Hardware:  one GPU of 80 GB or more (bfloat16).
 Source:    the preset published with torchtune's recipe (rank 64); there a step was 16 padded
-           conversations, here it is packed rows that hold about as many.
+           conversations, here it is packed rows with about as many.
 Expected:  unmeasured so far; docs/benchmarks.md keeps the records.
 """
 

@@ -1,4 +1,4 @@
-"""python -m convert.from_hf: convert a Hugging Face folder to an Orbax checkpoint for kd_jax."""
+"""python -m convert.from_hf: writes a Hugging Face folder as an Orbax checkpoint for kd_jax."""
 
 import sys
 from collections.abc import Sequence

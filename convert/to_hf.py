@@ -1,4 +1,4 @@
-"""python -m convert.to_hf: export a run's student for transformers or peft."""
+"""python -m convert.to_hf: exports a run's student as a folder for transformers or peft."""
 
 import sys
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(args.workdir).expanduser()
     config = read_run(workdir)
     if args.format == "adapter" and config.trainable == "full":
-        raise UserError("--format: expected merged, because this run trained whole weights")
+        raise UserError("--format: expected merged, since this run trained all weights")
     source = resolve(config.student.path, "student.path")
     check_inputs(workdir, {"student.path": fingerprint(source)})
     trained = open_trained(workdir, args.step)

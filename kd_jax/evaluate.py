@@ -1,4 +1,4 @@
-"""python -m kd_jax.evaluate: how close a student is to its teacher and to the text, per token."""
+"""python -m kd_jax.evaluate: a student's cross-entropy and distance to its teacher, per token."""
 
 import dataclasses
 import json
@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kd_jax.config import Config, Dtype, MeshConfig, UserError
+from kd_jax.config.checks import Checks, Range, check_fields
 from kd_jax.config.command import check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
 
@@ -17,47 +18,56 @@ from kd_jax.weights.files import write_whole
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateArgs:
     model: str
-    """Folder in Hugging Face form, hub id, output of convert.from_hf, or a workdir."""
+    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     teacher: str | None = None
-    """The model to compare with; without it only what needs no teacher is given."""
+    """Teacher to compare with, in any of --model's forms; None omits the metrics that need one."""
     against: str | None = None
-    """A second model in any of --model's forms: differences (model less against) on the same data,
-    with 95 % intervals."""
+    """Second model, in any of --model's forms: differences (model minus against) on the same data
+    with 95 % confidence intervals."""
     data: str
-    """Conversations in any form that data.path of a run takes."""
+    """Conversations, in any form that data.path of a run takes."""
     split: str = "test"
     """Split to read when data is a hub id."""
     dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses what is stored at full precision."""
-    top_k: int = 10
-    """Entries of student and teacher whose overlap is measured."""
-    bootstrap_samples: int = 2000
-    """Times that the documents are drawn anew for the intervals of --against."""
-    seed: int = 0
-    """Seeds those draws."""
+    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
+    top_k: Annotated[int, Range(least=1)] = 10
+    """Most likely tokens of student and teacher whose overlap is measured."""
+    bootstrap_samples: Annotated[int, Range(least=1)] = 2000
+    """Bootstrap resamples of the documents for the intervals of --against."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the bootstrap."""
     json: bool = False
-    """Print one JSON object instead of lines and tables."""
+    """Print one JSON object instead of tables."""
     out: str | None = None
     """File to write the JSON object to."""
     save: bool = False
-    """Write the JSON object to WORKDIR/evaluation.json, where --model is a workdir."""
+    """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
     step: int | None = None
     """Checkpoint of the workdir to evaluate; None takes the latest."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, Range(least=2)] = None
     """Tokens in a row; None takes the run's, or 2048."""
-    batch_size: int | None = None
-    """Rows at a time over all devices; None takes the number of devices."""
+    batch_size: Annotated[int | None, Range(least=1)] = None
+    """Rows per batch over all devices; None takes the number of devices."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    max_conversations: int | None = None
+    max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first conversations of the data; None uses all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+    def check(self, checks: Checks) -> None:
+        is_run = (Path(self.model).expanduser() / "checkpoints").is_dir()
+        checks.require(is_run or not self.save, "--save", "a workdir as --model", self.model)
 
 
 def main(argv: Sequence[str]) -> None:
     prog = "python -m kd_jax.evaluate"
     args = parse_args(EvaluateArgs, argv, prog=prog, description=__doc__)
-    files = _files(args)
+    files = [] if args.out is None else [check_out_file(args.out, "--out")]
+    if args.save:
+        files.append(Path(args.model).expanduser() / "evaluation.json")
     result = evaluate(args)
     text = json.dumps(result)
     for file in files:
@@ -65,33 +75,15 @@ def main(argv: Sequence[str]) -> None:
     print(text if args.json else describe(result))
 
 
-def _files(args: EvaluateArgs) -> list[Path]:
-    """Returns the files to write, after a look at what the arguments say of them and of numbers."""
-    files = [] if args.out is None else [check_out_file(args.out, "--out")]
-    problems = []
-    if args.save:
-        workdir = Path(args.model).expanduser()
-        files.append(workdir / "evaluation.json")
-        if not (workdir / "checkpoints").is_dir():
-            problems.append(f"--save: expected a workdir as --model, got {args.model}")
-    for name in ("top_k", "bootstrap_samples"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            problems.append(f"--{flag}: expected at least 1, got {getattr(args, name)}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return files
-
-
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Returns the object that --json prints.
 
     Returns:
-      numbers by the names in scores.NAMES, means over target tokens, nats; `by_position`, a list
-      of the same for target tokens at positions from `start` to below `stop` of their documents;
-      `against`, {name: {value, difference, low, high}}; `arguments`, what was evaluated.
+      scores.NAMES: means over target tokens, nats; `by_position`: the same for target tokens at
+      positions `start` to below `stop` of their documents; `against`: {name: {value, difference,
+      low, high}}; `arguments`: model, data and options.
     """
-    import jax  # seconds that --help need not pay
+    import jax  # takes seconds, which --help saves
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
@@ -123,14 +115,14 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
 
 def _open(args: EvaluateArgs):
-    """Returns student, teacher and the model to compare with, checked; None for none."""
+    """Returns the checked student, teacher and model to compare with; None where not given."""
     from kd_jax.data.chat import check_same_tokenizer
     from kd_jax.inference.load import open_model
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None
     if args.teacher is not None:
-        own = student.config.teacher  # a run's adapter belongs to the run's teacher
+        own = student.config.teacher  # a run's teacher adapter
         adapter = own.adapter if own is not None and own.path == args.teacher else None
         teacher = open_model(args.teacher, args.dtype, adapter=adapter, field="teacher")
     if args.against is not None:
@@ -145,7 +137,7 @@ def _open(args: EvaluateArgs):
 
 
 def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
-    """Returns a model's sums by document and by position, and keeps nothing of it in memory."""
+    """Returns a model's sums by document and by position; its weights are freed on return."""
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
     from kd_jax.setup.program import make_program
@@ -153,7 +145,9 @@ def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
 
     vocab_size = shared_vocab_size(student.source, teacher and teacher.source)
     if args.top_k > vocab_size:
-        raise UserError(f"--top-k: expected at most {vocab_size}, the vocabulary, got {args.top_k}")
+        raise UserError(
+            f"--top-k: expected at most {vocab_size} (vocabulary size), got {args.top_k}"
+        )
     models = load_model(student, mesh)
     if loaded_teacher is not None:
         arrays = loaded_teacher.frozen
@@ -171,7 +165,7 @@ def _check_finite(model: str | None, values: dict[str, float]) -> None:
 
 
 def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
-    """Returns the run's configuration with the arguments laid over it."""
+    """Returns the run's configuration, changed by the arguments."""
     return dataclasses.replace(
         run,
         mesh=args.mesh,
@@ -189,7 +183,7 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns the object as lines and tables, for people."""
+    """Returns the object as lines and tables."""
     lines = [f"{n:16}{x:.6g}" for n, x in result.items() if isinstance(x, int | float)]
     columns = [n for n in ("ce", "kl_forward", "top1_agreement", "ece") if n in result]
     lines += ["", "by position of the target token in its document", ""]
@@ -200,7 +194,7 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"{place:>16}{row['target_tokens']:16}{numbers}")
     if "against" in result:
         named = result["arguments"]
-        lines += ["", f"{named['model']} less {named['against']}, 95 % interval", ""]
+        lines += ["", f"{named['model']} minus {named['against']}, 95 % interval", ""]
         lines.append(f"{'':16}{'model':>12}{'against':>12}{'difference':>12}    interval")
         for name, row in result["against"].items():
             numbers = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))

@@ -1,10 +1,12 @@
-"""python -m kd_jax.generate: a model's answers to prompts, as they are made."""
+"""python -m kd_jax.generate: answers prompts, printing tokens as they are generated."""
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from kd_jax.config import Dtype, MeshConfig, UserError
+from kd_jax.config import Dtype, MeshConfig
+from kd_jax.config.checks import Checks, Range, check_fields
 from kd_jax.config.command import parse_args, run_command
 from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_tokens
 
@@ -12,25 +14,25 @@ from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_toke
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateArgs:
     model: str
-    """Folder in Hugging Face form, hub id, output of convert.from_hf, or a workdir."""
+    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     prompt: tuple[str, ...]
-    """Questions; several are answered side by side."""
+    """User messages; several are answered in one batch."""
     system: str | None = None
-    """System message before each question."""
+    """System message before each prompt."""
     raw: bool = False
-    """Go on with the prompt as it stands, without a chat template."""
-    max_new_tokens: int = 256
-    """Tokens of an answer at most."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time; above, tokens are drawn, 1 from the model's odds."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens alone."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens that have this probability together."""
+    """Continue the prompt as text, without a chat template."""
+    max_new_tokens: Annotated[int, Range(least=1)] = 256
+    """Most tokens of an answer."""
+    temperature: Annotated[float, Range(least=0)] = 0.0
+    """Sampling temperature; 0 is greedy decoding."""
+    top_k: Annotated[int | None, Range(least=1)] = None
+    """Sample from the k most likely tokens."""
+    top_p: Annotated[float | None, Range(above=0, most=1)] = None
+    """Sample from the fewest most likely tokens with this total probability."""
     seed: int = 0
-    """Seeds the draws."""
+    """Seed of the sampling."""
     stop: tuple[str, ...] = ()
-    """Texts before which an answer ends, besides the model's own end tokens."""
+    """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
     dtype: Dtype = "bfloat16"
     """dtype of weights and matrix products."""
     step: int | None = None
@@ -38,27 +40,17 @@ class GenerateArgs:
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     date: str = "26 Jul 2024"
-    """The date shown to chat templates that print today's, as day month year."""
+    """Date for chat templates that print today's, as day month year."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
 
     def __post_init__(self) -> None:
-        limits = {
-            "--prompt": (bool(self.prompt) and all(self.prompt), "text", self.prompt),
-            "--max-new-tokens": (self.max_new_tokens >= 1, "at least 1", self.max_new_tokens),
-            "--temperature": (self.temperature >= 0, "at least 0", self.temperature),
-            "--top-k": (self.top_k is None or self.top_k >= 1, "at least 1", self.top_k),
-            "--top-p": (self.top_p is None or 0 < self.top_p <= 1, "0 < p <= 1", self.top_p),
-            "--stop": (all(self.stop), "text", self.stop),
-        }
-        wrong = [
-            f"{flag}: expected {expected}, got {got!r}"
-            for flag, (holds, expected, got) in limits.items()
-            if not holds
-        ]
-        if self.temperature == 0 and (self.top_k or self.top_p):
-            wrong.append("--temperature: expected above 0 beside --top-k or --top-p, got 0")
-        if wrong:
-            raise UserError("\n".join(wrong))
+        check_fields(self, "--")
+
+    def check(self, checks: Checks) -> None:
+        checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
+        checks.require(all(self.stop), "--stop", "text", self.stop)
+        greedy = self.temperature == 0 and (self.top_k or self.top_p)
+        checks.require(not greedy, "--temperature", "above 0 with --top-k or --top-p", 0)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
-    """Yields the number of a prompt and the next piece of its answer, as they are made."""
-    import jax  # seconds that --help need not pay
+    """Yields pieces of the answers as they are generated: index of the prompt, text."""
+    import jax  # takes seconds, which --help saves
 
     from kd_jax.inference.decoding import Sampling, generate, unstack_layers
     from kd_jax.inference.load import load_model, open_model

@@ -1,12 +1,12 @@
-"""python -m kd_jax.lm_eval: a folder or workdir on the tasks of the lm-eval harness.
+"""python -m kd_jax.lm_eval: runs tasks of the lm-eval harness on a folder or workdir.
 
 Needs the `eval` extra: pip install 'kd-jax[eval]'. For example
 
   python -m kd_jax.lm_eval --model FOLDER --tasks truthfulqa_mc2,hellaswag,commonsense_qa
   python -m kd_jax.lm_eval --model WORKDIR --tasks my_task --include-path FOLDER_OF_YAML --json
 
-Scores are those of lm-eval's own `hf` model. In Python, import kd_jax.inference.lm_eval_model and
-give "kd_jax" as the model to lm_eval.simple_evaluate.
+Scores equal those of lm-eval's `hf` model. In Python, import kd_jax.inference.lm_eval_model and
+pass "kd_jax" as the model to lm_eval.simple_evaluate.
 """
 
 import difflib
@@ -15,9 +15,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kd_jax.config import Dtype, UserError
+from kd_jax.config.checks import Checks, Range, check_fields
 from kd_jax.config.command import check_out_file, parse_args, run_command
 from kd_jax.config.errors import first_line
 from kd_jax.weights.files import write_whole
@@ -26,35 +27,44 @@ from kd_jax.weights.files import write_whole
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LmEvalArgs:
     model: str
-    """Folder in Hugging Face form, hub id, output of convert.from_hf, or a workdir."""
+    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     tasks: str
-    """Names of tasks, groups or tags of lm-eval, with commas between them."""
+    """Tasks, groups or tags of lm-eval, separated by commas."""
     include_path: str | None = None
-    """Folder of further tasks' YAML files."""
+    """Folder with YAML files of more tasks."""
     dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses what is stored at full precision."""
+    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
     step: int | None = None
     """Checkpoint of the workdir; None takes the latest."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; None takes the task's."""
-    limit: int | None = None
+    num_fewshot: Annotated[int | None, Range(least=0)] = None
+    """Examples in each prompt; None takes the task's number."""
+    limit: Annotated[int | None, Range(least=1)] = None
     """Use only the first examples of each task; None uses all."""
     apply_chat_template: bool = False
-    """Put each prompt into the tokenizer's chat template."""
+    """Apply the tokenizer's chat template to each prompt."""
     system_instruction: str | None = None
     """System message before each prompt."""
     add_bos_token: bool | None = None
-    """Whether texts are encoded with special tokens; None asks the tokenizer."""
-    max_length: int | None = None
-    """Tokens that the model sees at most; None takes config.json's."""
-    batch_size: int | None = None
-    """Rows of 512 tokens at a time, over all devices; None takes what fits the device's kind."""
+    """Encode texts with special tokens; None takes the tokenizer's setting."""
+    max_length: Annotated[int | None, Range(least=1)] = None
+    """Context length in tokens; None takes config.json's."""
+    batch_size: Annotated[int | None, Range(least=1)] = None
+    """Rows of 512 tokens per batch over all devices; None takes the platform's default."""
     json: bool = False
     """Print one JSON object instead of a table."""
     out: str | None = None
     """File to write the JSON object to."""
     log_samples: bool = False
-    """Put every example with its answers into the JSON object."""
+    """Add every example with its answers to the JSON object."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+    def check(self, checks: Checks) -> None:
+        folder = self.include_path
+        exists = folder is None or Path(folder).expanduser().is_dir()
+        checks.require(exists, "--include-path", "a folder of YAML files", folder)
+        checks.require(bool(self.tasks.strip(",")), "--tasks", "names with commas", self.tasks)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_tasks(args: LmEvalArgs) -> dict[str, Any]:
-    """Returns what lm_eval.simple_evaluate does: `results` by task, `configs`, `versions`, ..."""
+    """Returns the result of lm_eval.simple_evaluate: `results` by task, `configs`, `versions`."""
     try:
         import lm_eval
     except ImportError:
@@ -85,11 +95,7 @@ def run_tasks(args: LmEvalArgs) -> dict[str, Any]:
         ) from None
     from kd_jax.inference.lm_eval_model import KdJaxLM
 
-    for name in ("limit", "batch_size", "max_length"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    manager, names = find_tasks(args.tasks, args.include_path)
+    manager = make_manager(args)
     model = KdJaxLM(
         args.model,
         dtype=args.dtype,
@@ -98,49 +104,36 @@ def run_tasks(args: LmEvalArgs) -> dict[str, Any]:
         max_length=args.max_length,
         add_bos_token=args.add_bos_token,
     )
-    return lm_eval.simple_evaluate(
-        model,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        apply_chat_template=args.apply_chat_template,
-        system_instruction=args.system_instruction,
-        log_samples=args.log_samples,
-    )
+    names = ("num_fewshot", "limit", "apply_chat_template", "system_instruction", "log_samples")
+    options = {name: getattr(args, name) for name in names}
+    tasks = [name for name in args.tasks.split(",") if name]
+    return lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, **options)
 
 
-def find_tasks(tasks: str, include_path: str | None) -> tuple[Any, list[str]]:
-    """Returns lm-eval's task manager and the tasks' names.
-
-    Raises:
-      UserError: with every name that is no task, or a folder that is not there.
-    """
+def make_manager(args: LmEvalArgs) -> Any:
+    """Returns lm-eval's task manager; raises UserError for unknown tasks and unreadable data."""
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):
-        def load(self, *args, **options):
+        def load(self, *names, **options):
             try:
-                return super().load(*args, **options)
-            except Exception as error:  # of the hub, of datasets, of a task's own code
+                return super().load(*names, **options)
+            except Exception as error:  # of the hub, of datasets or of the task's code
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise UserError(
-                    f"--tasks: {tasks}: expected tasks whose data can be read ({reason})"
+                    f"--tasks: expected tasks whose data can be read, got {args.tasks} ({reason})"
                 ) from None
 
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise UserError(f"--include-path: expected a folder of YAML files, got {include_path}")
-    manager = Manager(include_path=include_path and str(Path(include_path).expanduser()))
-    names = [name for name in tasks.split(",") if name]
+    folder = args.include_path
+    manager = Manager(include_path=None if folder is None else str(Path(folder).expanduser()))
     problems = []
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1)
-            hint = f"Did you mean {near[0]}?" if near else "--include-path adds tasks of your own"
-            problems.append(f"--tasks: expected tasks of lm-eval, got {name}. {hint}")
-    if problems or not names:
-        raise UserError("\n".join(problems) or "--tasks: expected names with commas, got none")
-    return manager, names
+    for name in sorted(set(args.tasks.split(",")) - {"", *manager.all_tasks}):
+        near = difflib.get_close_matches(name, manager.all_tasks, 1)
+        hint = f"Did you mean {near[0]}?" if near else "--include-path adds your own tasks"
+        problems.append(f"--tasks: expected tasks of lm-eval, got {name}. {hint}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return manager
 
 
 if __name__ == "__main__":

@@ -1,16 +1,73 @@
 """The commands in a row, without torch: what the newest jax is tested with."""
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 
 import numpy as np
 import pytest
 import tiny
+from paths import ROOT
 
 from convert import from_hf, to_hf
-from kd_jax import evaluate, train
+from kd_jax import __main__, evaluate, train
 from kd_jax.config.command import run_command
 
 pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def kd_jax(monkeypatch, capsys):
+    """Returns a function that runs `kd-jax WORDS`: exit status, standard output and error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["kd-jax", *words])
+        capsys.readouterr()
+        return __main__.main(), *capsys.readouterr()
+
+    return run
+
+
+def test_kd_jax_lists_every_command_on_a_line(kd_jax):
+    status, listed, _ = kd_jax()
+    assert status == 0 and kd_jax("--help")[1] == listed
+    doors = [*(ROOT / "kd_jax").glob("*.py"), *(ROOT / "convert").glob("*.py")]
+    names = {file.stem.replace("_", "-") for file in doors if not file.stem.startswith("_")}
+    lines = re.findall(r"^  (\S+) +(\S.+)$", listed, re.MULTILINE)
+    assert {name for name, _ in lines} == names and len(lines) == len(names)
+
+
+def test_kd_jax_names_the_nearest_command(kd_jax):
+    status, printed, error = kd_jax("trian")
+    assert status == 2 and not printed and error.count("\n") == 1 and "Did you mean train?" in error
+    assert "There are demo, " in kd_jax("xyz")[2]
+
+
+@pytest.mark.parametrize(
+    "name, module, flags",
+    [
+        ("train", "kd_jax.train", ["--help"]),
+        ("to-hf", "convert.to_hf", ["--sed", "1"]),
+        ("lm_eval", "kd_jax.lm_eval", ["--help"]),
+    ],
+)
+def test_kd_jax_name_is_python_m_name(name, module, flags):
+    got, want = (
+        subprocess.run([sys.executable, "-m", *words], capture_output=True, cwd=ROOT)
+        for words in (["kd_jax", name, *flags], [module, *flags])
+    )
+    assert (got.returncode, got.stdout, got.stderr) == (want.returncode, want.stdout, want.stderr)
+    assert got.returncode == (0 if flags == ["--help"] else 2)
+
+
+def test_kd_jax_is_the_console_script_and_takes_no_jax():
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert script == {"kd-jax": f"{__main__.__name__}:{__main__.main.__name__}"}
+    code = "import sys; from kd_jax.__main__ import main; main(); print('jax' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert printed.stdout.endswith("False\n")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import tiny
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from convert import to_hf
 from kd_jax import generate, train
@@ -86,7 +88,10 @@ def get_config():
         (("--prompt", "A", "--prompt", "B"), "--prompt: given twice"),
         (("--prompt", "Hi.", "--temperature", -1), "--temperature: expected at least 0"),
         (("--prompt", "Hi.", "--top-k", 3), "--temperature: expected above 0"),
-        (("--prompt", "Hi.", "--temperature", 1, "--top-p", 1.5), "--top-p: expected 0 < p <= 1"),
+        (
+            ("--prompt", "Hi.", "--temperature", 1, "--top-p", 1.5),
+            "--top-p: expected above 0 and at most 1",
+        ),
         (("--prompt", "Hi.", "--max-new-tokens", 0), "--max-new-tokens: expected at least 1"),
         (("--prompt", "word " * 200), "--prompt 1: expected 1 to 127 tokens"),
         (("--prompt", "Hi.", "--step", 1), "--step: expected a workdir"),
@@ -124,6 +129,15 @@ def test_text_grows_by_whole_characters_and_is_that_of_all_tokens(tokenizer):
     pieces = [writer.push(token) for token in tokenizer(text)["input_ids"]]
     assert "".join(pieces) + writer.flush() == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_text_goes_on_after_invalid_bytes():
+    vocab = {"x": 0, "<unk>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    fallback = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    writer = TextWriter(PreTrainedTokenizerFast(tokenizer_object=fallback))
+    pieces = [writer.push(2 + byte) for byte in ("日".encode() + b"\xe6")]
+    assert pieces == ["", "", "日", ""] and writer.push(0).endswith("x")
 
 
 def test_nothing_of_a_stop_text_is_shown(tokenizer):

@@ -1,7 +1,6 @@
 """What holds the package together: who may import whom, and what importing costs."""
 
 import ast
-import dataclasses
 import importlib
 import importlib.util
 import re
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.fast
 # Floors from the bottom; a room imports rooms of lower floors alone, and a file of a room the files
 # before it.
 FLOORS = [
-    {"config": ["errors", "loss", "run", "record", "command"]},
+    {"config": ["errors", "checks", "loss", "run", "record", "command"]},
     {
         "parallel": ["rules", "processes", "mesh", "placement"],
         "data": ["records", "chat", "rows", "batches"],
@@ -55,7 +54,7 @@ FLOORS = [
     },
 ]  # fmt: skip
 ROOMS = {room: files for floor in FLOORS for room, files in floor.items()}
-DOORS = ["train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
+DOORS = ["__main__", "train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
 FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files]
 # One file needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"inference.lm_eval_model"}
@@ -126,7 +125,7 @@ def known_flags():
     commands += [f"convert.{file.stem}" for file in (ROOT / "convert").glob("[!_]*.py")]
     for name in commands:
         for kind in vars(importlib.import_module(name)).values():
-            if dataclasses.is_dataclass(kind) and kind.__name__.endswith("Args"):
+            if isinstance(kind, type) and kind.__name__.endswith("Args"):
                 known |= set(flag_names(kind))
     for file in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\(\s*"--([\w-]+)"', file.read_text()))

@@ -109,7 +109,10 @@ def test_the_default_folder_is_beside_the_files_own(file, capsys):
     "argv, words",
     [
         ("--set loss.kd-rato 0 1", ["--loss.kd-rato", "Did you mean --loss.kd-ratio?"]),
-        ("--set loss.kd_ratio 0 2 7", ["loss.kd-ratio: expected 0 <= ratio <= 1, got 2.0", "7.0"]),
+        (
+            "--set loss.kd_ratio 0 2 7",
+            ["loss.kd-ratio: expected at least 0 and at most 1, got 2.0", "7.0"],
+        ),
         (
             "--set loss.kd-ratio 3 0 --set optim.learning-rate -1 1",
             ["loss.kd-ratio: expected", "optim.learning-rate: expected at least 0, got -1.0"],

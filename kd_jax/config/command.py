@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
+from kd_jax.config.checks import metadata, plain_type
 from kd_jax.config.errors import UserError
 from kd_jax.config.record import part_of
 from kd_jax.config.run import Config, DataConfig, StudentConfig, TeacherConfig
@@ -21,12 +22,12 @@ T = TypeVar("T")
 
 
 def load_config(path: str | Path) -> Config:
-    """Returns `get_config()` of a Python file, which is run by path and needs no package."""
+    """Returns `get_config()` of a Python file."""
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"--config: expected a Python file, got {path}, which is no file.{hint}")
+        raise UserError(f"--config: expected a Python file, got {path}, no such file.{hint}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: expected a file ending in .py, got {path}")
@@ -46,7 +47,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def _place(error: Exception, path: Path) -> str:
-    """Returns `file:line` of the config file's last line that took part in an error."""
+    """Returns `file:line` of the config file's innermost line in an error's traceback."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -60,9 +61,9 @@ def parse_args(
     """Returns `argv` as an instance of dataclass `cls`; fields without a flag come from `default`.
 
     Raises:
-      UserError: a flag is unknown (the nearest is named), misses its value or fails validation.
+      UserError: a flag is unknown (the message names the nearest), lacks a value or is invalid.
     """
-    import tyro  # 0.3 s that importing this file need not cost
+    import tyro  # takes 0.3 s
 
     _check_flags(cls, argv)
     message = io.StringIO()
@@ -75,6 +76,7 @@ def parse_args(
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
                 default=tyro.MISSING_NONPROP if default is None else default,
+                registry=_help_with_ranges(),
             )
     except SystemExit as end:
         if not end.code:
@@ -82,12 +84,41 @@ def parse_args(
         raise UserError(_plain(message.getvalue())) from None
 
 
+def _help_with_ranges() -> Any:
+    """Returns a tyro registry with which --help shows ranges beside defaults."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry
+
+    registry = ConstructorRegistry()
+    inside: list[bool] = []
+
+    @registry.struct_rule
+    def rule(info):
+        if inside or not dataclasses.is_dataclass(info.type):
+            return None
+        inside.append(True)  # then the next call is tyro's own rule
+        spec = ConstructorRegistry.get_struct_spec(info)
+        inside.pop()
+        if not hasattr(spec, "fields"):
+            return spec
+        return dataclasses.replace(spec, fields=tuple(map(with_hint, spec.fields)))
+
+    def with_hint(entry):
+        notes = "".join(f"; {mark}" for mark in metadata(entry.type))
+        if not notes:
+            return entry
+        hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}{notes})")
+        return dataclasses.replace(entry, type=Annotated[plain_type(entry.type), hint])
+
+    return registry
+
+
 def _check_flags(cls: type, argv: Sequence[str]) -> None:
-    """Raises UserError with every flag that `cls` does not have, and what it may have meant."""
+    """Raises UserError with every unknown flag and the nearest known ones."""
     known = {"help", *flag_names(cls)}
     problems = []
     given = [flag_name(word) for word in argv if word.startswith("--")]
-    for name in flag_names(cls, only=tuple):  # of which the parser would keep the last alone
+    for name in flag_names(cls, only=tuple):  # tyro would keep the last values alone
         if given.count(name) > 1:
             problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
     for name in given:
@@ -105,10 +136,10 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
 
 
 def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:
-    """Yields the names of a dataclass's flags, `--no-` forms of switches included.
+    """Yields the names of a dataclass's flags, the `--no-` forms of switches included.
 
     Args:
-      only: a kind of values, such as tuple for flags that take several; None yields all.
+      only: type of the fields to yield, such as tuple for flags of several values; None yields all.
     """
     for entry in dataclasses.fields(cls):
         name = entry.name.replace("_", "-")
@@ -121,7 +152,7 @@ def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator
 
 
 def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the words of `cls`'s flags and of --help, and those of all others."""
+    """Returns the words of `cls`'s flags and of --help, and the words of all other flags."""
     names = set(flag_names(cls)) | {"help"}
     own: list[str] = []
     others: list[str] = []
@@ -149,13 +180,13 @@ def flag_name(word: str) -> str:
 
 
 def _plain(boxed: str) -> str:
-    """Returns tyro's boxed error as plain lines, without the title, which the text repeats."""
+    """Returns tyro's boxed error as plain lines, without the title."""
     lines = [line.strip("\u2502\u2570\u256f\u2500 ") for line in boxed.splitlines()]
     return "\n".join(line for line in lines if line and not line.startswith("\u256d"))
 
 
 def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
-    """Returns the file after `--config`, with every other flag of `argv` laid over it."""
+    """Returns the Config of the file after `--config`, changed by all other flags of `argv`."""
     rest, path = [], None
     words = iter(argv)
     for word in words:
@@ -168,15 +199,13 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
     wants_help = "--help" in rest or "-h" in rest
     if path is None and not wants_help:
         raise UserError("--config: expected a Python file with get_config(), got none.")
-    description += (
-        "\n\n--config FILE: a Python file with get_config(); the flags change its fields."
-    )
+    description += "\n\n--config FILE: Python file with get_config(); flags change its fields."
     default = _blank_config() if path is None else _open_to_flags(load_config(path), rest)
     return parse_args(Config, rest, prog=prog, description=description, default=default)
 
 
 def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:
-    """Returns the config with a value of the flag's kind wherever a flag replaces None."""
+    """Returns the config with a placeholder wherever a flag replaces None."""
     flags = {word.split("=")[0] for word in argv}
     if "--steps" in flags:
         config = dataclasses.replace(config, steps=1, epochs=None)
@@ -186,14 +215,14 @@ def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:
     if config.teacher is None and of_teacher:
         if "--teacher.path" not in of_teacher:
             raise UserError(
-                f"{of_teacher[0]}: expected --teacher.path beside it, since the file has no teacher"
+                f"{of_teacher[0]}: expected --teacher.path as well, since the file has no teacher"
             )
-        config = dataclasses.replace(config, teacher=TeacherConfig(path="the flag gives it"))
+        config = dataclasses.replace(config, teacher=TeacherConfig(path="placeholder"))
     return config
 
 
 def _blank_config() -> Config:
-    """Returns what --help shows: every field, those without a default as required."""
+    """Returns a Config for --help, in which every field without a default is required."""
     import tyro
 
     config = Config(
@@ -204,7 +233,7 @@ def _blank_config() -> Config:
         epochs=1,
     )
     for part in (config.teacher, config.student, config.data):
-        object.__setattr__(part, "path", tyro.MISSING)  # which validation would refuse
+        object.__setattr__(part, "path", tyro.MISSING)  # validation refuses it
     object.__setattr__(config, "workdir", tyro.MISSING)
     object.__setattr__(config, "epochs", None)
     return config
@@ -213,7 +242,7 @@ def _blank_config() -> Config:
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Returns the exit status of `main(argv)`: 0 done, 2 a mistake of the user's, else 1."""
     argv = sys.argv[1:] if argv is None else argv
-    # Else transformers, where no torch is installed, begins every command by saying so.
+    # Without torch transformers would print a warning first.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         main(argv)
@@ -223,7 +252,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
 
 
 def report_error(error: BaseException) -> int:
-    """Prints what ended a command, and returns its exit status."""
+    """Prints the exception that ended a command; returns the exit status."""
     if isinstance(error, SystemExit):  # --help
         return int(error.code or 0)
     if isinstance(error, UserError):
@@ -232,15 +261,15 @@ def report_error(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"error: {error}. Free some space; the same command goes on", file=sys.stderr)
+        print(f"error: {error}. Free some space; the same command resumes", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
 
 
 def check_out_file(path: str, flag: str) -> Path:
-    """Returns the path of a file to write; raises UserError where its folder is not there."""
+    """Returns the path of a file to write; raises UserError if its folder does not exist."""
     file = Path(path).expanduser()
     if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"{flag}: expected a file in a folder that is there, got {path}")
+        raise UserError(f"{flag}: expected a file in an existing folder, got {path}")
     return file

@@ -1,11 +1,10 @@
 """The configuration of the loss."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from kd_jax.config.errors import Checks
+from kd_jax.config.checks import INF, Checks, Range, metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,10 +12,10 @@ class Compat:
     """The conventions under which another system reports its distillation loss."""
 
     divergences: tuple[str, ...]
-    """Those of LossConfig that it has."""
+    """The divergences that it has, by LossConfig's names."""
     scale_by_t2: bool
     fixed: dict[str, float] = field(default_factory=dict)
-    """Fields of LossConfig that it has no choice of."""
+    """Fields of LossConfig whose value it fixes."""
 
 
 COMPATS = {
@@ -34,29 +33,28 @@ COMPATS = {
 }
 
 
-# Fields that say something of some divergences alone.
-OPTIONS = {
-    "symmetric_weight": ("symmetric_kl",),
-    "jsd_beta": ("jsd", "jsd_cross"),
-    "skew_alpha": ("skew_forward_kl", "skew_reverse_kl"),
-    "akl_mass": ("adaptive_kl",),
-    "ab_alpha": ("alpha_beta",),
-    "ab_beta": ("alpha_beta",),
-}
+class UsedBy(tuple[str, ...]):
+    """Beside the type of a field: the divergences that use it."""
+
+    def __str__(self) -> str:
+        return f"only for {', '.join(self)}"
 
 
-NEAR_END = 0.05  # of jsd_beta to 0 or 1: the divergence has shrunk to about this share
+Share = Range(least=0, most=1)
+Positive = Range(above=0, below=INF)
+Finite = Range(above=-INF, below=INF)
+NEAR_END = 0.05  # distance of jsd_beta to 0 or 1; the divergence has shrunk to about this share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """loss = (1 - kd_ratio) * cross-entropy + kd_ratio * divergence, nats per target token."""
 
-    kd_ratio: float = 0.5
+    kd_ratio: Annotated[float, Share] = 0.5
     """Weight of the divergence; the cross-entropy on the labels gets the rest. 0 is plain
-    fine-tuning, for which no teacher is loaded."""
-    kd_ratio_end: float | None = None
-    """kd_ratio where the schedule ends, and in every evaluation; None keeps it as it is."""
+    fine-tuning and loads no teacher."""
+    kd_ratio_end: Annotated[float | None, Share] = None
+    """kd_ratio at the end of the schedule and in evaluations; None keeps kd_ratio constant."""
     divergence: Literal[
         "forward_kl",
         "reverse_kl",
@@ -69,87 +67,65 @@ class LossConfig:
         "adaptive_kl",
         "alpha_beta",
     ] = "forward_kl"
-    """What is minimised between teacher and student; docs/losses.md defines each."""
-    symmetric_weight: float = 0.5
-    """Weight of the forward KL in symmetric_kl; the reverse KL gets the rest."""
-    jsd_beta: float = 0.5
-    """Weight of the teacher in the mixture of jsd and jsd_cross: 0 is the forward KL, 1 the
-    reverse. Near an end, but not at it, jsd vanishes, while jsd_cross goes there steadily."""
-    skew_alpha: float = 0.1
-    """Share of its own first distribution that skew_forward_kl (the teacher) and skew_reverse_kl
-    (the student) mix into the second; 0 mixes nothing."""
-    akl_mass: float = 0.5
-    """Probability of the teacher's likeliest entries, by whose share of the errors adaptive_kl
-    weighs the forward KL."""
-    ab_alpha: float = 0.2
-    """Power of the teacher's probabilities in alpha_beta; 1 beside ab-beta 0 is the forward KL."""
-    ab_beta: float = 0.7
-    """Power of the student's probabilities in alpha_beta; 1 beside ab-alpha 0 is the reverse KL."""
-    temperature: float = 1.0
-    """Both models' logits are divided by this in the divergence, never in the cross-entropy."""
-    temperature_end: float | None = None
-    """temperature where the schedule ends, and in every evaluation; None keeps it as it is."""
+    """Divergence between teacher and student to minimise; docs/losses.md defines each."""
+    symmetric_weight: Annotated[float, Share, UsedBy(["symmetric_kl"])] = 0.5
+    """Weight of the forward KL; the reverse KL gets the rest."""
+    jsd_beta: Annotated[float, Share, UsedBy(["jsd", "jsd_cross"])] = 0.5
+    """Weight of the teacher in the mixture: 0 is the forward KL, 1 the reverse KL. Near 0 and 1 jsd
+    vanishes; jsd_cross is continuous there."""
+    skew_alpha: Annotated[
+        float, Range(least=0, below=1), UsedBy(["skew_forward_kl", "skew_reverse_kl"])
+    ] = 0.1
+    """Share of the first distribution (skew_forward_kl: teacher, skew_reverse_kl: student) that is
+    mixed into the second; 0 is the plain KL."""
+    akl_mass: Annotated[float, Range(above=0, below=1), UsedBy(["adaptive_kl"])] = 0.5
+    """Probability mass of the teacher's head, its most likely tokens. The forward KL is weighted by
+    the head's share of the absolute errors."""
+    ab_alpha: Annotated[float, Finite, UsedBy(["alpha_beta"])] = 0.2
+    """Power of the teacher's probabilities; 1 with ab-beta 0 is the forward KL."""
+    ab_beta: Annotated[float, Finite, UsedBy(["alpha_beta"])] = 0.7
+    """Power of the student's probabilities; 1 with ab-alpha 0 is the reverse KL."""
+    temperature: Annotated[float, Positive] = 1.0
+    """Divides both models' logits in the divergence, never in the cross-entropy."""
+    temperature_end: Annotated[float | None, Positive] = None
+    """temperature at the end of the schedule and in evaluations; None keeps it constant."""
     scale_by_t2: bool | None = None
-    """Whether the divergence is multiplied by the temperature's square, its gradient with it; None
-    does as the system of compat does, and with none of them does not."""
+    """Multiply the divergence and its gradient by temperature squared; None follows compat, and is
+    False with compat none."""
     compat: Literal["none", "torchtune", "trl", "distillkit", "maxtext"] = "none"
-    """Report kd_loss and loss as this system does, for the divergences that it has."""
+    """System whose conventions kd_loss and loss follow, for the divergences that it has."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How kd_ratio and temperature go to their ends, from the first optimizer step on."""
-    schedule_steps: int | None = None
-    """Optimizer steps of the schedule, whose last one has the ends; None takes the whole run."""
-    chunk_tokens: int | None = None
-    """Tokens per device whose logits exist at one time, in both models; None takes what suits the
-    device. Memory and speed, not results."""
+    """How kd_ratio and temperature change from the first optimizer step to their end values."""
+    schedule_steps: Annotated[int | None, Range(least=2)] = None
+    """Optimizer steps of the schedule; None takes all steps of the run."""
+    chunk_tokens: Annotated[int | None, Range(least=1)] = None
+    """Tokens per device whose logits are in memory at a time, for both models; None takes the
+    device's default. Changes memory and speed, not results."""
 
     def check(self, checks: Checks) -> None:
-        for name, value in (("kd-ratio", self.kd_ratio), ("kd-ratio-end", self.kd_ratio_end)):
-            holds = value is None or 0 <= value <= 1
-            checks.require(holds, f"loss.{name}", "0 <= ratio <= 1", value)
-        for name, value in (
-            ("temperature", self.temperature),
-            ("temperature-end", self.temperature_end),
-        ):
-            holds = value is None or 0 < value < math.inf
-            checks.require(holds, f"loss.{name}", "above 0 and finite", value)
-        self._check_schedule(checks)
-        self._check_divergence(checks)
-        chunk = self.chunk_tokens
-        checks.require(chunk is None or chunk >= 1, "loss.chunk-tokens", "at least 1", chunk)
-
-    def _check_schedule(self, checks: Checks) -> None:
-        count = self.schedule_steps
         if self.schedule == "constant":
-            expected = "linear or cosine beside loss.kd-ratio-end or loss.temperature-end"
+            expected = "linear or cosine with loss.kd-ratio-end or loss.temperature-end"
             checks.require(not self.is_scheduled, "loss.schedule", expected, self.schedule)
-            expected = "None with loss.schedule constant"
+            expected, count = "None with loss.schedule constant", self.schedule_steps
             checks.require(count is None, "loss.schedule-steps", expected, count)
         else:
             expected = "constant without loss.kd-ratio-end or loss.temperature-end"
             checks.require(self.is_scheduled, "loss.schedule", expected, self.schedule)
-            checks.require(count is None or count >= 2, "loss.schedule-steps", "at least 2", count)
+        self._check_divergence(checks)
+        if self.compat != "none":
+            self._check_compat(checks)
 
     def _check_divergence(self, checks: Checks) -> None:
-        shares = ("symmetric_weight", "jsd_beta")
-        ranges = {name: (0 <= getattr(self, name) <= 1, "0 <= x <= 1") for name in shares}
-        ranges["skew_alpha"] = (0 <= self.skew_alpha < 1, "0 <= x < 1")
-        ranges["akl_mass"] = (0 < self.akl_mass < 1, "0 < x < 1")
-        for name in ("ab_alpha", "ab_beta"):
-            fits = math.isfinite(getattr(self, name)) and self.ab_alpha + self.ab_beta >= 0
-            ranges[name] = (fits, "a finite number, ab-alpha + ab-beta at least 0")
         for entry in dataclasses.fields(self):
-            if entry.name not in OPTIONS:
-                continue
             flag, value = f"loss.{entry.name}".replace("_", "-"), getattr(self, entry.name)
-            checks.require(ranges[entry.name][0], flag, ranges[entry.name][1], value)
-            used = self.divergence in OPTIONS[entry.name] or value == entry.default
-            expected = f"{entry.default}, its default, with divergence {self.divergence}"
-            checks.require(used, flag, expected, value)
-        self._check_compat(checks)
+            for users in metadata(entry.type):
+                used = not isinstance(users, UsedBy) or self.divergence in users
+                expected = f"{entry.default}, its default, with divergence {self.divergence}"
+                checks.require(used or value == entry.default, flag, expected, value)
+        total = self.ab_alpha + self.ab_beta
+        checks.require(total >= 0, "loss.ab-alpha", "ab-alpha + ab-beta at least 0", total)
 
     def _check_compat(self, checks: Checks) -> None:
-        if self.compat == "none":
-            return
         system, beside = COMPATS[self.compat], f"with loss.compat {self.compat}"
         fits = self.divergence in system.divergences
         expected = f"{'|'.join(system.divergences)} {beside}"
@@ -166,13 +142,13 @@ class LossConfig:
 
     @property
     def warning(self) -> str | None:
-        """What is allowed and probably not meant."""
+        """A warning about a valid value that is probably a mistake."""
         beta = self.jsd_beta
         if self.divergence != "jsd" or beta in (0, 1) or NEAR_END <= beta <= 1 - NEAR_END:
             return None
         return (
-            f"loss.jsd-beta {beta} is near {round(beta)}, where jsd vanishes, but for the KL that "
-            f"it is at {round(beta)} itself; jsd_cross goes there steadily"
+            f"loss.jsd-beta {beta} is near {round(beta)}, where jsd vanishes (at {round(beta)} "
+            "itself it is a KL); jsd_cross is continuous there"
         )
 
     @property

@@ -1,4 +1,4 @@
-"""A configuration as JSON, and which of its fields a resumed run may change."""
+"""A configuration as JSON, and the fields that a resumed run may change."""
 
 import dataclasses
 import json
@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from kd_jax.config.run import Config
 
-# Fields that may differ when a run is resumed: where, how and in how much memory, never what is
-# computed. Of what a path names, the content counts (checkpoint.claim_workdir).
+# Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
+# are compared by content (workdir.record).
 RESUMABLE = frozenset(
     {
         "workdir",
@@ -33,7 +33,7 @@ RESUMABLE = frozenset(
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """Returns the config as what JSON holds; `from_json` is its inverse."""
+    """Returns the config as JSON types; `from_json` is its inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -48,17 +48,18 @@ def from_json(tree: dict[str, Any]) -> Config:
 
 
 def _tuples(part: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a part with tuples for the lists that JSON made of them."""
+    """Returns the fields of a part, with tuples in place of JSON's lists."""
     return {name: tuple(x) if isinstance(x, list) else x for name, x in part.items()}
 
 
 def part_of(kind: Any) -> Any:
-    """Returns the dataclass that an annotation names, alone or beside None; else None."""
-    return next((k for k in get_args(kind) or (kind,) if dataclasses.is_dataclass(k)), None)
+    """Returns the dataclass of an annotation such as `Part` or `Part | None`; else None."""
+    kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+    return next(filter(dataclasses.is_dataclass, kinds), None)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns `field: old -> new` for each field of two dumps that resuming may not change."""
+    """Returns `field: old -> new` for each field of two dumps that a resumed run may not change."""
     old_fields, new_fields = flatten(old), flatten(new)
     changed = []
     for name in sorted(old_fields.keys() | new_fields.keys()):

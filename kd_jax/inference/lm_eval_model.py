@@ -1,10 +1,9 @@
-"""The model `kd_jax` of the lm-eval harness: scores and answers as its own `hf` model gives them.
+"""The model `kd_jax` of the lm-eval harness, with the scores and answers of its `hf` model.
 
-Importing this module, which needs the `eval` extra, registers the model:
+Importing this module registers the model and needs the `eval` extra:
 `lm_eval.simple_evaluate("kd_jax", "pretrained=FOLDER_OR_WORKDIR,dtype=float32", tasks=[...])`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
+    Collator,
     has_bos_prefix,
     normalize_gen_kwargs,
     postprocess_generated_text,
@@ -31,17 +31,15 @@ from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, shared_vocab_size
 
 ROW_TOKENS = 512
-
-
-MAX_NEW_TOKENS = 256  # as the harness's own models, where a task sets none
+MAX_NEW_TOKENS = 256  # lm-eval's default
 
 
 @register_model("kd_jax")
 class KdJaxLM(TemplateLM):
-    """A folder in Hugging Face form, or the workdir of a run.
+    """A Hugging Face folder or the workdir of a run.
 
-    Requests are cut on the left at max_length; those that are the same are run once, and those
-    that share a context run it once.
+    Contexts are truncated on the left to max_length. Equal requests are run once; requests with a
+    common context share its forward pass.
     """
 
     def __init__(
@@ -59,15 +57,15 @@ class KdJaxLM(TemplateLM):
         """Loads the model.
 
         Args:
-          pretrained: what --model of kd_jax.evaluate takes.
-          dtype: of weights and matrix products, bfloat16 or float32.
+          pretrained: Hugging Face folder, hub id, output of convert.from_hf, or a workdir.
+          dtype: dtype of weights and matrix products, bfloat16 or float32.
           step: checkpoint of the workdir; None takes the latest.
-          batch_size: rows of 512 tokens at a time, over all devices; prompts to answer at a time.
-          max_length: tokens that the model sees at most; None takes config.json's.
-          add_bos_token: whether texts are encoded with special tokens; None asks the tokenizer.
-          prefix_token_id: stands for an empty context; None takes BOS, or else EOS.
-          chat_template_args: further variables of the chat template.
-          compilation_cache: folder of compiled programs; None compiles anew.
+          batch_size: rows of 512 tokens per batch over all devices, and prompts per batch.
+          max_length: context length in tokens; None takes config.json's.
+          add_bos_token: encode texts with special tokens; None takes the tokenizer's setting.
+          prefix_token_id: token in place of an empty context; None takes BOS, or else EOS.
+          chat_template_args: more variables of the chat template.
+          compilation_cache: folder of compiled programs; None turns it off.
         """
         super().__init__()
         model = open_model(pretrained, dtype, step)  # type: ignore[arg-type]
@@ -91,7 +89,7 @@ class KdJaxLM(TemplateLM):
             batch_tokens=_batch_tokens() if batch_size == "auto" else int(batch_size) * ROW_TOKENS,
         )
 
-    # What the harness asks of a tokenizer.
+    # The tokenizer's interface.
 
     @property
     def eot_token_id(self) -> int:
@@ -150,11 +148,11 @@ class KdJaxLM(TemplateLM):
         return results
 
     def _fit(self, context: list[int], continuation: list[int]) -> Request:
-        """Returns a request without the tokens on its left for which the model has no room."""
+        """Returns a request with its context truncated on the left to the model's length."""
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
-                f"lm-eval: expected continuations of 1 to {self.max_length} tokens, the model's "
-                f"context, got one of {len(continuation)}: "
+                f"lm-eval: expected continuations of 1 to {self.max_length} tokens (context "
+                f"length), got {len(continuation)}: "
                 f"{self.tokenizer.decode(continuation[:20])!r}"
             )
         context = context[-(self.max_length + 1 - len(continuation)) :]
@@ -183,42 +181,36 @@ class KdJaxLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         unstack_layers(self.scorer.spec, self.scorer.arrays)
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        results = [""] * len(requests)
+        asked = [request.args for request in requests]
+        # Answers of one batch have equal options; the longest prompts come first.
+        collator = Collator(asked, lambda args: -len(self._prompt(args[0])), group_by="gen_kwargs")
+        results = []
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
-            for group in groups.values():
-                prompts = {i: self._prompt(requests[i].args[0]) for i in group}
-                group.sort(key=lambda i: -len(prompts[i]))
-                for first in range(0, len(group), self.prompts_at_once):
-                    some = group[first : first + self.prompts_at_once]
-                    options = requests[some[0]].args[1]
-                    texts = self._answer([prompts[i] for i in some], options)
-                    for i, text in zip(some, texts, strict=True):
-                        results[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                        bar.update()
-        return results
+            for batch in collator.get_batched(n=self.prompts_at_once):
+                prompts = [self._prompt(context) for context, _ in batch]
+                texts = self._answer(prompts, batch[0][1])
+                for args, text in zip(batch, texts, strict=True):
+                    self.cache_hook.add_partial("generate_until", args, text)
+                results += texts
+                bar.update(len(batch))
+        return collator.get_original(results)
 
     def _prompt(self, context: str) -> list[int]:
         begun = has_bos_prefix(context, self.tokenizer.bos_token)
         return self.tok_encode(context, add_special_tokens=False if begun else self.add_bos_token)
 
     def _answer(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """Returns the texts that follow the prompts, each without what stops it."""
+        """Returns the texts that follow the prompts, each up to its stop text."""
         options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)  # type: ignore[assignment]
         until = [text for text in options.pop("until") if text]
         room = self.max_length - options.pop("max_gen_toks")
         if room < 1:
             raise UserError(
-                f"max_gen_toks: expected below {self.max_length}, the model's context, got "
+                f"max_gen_toks: expected below {self.max_length} (context length), got "
                 f"{self.max_length - room}"
             )
         ids = {self.tokenizer.convert_tokens_to_ids(text) for text in until} - {None}
-        ends = {
-            id for id in ids if not self._text([id])
-        }  # special tokens, of which no text is left
+        ends = {id for id in ids if not self._text([id])}  # decoding drops special tokens
         steps = generate(
             self.scorer.spec,
             self.scorer.arrays,
@@ -266,7 +258,7 @@ def _batch_tokens() -> int:
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """Returns how tokens are chosen; raises UserError for an option that is not known here."""
+    """Returns the sampling options; raises UserError for an unknown one."""
     known = {"do_sample", "temperature", "top_k", "top_p"}
     if unknown := sorted(options.keys() - known):
         raise UserError(

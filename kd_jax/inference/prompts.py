@@ -1,4 +1,4 @@
-"""Prompts to tokens, tokens to text, and where an answer ends."""
+"""Prompts to tokens, tokens to text, and stop conditions."""
 
 import sys
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ def encode(
     """Returns the tokens of each prompt, in the chat template unless `raw`.
 
     Args:
-      system: system message before each prompt; None writes none.
+      system: system message before each prompt; None omits it.
       chat_template: Jinja file to use instead of the tokenizer's own template.
-      date: shown to templates that print today's.
+      date: date for templates that print today's.
     """
     from kd_jax.data.chat import chat_template_of, render_prompt
 
@@ -36,7 +36,7 @@ def encode(
 
 
 def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) -> int:
-    """Returns the new tokens for which the context has room, at most `max_new_tokens`.
+    """Returns the number of new tokens that fit the context, at most `max_new_tokens`.
 
     Raises:
       UserError: a prompt fills the context, or is empty.
@@ -69,7 +69,10 @@ def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
 
 
 class TextWriter:
-    """Turns tokens into text that grows: no half a character, nothing of a stop text."""
+    """Decodes tokens to text one by one, without incomplete characters and without stop texts.
+
+    tokenizers' DecodeStream raises an error at invalid UTF-8 after byte fallback tokens.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
         self.tokenizer = tokenizer
@@ -80,7 +83,7 @@ class TextWriter:
         self.ended = False
 
     def push(self, token: int) -> str:
-        """Returns the text that is certain after one more token and was not returned before."""
+        """Returns the new text that later tokens cannot change."""
         if self.ended:
             return ""
         self.tokens.append(token)
@@ -93,11 +96,11 @@ class TextWriter:
             return self._send(len(self.text))
         certain = len(self.text) - max((len(stop) - 1 for stop in self.stop), default=0)
         while certain > 0 and self.text[certain - 1] == "\N{REPLACEMENT CHARACTER}":
-            certain -= 1  # it may be the first bytes of a character
+            certain -= 1  # perhaps the first bytes of a character
         return self._send(certain)
 
     def flush(self) -> str:
-        """Returns what is left when no token comes any more."""
+        """Returns the rest of the text after the last token."""
         return self._send(len(self.text))
 
     def _send(self, until: int) -> str:

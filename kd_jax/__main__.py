@@ -1,0 +1,51 @@
+"""python -m kd_jax, or kd-jax: lists the commands; kd-jax NAME is python -m kd_jax.NAME."""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+
+import convert
+import kd_jax
+from kd_jax.config.command import report_error, run_command
+from kd_jax.config.errors import UserError
+
+
+def find_commands() -> dict[str, str]:
+    """Returns the module of each command, by the command's name."""
+    found = {}
+    for package in (kd_jax, convert):
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.ispkg and module.name != "__main__":
+                found[module.name.replace("_", "-")] = f"{package.__name__}.{module.name}"
+    return found
+
+
+def describe(module: str) -> str:
+    """Returns the first line of a command's docstring, without the command and without import."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return docstring.partition("\n")[0].partition(": ")[2]
+
+
+def main() -> int:
+    """Runs the command that the first argument names; returns the exit status."""
+    commands = find_commands()
+    name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h"):
+        print("kd-jax NAME [FLAGS], where NAME --help lists the flags:\n")
+        print("\n".join(f"  {name:10}{describe(module)}" for name, module in commands.items()))
+        return 0
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(commands)}"
+        return report_error(UserError(f"kd-jax {sys.argv[1]}: no such command. {hint}"))
+    return run_command(importlib.import_module(commands[name]).main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

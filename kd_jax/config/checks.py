@@ -1,0 +1,132 @@
+"""Ranges beside the fields of dataclasses, and checks that report all problems at once."""
+
+import dataclasses
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from kd_jax.config.errors import UserError
+
+INF = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """The numbers of a field, as in `rank: Annotated[int, Range(least=1)]`; None always fits.
+
+    --help and error messages show it.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    also: float | None = None
+    """A value outside the bounds that is allowed."""
+
+    def __contains__(self, x: float) -> bool:
+        inside = (
+            (self.least is None or x >= self.least)
+            and (self.above is None or x > self.above)
+            and (self.most is None or x <= self.most)
+            and (self.below is None or x < self.below)
+        )
+        return inside or x == self.also
+
+    def __str__(self) -> str:
+        words = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        bounds = [f"{word} {x}" for word, x in words.items() if x not in (None, INF, -INF)]
+        if self.below == INF:
+            bounds.append("finite")
+        return " and ".join(bounds) + ("" if self.also is None else f", or {self.also}")
+
+
+class Checks:
+    """Collects the problems of a dataclass, so that all are reported at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def require(self, holds: bool, name: str, expected: Any, got: Any) -> None:
+        if not holds:
+            self.problems.append(f"{name}: expected {expected}, got {got!r}")
+
+    def require_types(self, part: Any, prefix: str) -> None:
+        """Requires values of the annotated types, which a config file in Python may lack."""
+        for entry, name, value in _fields(part, prefix):
+            kind = plain_type(entry.type)
+            fits = _is_a(value, kind)
+            self.require(fits, name, _name_of(kind), value)
+            if fits and dataclasses.is_dataclass(value):
+                self.require_types(value, f"{name}.")
+
+    def require_ranges(self, part: Any, prefix: str, skip: str | None = None) -> None:
+        """Requires values within their fields' ranges, and what each part's `check` requires."""
+        for entry, name, value in _fields(part, prefix):
+            if dataclasses.is_dataclass(value) and entry.name != skip:
+                self.require_ranges(value, f"{name}.")
+            for mark in metadata(entry.type):
+                if isinstance(mark, Range) and value is not None:
+                    self.require(value in mark, name, mark, value)
+        if hasattr(part, "check"):
+            part.check(self)
+
+    def finish(self) -> None:
+        if self.problems:
+            raise UserError("\n".join(self.problems))
+
+
+def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
+    """Raises UserError with all problems of a dataclass and its parts.
+
+    Args:
+      prefix: stands before the fields' names in messages.
+      skip: a part whose ranges do not matter.
+    """
+    checks = Checks()
+    checks.require_types(part, prefix)
+    checks.finish()  # values of a wrong type cannot be compared
+    checks.require_ranges(part, prefix, skip)
+    checks.finish()
+
+
+def _fields(part: Any, prefix: str) -> list[tuple[dataclasses.Field, str, Any]]:
+    """Returns each field of a dataclass, the name of its flag and its value."""
+    return [
+        (entry, prefix + entry.name.replace("_", "-"), getattr(part, entry.name))
+        for entry in dataclasses.fields(part)
+    ]
+
+
+def metadata(kind: Any) -> tuple[Any, ...]:
+    """Returns what stands beside the type in Annotated."""
+    return kind.__metadata__ if get_origin(kind) is Annotated else ()
+
+
+def plain_type(kind: Any) -> Any:
+    """Returns an annotation without Annotated."""
+    return kind.__origin__ if get_origin(kind) is Annotated else kind
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of a type; an integer is a float too, a bool is neither."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(x, get_args(kind)[0]) for x in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _name_of(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
