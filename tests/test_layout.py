@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fast
 FLOORS = [
     {"config": ["errors", "loss", "run", "record", "command"]},
     {
-        "parallel": ["rules", "processes", "mesh", "placement"],
+        "parallel": ["rules", "platforms", "experimental", "processes", "mesh", "placement"],
         "data": ["records", "chat", "rows", "batches"],
     },
     {
@@ -34,7 +34,7 @@ FLOORS = [
         "weights": [
             "files", "safetensors", "names", "folder", "orbax", "adapters", "load", "export",
         ],
-        "planning": ["chips", "topology", "cost", "estimate", "layouts"],
+        "planning": ["chips", "topology", "cost", "network", "estimate", "layouts"],
     },
     {
         "setup": ["runtime", "sources", "models", "program", "inputs"],

@@ -14,6 +14,7 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import attention, choose_attention
 from kd_jax.models.decoder import Decoder, Layer, Placement, RMSNorm, named_arrays, rope_tables
 from kd_jax.models.lora import merge_adapters
+from kd_jax.parallel.platforms import PLATFORMS
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values [B, T, K, H], a pair a layer
 
@@ -83,15 +84,17 @@ def generate(
       vocab_size: entries of the vocabulary with a meaning; None takes all.
     """
     num_rows = len(prompts)
-    if num_rows == 1 and _dtype(weights) == jnp.bfloat16 and jax.default_backend() == "cpu":
-        prompts = [*prompts, prompts[0]]  # XLA is five times slower with a single row there
+    platform = next(iter(weights.norm.devices())).platform
+    if num_rows < PLATFORMS[platform].decoded_rows and _dtype(weights) == jnp.bfloat16:
+        prompts = [*prompts, prompts[0]]
     tokens, start = _left_pad(prompts)
     P = tokens.shape[1]
     # The prompt's length and the number of new tokens are rounded up: few programs serve all.
     length = P + _round_up(max_new_tokens, 64)
     fixed = (arch, sampling, vocab_size or arch.vocab_size)
     key = jax.random.key(seed)
-    cache, ids = _prefill(fixed, length, weights, tokens, start, key)
+    kernel = choose_attention("auto", platform, _dtype(weights), arch.head_dim)
+    cache, ids = _prefill(fixed, length, kernel, weights, tokens, start, key)
     alive = np.ones(num_rows, bool)
     for i in range(max_new_tokens):
         here = ids
@@ -131,8 +134,8 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _prefill(fixed, length, weights: Weights, tokens, start, key):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(fixed, length, kernel, weights: Weights, tokens, start, key):
     """Returns the cache [B, length, ...] filled with the prompts, and the next tokens, [B]."""
     arch = fixed[0]
     B, P = tokens.shape
@@ -144,7 +147,6 @@ def _prefill(fixed, length, weights: Weights, tokens, start, key):
     cache = []
 
     def attend(q, k, v):
-        kernel = choose_attention("auto", jax.default_backend(), q.dtype, arch.head_dim)
         return attention(q, k, v, segment_ids, implementation=kernel), (k, v)
 
     for layer in weights.layers:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
+from kd_jax.parallel.platforms import by_platform
 
 # What training sums up, and what an evaluation says of each token; without a teacher the SINGLE_.
 SINGLE_METRICS = ("ce_loss", "entropy")
@@ -111,8 +112,8 @@ def _softmaxes(logits, T, axis):
     T = None if _is_one(T) else T
     # A reduction cannot take a temperature that follows a schedule.
     on_gpu = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
-    options = {"cuda": partial(on_gpu, T=T), "default": partial(_sums, T=T)}
-    sums = jax.lax.platform_dependent(logits, **options)
+    in_one_pass, plain = partial(on_gpu, T=T), partial(_sums, T=T)
+    sums = by_platform("one_pass_softmax", in_one_pass, plain)(logits)
     if axis is not None:
         highest = jax.lax.pmax([x.highest for x in sums], axis)
         rests = [_rescaled(x, x.highest - m, T) for x, m in zip(sums, highest, strict=True)]

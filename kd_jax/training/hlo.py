@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.planning.cost import Transfer
+from kd_jax.planning.network import Transfer
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
