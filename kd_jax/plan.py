@@ -18,7 +18,7 @@ from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate
-from kd_jax.planning.layouts import case_of, choose_sizes, describe_mesh, remedy, walk
+from kd_jax.planning.layouts import choose_sizes, describe_mesh, remedy, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
 from kd_jax.training.ahead import compile_ahead
 from kd_jax.weights.folder import load_architecture, resolve
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> None:
                 f"{limit:.1f} GiB, found none. {remedy(case)}"
             )
         if not args.json:
-            print(describe_walk(found))
-        case = case_of(case, found[0])
+            print(describe_walk([report for _, report in found[:LISTED]]))
+        case = found[0][0]
     report = estimate(case) if args.analytic else compile_ahead(case, devices)
     if args.search:
-        report["search"] = found[:LISTED]
+        report["search"] = [report for _, report in found[:LISTED]]
     print(json.dumps(report) if args.json else describe(report))
 
 
@@ -173,7 +173,7 @@ def _describe_time(report: Report) -> list[str]:
 def describe_walk(found: Sequence[Report]) -> str:
     """Returns the first reports of a search as a table."""
     lines = ["      tokens/s  GiB a device   rows  in  remat      mesh"]
-    for x in found[:LISTED]:
+    for x in found:
         lines.append(
             f"  {x['bound_tokens_per_second']:12,.0f}{x['peak_bytes_per_device'] / GIB:14.1f}"
             f"{x['batch_size']:7}{x['accumulation_steps']:4}  {x['remat']:11}"

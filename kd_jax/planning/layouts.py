@@ -84,36 +84,26 @@ def layouts(case: Case) -> Iterator[Case]:
         yield one
 
 
-def walk(case: Case) -> list[Report]:
-    """Returns estimates of all batch sizes, micro-batches, remat policies and allowed layouts that
-    fit, fastest first."""
-    own, found = case.config.data.batch_size, []
+def walk(case: Case) -> list[tuple[Case, Report]]:
+    """Returns all batch sizes, micro-batches, remat policies and allowed layouts that fit, with
+    their estimates, fastest first."""
+    config, found = case.config, list[Case]()
+    own = config.data.batch_size
     for factor, steps, remat in itertools.product(BATCH_FACTORS, ACCUMULATION, REMAT):
         rows = int(own * factor)
         if rows % steps or rows < steps:
             continue
-        found += map(estimate, layouts(_with_batch(case, rows, steps, remat)))
-    return sorted(
-        filter(fits, found),
-        key=lambda x: (_seconds(x), abs(math.log(x["batch_size"] / own)), slowness(x)),
-    )
+        data = dataclasses.replace(config.data, batch_size=rows)
+        optim = dataclasses.replace(config.optim, accumulation_steps=steps)
+        changed = dataclasses.replace(config, data=data, optim=optim, remat=remat)
+        found += layouts(dataclasses.replace(case, config=changed))
 
+    def order(pair: tuple[Case, Report]) -> tuple:
+        report = pair[1]
+        return _seconds(report), abs(math.log(report["batch_size"] / own)), slowness(report)
 
-def case_of(case: Case, report: Report) -> Case:
-    """Returns the case of a report of `walk`."""
-    steps, sizes = report["accumulation_steps"], report["mesh"]
-    case = _with_batch(case, report["batch_size"], steps, report["remat"])
-    return dataclasses.replace(case, config=_with_sizes(case.config, **sizes), sizes=sizes)
-
-
-def _with_batch(case: Case, rows: int, steps: int, remat: str) -> Case:
-    config = dataclasses.replace(
-        case.config,
-        data=dataclasses.replace(case.config.data, batch_size=rows),
-        optim=dataclasses.replace(case.config.optim, accumulation_steps=steps),
-        remat=remat,  # type: ignore[arg-type]
-    )
-    return dataclasses.replace(case, config=config)
+    pairs = ((one, estimate(one)) for one in found)
+    return sorted((pair for pair in pairs if fits(pair[1])), key=order)
 
 
 def fits(report: Report) -> bool:
@@ -143,7 +133,8 @@ def _with_sizes(config: Config, **sizes: int) -> Config:
 def remedy(case: Case) -> str:
     """Returns how to make a run fit that does not: smaller steps, or more devices."""
     open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0)
-    if best := next(iter(walk(dataclasses.replace(case, config=open_mesh))), None):
+    if found := walk(dataclasses.replace(case, config=open_mesh)):
+        best = found[0][1]
         return (
             f"It fits with --optim.accumulation-steps {best['accumulation_steps']} --remat "
             f"{best['remat']} --data.batch-size {best['batch_size']} and the mesh "
