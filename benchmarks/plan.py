@@ -1,9 +1,9 @@
-"""What kd_jax.plan says of absent hardware: compiled, beside its estimate from shapes alone.
+"""Compiled memory of runs on absent GPUs and TPUs, beside the estimate from shapes.
 
 python benchmarks/plan.py [--only NAME ...] [--json FILE]
 
-Each case is one `python -m kd_jax.plan`, in a process of its own; a case whose compiler is not
-installed is skipped (pip install 'kd-jax[cuda13]' for GPUs, 'kd-jax[tpu]' for TPUs).
+Each case is one `python -m kd_jax.plan` in its own process. Cases whose compiler is not installed
+are skipped: pip install 'kd-jax[cuda13]' for GPUs, 'kd-jax[tpu]' for TPUs.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CASES = {
 
 
 def plan(config: str, topology: str, *flags: str) -> tuple[dict | None, float, str]:
-    """Returns what the command prints, its seconds from start to end, and its errors."""
+    """Returns the command's JSON object, its wall time in seconds, and its errors."""
     path = str(CONFIGS / f"{config}.py")
     command = [sys.executable, "-m", "kd_jax.plan", "--config", path, "--topology", topology]
     begin = time.perf_counter()

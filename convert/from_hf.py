@@ -18,9 +18,11 @@ class FromHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
+    from kd_jax.setup.runtime import start_jax
     from kd_jax.weights.export import save_orbax
     from kd_jax.weights.folder import resolve
 
+    start_jax()
     source = resolve(args.source, "--source")
     save_orbax(source, Path(args.out).expanduser())
     print(f"wrote {source} to {args.out}")

@@ -24,11 +24,13 @@ class ToHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(ToHfArgs, argv, prog="python -m convert.to_hf", description=__doc__)
+    from kd_jax.setup.runtime import start_jax
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, resolve
     from kd_jax.workdir.checkpoints import open_trained
     from kd_jax.workdir.record import check_inputs, read_run
 
+    start_jax()
     workdir = Path(args.workdir).expanduser()
     config = read_run(workdir)
     if args.format == "adapter" and config.trainable == "full":

@@ -93,8 +93,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from kd_jax.setup.runtime import start_jax
 
     student, teacher, against = _open(args)
+    start_jax(student.config.compilation_cache)
     config = _config(args, student.config, jax.device_count())
-    start_jax(config.compilation_cache)
     mesh = make_mesh(config.mesh, config.data.batch_size)
     tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
     template = chat_template_of(config.data, *tokenizers)

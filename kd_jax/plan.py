@@ -1,4 +1,7 @@
-"""python -m kd_jax.plan --config FILE --topology NAME: fits or not, and how fast it can be."""
+"""python -m kd_jax.plan --config FILE --topology NAME: memory and speed of a run before it starts.
+
+Needs neither the devices nor the weights.
+"""
 
 import dataclasses
 import json
@@ -13,8 +16,9 @@ from kd_jax.config.command import parse_args, parse_config, run_command, split_f
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
-from kd_jax.planning.estimate import Case, Report, estimate
-from kd_jax.planning.layouts import case_of, choose_sizes, describe_mesh, walk
+from kd_jax.planning.cost import Case
+from kd_jax.planning.estimate import Report, estimate
+from kd_jax.planning.layouts import choose_sizes, describe_mesh, remedy, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
 from kd_jax.training.ahead import compile_ahead
 from kd_jax.weights.folder import load_architecture, resolve
@@ -27,41 +31,46 @@ class PlanArgs:
     config: str
     """Python file with get_config()."""
     topology: str = "local"
-    """Devices to plan for: h200:1x8, v5e:2x4, v5p-16, cpu:8, or those that are here."""
+    """Devices: h200:1x8, v5e:2x4, v5p-16, cpu:8, or local for those of this machine."""
     analytic: bool = False
-    """Estimate from shapes, in under a second, without the compiler."""
+    """Estimate from shapes in under a second, without the compiler."""
     search: bool = False
-    """Walk batch size, remat and mesh, and plan for the fastest that fits."""
+    """Search batch size, micro-batches, remat and mesh, and plan for the fastest that fits."""
     target_share: float = 1.0
-    """Share of the tokens that have a loss; the others cost the heads nothing."""
+    """Share of the tokens that have a loss; the head computes no others."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def main(argv: Sequence[str]) -> None:
     own, flags = split_flags(PlanArgs, argv)
-    description = f"{__doc__}\n\nAny other flag of kd_jax.train changes the file's fields."
+    description = f"{__doc__}\nAny flag of kd_jax.train changes the config file's fields."
     args = parse_args(PlanArgs, own, prog="python -m kd_jax.plan", description=description)
     if not 0 < args.target_share <= 1:
         raise UserError(f"--target-share: expected 0 < share <= 1, got {args.target_share}")
     case, devices = open_case(args, flags)
     if args.search:
         found = walk(case)
+        if not found:
+            limit = case.topology.memory_limit / GIB
+            raise UserError(
+                f"--search: expected a run that fits {case.topology.num_devices} devices of "
+                f"{limit:.1f} GiB, found none. {remedy(case)}"
+            )
         if not args.json:
-            print(describe_walk(found))
-        case = case_of(case, found[0])
+            print(describe_walk([report for _, report in found[:LISTED]]))
+        case = found[0][0]
     report = estimate(case) if args.analytic else compile_ahead(case, devices)
     if args.search:
-        report["search"] = found[:LISTED]
+        report["search"] = [report for _, report in found[:LISTED]]
     print(json.dumps(report) if args.json else describe(report))
 
 
 def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]]:
-    """Returns what is to be planned, and the devices to compile it for; none with --analytic.
+    """Returns the run to plan, and the devices to compile it for; none with --analytic.
 
     Raises:
-      UserError: the topology, its compiler, the config, a model or the mesh is not there, or they
-        do not suit each other.
+      UserError: for a wrong topology, compiler, config, model or mesh.
     """
     topology = find_topology(args.topology)
     config = parse_config(["--config", args.config, *flags], prog="", description="")
@@ -72,9 +81,17 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
     devices: Sequence[Any] = ()
     if not args.analytic or topology.name == "local":
         prepare(topology)
+        from kd_jax.setup.runtime import start_jax
+
+        start_jax()
         devices = devices_of(topology)
     if topology.name == "local":
         topology = local_topology(devices)
+    if args.search and topology.rated_chip is None:
+        raise UserError(
+            f"--search: expected devices of known speed, got {args.topology}. Name one such as "
+            "h200:1x8"
+        )
     case = Case(
         config=config,
         student=student,
@@ -90,14 +107,14 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
 
 
 def find_architecture(path: str, field: str) -> Architecture:
-    """Returns the architecture of a folder or hub id; a well-known one needs no download."""
+    """Returns the architecture of a folder or hub id; well-known ones need no download."""
     if path in KNOWN_MODELS and not Path(path).is_dir():
         return read_architecture(KNOWN_MODELS[path], path)
     return load_architecture(resolve(path, field, ["config.json"]))
 
 
 def describe(report: Report) -> str:
-    """Returns a report as text: memory, network, time."""
+    """Returns a report as text: memory, collectives, time."""
     parts = [_describe_memory(report), _describe_program(report), _describe_time(report)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
@@ -120,7 +137,7 @@ def _describe_memory(report: Report) -> list[str]:
 def _describe_program(report: Report) -> list[str]:
     lines = []
     if "largest_temporaries" in report:
-        lines.append("largest arrays of the program, not all at one time")
+        lines.append("largest arrays of the program, not all alive at once")
         lines += [
             f"  {x['num_bytes'] / GIB:9.3f} GiB  {x['shape']:28}{x['opcode']:20}{x['source']}"
             for x in report["largest_temporaries"]
@@ -136,7 +153,7 @@ def _describe_program(report: Report) -> list[str]:
 
 def _describe_time(report: Report) -> list[str]:
     again = report["recomputed_flops_per_step"]
-    lines = [f"{report['flops_per_step']:.3g} FLOP a step, and {again:.3g} again by remat"]
+    lines = [f"{report['flops_per_step']:.3g} FLOP a step, and {again:.3g} recomputed by remat"]
     if report["bound_step_seconds"] is not None:
         parts = ", ".join(f"{name} {x:.3g} s" for name, x in report["bound_seconds"].items())
         lines.append(
@@ -145,16 +162,18 @@ def _describe_time(report: Report) -> list[str]:
         )
     if report["method"] == "compiled":
         guess = report["analytic_peak_bytes_per_device"] / GIB
-        lines.append(f"compiled in {report['compile_seconds']:.0f} s; by shapes: {guess:.2f} GiB")
+        lines.append(
+            f"compiled in {report['compile_seconds']:.0f} s; estimated from shapes: {guess:.2f} GiB"
+        )
     else:
-        lines.append("by shapes alone; without --analytic the program is compiled")
+        lines.append("estimated from shapes; without --analytic the program is compiled")
     return lines
 
 
 def describe_walk(found: Sequence[Report]) -> str:
-    """Returns the first of the walk as a table, and the flags of the first."""
+    """Returns the first reports of a search as a table."""
     lines = ["      tokens/s  GiB a device   rows  in  remat      mesh"]
-    for x in found[:LISTED]:
+    for x in found:
         lines.append(
             f"  {x['bound_tokens_per_second']:12,.0f}{x['peak_bytes_per_device'] / GIB:14.1f}"
             f"{x['batch_size']:7}{x['accumulation_steps']:4}  {x['remat']:11}"

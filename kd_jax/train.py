@@ -9,7 +9,9 @@ from kd_jax.config.command import parse_config, run_command
 def main(argv: Sequence[str]) -> None:
     config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
     from kd_jax.parallel.processes import joined
+    from kd_jax.setup.runtime import start_jax
 
+    start_jax(config.compilation_cache)
     with joined(config.distributed):
         from kd_jax.training.loop import train
 

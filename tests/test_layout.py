@@ -20,7 +20,7 @@ pytestmark = pytest.mark.fast
 FLOORS = [
     {"config": ["errors", "checks", "loss", "run", "record", "command"]},
     {
-        "parallel": ["rules", "processes", "mesh", "placement"],
+        "parallel": ["rules", "platforms", "experimental", "processes", "mesh", "placement"],
         "data": ["records", "chat", "rows", "batches"],
     },
     {
@@ -35,7 +35,7 @@ FLOORS = [
         "weights": [
             "files", "safetensors", "folder", "orbax", "adapters", "load", "export",
         ],
-        "planning": ["chips", "topology", "cost", "estimate", "layouts"],
+        "planning": ["chips", "topology", "cost", "network", "estimate", "layouts"],
     },
     {"teachers": ["live"]},
     {

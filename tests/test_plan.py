@@ -14,8 +14,9 @@ from paths import CONFIGS
 from kd_jax import plan
 from kd_jax.config import UserError
 from kd_jax.config.command import load_config, run_command
-from kd_jax.planning import estimate, layouts, topology
-from kd_jax.planning.chips import find_topology
+from kd_jax.planning import cost, layouts, topology
+from kd_jax.planning.chips import Topology, find_topology
+from kd_jax.training import ahead
 
 pytestmark = pytest.mark.fast
 
@@ -60,16 +61,18 @@ def report(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+# Mesh flags, and the collectives of a step on it.
 MESHES = {
-    "data": ("--mesh.fsdp", "1", "--mesh.tensor", "1"),
-    "fsdp": ("--mesh.fsdp", "8", "--mesh.tensor", "1"),
-    "tensor": ("--mesh.fsdp", "1", "--mesh.tensor", "8"),
+    "data 8 x fsdp 1 x tensor 1": (("1", "1"), {"all-reduce"}, {"all-gather"}),
+    "data 1 x fsdp 4 x tensor 2": (("4", "2"), {"all-reduce", "all-gather"}, set()),
 }
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, tiny_config, mesh):
-    got = report(capsys, "--config", tiny_config, "--topology", "cpu:8", *MESHES[mesh])
+    (fsdp, tensor), sent, not_sent = MESHES[mesh]
+    flags = ("--topology", "cpu:8", "--mesh.fsdp", fsdp, "--mesh.tensor", tensor)
+    got = report(capsys, "--config", tiny_config, *flags)
     assert FIELDS | {"compile_seconds", "largest_temporaries"} <= got.keys()
     assert got["method"] == "compiled" and got["devices"] == 8 and got["fits"]
     kinds = sum(got["bytes_by_kind"].values())
@@ -77,23 +80,10 @@ def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, 
     total = got["argument_bytes_per_device"] + got["temporary_bytes_per_device"]
     assert total == got["peak_bytes_per_device"]
     assert got["largest_temporaries"][0]["num_bytes"] > 0
-    kinds = {"data": "all-reduce", "fsdp": "all-gather", "tensor": "all-reduce"}
-    assert got["collectives"][kinds[mesh]]["bytes"] > 0
-    assert ("all-gather" in got["collectives"]) == (mesh == "fsdp")
-
-
-def test_the_text_says_what_the_object_does(capsys, tiny_config):
-    flags = ["--config", tiny_config, "--topology", "cpu:8", "--mesh.fsdp", "2"]
-    assert run_command(plan.main, flags) == 0
-    text = capsys.readouterr().out
-    for words in (
-        "data 4 x fsdp 2",
-        "fits: ",
-        "teacher",
-        "sent and received",
-        "all-gather",
-        ".py:",
-    ):
+    found = {kind for kind, x in got["collectives"].items() if x["bytes"] > 0}
+    assert sent <= found and not not_sent & found
+    text = plan.describe(got)
+    for words in (mesh, "fits: ", "teacher", "sent and received", *sent, ".py:"):
         assert words in text
 
 
@@ -181,6 +171,15 @@ def test_a_missing_compiler_is_answered_with_the_extra_that_has_it(
         (("--topology", "h200:1x8", "--mesh.tensor", "3"), "mesh: expected a product of 8"),
         (("--topology", "h200:1x8", "--data.batch-size", "3", "--mesh.tensor", "1"), "batch-size"),
         (("--topology", "h200:1x8", "--target-share", "0"), "--target-share"),
+        (("--topology", "cpu:8", "--search"), "--search: expected devices of known speed"),
+        (
+            ("--topology", "v5e:1x1", "--search", "--config", str(CONFIGS / "70b_to_8b.py")),
+            "--search: expected a run that fits 1 devices of 15.8 GiB, found none",
+        ),
+        (
+            ("--topology", "v5e:2x2", "--search", "--mesh.fsdp", "1", "--mesh.tensor", "1"),
+            "found none. It fits with",
+        ),
         (("--topology", "h200:1x8", "--meshes", "3"), "--meshes: no such flag"),
     ],
     ids=str,
@@ -202,13 +201,11 @@ def test_a_tpu_compilers_refusal_is_a_report():
     config = load_config(MAIN)
     archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
     sizes, v5e = {"data": 4, "fsdp": 1, "tensor": 1}, find_topology("v5e:2x2")
-    case = estimate.Case(
-        config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=v5e
-    )
-    got = estimate._too_large(case, RuntimeError(REFUSAL))
+    case = cost.Case(config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=v5e)
+    got = ahead._too_large(case, RuntimeError(REFUSAL))
     assert not got["fits"] and got["temporary_bytes_per_device"] == int(93.24 * 2**30)
     with pytest.raises(RuntimeError, match="another"):
-        estimate._too_large(case, RuntimeError("another"))
+        ahead._too_large(case, RuntimeError("another"))
 
 
 def test_a_program_that_is_refused_for_its_size_is_described(capsys, monkeypatch, tiny_config):
@@ -216,16 +213,11 @@ def test_a_program_that_is_refused_for_its_size_is_described(capsys, monkeypatch
         raise RuntimeError(REFUSAL)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr(estimate, "memory_limit", lambda *_: 2**30)
+    monkeypatch.setattr(Topology, "memory_limit", 2**30)
     flags = ["--config", tiny_config, "--topology", "cpu:8"]
     assert run_command(plan.main, flags) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "compiled in" in out and "largest" not in out
-
-
-def test_the_devices_here_can_be_planned_for():
-    here = topology.local_topology(jax.devices())
-    assert here.num_devices == len(jax.devices()) and here.num_hosts == 1 and here.chip is None
 
 
 def test_an_architecture_comes_from_its_folder_or_what_is_known_of_it(tmp_path):

@@ -14,6 +14,7 @@ from kd_jax.models.attention import attention
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.models.table import FACTORS, is_adapter
 from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.platforms import PLATFORMS
 
 Cache = Any  # keys and values, a pair [B, T, K, H] for each layer, or stacked [L, B, T, K, H]
 
@@ -74,8 +75,9 @@ def generate(
       vocab_size: entries of the vocabulary with a meaning; None takes all.
     """
     num_rows = len(prompts)
-    if num_rows == 1 and spec.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        prompts = [*prompts, prompts[0]]  # XLA is five times slower with a single row there
+    platform = next(iter(arrays["norm.weight"].devices())).platform
+    if num_rows < PLATFORMS[platform].decoded_rows and spec.dtype == jnp.bfloat16:
+        prompts = [*prompts, prompts[0]]
     tokens, start = _left_pad(prompts)
     P = tokens.shape[1]
     # The prompt's length and the number of new tokens are rounded up: few programs serve all.

@@ -26,7 +26,7 @@ from kd_jax.inference.decoding import Sampling, generate, unstack_layers
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.prompts import stop_tokens
-from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.mesh import make_mesh, traits
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, shared_vocab_size
 
@@ -86,7 +86,9 @@ class KdJaxLM(TemplateLM):
             mesh=mesh,
             vocab_size=shared_vocab_size(model.source, None),
             row_tokens=ROW_TOKENS,
-            batch_tokens=_batch_tokens() if batch_size == "auto" else int(batch_size) * ROW_TOKENS,
+            batch_tokens=traits(mesh).scored_tokens * mesh.size
+            if batch_size == "auto"
+            else int(batch_size) * ROW_TOKENS,
         )
 
     # The tokenizer's interface.
@@ -250,11 +252,6 @@ def _max_length(folder: Path, tokenizer: Any) -> int:
     from transformers import AutoConfig
 
     return resolve_max_length(AutoConfig.from_pretrained(folder, local_files_only=True), tokenizer)
-
-
-def _batch_tokens() -> int:
-    per_device = 4096 if jax.default_backend() == "cpu" else 16384
-    return per_device * jax.device_count()
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

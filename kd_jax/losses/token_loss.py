@@ -16,6 +16,7 @@ from kd_jax.losses.vocabulary import (
     max_over_vocab,
     sum_over_vocab,
 )
+from kd_jax.parallel.platforms import by_platform
 
 # Metrics that training sums and that evaluation has of each token; SINGLE_ without a teacher.
 SINGLE_METRICS = ("ce_loss", "entropy")
@@ -159,11 +160,11 @@ class _Sums(NamedTuple):
 
 
 def _sums_of_platform(logits, T):
-    """Platform choice: a GPU, bound by memory bandwidth, reads the logits once, others twice."""
+    """Returns the _Sums of each model's logits, in the passes that suit the platform."""
     # A reduction cannot close over a temperature that a schedule changes.
-    on_gpu = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
-    options = {"cuda": partial(on_gpu, T=T), "default": partial(_sums, T=T)}
-    return jax.lax.platform_dependent(logits, **options)
+    one_pass = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
+    choice = by_platform("one_pass_softmax", partial(one_pass, T=T), partial(_sums, T=T))
+    return choice(logits)
 
 
 def _sums(logits, T):

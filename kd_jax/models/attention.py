@@ -1,33 +1,31 @@
-"""Causal attention within documents: one function, several kernels, the mask never dropped."""
+"""Causal attention within documents: one function, several kernels, one mask."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout
-
-Implementation = Literal["xla", "cudnn", "splash"]
-
+from kd_jax.parallel.platforms import PLATFORMS, Implementation
 
 SAVED_ATTENTION = "attention"
-"""Name of what attention's backward pass takes besides its inputs, by which remat can keep it."""
+"""Name of attention's residuals other than its inputs; gradient checkpointing can save them."""
 
 
 NEGATIVE = -1e30
-"""Logit of a token that is not seen; finite, so that no difference of two is NaN."""
+"""Logit of a masked key; finite, so that no difference of two is NaN."""
 
 
 def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
-    """Returns the kernel for a model on a platform: `wanted`, or what suits it for "auto"."""
+    """Returns the kernel `wanted`; for "auto" the platform's own, where it takes the model."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    # What cuDNN's training kernels take on every generation of GPUs, and splash attention's.
-    fits = {"gpu": dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128}
-    fits["tpu"] = head_dim in (64, 128, 256)
-    return {"gpu": "cudnn", "tpu": "splash"}[platform] if fits.get(platform) else "xla"  # type: ignore[return-value]
+    row = PLATFORMS[platform]
+    dtypes, head_dims = row.attention_dtypes, row.attention_head_dims
+    return row.attention if jnp.dtype(dtype).name in dtypes and head_dim in head_dims else "xla"
 
 
 def attention(
@@ -39,32 +37,36 @@ def attention(
     implementation: Implementation = "xla",
     layout: Layout | None = None,
 ) -> jax.Array:
-    """Returns softmax(q kᵀ / sqrt(H)) v, each token seeing its own document's past and itself.
+    """Returns softmax(q kᵀ / sqrt(H)) v, where a token attends to its document up to itself.
 
     Args:
       q: [B, S, N, H].
-      k: [B, S, K, H], with N a multiple of K; each key head serves N / K query heads.
+      k: [B, S, K, H]; N is a multiple of K.
       v: [B, S, K, H].
-      segment_ids: [B, S] int32; tokens of one document share a number. A second such array beside
-        it names a document that a token sees besides its own: a prompt that several answers share.
+      segment_ids: [B, S] int32, the document of each token. A second such array names another
+        document that the token attends to: a prompt that several answers share.
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
-      layout: of the model on the mesh; each device attends with its own rows and query heads.
+      layout: of the model on the mesh; rows and query heads are sharded.
 
     Returns:
       [B, S, N, H] in q's dtype; the softmax is float32.
 
     Raises:
-      ValueError: cudnn was asked for in a dtype that it does not have.
+      ValueError: cudnn in another dtype than bfloat16.
     """
     if implementation == "cudnn" and q.dtype != jnp.bfloat16:
-        raise ValueError(f"attention: cudnn works in bfloat16, got {q.dtype}. Use attention=xla")
+        raise ValueError(
+            f"attention: expected bfloat16 for cudnn, got {q.dtype}. Use attention=xla"
+        )
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     run: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
     if layout is None or layout.mesh.size == 1:
         return run(q, k, v, documents)
     tensor = layout.tensor_axis
     if tensor is not None:
-        k, v = (_for_each_device(x, layout.mesh.shape[tensor]) for x in (k, v))
+        # A device needs at least one key head.
+        times = max(1, layout.mesh.shape[tensor] // k.shape[2])
+        k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
     rows = layout.row_axes(q.shape[0])
     heads = P(rows, None, tensor)
     run = jax.shard_map(
@@ -77,11 +79,6 @@ def attention(
     return run(q, k, v, documents)
 
 
-def _for_each_device(x: jax.Array, num_devices: int) -> jax.Array:
-    """Returns key or value heads [B, S, K, H] repeated until each device has one of its own."""
-    return jnp.repeat(x, max(1, num_devices // x.shape[2]), axis=2)
-
-
 def _cudnn(q, k, v, documents):
     S = q.shape[1]
     (q, k, v), documents = _padded(2, (q, k, v), documents)
@@ -89,13 +86,15 @@ def _cudnn(q, k, v, documents):
     return _cudnn_kernel(q, k, v, seen[:, None])[:, :S]
 
 
-@jax.custom_vjp
-def _cudnn_kernel(q, k, v, seen):
+def _cudnn_plain(q, k, v, seen):
     return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, implementation="cudnn")
 
 
+_cudnn_kernel = jax.custom_vjp(_cudnn_plain)
+
+
 def _cudnn_forward(q, k, v, seen):
-    return _with_named_residuals(lambda *x: _cudnn_kernel.fun(*x, seen), (q, k, v), seen)
+    return _with_named_residuals(lambda *x: _cudnn_plain(*x, seen), (q, k, v), seen)
 
 
 def _cudnn_backward(backward, d_output):
@@ -106,8 +105,8 @@ _cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def _splash(q, k, v, documents):
-    """Attention by the TPU kernel that comes with jax, which skips blocks that see nothing."""
-    if len(documents) > 1:  # a second document to see is not among its masks
+    """Attention by jax's TPU kernel, which skips blocks that are masked."""
+    if len(documents) > 1:  # it has no mask for a second document
         return _blockwise(q, k, v, documents)
     S = q.shape[1]
     (q, k, v), (segments,) = _padded(128, (q, k, v), documents)
@@ -122,8 +121,7 @@ def _splash_kernel(q, k, v, segments):
 
 
 def _splash_forward(q, k, v, segments):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
+    splash = experimental("jax.experimental.pallas.ops.tpu", "splash_attention")
     length = q.shape[2]
     size = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -145,15 +143,15 @@ _splash_kernel.defvjp(_splash_forward, _splash_backward)
 
 
 def _kernel_precision(dtype):
-    """The precision of matrix products inside a kernel: "highest" does not compile for bfloat16."""
+    """Precision of matmuls inside a kernel: "highest" does not compile for bfloat16."""
     return jax.default_matmul_precision("default" if dtype == jnp.bfloat16 else "highest")
 
 
 def _with_named_residuals(run, heads: tuple, seen: jax.Array):
-    """Returns a kernel's output and the function that takes its gradient back.
+    """Returns a kernel's output and its vjp function.
 
-    What that holds besides `heads` and `seen`, which are there anyway, is named: the output and its
-    softmax's statistics, which remat can keep so that the kernel need not run again.
+    Residuals besides `heads` and `seen`, the output and the softmax's statistics, are named
+    SAVED_ATTENTION: where gradient checkpointing saves them, the kernel does not run again.
     """
     out, backward = jax.vjp(run, *heads)
     named = checkpoint_name(out, SAVED_ATTENTION)
@@ -167,7 +165,7 @@ def _with_named_residuals(run, heads: tuple, seen: jax.Array):
 
 
 def _padded(unit: int, heads: tuple, documents: tuple) -> tuple[tuple, tuple]:
-    """Returns arrays [B, S, ...] of a length that a kernel takes; padding sees itself alone."""
+    """Returns arrays [B, S, ...] padded to a multiple of `unit`; padding is its own document."""
     room = ((0, 0), (0, -heads[0].shape[1] % unit))
     return tuple(jnp.pad(x, (*room, (0, 0), (0, 0))) for x in heads), tuple(
         jnp.pad(x, room, constant_values=-1) for x in documents
@@ -175,7 +173,7 @@ def _padded(unit: int, heads: tuple, documents: tuple) -> tuple[tuple, tuple]:
 
 
 def _same_document(documents, queries: slice, keys: slice) -> jax.Array:
-    """Returns which keys are of a document that a query sees, [B, S, T]."""
+    """Returns whether a query attends to a key's document, [B, S, T]."""
     own, *_ = documents
     seen = [x[:, queries, None] == own[:, None, keys] for x in documents]
     return jnp.any(jnp.stack(seen), axis=0) if len(seen) > 1 else seen[0]
@@ -183,9 +181,9 @@ def _same_document(documents, queries: slice, keys: slice) -> jax.Array:
 
 @jax.custom_vjp
 def _blockwise(q, k, v, documents):
-    """Attention by blocks of queries, each with the keys up to its end and no others.
+    """Attention by blocks of queries, each with the keys up to its end.
 
-    No array of queries x keys outlives its block: the backward pass makes the weights again from
+    No array of queries x keys outlives its block: the backward pass recomputes the weights from
     each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
     """
     return _forward(q, k, v, documents)[0]
@@ -193,12 +191,14 @@ def _blockwise(q, k, v, documents):
 
 def _forward(q, k, v, documents):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
-    values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)  # sums the weights
+    values = jnp.concatenate(
+        [values, jnp.ones_like(values[..., :1])], axis=-1
+    )  # the sum of weights
     outputs, logsumexps = [], []
     for block in _blocks(q.shape[1]):
         z = _block_logits(queries, keys, documents, block)
         highest = jnp.max(z, axis=-1, keepdims=True)
-        weights = jnp.exp(z - highest).astype(v.dtype)  # as the matrix unit takes them
+        weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
         sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, : block.stop])
         sums = sums.reshape(*weights.shape[:4], -1)
         outputs.append((sums[..., :-1] / sums[..., -1:]).astype(q.dtype))
@@ -211,7 +211,7 @@ def _forward(q, k, v, documents):
 def _backward(residuals, d_output):
     q, k, v, documents, output, logsumexp = residuals
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
-    d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # it is a sum
+    d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
     inner = _grouped(jnp.sum(d_output32 * output32, axis=-1, keepdims=True), k)
     d_outputs = _grouped(d_output, k)
     d_queries = []
@@ -240,20 +240,20 @@ _blockwise.defvjp(_forward, _backward)
 def _add_to_first(x, part):
     """Returns x [B, K, S, H] with `part` [B, K, T, H] added to its first T tokens.
 
-    Not by x.at[]: of all tokens it makes empty arrays of indices, with which XLA of jax 0.11
-    crashes inside a shard_map.
+    x.at[] makes empty index arrays for all tokens, and XLA of jax 0.11 crashes on those inside a
+    shard_map.
     """
     return jax.lax.dynamic_update_slice_in_dim(x, x[:, :, : part.shape[2]] + part, 0, axis=2)
 
 
 def _blocks(num_tokens: int) -> list[slice]:
-    """Returns blocks of queries: of 128, or of as many more as keep them to eight."""
+    """Returns blocks of at least 128 queries, at most eight."""
     size = max(128, -(-num_tokens // 8))
     return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
 
 
 def _block_logits(queries, keys, documents, block):
-    """Returns float32 logits of a block's queries and the keys up to its end, [B, K, G, S, T]."""
+    """Returns logits of a block's queries and the keys up to its end, [B, K, G, S, T] float32."""
     queries = queries[:, :, :, block]
     z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, : block.stop])
     z = z.reshape(*queries.shape[:4], -1)
@@ -268,7 +268,7 @@ def _product(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _rows(x):
-    """Returns [B, K, G, S, ...] as [B, K, G * S, ...], rows of one matrix."""
+    """Returns [B, K, G, S, ...] as [B, K, G * S, ...]."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -278,7 +278,7 @@ def _heads_first(x):
 
 
 def _grouped(x, k):
-    """Returns [B, S, N, ...] as [B, K, G, S, ...]: G query heads with the key head they share."""
+    """Returns [B, S, N, ...] as [B, K, G, S, ...]: G query heads for each key head."""
     B, S, _, H = x.shape
     return x.reshape(B, S, k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
 

@@ -1,4 +1,4 @@
-"""The lookup of embeddings, whose gradient is the same to the last bit every time."""
+"""Embedding lookup with a deterministic gradient on every platform."""
 
 from functools import partial
 
@@ -6,20 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kd_jax.parallel.mesh import Layout, platform
+from kd_jax.parallel.mesh import Layout, traits
 from kd_jax.parallel.rules import split
 
 
 def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Array:
-    """Returns the rows [B, S, D] of a table [V, D] that tokens [B, S] name.
-
-    On a GPU the plain gradient adds up the rows of one token in an order that varies, and so does
-    its rounding.
+    """Returns the rows [B, S, D] of a table [V, D] for tokens [B, S] int32.
 
     Args:
-      layout: of the table on the mesh; None on one device that is no GPU.
+      layout: of the table on the mesh; None takes the plain gradient, which varies on a GPU.
     """
-    if layout is None or platform(layout.mesh) != "gpu":
+    if layout is None or not traits(layout.mesh).sorted_embedding_gradient:
         return table[tokens]
     return _embed(layout, table, tokens)
 
@@ -51,11 +48,11 @@ _embed.defvjp(_forward, _backward)
 
 
 def _add_up(num_entries, table_axes, row_axes, d_rows, tokens):
-    """Returns a device's share of the table's gradient, from its own rows.
+    """Returns a device's shard of the table's gradient, from its own rows.
 
     Args:
-      table_axes: mesh axes that the table's entries are split over.
-      row_axes: those that rows are; devices along others have the same rows.
+      table_axes: mesh axes that shard the table's entries.
+      row_axes: mesh axes that shard the rows; devices along others hold the same rows.
     """
     own = tuple(axis for axis in table_axes if axis not in row_axes)
     share = num_entries // jax.lax.axis_size(own)
@@ -67,15 +64,14 @@ def _add_up(num_entries, table_axes, row_axes, d_rows, tokens):
 
 
 def _sum_by_token(d_rows, tokens, num_entries):
-    """Returns the sums [V, D] float32 of the rows [B, S, D] of each token [B, S] in 0 to V - 1.
+    """Returns the sum [V, D] float32 of the rows [B, S, D] of each token [B, S] from 0 to V - 1.
 
-    Rows are brought into the order of their tokens and summed by a scan that starts anew with each;
-    then every token is written once.
+    Rows are sorted by token and summed by a segmented scan; each token's sum is written once.
     """
     tokens = tokens.reshape(-1)
     order = jnp.argsort(tokens, stable=True)
     tokens = tokens[order]
-    rows = d_rows.reshape(-1, d_rows.shape[-1])[order].astype(jnp.float32)  # they are summed
+    rows = d_rows.reshape(-1, d_rows.shape[-1])[order].astype(jnp.float32)  # summed
     differs = tokens[1:] != tokens[:-1]
     first = jnp.pad(differs, (1, 0), constant_values=True)
     last = jnp.pad(differs, (0, 1), constant_values=True)
@@ -86,6 +82,8 @@ def _sum_by_token(d_rows, tokens, num_entries):
 
     sums, _ = jax.lax.associative_scan(add, (rows, first[:, None]))
     written = last & (tokens >= 0) & (tokens < num_entries)
-    place = jnp.where(written, tokens, num_entries + jnp.arange(len(tokens)))  # beyond: dropped
+    place = jnp.where(
+        written, tokens, num_entries + jnp.arange(len(tokens))
+    )  # out of range: dropped
     zeros = jnp.zeros((num_entries, rows.shape[1]), jnp.float32)
     return zeros.at[place].set(sums, mode="drop", unique_indices=True)

@@ -1,4 +1,4 @@
-"""config.json of well-known models, as the hub stores them: to plan for, without a download."""
+"""config.json of well-known models as the hub stores them, to plan without a download."""
 
 from typing import Any
 

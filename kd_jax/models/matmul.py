@@ -1,4 +1,4 @@
-"""The product of activations and a weight, asked for in the form that each backend is fast in."""
+"""Matmul of activations and a weight, in the form that is fast on each platform."""
 
 from functools import partial
 from typing import Any
@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from kd_jax.parallel.platforms import by_platform
+
 
 def project(
     x: jax.Array, weight: jax.Array, dtype: Any, in_use: NamedSharding | None = None
 ) -> jax.Array:
     """Returns x Wᵀ, [B, S, out] in `dtype`, of x [B, S, in] and a weight [out, in].
 
-    A weight of another dtype multiplies in `dtype`; its gradient leaves the product's float32
-    accumulator in the weight's own dtype.
+    The weight is cast to `dtype`. Its gradient goes from the matmul's float32 accumulator to the
+    weight's own dtype.
 
     Args:
-      in_use: how the weight lies on the devices for the product, anew in the backward pass; None
-        as it is kept.
+      in_use: the weight's sharding in the matmul, all-gathered again in the backward pass; None
+        keeps its own.
     """
     return _project(dtype, in_use, x, weight)
 
@@ -27,7 +29,7 @@ def project(
 def _project(dtype, in_use, x, weight):
     weight = _fetch(weight, dtype, in_use)
     if x.shape[1] == 1:
-        # One token a row, in decoding: a CPU is several times faster weight first, float32 out.
+        # Decoding, one token a row: weight first and float32 out is several times faster on CPU.
         y = jnp.einsum("oi,BSi->oBS", weight, x, preferred_element_type=jnp.float32)
         return jnp.moveaxis(y, 0, -1).astype(dtype)
     return _multiply("BSi,oi->BSo", x, weight)
@@ -53,11 +55,7 @@ _project.defvjp(_forward, _backward)
 
 
 def _multiply(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the product in the operands' dtype.
-
-    XLA has a bfloat16 kernel on a CPU only for a float32 result: several times as fast as the
-    float32 product of converted operands that it makes of the other (docs/benchmarks.md).
-    """
+    """Returns the einsum in the operands' dtype."""
 
     def wide(a, b):
         return jnp.einsum(product, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
@@ -65,4 +63,4 @@ def _multiply(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
     def plain(a, b):
         return jnp.einsum(product, a, b)
 
-    return jax.lax.platform_dependent(a, b, cpu=wide, default=plain)
+    return by_platform("wide_products", wide, plain)(a, b)

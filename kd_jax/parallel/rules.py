@@ -1,6 +1,6 @@
-"""The rule table from a weight's dimensions to mesh axes, over axis sizes. Needs no jax.
+"""The rules that shard a weight's dimensions over mesh axes. Needs no jax.
 
-A model's `axes` are those that may split its weights; devices along the others hold copies.
+A model's `axes` are those that may shard its weights; devices along the others hold copies.
 """
 
 import math
@@ -11,10 +11,10 @@ from kd_jax.config import MeshConfig, UserError
 AXES = ("data", "fsdp", "tensor")
 
 
-BATCH_AXES = ("data", "fsdp")  # that every array of rows is split over
+BATCH_AXES = ("data", "fsdp")  # shard every array of rows
 
 
-# Logical name of a weight's dimension -> mesh axis. "layers" is never split: the scan walks it.
+# Logical name of a weight's dimension -> mesh axis. "layers" is never sharded: the scan walks it.
 RULES: Mapping[str, str | None] = {
     "layers": None,
     "embed": None,
@@ -26,8 +26,8 @@ RULES: Mapping[str, str | None] = {
 }
 
 
-# Splits the rows of every matrix besides: a device's share is a few whole ranges of a file, and is
-# gathered, where the matrix is used, without moving what lies in between.
+# Shards the rows of every matrix too: a device's shard is a few contiguous ranges of a file, and an
+# all-gather moves nothing in between.
 ROWS_AXIS = "fsdp"
 
 
@@ -38,7 +38,11 @@ Split = tuple[tuple[str, ...], ...]
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int, batch_rows: int) -> dict[str, int]:
-    """Returns the devices along each axis, 1 along those left open; rows must divide by theirs."""
+    """Returns the devices along each axis; an axis of size 0 has 1.
+
+    Raises:
+      UserError: the sizes do not multiply to the devices, or the rows do not divide.
+    """
     sizes = {name: getattr(config, name) or 1 for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     sizes = {n: num_devices // fixed if size == -1 else size for n, size in sizes.items()}
@@ -58,15 +62,15 @@ def mesh_sizes(config: MeshConfig, num_devices: int, batch_rows: int) -> dict[st
 
 
 def axes_size(sizes: Sizes, axes: Sequence[str]) -> int:
-    """Returns the devices along all of these axes."""
+    """Returns the number of devices along all of these axes."""
     return math.prod(sizes[axis] for axis in axes)
 
 
 def wanted_split(sizes: Sizes, axes: Sequence[str], dims: tuple[str, ...]) -> Split:
-    """Returns the mesh axes that the rules give each dimension of a weight.
+    """Returns the mesh axes of each dimension of a weight by the rules.
 
     Args:
-      dims: names in RULES; [layers, rows, columns], [rows, columns], or a vector's.
+      dims: names in RULES, of [layers, rows, columns], [rows, columns], or a vector.
     """
     named = [axis for axis in map(RULES.get, dims) if axis is not None]
     if len(named) != len(set(named)):
@@ -77,7 +81,7 @@ def wanted_split(sizes: Sizes, axes: Sequence[str], dims: tuple[str, ...]) -> Sp
 
 
 def split(sizes: Sizes, axes: Sequence[str], dims: tuple[str, ...], shape: Sequence[int]) -> Split:
-    """Returns how a weight is split; a dimension is whole along an axis it does not divide by."""
+    """Returns a weight's mesh axes; axes that do not divide a dimension are left out."""
     taken = []
     for wanted, size in zip(wanted_split(sizes, axes, dims), shape, strict=True):
         some: tuple[str, ...] = ()
@@ -89,9 +93,9 @@ def split(sizes: Sizes, axes: Sequence[str], dims: tuple[str, ...], shape: Seque
 
 
 def row_axes(sizes: Sizes, axes: Sequence[str], num_rows: int) -> tuple[str, ...]:
-    """Returns the axes that split the rows that a model computes.
+    """Returns the axes that shard the rows that a model computes.
 
-    Where its weights are not split over "tensor", the rows are, if there are enough of them.
+    "tensor" is one of them where it shards no weights and divides the rows.
     """
     choices = (BATCH_AXES if "tensor" in axes else AXES, BATCH_AXES, ("data",), ())
     return next(x for x in choices if num_rows % axes_size(sizes, x) == 0)

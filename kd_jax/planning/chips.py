@@ -1,152 +1,103 @@
-"""What is known of accelerators, and their topologies by name. Data; needs no jax."""
+"""Accelerators by name: speed, memory and links, and the topologies they form. Needs no jax."""
 
 import difflib
 import math
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from kd_jax.config import UserError
+from kd_jax.parallel.platforms import PLATFORMS
 
 GIB = 2**30
 
 
-# Of a GPU's memory, what jax takes: the commands say so, unless the environment does.
-GPU_MEMORY_SHARE = 0.92
+class Target(NamedTuple):
+    """What XLA's compiler is told of a GPU."""
+
+    core_count: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    threads_per_core_limit: int
+    l2_cache_size: int
+    clock_rate_ghz: float
+    capability: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:
-    """One device: a GPU, or a TPU chip, whose cores run as one."""
+    """One device: a GPU, or a TPU chip, whose cores run as one. Speeds of 0 are not known."""
 
     platform: Literal["gpu", "tpu"]
-    flops: float
-    """Dense bfloat16 FLOP/s."""
     memory_bytes: int
-    """That a program can have, as XLA counts it."""
-    bandwidth: float
+    """All of a GPU's; of a TPU's what its compiler lets a program take."""
+    flops: float = 0.0
+    """Dense bfloat16 FLOP/s."""
+    bandwidth: float = 0.0
     """Bytes/s of its memory."""
-    link_bandwidth: float
-    """Bytes/s that it sends to devices of its host (GPU) or slice (TPU), in one direction."""
-    network_bandwidth: float
-    """Bytes/s that it sends to other hosts (GPU) or slices (TPU)."""
-    device_kind: str
-    """A part of the name that jax gives it."""
-    target: dict[str, float] = field(default_factory=dict)
-    """Of a GPU, for XLA's description of it."""
+    link_bandwidth: float = 0.0
+    """Bytes/s to devices of its host (GPU) or slice (TPU), in one direction."""
+    network_bandwidth: float = 0.0
+    """Bytes/s to other hosts (GPU) or slices (TPU)."""
+    device_kind: str = ""
+    """Pattern of the name that jax gives it."""
+    target: Target | None = None
 
 
-_HOPPER = {
-    "core_count": 132,
-    "fpus_per_core": 128,
-    "shared_memory_per_core": 233472,
-    "shared_memory_per_block_optin": 232448,
-    "l2_cache_size": 52428800,
-    "clock_rate_ghz": 1.98,
-    "major": 9,
+# TFLOP/s; bytes of memory; GB/s of memory, links and network; device_kind.
+# Sources. Speeds: NVIDIA's data sheets and architecture white papers (dense, float32 accumulation;
+# NVLink or PCIe in one direction) and Google Cloud's pages of TPUs. Network: one adapter of 400
+# Gb/s for each GPU, 200 for an A100, 100 for a PCIe card. Memory: what drivers report, the least
+# seen for PCIe cards, and the limit in the message of the TPU's compiler.
+_ROWS: dict[str, tuple[float, int, float, float, float, str]] = {
+    "a100": (312, 85_100_068_864, 2039, 300, 25, "A100"),
+    "h100": (989, 84_942_979_072, 3352, 450, 50, "H100"),
+    "h200": (989, 151_397_597_184, 4800, 450, 50, "H200"),
+    "b200": (2250, 191_514_411_008, 7672, 900, 50, "B200"),
+    "a10": (125, int(22.06 * GIB), 600, 32, 12.5, "A10"),
+    "a6000": (154.8, int(44.4 * GIB), 768, 32, 12.5, "RTX A6000"),
+    "l4": (121, int(22.03 * GIB), 300, 32, 12.5, "L4"),
+    "l40s": (362, int(44.4 * GIB), 864, 32, 12.5, "L40S"),
+    "rtx4090": (165.2, int(23.5 * GIB), 1008, 32, 12.5, "RTX 4090(?! D| Laptop)"),
+    "rtx6000ada": (364.2, int(44.4 * GIB), 960, 32, 12.5, "RTX 6000 Ada"),
+    "v4": (275, int(30.75 * GIB), 1200, 150, 6.25, "TPU v4"),
+    "v5e": (197, int(15.75 * GIB), 819, 100, 6.25, "TPU v5 ?(lite|e)"),
+    "v5p": (459, int(95.74 * GIB), 2765, 300, 6.25, "TPU v5p?"),
+    "v6e": (918, int(31.25 * GIB), 1640, 224, 12.5, "TPU v6 ?(lite|e)"),
 }
 
 
-# FLOP/s and bandwidths: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 and B200 (NVLink
-# in one direction; one 400 Gb/s network adapter for each GPU, 200 for an A100) and Google Cloud's
-# pages of TPU v4, v5e, v5p and v6e (links in one direction). Memory: what the drivers report, and
-# for TPUs what XLA's message says where a program is too large.
+_TARGETS = {
+    "a100": Target(108, 64, 167936, 2048, 41943040, 1.41, (8, 0)),
+    "h100": Target(132, 128, 233472, 2048, 52428800, 1.98, (9, 0)),
+    "h200": Target(132, 128, 233472, 2048, 52428800, 1.98, (9, 0)),
+    "b200": Target(148, 128, 233472, 2048, 132644864, 1.965, (10, 0)),
+    "a10": Target(72, 128, 102400, 1536, 6291456, 1.695, (8, 6)),
+    "a6000": Target(84, 128, 102400, 1536, 6291456, 1.8, (8, 6)),
+    "l4": Target(58, 128, 102400, 1536, 50331648, 2.04, (8, 9)),
+    "l40s": Target(142, 128, 102400, 1536, 100663296, 2.52, (8, 9)),
+    "rtx4090": Target(128, 128, 102400, 1536, 75497472, 2.52, (8, 9)),
+    "rtx6000ada": Target(142, 128, 102400, 1536, 100663296, 2.505, (8, 9)),
+}
+
+
 CHIPS = {
-    "a100": Chip(
-        platform="gpu",
-        flops=312e12,
-        memory_bytes=85_100_068_864,
-        bandwidth=2.039e12,
-        link_bandwidth=300e9,
-        network_bandwidth=25e9,
-        device_kind="A100",
-        target={
-            **_HOPPER,
-            "core_count": 108,
-            "fpus_per_core": 64,
-            "shared_memory_per_core": 167936,
-            "shared_memory_per_block_optin": 166912,
-            "l2_cache_size": 41943040,
-            "clock_rate_ghz": 1.41,
-            "major": 8,
-        },
-    ),
-    "h100": Chip(
-        platform="gpu",
-        flops=989e12,
-        memory_bytes=84_942_979_072,
-        bandwidth=3.352e12,
-        link_bandwidth=450e9,
-        network_bandwidth=50e9,
-        device_kind="H100",
-        target=_HOPPER,
-    ),
-    "h200": Chip(
-        platform="gpu",
-        flops=989e12,
-        memory_bytes=151_397_597_184,
-        bandwidth=4.8e12,
-        link_bandwidth=450e9,
-        network_bandwidth=50e9,
-        device_kind="H200",
-        target=_HOPPER,
-    ),
-    "b200": Chip(
-        platform="gpu",
-        flops=2250e12,
-        memory_bytes=191_514_411_008,
-        bandwidth=7.672e12,
-        link_bandwidth=900e9,
-        network_bandwidth=50e9,
-        device_kind="B200",
-        target={
-            **_HOPPER,
-            "core_count": 148,
-            "l2_cache_size": 132644864,
-            "clock_rate_ghz": 1.965,
-            "major": 10,
-        },
-    ),
-    "v4": Chip(
-        platform="tpu",
-        flops=275e12,
-        memory_bytes=int(30.75 * GIB),
-        bandwidth=1.2e12,
-        link_bandwidth=150e9,
-        network_bandwidth=6.25e9,
-        device_kind="TPU v4",
-    ),
-    "v5e": Chip(
-        platform="tpu",
-        flops=197e12,
-        memory_bytes=int(15.75 * GIB),
-        bandwidth=8.19e11,
-        link_bandwidth=100e9,
-        network_bandwidth=6.25e9,
-        device_kind="TPU v5 lite",
-    ),
-    "v5p": Chip(
-        platform="tpu",
-        flops=459e12,
-        memory_bytes=int(95.74 * GIB),
-        bandwidth=2.765e12,
-        link_bandwidth=300e9,
-        network_bandwidth=6.25e9,
-        device_kind="TPU v5",
-    ),
-    "v6e": Chip(
-        platform="tpu",
-        flops=918e12,
-        memory_bytes=int(31.25 * GIB),
-        bandwidth=1.64e12,
-        link_bandwidth=224e9,
-        network_bandwidth=12.5e9,
-        device_kind="TPU v6 lite",
-    ),
+    name: Chip(
+        platform="gpu" if name in _TARGETS else "tpu",
+        flops=flops * 1e12,
+        memory_bytes=memory_bytes,
+        bandwidth=bandwidth * 1e9,
+        link_bandwidth=link * 1e9,
+        network_bandwidth=network * 1e9,
+        device_kind=kind,
+        target=_TARGETS.get(name),
+    )
+    for name, (flops, memory_bytes, bandwidth, link, network, kind) in _ROWS.items()
 }
 
 
-# Shapes of slices that Google Cloud has, in chips, and how a name such as v5p-16 counts them.
+# Slices that Google Cloud offers, in chips, and the cores that a name such as v5p-16 counts.
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 
@@ -162,25 +113,26 @@ _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns what is known of a device by the name that jax gives it; None for nothing."""
-    names = sorted(CHIPS.values(), key=lambda chip: -len(chip.device_kind))
-    kind = device_kind.lower()
-    return next((chip for chip in names if chip.device_kind.lower() in kind), None)
+    """Returns the chip with the name that jax gives a device; None for an unknown one."""
+    for chip in CHIPS.values():
+        if re.search(rf"(?<!\w){chip.device_kind}(?!\w)", device_kind, re.IGNORECASE):
+            return chip
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Devices by name: of a chip, of this machine's processor, or those that jax finds."""
+    """Devices by name: chips, `cpu:N`, or `local`, those that jax finds."""
 
     name: str
     shape: tuple[int, ...] = ()
-    """Of a GPU: partitions, hosts in each, devices in each; of a TPU: chips along the torus."""
+    """GPU: partitions, hosts in each, devices in each. TPU: chips along the torus."""
     chip: Chip | None = None
-    """None for `cpu:N` and `local`."""
+    """None for `cpu:N`, and for devices that report no memory."""
 
     @property
     def num_devices(self) -> int:
-        """0 for `local`."""
+        """0 for `local` until its devices are known."""
         return math.prod(self.shape) if self.shape else 0
 
     @property
@@ -189,12 +141,29 @@ class Topology:
             return 1  # a TPU's links join all hosts of a slice
         return math.prod(self.shape[:-1])
 
+    @property
+    def platform(self) -> str:
+        return "cpu" if self.chip is None else self.chip.platform
+
+    @property
+    def rated_chip(self) -> Chip | None:
+        """The chip, where its speed is known."""
+        return self.chip if self.chip is not None and self.chip.flops else None
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that a program can have on a device; CPU devices share this machine's."""
+        if self.chip is None:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return total // self.num_devices
+        return int(self.chip.memory_bytes * PLATFORMS[self.platform].memory_share)
+
 
 def find_topology(name: str) -> Topology:
     """Returns the topology of a name such as `v5e:2x4`, `v5p-16`, `h200:1x1x8`, `cpu:8`, `local`.
 
     Raises:
-      UserError: it does not exist; the known ones are listed.
+      UserError: there is none; lists the known ones.
     """
     name = name.lower()
     if name == "local":
@@ -203,12 +172,11 @@ def find_topology(name: str) -> Topology:
     if kind == "cpu" and len(shape) == 1:
         return Topology(name, shape)
     chip = CHIPS.get(kind)
-    if chip is not None and shape:
-        if chip.platform == "gpu" and len(shape) <= 3:
-            shape = (1,) * (3 - len(shape)) + shape
-            return Topology(f"{kind}:{'x'.join(map(str, shape))}", shape, chip)
-        if "x".join(map(str, shape)) in SLICES.get(kind, ()):
-            return Topology(f"{kind}:{'x'.join(map(str, shape))}", shape, chip)
+    if chip is not None and chip.platform == "gpu" and 1 <= len(shape) <= 3:
+        shape = (1,) * (3 - len(shape)) + shape
+        return Topology(f"{kind}:{_join(shape)}", shape, chip)
+    if chip is not None and _join(shape) in SLICES.get(kind, ()):
+        return Topology(f"{kind}:{_join(shape)}", shape, chip)
     near = difflib.get_close_matches(kind, CHIPS, 1)
     hint = f" Did you mean {near[0]}?" if near and chip is None else ""
     raise UserError(
@@ -216,41 +184,50 @@ def find_topology(name: str) -> Topology:
     )
 
 
+def _join(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    return tuple(map(int, shape.split("x")))
+
+
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
-    """Returns a name's chip and shape; () for a shape that is none."""
+    """Returns a name's chip and shape; () for an invalid shape."""
     if found := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name):
-        return found[1], tuple(map(int, found[2].split("x")))
+        return found[1], _sizes(found[2])
     if found := re.fullmatch(r"(v\d+[a-z]*)-(\d+)", name.replace("litepod", "e")):
-        chips, rest = divmod(int(found[2]), _CORES_PER_CHIP.get(found[1], 1))
-        for shape in SLICES.get(found[1], ()):
-            sizes = tuple(map(int, shape.split("x")))
-            if math.prod(sizes) == chips and not rest:
-                return found[1], sizes
+        for shape in map(_sizes, SLICES.get(found[1], ())):
+            if math.prod(shape) * _CORES_PER_CHIP[found[1]] == int(found[2]):
+                return found[1], shape
     return name.split(":")[0].split("-")[0], ()
 
 
 def known() -> str:
-    """Returns the names of all topologies, for people."""
+    """Returns a list of all topologies' names, as text."""
     gpus = ", ".join(name for name, chip in CHIPS.items() if chip.platform == "gpu")
     lines = [
         f"  {gpus}, then :HOSTSxDEVICES, such as h200:1x8 for one host of eight",
         *(
             f"  {name}, then :SHAPE of {', '.join(shapes)}, or -N such as {name}-"
-            f"{math.prod(map(int, shapes[1].split('x'))) * _CORES_PER_CHIP[name]}"
+            f"{math.prod(_sizes(shapes[1])) * _CORES_PER_CHIP[name]}"
             for name, shapes in SLICES.items()
         ),
-        "  cpu:N for N devices of a processor; local for the devices that are here",
+        "  cpu:N for N CPU devices; local for the devices of this machine",
     ]
     return "\n".join(lines)
 
 
 def xla_target(name: str, chip: Chip) -> str:
-    """Returns XLA's description of a GPU that is not here, a GpuTargetConfigProto as text."""
-    numbers = {
+    """Returns XLA's description of a GPU, a GpuTargetConfigProto as text."""
+    assert chip.target is not None
+    numbers: dict[str, Any] = chip.target._asdict()
+    major, minor = numbers.pop("capability")
+    numbers |= {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
-        "threads_per_core_limit": 2048,
         "shared_memory_per_block": 49152,
+        "shared_memory_per_block_optin": chip.target.shared_memory_per_core - 1024,
         "block_dim_limit_x": 2**31 - 1,
         "block_dim_limit_y": 65535,
         "block_dim_limit_z": 65535,
@@ -258,12 +235,13 @@ def xla_target(name: str, chip: Chip) -> str:
         "registers_per_block_limit": 65536,
         "memory_bandwidth": int(chip.bandwidth),
         "device_memory_size": chip.memory_bytes,
-        **{key: value for key, value in chip.target.items() if key != "major"},
     }
-    major = int(chip.target["major"])
-    features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     lines = [f"  {key}: {value}" for key, value in numbers.items()]
-    lines.append(f"  cuda_compute_capability {{ major: {major} feature_extension: {features} }}")
+    features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    lines.append(
+        f"  cuda_compute_capability {{ major: {major} minor: {minor} "
+        f"feature_extension: {features} }}"
+    )
     info = "\n".join(lines)
     return (
         f"gpu_device_info {{\n{info}\n}}\n"

@@ -1,55 +1,25 @@
-"""What a run will take on devices that need not be here: estimated from shapes, or compiled."""
+"""What shapes alone say of a run on devices that need not be here. Needs no jax."""
 
-import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
 
-from kd_jax.config import Config
-from kd_jax.models.architecture import Architecture
-from kd_jax.parallel.rules import Sizes
 from kd_jax.planning import cost
-from kd_jax.planning.chips import GPU_MEMORY_SHARE, Chip, Topology
+from kd_jax.planning.chips import Topology
+from kd_jax.planning.cost import Case
+from kd_jax.planning.network import Transfer, bound_seconds, transfers
 
 Report = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """A run and the devices that it is to run on."""
-
-    config: Config
-    student: Architecture
-    teacher: Architecture | None
-    sizes: Sizes
-    topology: Topology
-    target_share: float = 1.0
-    """Of the tokens, those with a loss."""
-
-    @property
-    def models(self) -> tuple[Config, Architecture, Architecture | None, Sizes]:
-        return self.config, self.student, self.teacher, self.sizes
-
-
-def memory_limit(chip: Chip | None, num_devices: int) -> int:
-    """Returns the bytes that a program can have on a device; CPU devices share this machine's."""
-    if chip is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_devices
-    return int(chip.memory_bytes * (GPU_MEMORY_SHARE if chip.platform == "gpu" else 1))
-
-
 def estimate(case: Case) -> Report:
-    """Returns what shapes alone say of a run.
+    """Returns the fields that `python -m kd_jax.plan --json` prints, estimated from shapes.
 
-    Returns:
-      The fields that `python -m kd_jax.plan --json` prints; bytes are those of one device, FLOP
-      those of all. bound_* are None where nothing is known of the device's speed.
+    Bytes are those of one device, FLOPs those of all. bound_* are None for devices of unknown
+    speed.
     """
     config, topology = case.config, case.topology
-    memory = cost.memory(*case.models, topology)
-    needs = cost.work(*case.models, case.target_share)
-    temporaries = max(memory.temporaries.values())
-    kinds = ("teacher", "student", "trainable", "optimizer", "batch")
+    memory = cost.memory(case)
+    arguments = sum(memory.arguments.values())
     return {
         "method": "analytic",
         "topology": topology.name,
@@ -59,17 +29,15 @@ def estimate(case: Case) -> Report:
         "accumulation_steps": config.optim.accumulation_steps,
         "seq_len": config.data.seq_len,
         "remat": config.remat,
-        "bytes_by_kind": {name: getattr(memory, name) for name in kinds},
-        "analytic_peak_bytes_per_device": memory.peak,
-        **_memory_fields(topology, memory.arguments, temporaries),
-        "flops_per_step": needs.flops,
-        "recomputed_flops_per_step": needs.recomputed_flops,
-        **_time_fields(case, needs, cost.transfers(*case.models)),
+        "bytes_by_kind": memory.arguments,
+        "analytic_peak_bytes_per_device": arguments + memory.temporaries,
+        **memory_fields(topology, arguments, memory.temporaries),
+        **time_fields(case, transfers(case)),
     }
 
 
-def _memory_fields(topology: Topology, arguments: int, temporaries: int) -> Report:
-    limit, peak = memory_limit(topology.chip, topology.num_devices), arguments + temporaries
+def memory_fields(topology: Topology, arguments: int, temporaries: int) -> Report:
+    limit, peak = topology.memory_limit, arguments + temporaries
     return {
         "fits": peak <= limit,
         "peak_bytes_per_device": peak,
@@ -79,27 +47,22 @@ def _memory_fields(topology: Topology, arguments: int, temporaries: int) -> Repo
     }
 
 
-def _time_fields(case: Case, needs: cost.Work, transfers: Iterable[cost.Transfer]) -> Report:
-    """Returns the collectives by kind, and the least time that a step can take."""
-    transfers, topology = list(transfers), case.topology
+def time_fields(case: Case, transfers: Iterable[Transfer]) -> Report:
+    """Returns FLOPs, collectives by kind, and the least time that a step can take."""
+    transfers, needs = list(transfers), cost.work(case)
     kinds: dict[str, Report] = {}
     for x in transfers:
         sums = kinds.setdefault(x.kind, {"count": 0, "bytes": 0})
         sums["count"] += x.times
         sums["bytes"] += x.times * x.num_bytes
-    bounds: Report = dict.fromkeys(("step_seconds", "tokens_per_second", "by", "seconds"))
-    if topology.chip is not None:
-        seconds = cost.network_seconds(transfers, topology)
-        bound = cost.bound(needs, topology.chip, topology.num_devices, seconds)
-        num_tokens = case.config.data.batch_size * case.config.data.seq_len
-        bounds = {
-            "step_seconds": bound.seconds,
-            "tokens_per_second": num_tokens / bound.seconds,
-            "by": bound.limited_by,
-            "seconds": {
-                "compute": bound.compute_seconds,
-                "memory": bound.memory_seconds,
-                "network": bound.network_seconds,
-            },
-        }
-    return {"collectives": kinds} | {f"bound_{name}": value for name, value in bounds.items()}
+    seconds = bound_seconds(needs, transfers, case.topology)
+    longest = max(seconds.values(), default=None)
+    return {
+        "flops_per_step": needs.flops,
+        "recomputed_flops_per_step": needs.recomputed_flops,
+        "collectives": kinds,
+        "bound_step_seconds": longest,
+        "bound_tokens_per_second": longest and case.num_tokens / longest,
+        "bound_by": max(seconds, key=lambda name: seconds[name], default=None),
+        "bound_seconds": seconds or None,
+    }

@@ -1,4 +1,4 @@
-"""Layouts, batch sizes and remat policies that fit, fastest bound first. Needs no jax."""
+"""Search for layouts, batch sizes and remat policies that fit, fastest first. Needs no jax."""
 
 import dataclasses
 import itertools
@@ -11,10 +11,11 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.table import weights
 from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
 from kd_jax.planning.chips import GIB, Topology
-from kd_jax.planning.estimate import Case, Report, estimate
+from kd_jax.planning.cost import Case
+from kd_jax.planning.estimate import Report, estimate
 
 MARGIN = 0.9
-"""Share of a device's memory that an estimate may fill, since it is no more exact than that."""
+"""Share of a device's memory that an estimate may fill: its own error is of that size."""
 
 
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
@@ -29,14 +30,14 @@ REMAT = get_args(get_type_hints(Config)["remat"])
 def choose_sizes(
     config: Config, student: Architecture, teacher: Architecture | None, topology: Topology
 ) -> dict[str, int]:
-    """Returns the devices along each axis; those that the config leaves open, 0, are chosen.
+    """Returns the devices along each axis; axes that the config leaves at 0 are chosen.
 
-    Of the layouts that fit by `estimate`, the one with the fastest bound, and of equals the one
-    that splits weights least; the leanest, where none surely fits. Nothing is split where nothing
-    is known of the device.
+    Takes the fastest layout that fits by `estimate`, and of equals the one that shards weights
+    least; where none fits for certain, the one with the lowest peak. Weights are not sharded on
+    devices of unknown memory.
 
     Raises:
-      UserError: no layout suits the models, or none can hold them.
+      UserError: no layout divides the models, or none holds them.
     """
     asked = [name for name in ("fsdp", "tensor") if getattr(config.mesh, name)]
     if topology.chip is None or len(asked) == 2:
@@ -46,7 +47,7 @@ def choose_sizes(
         return sizes
     case = Case(config=config, student=student, teacher=teacher, sizes={}, topology=topology)
     found = [estimate(one) for one in layouts(case)]
-    if not found:  # says why
+    if not found:  # raises the reason
         plain = {name: getattr(config.mesh, name) or 1 for name in ("fsdp", "tensor")}
         return choose_sizes(_with_sizes(config, **plain), student, teacher, topology)
     fitting = [report for report in found if fits(report)]
@@ -58,15 +59,16 @@ def choose_sizes(
     raise UserError(
         f"mesh: expected a layout that holds the run on {topology.num_devices} devices of "
         f"{least['limit_bytes_per_device'] / GIB:.1f} GiB, got "
-        f"{least['peak_bytes_per_device'] / GIB:.1f} GiB a device with the leanest, "
-        f"{describe_mesh(least['mesh'])}. {_remedy(case)}. --mesh.fsdp and --mesh.tensor "
-        "take a layout all the same"
+        f"{least['peak_bytes_per_device'] / GIB:.1f} GiB a device with the lowest peak, "
+        f"{describe_mesh(least['mesh'])}. {remedy(case)}. --mesh.fsdp and --mesh.tensor "
+        "set a layout without this check"
     )
 
 
 def layouts(case: Case) -> Iterator[Case]:
-    """Yields the case in every layout that its fields leave open, and that suits the models."""
+    """Yields the case in every layout that its config allows and that divides the models."""
     config, num_devices = case.config, case.topology.num_devices
+    rows = config.data.batch_size // config.optim.accumulation_steps
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     asked = [getattr(config.mesh, name) for name in AXES]
     choices = [divisors if size in (-1, 0) else [size] for size in asked]
@@ -75,53 +77,34 @@ def layouts(case: Case) -> Iterator[Case]:
         if math.prod(values) != num_devices:
             continue
         one = dataclasses.replace(case, config=_with_sizes(config, **sizes), sizes=sizes)
-        if suits(one):
-            yield one
+        try:
+            mesh_sizes(one.config.mesh, num_devices, rows)
+            check_layout(config, sizes, student=case.student, teacher=case.teacher)
+        except UserError:
+            continue
+        yield one
 
 
-def suits(case: Case) -> bool:
-    """Tells whether the layout divides the rows and the models."""
-    config = case.config
-    rows = config.data.batch_size // config.optim.accumulation_steps
-    try:
-        mesh_sizes(config.mesh, case.topology.num_devices, rows)
-        check_layout(config, case.sizes, student=case.student, teacher=case.teacher)
-    except UserError:
-        return False
-    return True
-
-
-def walk(case: Case) -> list[Report]:
-    """Returns estimates of what fits, fastest first: of batch sizes, micro-batches, remat policies
-    and every layout that the config leaves open."""
-    own = case.config.data.batch_size
-    found: list[Report] = []
+def walk(case: Case) -> list[tuple[Case, Report]]:
+    """Returns all batch sizes, micro-batches, remat policies and allowed layouts that fit, with
+    their estimates, fastest first."""
+    config, found = case.config, list[Case]()
+    own = config.data.batch_size
     for factor, steps, remat in itertools.product(BATCH_FACTORS, ACCUMULATION, REMAT):
         rows = int(own * factor)
         if rows % steps or rows < steps:
             continue
-        found += map(estimate, layouts(_with_batch(case, rows, steps, remat)))
-    fitting = [report for report in found if fits(report)]
-    return sorted(
-        fitting, key=lambda x: (_seconds(x), abs(math.log(x["batch_size"] / own)), slowness(x))
-    )
+        data = dataclasses.replace(config.data, batch_size=rows)
+        optim = dataclasses.replace(config.optim, accumulation_steps=steps)
+        changed = dataclasses.replace(config, data=data, optim=optim, remat=remat)
+        found += layouts(dataclasses.replace(case, config=changed))
 
+    def order(pair: tuple[Case, Report]) -> tuple:
+        report = pair[1]
+        return _seconds(report), abs(math.log(report["batch_size"] / own)), slowness(report)
 
-def case_of(case: Case, report: Report) -> Case:
-    """Returns the case that a report of `walk` is about."""
-    steps, sizes = report["accumulation_steps"], report["mesh"]
-    case = _with_batch(case, report["batch_size"], steps, report["remat"])
-    return dataclasses.replace(case, config=_with_sizes(case.config, **sizes), sizes=sizes)
-
-
-def _with_batch(case: Case, rows: int, steps: int, remat: str) -> Case:
-    config = dataclasses.replace(
-        case.config,
-        data=dataclasses.replace(case.config.data, batch_size=rows),
-        optim=dataclasses.replace(case.config.optim, accumulation_steps=steps),
-        remat=remat,  # type: ignore[arg-type]
-    )
-    return dataclasses.replace(case, config=config)
+    pairs = ((one, estimate(one)) for one in found)
+    return sorted((pair for pair in pairs if fits(pair[1])), key=order)
 
 
 def fits(report: Report) -> bool:
@@ -129,14 +112,15 @@ def fits(report: Report) -> bool:
 
 
 def slowness(report: Report) -> tuple:
-    """Returns what orders reports: time of a token, micro-batches, the splitting of weights."""
+    """Returns a sort key: time of a token, micro-batches, sharding of weights, memory."""
     mesh = report["mesh"]
     splits = (report["accumulation_steps"], mesh["tensor"], mesh["fsdp"])
     return _seconds(report), *splits, report["peak_bytes_per_device"]
 
 
 def _seconds(report: Report) -> float:
-    return 1 / report["bound_tokens_per_second"]
+    speed = report["bound_tokens_per_second"]
+    return 1 / speed if speed else 0.0  # unknown: all the same
 
 
 def describe_mesh(sizes: dict[str, int]) -> str:
@@ -147,11 +131,11 @@ def _with_sizes(config: Config, **sizes: int) -> Config:
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
 
 
-def _remedy(case: Case) -> str:
-    """Returns what would hold a run that no layout holds: smaller steps, or more devices."""
+def remedy(case: Case) -> str:
+    """Returns how to make a run fit that does not: smaller steps, or more devices."""
     open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0)
-    wider = dataclasses.replace(case, config=open_mesh)
-    if best := next(iter(walk(wider)), None):
+    if found := walk(dataclasses.replace(case, config=open_mesh)):
+        best = found[0][1]
         return (
             f"It fits with --optim.accumulation-steps {best['accumulation_steps']} --remat "
             f"{best['remat']} --data.batch-size {best['batch_size']} and the mesh "
@@ -161,7 +145,7 @@ def _remedy(case: Case) -> str:
 
 
 def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) -> None:
-    """Raises UserError with everything of the models, by field, that the mesh cannot split."""
+    """Raises UserError with everything in the models, by field, that the mesh does not divide."""
     found = {field: arch for field, arch in models.items() if arch is not None}
     problems = [x for field, arch in found.items() for x in _problems(config, sizes, field, arch)]
     size = min(arch.vocab_size for arch in found.values())

@@ -1,4 +1,4 @@
-"""Devices that are not here: what the compilers for GPUs and TPUs take for a topology by name."""
+"""A topology's devices: those of this machine, or absent ones that a compiler targets."""
 
 import dataclasses
 import importlib.util
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kd_jax.config import UserError
-from kd_jax.planning.chips import GPU_MEMORY_SHARE, Topology, chip_of, xla_target
+from kd_jax.parallel.experimental import experimental
+from kd_jax.parallel.platforms import PLATFORMS
+from kd_jax.planning.chips import Chip, Topology, chip_of, xla_target
 
-# libtpu asks the machine about itself, and says much where there is no TPU, unless told these.
+# Without these, libtpu looks for a TPU on this machine and logs at length that there is none.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,23 +23,20 @@ _TPU_ENVIRONMENT = {
 
 
 def prepare(topology: Topology) -> None:
-    """Sets the environment that compiling for the topology needs. Before jax is imported.
+    """Sets the environment for compiling for the topology. Call it before jax is imported.
 
     Raises:
       UserError: the compiler is not installed.
     """
     if topology.name == "local":
         return
-    platform = "cpu" if topology.chip is None else topology.chip.platform
-    module, extra = {
-        "cpu": ("jax", ""),
-        "gpu": ("jax_plugins.xla_cuda13", "cuda13"),
-        "tpu": ("libtpu", "tpu"),
-    }[platform]
+    platform = topology.platform
+    compilers = {"gpu": ("jax_plugins.xla_cuda13", "cuda13"), "tpu": ("libtpu", "tpu")}
+    module, extra = compilers.get(platform, ("jax", ""))
     if not _is_installed(module):
         raise UserError(
-            f"--topology: {topology.name} needs its compiler. Install it with "
-            f"pip install 'kd-jax[{extra}]', no such device is needed; --analytic needs neither"
+            f"--topology: expected the compiler of {topology.name}, which is not installed. "
+            f"pip install 'kd-jax[{extra}]' needs no such device; --analytic needs no compiler"
         )
     settings = {"JAX_PLATFORMS": "cpu"}
     flags = os.environ.get("XLA_FLAGS", "")
@@ -59,16 +58,15 @@ def _is_installed(module: str) -> bool:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Returns the topology's devices, which programs can be compiled for and not run on."""
-    import jax
-    from jax.experimental.topologies import get_topology_desc
-
+    """Returns devices to compile for; those of absent chips cannot run a program."""
     if topology.chip is None:
+        import jax
+
         return jax.devices()
+    get_topology_desc = experimental("jax.experimental.topologies", "get_topology_desc")
     kind = topology.name.split(":")[0]
     if topology.chip.platform == "gpu":
-        shape = "x".join(map(str, topology.shape))
-        target = xla_target(kind, topology.chip)
+        shape, target = topology.name.split(":")[1], xla_target(kind, topology.chip)
         return get_topology_desc(kind, "cuda", target_config=target, topology=shape).devices
     cube = len(topology.shape) == 3
     bounds = (2, 2, 1) if math.prod(topology.shape) >= 4 else (1, 1, 1)
@@ -82,13 +80,17 @@ def devices_of(topology: Topology) -> list[Any]:
 
 
 def local_topology(devices: Sequence[Any]) -> Topology:
-    """Returns what is known of the devices that jax found here, with the memory that they say."""
+    """Returns the topology of the devices that jax found, with the memory that they report.
+
+    An unknown GPU or TPU has its memory alone, and no speeds.
+    """
     import jax
 
     hosts = len({device.process_index for device in devices})
     first = jax.local_devices()[0]
     chip, stats = chip_of(first.device_kind), first.memory_stats() or {}
-    if chip is not None and "bytes_limit" in stats:
-        share = GPU_MEMORY_SHARE if chip.platform == "gpu" else 1.0  # that jax was told to take
+    if first.platform in ("gpu", "tpu") and "bytes_limit" in stats:
+        chip = chip or Chip(platform=first.platform, memory_bytes=0)
+        share = PLATFORMS[chip.platform].memory_share
         chip = dataclasses.replace(chip, memory_bytes=int(stats["bytes_limit"] / share))
     return Topology("local", (1, hosts, len(devices) // hosts), chip)

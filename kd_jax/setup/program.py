@@ -13,7 +13,7 @@ from kd_jax.losses.schedules import interpolate
 from kd_jax.losses.sides import Side, Targets, Teacher
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, DecoderSpec
-from kd_jax.parallel.mesh import num_batch_shards, platform
+from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
@@ -105,19 +105,20 @@ def make_head(
 ) -> HeadConfig:
     """Returns the head for `num_tokens` over all devices, of a student in `dtype`."""
     share, entries = num_tokens // num_batch_shards(mesh), vocab_size // mesh.shape["tensor"]
+    row = traits(mesh)
     return HeadConfig(
         loss=loss,
         chunk_tokens=chunk_tokens(
             loss.chunk_tokens,
+            row,
             chip_of(mesh.devices.flat[0].device_kind),
             entries,
             share,
-            on_cpu=platform(mesh) == "cpu",
             head_trainable=trainable,
         ),
         vocab_size=vocab_size,
         mesh=mesh,
-        transpose_head=platform(mesh) == "cpu" and dtype == "bfloat16",
+        transpose_head=row.transposed_head and dtype == "bfloat16",
         head_trainable=trainable,
     )
 

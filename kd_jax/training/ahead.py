@@ -1,4 +1,4 @@
-"""A run's step compiled ahead for devices that need not be here."""
+"""A run's train step compiled for devices that need not be here."""
 
 import dataclasses
 import math
@@ -10,23 +10,22 @@ from typing import Any
 from kd_jax.parallel.rules import BATCH_AXES, axes_size
 from kd_jax.planning import cost
 from kd_jax.planning.chips import GIB
-from kd_jax.planning.estimate import Case, Report, _memory_fields, _time_fields, estimate
+from kd_jax.planning.cost import Case
+from kd_jax.planning.estimate import Report, estimate, memory_fields, time_fields
 
-LARGEST = 8  # temporaries that a report names
+LARGEST = 8  # arrays that a report names
 
 
 def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
-    """Returns `estimate` with what the compiler makes of the train step in its place.
+    """Returns `estimate` with the compiler's figures in place of those from shapes.
 
-    The program is the one that kd_jax.train runs; weights are shapes alone. A TPU's compiler
-    refuses what does not fit, and says how much it would have taken.
+    The program is that of kd_jax.train, with shapes for weights. A TPU's compiler refuses a
+    program that is too large, and says how large.
     """
     from kd_jax.parallel.mesh import make_mesh
-    from kd_jax.setup.runtime import start_jax
     from kd_jax.training import hlo
     from kd_jax.training.abstract import abstract_run
 
-    start_jax(None)
     config, report = case.config, estimate(case)
     mesh_config = dataclasses.replace(config.mesh, **case.sizes)
     rows = config.data.batch_size // config.optim.accumulation_steps
@@ -45,23 +44,22 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
         return report
     used = compiled.memory_analysis()
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    report |= _memory_fields(case.topology, used.argument_size_in_bytes, temporaries)
+    report |= memory_fields(case.topology, used.argument_size_in_bytes, temporaries)
     program = hlo.read_program(compiled.as_text())
     tokens = rows * config.data.seq_len / axes_size(case.sizes, BATCH_AXES) * case.target_share
     found = hlo.collectives(program, math.ceil(tokens / run.program.head.chunk_tokens))
-    needs = cost.work(*case.models, case.target_share)
-    report |= _time_fields(case, needs, [one.transfer for one in found])
+    report |= time_fields(case, [one.transfer for one in found])
     largest = hlo.largest_arrays(program, LARGEST)
     return report | {"largest_temporaries": [array._asdict() for array in largest]}
 
 
 def _too_large(case: Case, error: Exception) -> Report:
-    """Returns the memory fields of a program that a TPU's compiler refuses for its size.
+    """Returns the memory fields of a program that a TPU's compiler refused for its size.
 
     Raises:
-      the error, where it is another.
+      error: it is about something else.
     """
     if found := re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(error)):
-        arguments = cost.memory(*case.models, case.topology).arguments
-        return _memory_fields(case.topology, arguments, int(float(found[1]) * GIB))
+        arguments = sum(cost.memory(case).arguments.values())
+        return memory_fields(case.topology, arguments, int(float(found[1]) * GIB))
     raise error

@@ -1,4 +1,4 @@
-"""What a compiled program's HLO text says: its collectives, and its largest arrays."""
+"""Reads a compiled program's HLO text: its collectives and its largest arrays."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.planning.cost import Transfer
+from kd_jax.planning.network import Transfer
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -16,11 +16,11 @@ KINDS = (
 )  # fmt: skip
 
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4}  # of names that do not end in their width
+_BITS = {"pred": 8, "s4": 4, "u4": 4}  # dtypes whose names do not end in a multiple of 8
 
 
-# Whose type is a tuple of inputs, outputs and what the runtime keeps. Any other asynchronous
-# instruction has its inputs in a tuple of their own: ((inputs), output, ...).
+# The type of these is (input, output, ...); that of other asynchronous instructions is
+# ((inputs), output, ...).
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
 
 
@@ -35,9 +35,8 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[str, ...]
-    """What it makes, such as bf16[8,2048]; a tuple's parts."""
+    """Its outputs, such as bf16[8,2048]."""
     line: str
-    """All of its text."""
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +48,7 @@ class Program:
     computations: dict[str, list[Instruction]]
     entry: str
     sources: dict[str, str] = field(default_factory=dict)
-    """By stack_frame_id: the file of kd_jax and line that an instruction is from."""
+    """room/file.py:line in kd_jax by stack_frame_id."""
 
 
 class Collective(NamedTuple):
@@ -88,7 +87,7 @@ def _instructions(line: str) -> Iterator[Instruction]:
 
 
 def _type_and_rest(text: str) -> tuple[str, str]:
-    """Returns `type opcode(...)` in its two parts; a tuple's type holds spaces."""
+    """Returns the two parts of `type opcode(...)`; a tuple's type holds spaces."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -120,7 +119,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def _sources(text: str) -> dict[str, str]:
-    """Returns, by stack frame, its innermost line of this package."""
+    """Returns the innermost line of this package by stack frame."""
     names = text.partition("\nFileNames\n")[2].partition("\n\n")[0]
     files = dict(re.findall(r'^(\d+) "(.*)"$', names, re.M))
     places = {
@@ -146,7 +145,7 @@ def _sources(text: str) -> dict[str, str]:
 
 
 def _source(program: Program, line: str) -> str:
-    """Returns where an instruction is from: our file and line, or jax's name for the operation."""
+    """Returns an instruction's file and line in this package, or else jax's name of it."""
     frame = re.search(r"stack_frame_id=(\d+)", line)
     name = re.search(r'op_name="([^"]*)"', line)
     place = program.sources.get(frame[1], "") if frame else ""
@@ -156,11 +155,11 @@ def _source(program: Program, line: str) -> str:
 def _walk(
     program: Program, loop_trips: int
 ) -> Iterator[tuple[Instruction, int, tuple[str, ...], bool]]:
-    """Yields each instruction of the program, how often it runs, the loops around it, and whether
-    it is within a fusion, where arrays need no memory.
+    """Yields each instruction, how often it runs, the loops around it, and whether it is inside a
+    fusion, where arrays take no memory.
 
     Args:
-      loop_trips: of a loop whose number is known only as it runs.
+      loop_trips: trips of a loop whose number is not known before it runs.
     """
     stack: list[tuple[str, int, tuple[str, ...], bool]] = [(program.entry, 1, (), False)]
     while stack:
@@ -178,8 +177,7 @@ def _walk(
 
 
 def trips(program: Program, loop: Instruction) -> int | None:
-    """Returns how often a loop runs, where the compiler knows: it says so, or the loop's condition
-    compares with a constant."""
+    """Returns a loop's trips: the compiler's count, or the constant in its condition; or None."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.line)
@@ -189,7 +187,7 @@ def trips(program: Program, loop: Instruction) -> int | None:
 
 
 def collectives(program: Program, loop_trips: int = 1) -> list[Collective]:
-    """Returns the program's collectives; one that two asynchronous fusions hold counts once."""
+    """Returns the program's collectives; one inside two asynchronous fusions counts once."""
     found: dict[tuple, Collective] = {}
     for one, times, loops, _ in _walk(program, loop_trips):
         kind = one.opcode.removesuffix("-start")
@@ -208,7 +206,7 @@ def collectives(program: Program, loop_trips: int = 1) -> list[Collective]:
 
 
 def device_groups(line: str) -> np.ndarray:
-    """Returns which devices of a collective work together, [groups, devices] int."""
+    """Returns the device groups of a collective, [groups, devices] int."""
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", line):
         return np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
     text = line.partition("replica_groups=")[2]
@@ -232,7 +230,7 @@ _MESH_GROUPS = re.compile(
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """Returns the numbers from 0 in an array of these sizes, with its dimensions in this order."""
+    """Returns an array of these sizes that counts from 0, transposed to this order."""
     numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
     return numbers.transpose(_numbers(order)) if order else numbers
 
@@ -249,9 +247,9 @@ class Largest(NamedTuple):
 
 
 def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Largest]:
-    """Returns the largest arrays that the program makes, one for each shape and place.
+    """Returns the largest arrays that the program makes, one for each shape and source line.
 
-    Not all of them are there at the same time.
+    They are not all alive at once.
     """
     found: dict[tuple[str, str], Largest] = {}
     for one, _, _, fused in _walk(program, 1):

@@ -81,6 +81,32 @@ def test_splash_equals_the_blocks(S):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(abs(theirs).max()))
 
 
+def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(monkeypatch):
+    """Its padding, mask and residuals; the kernel itself needs a GPU."""
+    plain = jax.nn.dot_product_attention
+
+    def on_cpu(*x, implementation, **options):
+        assert implementation == "cudnn"
+        return plain(*x, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    inputs = make_inputs(61, jnp.bfloat16)
+    got = with_gradients(partial(attention, implementation="cudnn"), *inputs)
+    for ours, theirs in zip(got, with_gradients(attention, *inputs), strict=True):
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=2e-2 * np.abs(theirs).max())  # of bfloat16
+
+
+def test_no_attribute_of_jaxs_custom_vjp_is_used(monkeypatch):
+    """jax renames those that are not documented."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
+    monkeypatch.setattr(module, "_cudnn_kernel", object())
+    q, k, v, segments, _ = make_inputs(8)
+    seen = segments[:, None, :, None] == segments[:, None, None, :]
+    out, _ = module._cudnn_forward(q, k, v, seen)
+    assert (out == q).all()
+
+
 def test_a_block_that_sees_too_little_is_noticed(monkeypatch):
     blocks = module._blocks
     monkeypatch.setattr(

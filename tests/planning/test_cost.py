@@ -23,7 +23,8 @@ from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, logits
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.parallel.mesh import make_mesh
-from kd_jax.planning import cost
+from kd_jax.parallel.platforms import PLATFORMS
+from kd_jax.planning import cost, network
 from kd_jax.planning.chips import CHIPS, find_topology
 from kd_jax.training.abstract import abstract_run
 
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.fast
 
 
 def test_a_chunk_holds_about_the_tokens_asked_for():
-    options = {"chip": CHIPS["h200"], "vocab_size": 128_256, "on_cpu": False}
+    options = {"row": PLATFORMS["gpu"], "chip": CHIPS["h200"], "vocab_size": 128_256}
     for num_tokens, want in ((8192, 1000), (100, 100)):
         got = cost.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
         assert got == want
@@ -47,7 +48,7 @@ def test_a_chunk_holds_about_the_tokens_asked_for():
 def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, trained, most):
     for vocab_size in (32_000, 128_256, 152_064):
         tokens = cost.chunk_tokens(
-            None, CHIPS.get(chip), vocab_size, 10**6, on_cpu=False, head_trainable=trained
+            None, PLATFORMS["tpu"], CHIPS.get(chip), vocab_size, 10**6, head_trainable=trained
         )
         assert most / 2 < 2 * 4 * tokens * vocab_size <= most
 
@@ -81,17 +82,25 @@ def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, stude
     )
     devices = make_mesh(mesh, 8)
     run = abstract_run(config, ours, theirs, devices)
-    got = cost.memory(config, ours, theirs, devices.shape, find_topology("cpu:8"))
+    got = cost.memory(
+        cost.Case(
+            config=config,
+            student=ours,
+            teacher=theirs,
+            sizes=devices.shape,
+            topology=find_topology("cpu:8"),
+        )
+    ).arguments
 
     def on_one_device(tree):
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim]  # but scalars
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-    assert got.teacher == on_one_device(run.models.teacher_arrays)
-    assert got.student == on_one_device(run.models.frozen)
-    assert got.trainable == on_one_device(run.models.trainable)
-    assert got.optimizer == on_one_device(run.state.opt_state)
-    assert got.batch == on_one_device(run.batch)
+    assert got["teacher"] == on_one_device(run.models.teacher_arrays)
+    assert got["student"] == on_one_device(run.models.frozen)
+    assert got["trainable"] == on_one_device(run.models.trainable)
+    assert got["optimizer"] == on_one_device(run.state.opt_state)
+    assert got["batch"] == on_one_device(run.batch)
 
 
 def tiny_case(trainable="lora"):
@@ -156,12 +165,12 @@ def test_remat_adds_a_forward_pass_of_the_student():
 def test_a_collectives_least_time_is_its_slowest_links():
     two_hosts = find_topology("h200:2x4")
     chip, size = two_hosts.chip, 8 * 10**9
-    every = cost.Transfer("all-gather", size, 1, cost._groups({"a": 8}, ("a",)))
-    near = cost.Transfer("all-gather", size, 2, cost._groups({"b": 2, "a": 4}, ("a",)))
-    far = cost.Transfer("all-reduce", size, 1, cost._groups({"b": 2, "a": 4}, ("b",)))
+    every = network.Transfer("all-gather", size, 1, network._groups({"a": 8}, ("a",)))
+    near = network.Transfer("all-gather", size, 2, network._groups({"b": 2, "a": 4}, ("a",)))
+    far = network.Transfer("all-reduce", size, 1, network._groups({"b": 2, "a": 4}, ("b",)))
     assert near.groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert far.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    seconds = [cost.network_seconds([x], two_hosts) for x in (every, near, far)]
+    seconds = [network.network_seconds([x], two_hosts) for x in (every, near, far)]
     # Half of what is gathered comes from the other host, over four network adapters.
     assert seconds[0] == pytest.approx(size / 2 / 4 / chip.network_bandwidth)
     assert seconds[1] == pytest.approx(2 * size * 3 / 4 / chip.link_bandwidth)

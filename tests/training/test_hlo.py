@@ -1,5 +1,7 @@
 """What a compiled program's text says, of programs whose answers are known."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import MeshConfig
+from kd_jax.models.embedding import _sum_by_token
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training import hlo
 
@@ -95,3 +98,12 @@ def test_an_asynchronous_instruction_makes_its_output_and_not_its_inputs():
     ]
     arrays = hlo.largest_arrays(hlo.read_program("\n".join(lines)), 9)
     assert [(x.shape, x.opcode) for x in arrays] == [("f32[1,64]", "fusion-start")]
+
+
+def test_an_instruction_is_named_by_its_innermost_line_of_this_package():
+    def run(rows, tokens):
+        return _sum_by_token(rows, tokens, 5)
+
+    lowered = jax.jit(run).lower(jnp.ones((1, 8, 4)), jnp.zeros((1, 8), jnp.int32))
+    sources = hlo.read_program(lowered.compile().as_text()).sources.values()
+    assert sources and all(re.fullmatch(r"models/embedding\.py:\d+", x) for x in sources)

@@ -1,0 +1,95 @@
+"""What each platform is best at: one row for each of CPU, GPU and TPU. Needs no jax at import.
+
+Take the row of the mesh's devices (`mesh.traits`) or, inside a program, of the devices that it is
+lowered for (`by_platform`); never that of the default backend. Programs are compiled for devices
+that are not here. docs/benchmarks.md and docs/log.md have the measurements.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Implementation = Literal["xla", "cudnn", "splash"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Platform:
+    lowering: str
+    """Name in jax.lax.platform_dependent."""
+    attention: Implementation
+    """Attention kernel of this platform."""
+    attention_dtypes: Collection[str] = ("bfloat16", "float32")
+    """Dtypes in which attention="auto" takes that kernel; xla elsewhere."""
+    attention_head_dims: Collection[int] = range(2**31)
+    """Head dimensions with which it does."""
+    wide_products: bool = False
+    """Ask for float32 results of bfloat16 matmuls, then round: XLA's CPU has a bfloat16 kernel for
+    that form only, several times faster than the float32 matmul it makes of the other."""
+    transposed_head: bool = False
+    """Transpose a bfloat16 lm_head once to [D, V]: its matmuls are faster in that layout."""
+    one_pass_softmax: bool = False
+    """Reduce maxima and sums of the logits in one pass over memory."""
+    sorted_embedding_gradient: bool = False
+    """Sum the embedding's gradient in token order: the plain scatter adds in an order that varies,
+    and so does its rounding."""
+    chunk_tokens: int | None = None
+    """Tokens in a chunk of the fused head: those that fit the caches. None: from the memory."""
+    scored_tokens: int = 16384
+    """Tokens that a device scores at a time in lm_eval."""
+    decoded_rows: int = 1
+    """Fewest rows that decode fast in bfloat16."""
+    memory_share: float = 1.0
+    """Share of a device's memory that jax is told to take."""
+    compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
+    """XLA's, besides its defaults."""
+
+
+PLATFORMS: Mapping[str, Platform] = {
+    "cpu": Platform(
+        lowering="cpu",
+        attention="xla",
+        wide_products=True,
+        transposed_head=True,
+        chunk_tokens=80,
+        scored_tokens=4096,
+        decoded_rows=2,  # a single row is five times slower
+        compiler_options={
+            # Sums over the vocabulary are vectorised only if their terms may be added in any order;
+            # NaN and infinity stay what they are.
+            "xla_cpu_enable_fast_math": True,
+            "xla_cpu_prefer_vector_width": 512,
+            # The CPU slices bfloat16 weights as float32; this pass would convert those of all
+            # layers before the loop over them.
+            "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+        },
+    ),
+    "gpu": Platform(
+        lowering="cuda",
+        attention="cudnn",
+        attention_dtypes=("bfloat16",),
+        attention_head_dims=range(8, 129, 8),  # training kernels of every generation
+        one_pass_softmax=True,
+        sorted_embedding_gradient=True,
+        memory_share=0.92,
+    ),
+    "tpu": Platform(
+        lowering="tpu",
+        attention="splash",
+        attention_head_dims=(64, 128, 256),
+    ),
+}
+
+
+def by_platform(trait: str, if_true: Callable, if_false: Callable) -> Callable:
+    """Returns a function that runs `if_true` on platforms whose row has the trait, else `if_false`.
+
+    The choice is made when the program is lowered.
+    """
+
+    def run(*arguments: Any) -> Any:
+        from jax import lax
+
+        chosen = {row.lowering: if_true for row in PLATFORMS.values() if getattr(row, trait)}
+        return lax.platform_dependent(*arguments, **chosen, default=if_false)
+
+    return run
