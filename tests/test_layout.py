@@ -32,7 +32,8 @@ FLOORS = [
     {
         "losses": ["divergences", "token_loss", "fused_head", "hidden", "schedules"],
         "weights": [
-            "files", "safetensors", "names", "folder", "orbax", "adapters", "load", "export",
+            "files", "hashes", "safetensors", "names", "folder", "orbax", "adapters", "load",
+            "export",
         ],
         "planning": ["chips", "topology", "cost", "estimate", "layouts"],
     },

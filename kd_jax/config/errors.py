@@ -1,16 +1,18 @@
-"""A user's mistakes: the exception, and checks that report all problems at once."""
+"""User errors: the exception, and checks that report all problems at once."""
 
 import dataclasses
+import importlib
+from importlib.metadata import version
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed as one message without a traceback, exit status 2."""
+    """A mistake of the user, printed as one message without a traceback; exit status 2."""
 
 
 class Checks:
-    """Collects what is wrong with a dataclass, so that all problems are reported at once."""
+    """Collects the problems of a dataclass, to report all of them at once."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -20,7 +22,7 @@ class Checks:
             self.problems.append(f"{name}: expected {expected}, got {got!r}")
 
     def require_types(self, part: Any, prefix: str = "") -> None:
-        """Requires values of the annotated types: a config file is Python, which checks none."""
+        """Requires values of the annotated types, which Python itself does not check."""
         for entry in dataclasses.fields(part):
             name, value = f"{prefix}{entry.name}".replace("_", "-"), getattr(part, entry.name)
             fits = _is_a(value, entry.type)
@@ -34,7 +36,7 @@ class Checks:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Tells whether a value is of an annotated type; an integer is a float too, a bool neither."""
+    """Returns True for a value of an annotated type; int counts as float, bool as neither."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if isinstance(kind, UnionType):
@@ -54,3 +56,18 @@ def _name_of(kind: Any) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def import_experimental(module: str, name: str) -> Any:
+    """Returns an attribute of one of jax's modules without a stable interface.
+
+    Raises:
+      UserError: the installed jax does not have it.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax: expected 0.10, 0.11 or 0.12, which have {module}.{name}, got {version('jax')} "
+            f"({error}). pip install 'jax<0.13'"
+        ) from error

@@ -25,9 +25,11 @@ def make_mesh(
 def compiler_options(mesh: Mesh) -> dict[str, bool | int | str]:
     """Returns what XLA is told besides its defaults, for programs on these devices.
 
-    A CPU's sums over the vocabulary are vectorised only if their terms may be added in any order;
-    NaN and infinity stay what they are. It slices bfloat16 weights as float32, and would convert
-    those of all layers before the loop over them. docs/log.md has what both cost.
+    A CPU's sums over the vocabulary are vectorised only if their terms may be added in any order.
+    Fast math keeps NaN and infinity in sums, products and comparisons, but folds x - x and x * 0
+    to 0: checkpoints.save checks weights outside these options. XLA slices bfloat16 weights as
+    float32 on a CPU, and would convert those of all layers before the loop over them. docs/log.md
+    has the cost of both.
     """
     if platform(mesh) != "cpu":
         return {}

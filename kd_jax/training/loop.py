@@ -21,7 +21,13 @@ from kd_jax.setup.inputs import load_rows, open_inputs
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import Arrays, make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import Source, check_adapter, shared_vocab_size, without_tokenizer
+from kd_jax.setup.sources import (
+    Source,
+    check_adapter,
+    shared_vocab_size,
+    start_hashing,
+    without_tokenizer,
+)
 from kd_jax.training.optim import make_optimizer, make_schedule
 from kd_jax.training.step import init_state, jit_train_step, place_state
 from kd_jax.workdir import checkpoints, record
@@ -31,7 +37,8 @@ from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 def train(config: Config) -> None:
     """Runs or resumes a run to its last step; SIGTERM saves and returns."""
     start_jax(config.compilation_cache)
-    student, teacher, mesh = together("inputs", lambda: _inputs(config))
+    student, teacher, mesh = together("config", lambda: _inputs(config))
+    hashing = start_hashing(student, teacher)
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
@@ -41,10 +48,10 @@ def train(config: Config) -> None:
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
-    inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
-    together("workdir", lambda: _claim(config, workdir, inputs, num_steps), first_alone=True)
-
+    together("workdir", lambda: (is_first() and record.check_config(config, workdir), {}))
     models = load_models(config, student, teacher, mesh)
+    inputs = {"data.path": rows.key}
+    together("inputs", lambda: _claim(config, workdir, inputs | hashing.result(), num_steps))
     program = make_program(config, models, vocab_size, mesh, num_steps)
     optimizer = make_optimizer(config.optim, num_steps)
     state = place_state(init_state(models.trainable, optimizer), mesh)
@@ -107,8 +114,7 @@ def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[st
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
     }
-    hashes = student.hashes | (teacher.hashes if teacher else {})
-    return (student, teacher, mesh), {**fields, **hashes, **record.versions()}
+    return (student, teacher, mesh), {**fields, **record.versions()}
 
 
 def _rows(config: Config, *tokenizers: Any):
@@ -118,16 +124,11 @@ def _rows(config: Config, *tokenizers: Any):
 
 def _claim(
     config: Config, workdir: Path, inputs: dict[str, str], num_steps: int
-) -> tuple[None, dict[str, Any]]:
-    """Claims the workdir for all processes, of which the others look whether they see it."""
+) -> tuple[None, dict[str, str]]:
+    """Claims the workdir for all processes, whose inputs must have the same content."""
     if is_first():
         record.claim_workdir(config, workdir, inputs, num_steps)
-    elif not (workdir / "config.json").is_file():
-        raise UserError(
-            f"--workdir: expected a folder that all processes share, got {workdir}, in which "
-            f"process {jax.process_index()} does not find what process 0 wrote"
-        )
-    return None, {}
+    return None, inputs
 
 
 def check_schedules(config: Config, num_steps: int) -> None:
@@ -202,17 +203,11 @@ class _Loop:
             self.writer.write(step, values)
 
     def _refuse(self, step: int, values: dict[str, float]) -> None:
-        self.checkpointer.wait()
-        latest = self.checkpointer.latest
-        good = (
-            "none was saved yet"
-            if latest is None
-            else f"step {latest.step} in {self.checkpointer.directory}"
-        )
         shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
         raise UserError(
-            f"step {step}: expected finite values, got {shown}. Last good checkpoint: {good}. "
-            "Lower optim.learning-rate, or look at the data"
+            f"step {step}: expected finite values, got {shown}. "
+            f"{checkpoints.last_good(self.checkpointer)}. Lower optim.learning-rate, or look at "
+            "the data"
         )
 
     def profile(self, step: int) -> None:
