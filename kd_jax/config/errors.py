@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-from importlib.metadata import version
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -67,6 +66,8 @@ def import_experimental(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        from importlib.metadata import version
+
         raise UserError(
             f"jax: expected 0.10, 0.11 or 0.12, which have {module}.{name}, got {version('jax')} "
             f"({error}). pip install 'jax<0.13'"

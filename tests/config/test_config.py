@@ -31,6 +31,7 @@ from kd_jax.config import (
     run,
 )
 from kd_jax.config.command import load_config, parse_config, run_command
+from kd_jax.config.errors import import_experimental
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
@@ -432,3 +433,10 @@ def test_exit_status(error, status, said, capsys):
 
     assert run_command(main, []) == status
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_an_absent_experimental_interface_names_the_jax_versions_that_have_it():
+    assert import_experimental("json", "dumps") is json.dumps
+    for module, name in (("json", "gone"), ("json.gone", "dumps")):
+        with pytest.raises(UserError, match=r"jax: expected 0\.10, 0\.11 or 0\.12"):
+            import_experimental(module, name)
