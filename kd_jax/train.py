@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kd_jax.config.command import parse_config, run_command
 
@@ -10,9 +11,10 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
     from kd_jax.parallel.processes import joined
     from kd_jax.setup.runtime import start_jax
+    from kd_jax.workdir.record import lock_workdir
 
-    start_jax(config.compilation_cache)
-    with joined(config.distributed):
+    start_jax(config.compilation_cache)  # before `joined`, which starts jax
+    with joined(config.distributed), lock_workdir(Path(config.workdir).expanduser()):
         from kd_jax.training.loop import train
 
         train(config)

@@ -33,7 +33,7 @@ FLOORS = [
             "sides", "vocabulary", "divergences", "token_loss", "fused_head", "hidden", "schedules",
         ],
         "weights": [
-            "files", "safetensors", "folder", "orbax", "adapters", "load", "export",
+            "files", "hashes", "safetensors", "folder", "orbax", "adapters", "load", "export",
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "layouts"],
     },

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, get_origin
 
 from kd_jax.config.checks import metadata, plain_type
 from kd_jax.config.errors import UserError
@@ -240,15 +240,38 @@ def _blank_config() -> Config:
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status of `main(argv)`: 0 done, 2 a mistake of the user's, else 1."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Returns the exit status of `main(argv)`: 0 success, 2 user error, 1 any other error.
+
+    Args:
+      argv: flags; None takes those of this process, which then ends here on an error.
+    """
     # Without torch transformers would print a warning first.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        main(argv)
+        main(sys.argv[1:] if argv is None else argv)
     except BaseException as error:
-        return report_error(error)
+        status = report_error(error)
+        if argv is None and status:
+            exit_now(status)
+        return status
     return 0
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends the process without joining threads: after an error, Orbax's may wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space",
+    errno.EACCES: "Make it writable",
+    errno.EPERM: "Make it writable",
+    errno.EROFS: "Make it writable",
+    errno.ENOTDIR: "Restore the folder",
+}
 
 
 def report_error(error: BaseException) -> int:
@@ -260,8 +283,11 @@ def report_error(error: BaseException) -> int:
         return 2
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"error: {error}. Free some space; the same command resumes", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in _ADVICE:
+        print(
+            f"error: {error}. {_ADVICE[error.errno]}; then run the same command to resume",
+            file=sys.stderr,
+        )
     else:
         traceback.print_exception(error)
     return 1

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed as one message without a traceback, exit status 2."""
+    """A mistake of the user, printed as one message without a traceback; exit status 2."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,10 +1,9 @@
-"""Many processes as one run: they join, agree on what they run, and none outlives another.
+"""Several processes as one run: they join, agree on what they run, and end together.
 
 jax.distributed does the work. Text passes between the processes through the key-value store of its
 coordinator, which needs no devices and reports the death of a process.
 """
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -18,35 +17,32 @@ from glob import glob
 from typing import Any, TypeVar
 
 from kd_jax.config import DistributedConfig, UserError
-from kd_jax.config.command import report_error
+from kd_jax.config.command import exit_now, report_error
+from kd_jax.parallel.experimental import experimental
 
 T = TypeVar("T")
 
-
-# A process that sends no heartbeat for so long is dead to the others.
+# A process without a heartbeat for this long counts as dead.
 HEARTBEAT_SECONDS = 30
 
-
-# That the others may take to build what process 0 built; a process that dies ends the wait.
+# Time for the others to build what process 0 built; the death of a process ends the wait.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
-
-# For which process 0, whose end aborts the others, lets them end by themselves.
+# Process 0 exits last, because its exit kills the others.
 _LINGER_SECONDS = 3
 
-
-# What a launcher tells each process of how many there are.
+# Environment variables in which launchers give the number of processes.
 _COUNTS = {"Slurm": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 
 
 @contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
-    """Makes this process one of those that its launcher or the flags name; before jax is used.
+    """Joins this process to the others of its launcher or flags; before jax is used.
 
-    An error ends the process at once, so that it does not wait for the others to end well too.
+    An error ends the process at once: a regular exit would wait for the other processes.
 
     Raises:
-      UserError: the coordinator does not answer, or the processes cannot be told apart.
+      UserError: the coordinator does not answer, or the number of processes is unknown.
     """
     if not start(config):
         yield
@@ -55,17 +51,19 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         yield
     except BaseException as error:
         status = report_error(error)
-        if status == 1:  # a collective without its peers ends so, and a checkpoint
-            _say_that_another_ended()
+        if status == 1:  # collectives and checkpoints fail so after the death of another process
+            print(
+                "error: this process ended. If another process of the run ended first, its output "
+                "has the reason. The same command on every host resumes",
+                file=sys.stderr,
+            )
         elif _state().process_id == 0:
             time.sleep(_LINGER_SECONDS)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        exit_now(status)
 
 
 def start(config: DistributedConfig) -> bool:
-    """Joins the other processes; returns whether there are any."""
+    """Joins the other processes; returns False if there are none."""
     launcher = find_launcher(config, os.environ)
     if launcher is None:
         return False
@@ -95,15 +93,17 @@ def start(config: DistributedConfig) -> bool:
             f"distributed: {config.coordinator or launcher}: expected all processes within "
             f"{config.timeout_seconds} s, got {error}"
         ) from error
-    _exit_on_abort()
     return jax.process_count() > 1
 
 
 def find_launcher(config: DistributedConfig, environ: Any) -> str | None:
-    """Returns what started several processes, of which this is one: "flags", "Slurm", ...; or None.
+    """Returns the launcher of several processes ("flags", "Slurm", ...); None for one process.
+
+    jax's own detection would also start a coordinator for a single process, whose port two steps
+    of one Slurm job share.
 
     Raises:
-      UserError: a Kubernetes job does not tell how many pods it has.
+      UserError: a Kubernetes job gives no number of pods.
     """
     if config.num_processes is not None:
         return "flags" if config.num_processes > 1 else None
@@ -119,17 +119,16 @@ def find_launcher(config: DistributedConfig, environ: Any) -> str | None:
             return "Kubernetes"
         raise UserError(
             "distributed: expected --distributed.coordinator, --distributed.num-processes and "
-            "--distributed.process-id (docs/clusters.md has them), or the package of "
-            "pip install 'jax[k8s]', got neither in a Kubernetes job. "
-            "--distributed.num-processes 1 runs this pod alone"
+            "--distributed.process-id (see docs/clusters.md), or pip install 'jax[k8s]', in a "
+            "Kubernetes job. --distributed.num-processes 1 runs this pod alone"
         )
     return None
 
 
 def own_devices(environ: Any) -> list[int] | None:
-    """Returns all of a node's GPUs for a Slurm task that is alone on it; None leaves it to jax.
+    """Returns all GPUs of the node for a Slurm task alone on it; None keeps jax's choice.
 
-    Which gives each task of a node one device, the first to a task that is alone.
+    jax gives each task one device, and so only the first of the node to a task alone on it.
     """
     alone = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
     count = int(environ.get("SLURM_GPUS_ON_NODE", 0))
@@ -137,7 +136,7 @@ def own_devices(environ: Any) -> list[int] | None:
 
 
 def _wait_for(coordinator: str, seconds: int) -> None:
-    """Returns once the coordinator accepts connections."""
+    """Waits until the coordinator accepts connections."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
     while True:
@@ -153,47 +152,14 @@ def _wait_for(coordinator: str, seconds: int) -> None:
         time.sleep(0.5)
 
 
-def _exit_on_abort() -> None:
-    """Makes jax's abort, when another process died, an exit with status 1 and a message.
-
-    The coordination service aborts from a thread of its own, which a handler of Python's signal
-    module, run by the main thread later, would not outlive; one of the C library's is called there.
-    """
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def end(_: int) -> None:
-        _say_that_another_ended()
-        os._exit(1)
-
-    _keep.append(end)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal(signal.SIGABRT, ctypes.cast(end, ctypes.c_void_p))
-
-
-def _say_that_another_ended() -> None:
-    print(
-        "error: this process ended. Where another process of the run ended first, its output says "
-        "why. The same command on every host resumes",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-_keep: list[Any] = []  # callbacks, as long as the C library has them
-
-
 @contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields what tells, before each step, whether a SIGTERM asks to stop there.
-
-    Of several processes that any of them received, at a step that all of them have yet to come to.
-    """
+    """Yields should_stop(step). With several processes, SIGTERM on any one stops all at the same
+    future step."""
     import jax
-    from jax.experimental import multihost_utils
 
-    if jax.process_count() > 1:  # whose runtime catches the signal
-        yield multihost_utils.reached_preemption_sync_point
+    if jax.process_count() > 1:  # jax's runtime receives the signal
+        yield experimental("jax.experimental.multihost_utils", "reached_preemption_sync_point")
         return
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
@@ -204,14 +170,14 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 
 
 def is_first() -> bool:
-    """Tells whether this is process 0, which alone writes and talks."""
+    """Returns True on process 0, which alone writes and prints."""
     import jax
 
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, on process 0 only."""
     if is_first():
         print(text, flush=True)
 
@@ -221,15 +187,15 @@ def together(
     run: Callable[[], tuple[T, dict[str, Any]]],
     first_alone: bool = False,
 ) -> T:
-    """Returns what `run` makes, on every process, once it succeeded on all with the same facts.
+    """Returns the result of `run` on every process, after it succeeded on all with equal facts.
 
     Args:
-      name: of this step of the run, another at each call.
-      run: returns its result, and facts that must be the same everywhere, as JSON.
-      first_alone: process 0 runs before the others, which may find what it wrote to disk.
+      name: key of this call, unique in the run.
+      run: returns its result, and facts as JSON that must be equal on all processes.
+      first_alone: process 0 runs before the others, which may read the files it wrote.
 
     Raises:
-      UserError: on every process, with what went wrong or differs on any of them.
+      UserError: on every process, with the errors or the differing facts of all.
     """
     import jax
 
@@ -248,7 +214,7 @@ def together(
         outcomes = [_receive(f"{name}/{i}") for i in range(count)]
         _send(f"{name}/verdict", {"problems": _problems(outcomes)})
     problems = _receive(f"{name}/verdict")["problems"]
-    if problems:  # process 0 ends once the others know why
+    if problems:  # process 0 ends after the others have read the reason
         if me > 0:
             _send(f"{name}/heard/{me}", {})
         else:
@@ -259,7 +225,7 @@ def together(
 
 
 def _problems(outcomes: list[dict[str, Any]]) -> list[str]:
-    """Returns the errors of all processes, one of a kind once; else how their facts differ."""
+    """Returns the distinct errors of all processes, or else the differences of their facts."""
     errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
     if errors:
         return list(dict.fromkeys(errors))
@@ -277,9 +243,8 @@ def _problems(outcomes: list[dict[str, Any]]) -> list[str]:
 
 
 def _state() -> Any:
-    from jax._src import distributed  # which has no public name; Orbax takes it from here too
-
-    return distributed.global_state
+    """Returns jax's client, process number and the like; it has no public name."""
+    return experimental("jax._src.distributed", "global_state")
 
 
 def _send(key: str, value: dict[str, Any]) -> None:
@@ -287,5 +252,5 @@ def _send(key: str, value: dict[str, Any]) -> None:
 
 
 def _receive(key: str) -> dict[str, Any]:
-    """Returns a value once it is there."""
+    """Waits for a value and returns it."""
     return json.loads(_state().client.blocking_key_value_get(f"kd_jax/{key}", _PATIENCE_MS))

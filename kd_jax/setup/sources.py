@@ -1,5 +1,6 @@
 """Models on disk, checked before any weight is read."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ class Source:
     arch: Architecture
     tokenizer: Any
     adapter: Adapter | None
-    hashes: dict[str, str]
-    """Of what was read from disk, by the field that names it."""
+    folders: dict[str, Path]
+    """Folders of model and adapter, by the config field that names each."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Content hashes by config field; reads every byte of the folders."""
+        return {field: fingerprint(folder) for field, folder in self.folders.items()}
 
 
 def open_source(path: str, adapter: str | None, field: str) -> Source:
@@ -29,14 +35,23 @@ def open_source(path: str, adapter: str | None, field: str) -> Source:
     folder = resolve(path, f"{field}.path")
     arch = load_architecture(folder)
     check_source(folder, arch)
-    hashes = {f"{field}.path": fingerprint(folder)}
+    folders = {f"{field}.path": folder}
     loaded = None
     if adapter is not None:
         adapter_folder = resolve(adapter, f"{field}.adapter")
         loaded = load_adapter(adapter_folder, arch)
-        hashes[f"{field}.adapter"] = fingerprint(adapter_folder)
+        folders[f"{field}.adapter"] = adapter_folder
     tokenizer = load_tokenizer(folder)
-    return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, hashes=hashes)
+    return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, folders=folders)
+
+
+def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
+    """Returns the content hashes of all sources, computed in a thread while their weights load."""
+    pool = ThreadPoolExecutor(1)
+    given = [source for source in sources if source is not None]
+    future = pool.submit(lambda: {k: v for source in given for k, v in source.hashes.items()})
+    pool.shutdown(wait=False)
+    return future
 
 
 def without_tokenizer(source: Source) -> Source:

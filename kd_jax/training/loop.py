@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ from kd_jax.setup.inputs import load_rows, open_inputs, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import Source, check_adapter, shared_vocab_size, without_tokenizer
+from kd_jax.setup.sources import (
+    Source,
+    check_adapter,
+    shared_vocab_size,
+    start_hashing,
+    without_tokenizer,
+)
 from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
 from kd_jax.workdir import checkpoints, record
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
@@ -40,6 +47,8 @@ class _Run:
     eval_rows: Rows | None
     num_steps: int
     workdir: Path
+    hashing: Future[dict[str, str]]
+    """Content hashes of the models, computed while their weights load."""
 
 
 def train(config: Config) -> None:
@@ -80,8 +89,9 @@ def train(config: Config) -> None:
 
 
 def _open_run(config: Config) -> _Run:
-    """Returns the checked inputs, once all processes have the same, and claims the workdir."""
-    student, teacher, mesh = together("inputs", lambda: _inputs(config))
+    """Returns the checked inputs, once all processes have the same."""
+    student, teacher, mesh = together("config", lambda: _inputs(config))
+    hashing = start_hashing(student, teacher)
     vocab_size = shared_vocab_size(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
@@ -90,8 +100,7 @@ def _open_run(config: Config) -> _Run:
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
-    inputs = {**student.hashes, **(teacher.hashes if teacher else {}), "data.path": rows.key}
-    together("workdir", lambda: _claim(config, workdir, inputs, num_steps), first_alone=True)
+    together("workdir", lambda: (is_first() and record.check_config(config, workdir), {}))
     return _Run(
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
@@ -101,6 +110,7 @@ def _open_run(config: Config) -> _Run:
         eval_rows=eval_rows,
         num_steps=num_steps,
         workdir=workdir,
+        hashing=hashing,
     )
 
 
@@ -109,10 +119,12 @@ def _load(
 ) -> tuple[Program, TrainState, tuple[Arrays, Arrays]]:
     """Returns the program, the state it starts from, and the frozen arrays of both models.
 
+    Claims the workdir once the models' hashes are known.
     What is trained comes from the latest checkpoint where there is one, else from the models.
     """
     resumes = checkpointer.latest is not None
     models = load_models(config, run.student, run.teacher, run.mesh, with_trainable=not resumes)
+    together("inputs", lambda: _claim(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     if resumes:
         state = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
@@ -150,8 +162,7 @@ def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[st
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
     }
-    hashes = student.hashes | (teacher.hashes if teacher else {})
-    return (student, teacher, mesh), {**fields, **hashes, **record.versions()}
+    return (student, teacher, mesh), {**fields, **record.versions()}
 
 
 def _rows(config: Config, *tokenizers: Any):
@@ -159,18 +170,12 @@ def _rows(config: Config, *tokenizers: Any):
     return (rows, eval_rows), {"data.path": rows.key, "eval.path": eval_rows and eval_rows.key}
 
 
-def _claim(
-    config: Config, workdir: Path, inputs: dict[str, str], num_steps: int
-) -> tuple[None, dict[str, Any]]:
-    """Claims the workdir for all processes, of which the others look whether they see it."""
+def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
+    """Claims the workdir for all processes, whose inputs must have the same content."""
+    inputs = {"data.path": run.rows.key} | run.hashing.result()
     if is_first():
-        record.claim_workdir(config, workdir, inputs, num_steps)
-    elif not (workdir / "config.json").is_file():
-        raise UserError(
-            f"--workdir: expected a folder that all processes share, got {workdir}, in which "
-            f"process {jax.process_index()} does not find what process 0 wrote"
-        )
-    return None, {}
+        record.claim_workdir(config, run.workdir, inputs, run.num_steps)
+    return None, inputs
 
 
 def check_schedules(config: Config, num_steps: int) -> None:
@@ -242,17 +247,11 @@ class _Loop:
             self.writer.write(step, values)
 
     def _refuse(self, step: int, values: dict[str, float]) -> None:
-        self.checkpointer.wait()
-        latest = self.checkpointer.latest
-        good = (
-            "none was saved yet"
-            if latest is None
-            else f"step {latest.step} in {self.checkpointer.directory}"
-        )
         shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
         raise UserError(
-            f"step {step}: expected finite values, got {shown}. Last good checkpoint: {good}. "
-            "Lower optim.learning-rate, or look at the data"
+            f"step {step}: expected finite values, got {shown}. "
+            f"{checkpoints.last_good(self.checkpointer)}. Lower optim.learning-rate, or look at "
+            "the data"
         )
 
     def profile(self, step: int) -> None:

@@ -78,7 +78,6 @@ def train_step(
     assert program.optim is not None and program.num_steps is not None
     metrics["learning_rate"] = make_schedule(program.optim, program.num_steps)(state.step)
     metrics["grad_norm"] = optax.global_norm(gradients)
-    metrics["param_norm"] = optax.global_norm(trainable)  # not finite where an update was not
     return TrainState(trainable, opt_state, state.step + 1), metrics
 
 

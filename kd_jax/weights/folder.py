@@ -1,26 +1,28 @@
 """A model's folder: hub ids, architecture, fingerprint."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import xxhash
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.weights.files import read_json
+from kd_jax.weights.hashes import hash_files
+from kd_jax.weights.safetensors import INDEX
 
 ORBAX = "orbax"
-
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 
 
 def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
-    """Returns the local folder of a path or hub id, downloading what a hub id lacks locally.
+    """Returns the local folder of a path or hub id, downloading missing files of a hub id.
 
     Args:
-      files: patterns of those wanted.
+      files: patterns of the files to download.
     """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
@@ -42,24 +44,21 @@ def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
 
 
 def load_architecture(folder: Path) -> Architecture:
+    """Returns the architecture that config.json describes."""
     path = folder / "config.json"
     return read_architecture(read_json(path), str(path))
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of what a folder's model or adapter is, whatever the folder's name.
-
-    Of each megabyte of weights the first 4 KiB count: training and merging change nearly all
-    values of a tensor, and so the hash, while hashing every byte would take longer than loading.
-    """
-    files = [folder / "config.json", folder / "adapter_config.json"]
-    files += [*folder.glob("*.safetensors"), *(folder / ORBAX).rglob("*")]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with open(path, "rb", buffering=0) as file:
-            for start in range(0, size, 2**20):
-                file.seek(start)
-                digest.update(file.read(2**12))
+    """Returns a hash of every byte that defines a folder's model or adapter, not of its name."""
+    files = {folder / "config.json", folder / "adapter_config.json", folder / INDEX}
+    files |= {*folder.glob("*.safetensors"), *(folder / ORBAX).rglob("*")}
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if isinstance(weight_map, dict):
+            files |= {folder / str(name) for name in weight_map.values()}
+    found = sorted(path for path in files if path.is_file())
+    digest = xxhash.xxh3_128()
+    for path, value in zip(found, hash_files(found), strict=True):
+        digest.update(f"{path.relative_to(folder)} {value}\n".encode())
     return digest.hexdigest()

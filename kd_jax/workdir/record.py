@@ -1,16 +1,21 @@
-"""WORKDIR/config.json: what a run is, and whether a workdir belongs to it."""
+"""WORKDIR/config.json, which tells what a run is, and WORKDIR/lock, which one command holds."""
 
 import json
 import os
+import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
-from kd_jax.weights.files import write_whole
+from kd_jax.parallel.processes import is_first, together
+from kd_jax.weights.files import locked, read_json, write_whole
 
 PACKAGES = (
     "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",
@@ -18,17 +23,84 @@ PACKAGES = (
 )  # fmt: skip
 
 
+@contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Makes the folder and keeps other commands from training in it; process 0 holds the lock.
+
+    Raises:
+      UserError: another command trains in the folder, the folder cannot be written, or other
+        processes of this run do not see it.
+    """
+    made = is_first() and not workdir.exists()
+    with ExitStack() as stack:
+        together("lock", lambda: _lock(workdir, stack), first_alone=True)
+        try:
+            yield
+        finally:
+            stack.close()
+            if made:
+                with suppress(OSError):  # raised unless the folder is empty
+                    workdir.rmdir()
+
+
+def _lock(workdir: Path, stack: ExitStack) -> tuple[None, dict[str, str]]:
+    path = workdir / "lock"
+    if not is_first():
+        if not path.is_file():
+            raise UserError(
+                f"--workdir: expected a folder that all processes share, got {workdir}, in which "
+                f"process {jax.process_index()} does not find the file of process 0"
+            )
+        return None, {}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = stack.enter_context(locked(path, wait=False))
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return None, {}
+    except BlockingIOError:
+        holder = path.read_text(errors="replace") or "another process"
+        raise UserError(
+            f"--workdir: {workdir} is in use by {holder}. Wait for it or stop it, or give another "
+            "--workdir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
+
+
+def check_config(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns the input hashes of the run in a workdir; {} before its first checkpoint.
+
+    Raises:
+      UserError: the folder belongs to a run with another configuration.
+    """
+    if not has_checkpoint(workdir):
+        return {}
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{workdir}: holds checkpoints but no config.json, so their configuration is unknown. "
+            "Give another --workdir, or restore the file"
+        )
+    old, inputs = _read_record(path, "config", "inputs")
+    _refuse(workdir, differences(old, dump(config)))
+    return inputs
+
+
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_steps: int) -> None:
-    """Writes WORKDIR/config.json, or checks that the one there describes the same run.
+    """Writes WORKDIR/config.json, or checks that the existing one describes the same run.
 
     Args:
-      inputs: a hash of the content of each thing that the run reads, by what it is.
-      num_steps: optimizer steps, which `epochs` alone does not tell.
+      inputs: a content hash of each input of the run, by config field.
+      num_steps: optimizer steps, which `epochs` alone does not determine.
 
     Raises:
       UserError: the folder belongs to a run with another configuration or other inputs, or cannot
         be written.
     """
+    old = check_config(config, workdir)
+    if old:
+        _refuse(workdir, _changed_inputs(old, inputs))
     record = {
         "config": dump(config),
         "inputs": inputs,
@@ -37,67 +109,70 @@ def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_ste
         "devices": _devices(),
         "git_commit": _git_commit(),
     }
-    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and _has_checkpoint(workdir):
-            old = json.loads(path.read_text())
-            changed = differences(old["config"], dump(config))
-            changed += _changed_inputs(old["inputs"], inputs)
-            if changed:
-                raise UserError(
-                    f"{workdir}: belongs to a run with another configuration:\n  "
-                    + "\n  ".join(changed)
-                    + "\nGive another --workdir, or the old values"
-                )
-        write_whole(path, json.dumps(record, indent=2) + "\n")
+        write_whole(workdir / "config.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+
+
+def _refuse(workdir: Path, changed: list[str]) -> None:
+    if changed:
+        raise UserError(
+            f"{workdir}: belongs to a run with another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another --workdir, or the old values"
+        )
 
 
 def _changed_inputs(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    names = sorted(old.keys() | new.keys())
     return [
-        f"{name}: other content than the run began with"
-        for name in names
+        f"{name}: expected the content that the run began with, got other content"
+        for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
 
 
 def check_inputs(workdir: Path, inputs: dict[str, str]) -> None:
-    """Raises UserError where something that the run read has another content by now."""
-    old = json.loads((workdir / "config.json").read_text())["inputs"]
+    """Raises UserError if an input of the run has changed since the run began."""
+    (old,) = _read_record(workdir / "config.json", "inputs")
     changed = _changed_inputs({name: old.get(name, "") for name in inputs}, inputs)
     if changed:
         raise UserError(f"{workdir}: " + "\n".join(changed))
 
 
-def _has_checkpoint(workdir: Path) -> bool:
+def has_checkpoint(workdir: Path) -> bool:
     return any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*"))
 
 
 def read_run(workdir: Path) -> Config:
     """Returns the configuration that a run was started with."""
     path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no config.json")
+    (config,) = _read_record(path, "config")
     try:
-        return from_json(json.loads(path.read_text())["config"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{workdir}: expected a folder of kd_jax.train, got no config.json"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return from_json(config)
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
 
 
+def _read_record(path: Path, *names: str) -> list[Any]:
+    """Returns the values of these keys, a dict each."""
+    tree = read_json(path)
+    parts = [tree.get(name) for name in names]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: not written by kd_jax.train (no {' and '.join(names)})")
+    return parts
+
+
 def is_run(folder: Path) -> bool:
-    """Tells whether a folder is the workdir of a run rather than a model."""
+    """Returns True for the workdir of a run, False for a model."""
     return (folder / "checkpoints").is_dir()
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the packages that a run computes with."""
+    """Returns the versions of the packages that affect a run's numbers."""
     found = {}
     for name in PACKAGES:
         try:
@@ -108,7 +183,7 @@ def versions() -> dict[str, str]:
 
 
 def _devices() -> str:
-    """Returns how many devices of what kind run, such as `8 x NVIDIA H200`."""
+    """Returns number and kind of the devices, such as `8 x NVIDIA H200`."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
         kind = f"cpu (on {os.cpu_count()} cores)"
@@ -116,16 +191,9 @@ def _devices() -> str:
 
 
 def _git_commit() -> str | None:
-    """Returns the commit of the code that runs, with `-dirty` where files differ from it."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    """Returns the commit of this code, with `-dirty` after local changes."""
+    where = str(Path(__file__).parent)
+    command = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
