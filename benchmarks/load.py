@@ -4,10 +4,10 @@ python benchmarks/load.py FOLDER
 python benchmarks/load.py FOLDER --write meta-llama/Llama-3.1-8B-Instruct
 python benchmarks/load.py FOLDER --processes 2 --devices 8
 
-The first compares with reading the same warm files into a reused buffer, the two in turn, median
-of three. --write makes a folder of a well-known model's shapes with random bfloat16 weights.
---processes splits that many fake CPU devices over processes, each of which reads what its devices
-need of weights that are split over all (fsdp), and says how much it read and took (Linux).
+The first command alternates loading with reading the same cached files into a reused buffer, and
+prints the median of three rounds. --write creates a folder with a known model's shapes and random
+bfloat16 weights. --processes splits --devices fake CPU devices over processes (Linux): weights are
+sharded over all devices (fsdp), and each process prints the bytes that it read and held.
 JAX_PLATFORMS=cpu measures one CPU device.
 """
 
@@ -43,7 +43,7 @@ SHARD_BYTES = 4 * 10**9
 
 
 def load_seconds(folder: Path, layout: Layout) -> tuple[float, int]:
-    """Returns how long a bfloat16 load takes, and the bytes of its arrays on this process."""
+    """Returns the seconds of a bfloat16 load, and the bytes of its arrays in this process."""
     start = time.perf_counter()
     arch = load_architecture(folder)
     arrays = load_arrays(folder, arch, abstract_weights(weights(arch), layout, "bfloat16"))
@@ -53,7 +53,7 @@ def load_seconds(folder: Path, layout: Layout) -> tuple[float, int]:
 
 
 def read_seconds(folder: Path) -> float:
-    """Returns how long plain Python takes to read the weight files."""
+    """Returns the seconds that plain Python takes to read the weight files."""
     buffer = bytearray(16 * 2**20)
     start = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -69,13 +69,13 @@ def peak_resident_bytes() -> int:
 
 
 def read_bytes() -> int:
-    """Returns the bytes that this process has read so far, from disk or its cache."""
+    """Returns the bytes that this process has read so far, from disk or page cache."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])
 
 
 def write_model(folder: Path, model: str) -> None:
-    """Writes random weights of a well-known model's shapes, and its config.json."""
+    """Writes random weights in a known model's shapes, and its config.json."""
     from safetensors.numpy import save_file
 
     config = KNOWN_MODELS[model]
@@ -110,7 +110,7 @@ def measure_alone(folder: Path) -> None:
     layout = Layout(make_mesh(MeshConfig(), jax.device_count()))
     read_seconds(folder)  # warms the files
     _, num_bytes = load_seconds(folder, layout)
-    peak = peak_resident_bytes()  # before anything else could raise it
+    peak = peak_resident_bytes()  # of the load alone
     rounds = [(load_seconds(folder, layout)[0], read_seconds(folder)) for _ in range(ROUNDS)]
     load, read = (statistics.median(times) for times in zip(*rounds, strict=True))
     device = jax.devices()[0]
@@ -124,7 +124,7 @@ def measure_alone(folder: Path) -> None:
 
 
 def measure_together(folder: Path, num_processes: int, num_devices: int) -> None:
-    """Starts the processes, and prints what each of them read and took."""
+    """Starts the processes; prints the seconds, bytes read and memory of each."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{one.getsockname()[1]}"
@@ -161,12 +161,14 @@ def measure_one_of_many(folder: Path, config: DistributedConfig) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder")
-    parser.add_argument("--write", metavar="MODEL", choices=sorted(KNOWN_MODELS))
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--devices", type=int, default=8, help="of all processes together")
-    parser.add_argument("--coordinator", help="between the processes: started by --processes")
-    parser.add_argument("--process-id", type=int)
+    parser.add_argument("folder", help="Hugging Face folder or hub id")
+    parser.add_argument(
+        "--write", metavar="MODEL", choices=sorted(KNOWN_MODELS), help="create FOLDER"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="more than 1: load in parallel")
+    parser.add_argument("--devices", type=int, default=8, help="fake CPU devices of all processes")
+    parser.add_argument("--coordinator", help="address of process 0; set by --processes")
+    parser.add_argument("--process-id", type=int, help="set by --processes")
     args = parser.parse_args(argv)
     if args.write:
         write_model(Path(args.folder), args.write)

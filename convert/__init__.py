@@ -1,1 +1,1 @@
-"""Between Hugging Face folders and what kd_jax writes."""
+"""Conversions between Hugging Face folders and the formats of kd_jax."""

@@ -1,4 +1,4 @@
-"""What config.json says: every constant of the decoder, and the tensors that follow from it."""
+"""config.json: every constant of the decoder, checked."""
 
 import math
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Rope:
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Returns radians per position, [H / 2] float32.
 
-        With scaling, wavelengths above original / low_freq_factor are stretched by `factor`, those
-        below original / high_freq_factor are kept, and the ones between are blended.
+        Scaling multiplies wavelengths above original / low_freq_factor by `factor`, keeps those
+        below original / high_freq_factor, and interpolates between.
         """
-        # Rounded to float32 where the models' own training code rounds: at position 10,000 the
-        # last bit of a frequency is a thousandth of a radian.
+        # Rounded to float32 in the same places as the models' training code: at position 10,000
+        # the last bit of a frequency is a thousandth of a radian.
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         frequency = np.float32(1) / power
@@ -53,12 +53,12 @@ class Architecture:
     tie_word_embeddings: bool
     rope: Rope
     qkv_bias: bool = False
-    """Whether q_proj, k_proj and v_proj add a bias; o_proj never does. From model_type."""
+    """q_proj, k_proj and v_proj have a bias; o_proj never has one. From model_type."""
     qk_norm: bool = False
-    """Whether each query and key head is RMS-normalised before RoPE. From model_type."""
+    """RMSNorm on each query and key head before RoPE. From model_type."""
 
 
-# model_type -> what its attention has besides Llama's.
+# model_type -> fields of Architecture that differ from Llama's.
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "mistral": {},
@@ -67,7 +67,7 @@ FAMILIES: dict[str, dict[str, bool]] = {
 }
 
 
-# What transformers takes for keys that config.json leaves out, where it is not what null means.
+# transformers' defaults for keys missing in config.json, where they differ from null.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
@@ -95,7 +95,7 @@ _SIZES = (
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
-# Keys that change the computation, with the only values under which the decoder is right.
+# Keys that change the computation, with the values that the decoder implements.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
@@ -115,11 +115,11 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 
 def read_architecture(config: dict[str, Any], source: str) -> Architecture:
-    """Returns the architecture in a parsed config.json, whose place `source` names in errors.
+    """Returns the architecture in a parsed config.json; `source` is its path in errors.
 
     Raises:
-      UserError: a key is missing or of no use, or asks for a computation that the decoder does not
-        do; all such keys are listed.
+      UserError: a key is missing, invalid, unknown, or set to what the decoder does not implement;
+        all such keys are listed.
     """
     family = config.get("model_type")
     config = _DEFAULTS.get(family, {}) | config if isinstance(family, str) else config
@@ -142,6 +142,7 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
 
 
 def _key_problems(config: dict[str, Any]) -> list[str]:
+    """Returns an error for each key outside RoPE and sliding windows that cannot be used."""
     problems = []
     for key in (*_SIZES, *_OPTIONAL_SIZES):
         value = config.get(key)
@@ -181,7 +182,7 @@ def _key_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _window_problems(config: dict[str, Any]) -> list[str]:
-    """Returns what asks for a sliding window; keys of one that no layer has change nothing."""
+    """Returns an error for each key that turns on a sliding window in some layer."""
     depth, window = config.get("num_hidden_layers"), config.get("sliding_window")
     switch = config.get("use_sliding_window")
     if config.get("model_type") in ("qwen2", "qwen3"):
@@ -201,7 +202,7 @@ def _window_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
-    """Returns the number of key/value heads and the width of a head, given or derived."""
+    """Returns num_key_value_heads and head_dim, given or derived."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     return kv_heads, config.get("head_dim") or config["hidden_size"] // heads
@@ -212,7 +213,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _read_rope(config: dict[str, Any], problems: list[str]) -> Rope | None:
-    """Reads both spellings: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
+    """Reads rope_theta with rope_scaling, or transformers 5's rope_parameters."""
     parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(part, dict) for part in parts):
         problems.append("rope_scaling, rope_parameters: expected an object or null")

@@ -63,27 +63,25 @@ def new_folder(out: Path) -> Iterator[Path]:
     beside = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         beside.mkdir(parents=True)
-        try:
-            yield beside
-            os.rename(beside, out)
-        except BaseException:
-            _remove(beside)
-            raise
+        yield beside
+        os.rename(beside, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out: {out} cannot be written ({error})") from error
+    finally:
+        _remove(beside)
 
 
 def _remove(folder: Path) -> None:
     """Removes a folder, retrying while threads of a failed write still create files in it."""
     for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1)
         if not folder.exists():
             return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def copy_extra_files(source: Path, out: Path) -> None:
-    """Copies the files of tokenizer and generation that are there."""
+    """Copies tokenizer and generation files, where they exist."""
     for name in EXTRA_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, out / name)
@@ -144,17 +142,13 @@ def export_merged(
     }
     read, dtype_of = _open_source(source, arch, place)
     whole = _keep_last(trained.read)
-    factors = _keep_last(lambda stem: [trained.read(f"{stem}{factor}") for factor in FACTORS])
+    merged = _merged(trained, config.lora.alpha / config.lora.rank)
 
     def get(name: str) -> np.ndarray:
         path, layer = place[name]
         if path in trained.shapes:
             return table[path].split(whole(path))[layer].astype(dtype_of(name))
-        stem = path.removesuffix("weight")
-        if f"{stem}{FACTORS[0]}" not in trained.shapes:
-            return read(name)
-        A, B = factors(stem)
-        return merge(read(name), (A[layer], B[layer]), config.lora.alpha / config.lora.rank)
+        return merged(path, layer, read(name))
 
     sizes = {
         name: math.prod(table[path].layer_shape) * dtype_of(name).itemsize
@@ -165,9 +159,23 @@ def export_merged(
         copy_config(source, folder)
 
 
+def _merged(trained: OrbaxArrays, scale: float) -> Callable[[str, int, np.ndarray], np.ndarray]:
+    """Returns a function of path, layer and tensor that adds the layer's LoRA factors, if any."""
+    factors = _keep_last(lambda stem: [trained.read(f"{stem}{factor}") for factor in FACTORS])
+
+    def add(path: str, layer: int, tensor: np.ndarray) -> np.ndarray:
+        stem = path.removesuffix("weight")
+        if f"{stem}{FACTORS[0]}" not in trained.shapes:
+            return tensor
+        A, B = factors(stem)
+        return merge(tensor, (A[layer], B[layer]), scale)
+
+    return add
+
+
 def _check_trained(trained: OrbaxArrays, config: Config, arch: Architecture, source: Path) -> None:
-    """Raises UserError unless the run's arrays are those of the source as it is now."""
-    expected = {path: w.shape for path, w in trained_weights(config, arch).items()}
+    """Raises UserError unless the checkpoint has exactly the arrays that the run trains."""
+    expected = {path: weight.shape for path, weight in trained_weights(config, arch).items()}
     check_shapes(trained.shapes, expected, source)
 
 

@@ -32,7 +32,7 @@ def check_shapes(
     place: Path,
     problems: Sequence[str] = (),
 ) -> None:
-    """Raises UserError with every array that does not fit, and with `problems`."""
+    """Raises UserError with every array that does not fit the table, and with `problems`."""
     lines = [*shape_problems(found, expected), *problems]
     if lines:
         raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
@@ -68,22 +68,19 @@ def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[st
     if not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return []
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
-    same = head.shape == embedding.shape and all(
+    if head.shape == embedding.shape and all(
         np.array_equal(head.read(*rows), embedding.read(*rows), equal_nan=True)
         for rows in _blocks(head, 0, head.shape[0])
-    )
-    return (
-        []
-        if same
-        else [
-            f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
-            "tie_word_embeddings to false there to use both"
-        ]
-    )
+    ):
+        return []
+    return [
+        f"unexpected: {HEAD} differs from {EMBEDDING}, though config.json ties them. Set "
+        "tie_word_embeddings to false there to use both"
+    ]
 
 
 def _blocks(tensor: Tensor, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yields the rows from `first` to `last` in blocks of at most BLOCK_BYTES, but one row."""
+    """Yields [start, stop) of blocks of rows, each at most BLOCK_BYTES or a single row."""
     step = max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
     for start in range(first, last, step):
         yield start, min(start + step, last)
@@ -152,7 +149,7 @@ def load_arrays(
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One stored tensor, and the adapter that is merged into it."""
+    """One stored tensor, and the adapter to merge into it."""
 
     tensor: Tensor
     name: str
@@ -192,7 +189,7 @@ def _load_array(
         for columns, out in _read_shards(pool, layers, first, last, devices, like.dtype).items():
             host = out if stacked else out[0]
             arrays += [jax.device_put(host, device) for device in devices[columns]]
-    # Waiting keeps the host from holding more than one array where devices have their own memory.
+    # Waiting limits the host to one array if devices have their own memory.
     return jax.block_until_ready(
         jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
     )

@@ -1,4 +1,4 @@
-"""A model's folder on disk: hub ids, JSON, hashes, and the bytes of safetensors files."""
+"""Safetensors files: headers, and tensors read by rows."""
 
 import json
 import math
@@ -17,17 +17,13 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
 INDEX = "model.safetensors.index.json"
-
-
-HEADER_BYTES = 100_000_000  # the format's own limit
+HEADER_BYTES = 100_000_000  # the format's limit
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies in a safetensors file."""
+    """File, byte offset, shape and dtype of one stored tensor."""
 
     file: Path
     offset: int
@@ -35,14 +31,14 @@ class Tensor:
     dtype: np.dtype
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Returns the rows from `start` to `stop`, reading no byte of the others."""
+        """Returns rows [start, stop); the bytes of other rows are not read."""
         stop = self.shape[0] if stop is None else stop
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self.read_rows(out, start)
         return out
 
     def read_rows(self, out: np.ndarray, start: int) -> None:
-        """Fills `out`, contiguous and of this tensor's dtype, with the rows from `start`."""
+        """Fills `out`, contiguous and of the tensor's dtype, with the rows from `start` on."""
         self._read_into(out, self.offset + start * self.row_bytes)
 
     @property
@@ -50,8 +46,8 @@ class Tensor:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
-        # Not a memory map: mapped pages would count as this process's memory beside the copy.
-        assert out.flags.c_contiguous  # else reshape would copy, and the bytes would be lost
+        # No memory map: its pages would count as this process's memory, beside the copy.
+        assert out.flags.c_contiguous  # reshape must return a view
         view = memoryview(out.reshape(-1).view(np.uint8))
         with open(self.file, "rb", buffering=0) as file:
             file.seek(offset)
@@ -63,14 +59,14 @@ class Tensor:
                 done += count
 
 
-# What reading a header raises where its bytes are not what the format says.
+# Raised while a malformed header is parsed.
 _MALFORMED = (
     OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError,
 )  # fmt: skip
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file, by name, after checking the file's length."""
+    """Returns a file's tensors by name, once its header and length are checked."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -101,7 +97,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Tensor]:
-    """Returns every tensor of a folder in Hugging Face form, one file or sharded."""
+    """Returns a Hugging Face folder's tensors by name, from one file or from shards."""
     if (folder / single).is_file():  # before an index, as in transformers
         return read_header(folder / single)
     if (folder / INDEX).is_file():
@@ -118,7 +114,7 @@ def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Te
 
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
-    """Returns every tensor of the files that the index names, each from the file it gives."""
+    """Returns the tensors of all shards in the index, each from the file that the index gives."""
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
