@@ -4,9 +4,11 @@ Sums are float64 [G], one entry for each group of tokens (a document, or a range
 mean over any selection of groups is a ratio of two sums.
 """
 
+from typing import Any
+
 import numpy as np
 
-Sums = dict[str, np.ndarray]
+Sums = dict[str, Any]  # float64 arrays
 
 NUM_BINS = 15
 # Reported scores in order. Some need a teacher, and topk_overlap needs a k.

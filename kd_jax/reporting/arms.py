@@ -50,8 +50,8 @@ def make_arms(runs: Sequence[Run]) -> list[Arm]:
     shown = {field: _shown([setting.get(field) for setting in settings]) for field in fields}
     names = short_names(fields)
     groups: dict[tuple[str, ...], list[Run]] = {}
-    for run, *values in zip(runs, *shown.values(), strict=True):
-        groups.setdefault(tuple(values), []).append(run)
+    for i, run in enumerate(runs):
+        groups.setdefault(tuple(words[i] for words in shown.values()), []).append(run)
     arms = []
     for values, members in groups.items():
         alone = members[0].folder.name if len(members) == 1 else "all runs"

@@ -165,7 +165,8 @@ def _draw(figure: Figure, arms: Sequence[Arm], width: int, longest: int) -> byte
     if figure.held_out or figure.column == "learning_rate":
         width = 1
     faint = 0.1 if len(arms) > 4 else 0.22
-    ends, drawn = [], []
+    ends: list[tuple[float, float, Style, str]] = []
+    drawn: list[pd.Series] = []
     for arm, style in zip(arms, make_styles(arms), strict=True):
         curves = _draw_runs(axes, figure, arm, style, width, faint)
         if curves:

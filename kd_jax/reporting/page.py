@@ -58,7 +58,7 @@ def make_report(
     arms = make_arms(found)
     controls, reason = find_controls(arms, control)
     figures = draw_figures(arms, smooth)
-    tables = {
+    tables: dict[str, list[Table]] = {
         "extra": list(extra),
         "results": [arms_table(arms, controls), *result_tables(arms, controls)],
         "details": [cost_table(arms), runs_table(arms), setup_table(arms)],
@@ -77,7 +77,7 @@ def _is_free(out: Path) -> bool:
 
 def _render(
     arms: Sequence[Arm],
-    tables: dict[str, Sequence[Table]],
+    tables: dict[str, list[Table]],
     figures: dict[Figure, bytes],
     title: str,
     reason: str,

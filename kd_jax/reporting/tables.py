@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kd_jax.config.record import flatten
 from kd_jax.reporting.arms import Arm, label_names
@@ -70,9 +71,7 @@ def number(value: float, decimals: int, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "−")
 
 
-def summary(
-    values: Sequence[float], metric: Metric, *, error: bool = False, sign: bool = False
-) -> str:
+def summary(values: ArrayLike, metric: Metric, *, error: bool = False, sign: bool = False) -> str:
     """Returns `mean ± spread` in the metric's unit, `mean` for one value, `–` if one is unknown.
 
     The spread is the sample standard deviation or, with `error`, the standard error of the mean.
@@ -222,7 +221,7 @@ def _paired_deltas(ours: "pd.DataFrame", control: "pd.DataFrame") -> "pd.DataFra
     return ours - control.reindex(ours.index)
 
 
-def _delta_cells(deltas: Sequence[float], name: str) -> tuple[str, str]:
+def _delta_cells(deltas: ArrayLike, name: str) -> tuple[str, str]:
     """Returns `mean ± standard error` of paired differences, and t; one pair has no error."""
     values = np.asarray(deltas, np.float64)
     cell, t = summary(values, METRICS[name], error=True, sign=True), "–"

@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got no folder.{hint}")
     if not any(folder.iterdir()):
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got an empty folder")
-    record = _read_record(folder / "config.json")
+    record = read_record(folder / "config.json")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
     evaluation = read_json(path) if path.is_file() else {}
@@ -141,7 +141,7 @@ def completion(folder: Path) -> bool | None:
     """
     if not (folder / "config.json").is_file():
         return False
-    num_steps = _num_steps(_read_record(folder / "config.json"))
+    num_steps = _num_steps(read_record(folder / "config.json"))
     if num_steps is None:
         return None
     return (folder / "checkpoints" / str(num_steps)).is_dir() and read_run(folder).finished
@@ -152,7 +152,7 @@ def _num_steps(record: dict[str, Any]) -> int | None:
     return record.get("num_steps") or record["config"]["steps"]
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """Returns config.json; raises UserError unless kd_jax.train wrote it."""
     if not path.is_file():
         raise UserError(f"{path.parent}: expected a workdir of kd_jax.train, got no config.json")
