@@ -88,7 +88,7 @@ def claim(out: Path) -> None:
             if read_json(out / MARK).get("recipe") != recipe:
                 raise UserError(f"--out: {out} was made by another version of the demo. {how}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out: expected a new or an earlier demo's folder, got {out}. {how}")
+            raise UserError(f"--out: expected a new folder or an earlier demo's, got {out}. {how}")
         else:
             write(out / MARK, json.dumps({"recipe": recipe}) + "\n")
     except OSError as error:
