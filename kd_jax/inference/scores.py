@@ -4,11 +4,9 @@ Sums are float64 [G], one entry for each group of tokens (a document, or a range
 mean over any selection of groups is a ratio of two sums.
 """
 
-from typing import Any
-
 import numpy as np
 
-Sums = dict[str, Any]  # float64 arrays
+Sums = dict[str, np.ndarray]
 
 NUM_BINS = 15
 # Reported scores in order. Some need a teacher, and topk_overlap needs a k.
@@ -27,7 +25,7 @@ def tally(values: dict[str, np.ndarray], groups: np.ndarray, num_groups: int) ->
       values: [n] by name, the fused_head.token_metrics of n tokens.
       groups: [n] int, the group of each token, below num_groups.
     """
-    sums = {"target_tokens": np.bincount(groups, minlength=num_groups).astype(np.float64)}
+    sums: Sums = {"target_tokens": np.bincount(groups, minlength=num_groups).astype(np.float64)}
     for name, value in values.items():
         if not name.endswith(("confidence", "correct")):
             sums[name] = np.bincount(groups, value, minlength=num_groups)

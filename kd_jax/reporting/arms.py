@@ -174,14 +174,14 @@ def find_controls(arms: Sequence[Arm], wanted: str | None) -> tuple[dict[str, Ar
     if len(arms) == 1:
         return {}, ""
     plain = [arm for arm in arms if not arm.distils]
+    distilled = [arm for arm in arms if arm.distils]
     if len(plain) == 1:
-        others = {arm.name: plain[0] for arm in arms if arm.distils}
+        others = {arm.name: plain[0] for arm in distilled}
         return others, f"The control is {plain[0].name}, the one arm without a teacher."
-    pairs = {}
-    for arm in arms:
-        twins = [other for other in plain if _shared_values(other) == _shared_values(arm)]
-        if arm.distils and len(twins) == 1:
-            pairs[arm.name] = twins[0]
+    twins = {
+        a.name: [p for p in plain if _shared_values(p) == _shared_values(a)] for a in distilled
+    }
+    pairs = {name: found[0] for name, found in twins.items() if len(found) == 1}
     if pairs:
         return pairs, "Each arm's control is the arm without a teacher that is otherwise like it."
     count = "No arm trains" if not plain else f"{len(plain)} arms train"

@@ -304,14 +304,17 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 def setup_table(arms: Sequence[Arm]) -> Table:
     """Returns hardware, commit and versions; where runs differ, each value with its count."""
-
-    def setup(run: Run) -> dict[str, Any]:
-        devices = run.record.get("devices", "not recorded")
-        commit = run.record.get("git_commit") or "not recorded"
-        return {"devices": devices, "commit": commit, **run.record["versions"]}
-
+    records = [
+        {
+            "devices": run.record.get("devices", "not recorded"),
+            "commit": run.record.get("git_commit") or "not recorded",
+            **run.record["versions"],
+        }
+        for arm in arms
+        for run in arm.runs
+    ]
     rows = []
-    for name, found in _count_values(arms, setup).items():
+    for name, found in _count_values(records).items():
         counted = [f"{x} ({n} run{'s' * (n > 1)})" for x, n in found.items()]
         rows.append([name, "; ".join(counted if len(counted) > 1 else found)])
     return Table(title="Hardware and software", header=["what", "value"], rows=rows)
@@ -319,16 +322,13 @@ def setup_table(arms: Sequence[Arm]) -> Table:
 
 def config_table(arms: Sequence[Arm]) -> Table:
     """Returns the fields with one value in all runs."""
-    found = _count_values(arms, lambda run: flatten(run.record["config"]))
+    found = _count_values([flatten(run.record["config"]) for arm in arms for run in arm.runs])
     rows = [[name.replace("_", "-"), *values] for name, values in found.items() if len(values) == 1]
     return Table(title="Configuration of all runs", header=["field", "value"], rows=rows)
 
 
-def _count_values(
-    arms: Sequence[Arm], read: Callable[[Run], dict[str, Any]]
-) -> dict[str, Counter[str]]:
-    """Returns how many runs have each value, by name."""
-    records = [read(run) for arm in arms for run in arm.runs]
+def _count_values(records: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Returns how many records have each value, by name."""
     names = {name: None for record in records for name in record}
     return {name: Counter(_plain(record.get(name, "–")) for record in records) for name in names}
 
