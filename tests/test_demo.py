@@ -202,7 +202,7 @@ from kd_jax import demo
 demo.CONFIGS, demo.NUM_MANY, demo.NUM_HELD_OUT = Path(sys.argv.pop(1)), 8000, 300
 sys.exit(demo.run_command(demo.main))
 """
-STEPS = {"teacher": (500, 250), "finetune": (150, 100), "distil": (150, 100)}
+STEPS = {"teacher": (500, 300), "finetune": (150, 100), "distil": (150, 100)}
 
 
 def start(root):
