@@ -1,7 +1,7 @@
-"""python -m kd_jax.demo: the whole story in minutes, from a corpus and random weights to a report.
+"""python -m kd_jax.demo: the whole workflow in minutes, from random weights to a report.
 
-A teacher reads many examples of a small language of known entropy (kd_jax.toy.grammar). A smaller
-student gets few: untouched, fine-tuned on them, and distilled from the teacher on them.
+A teacher learns from many examples of a small language with known entropy (kd_jax.toy.grammar). A
+smaller student gets few examples: it is evaluated untouched, fine-tuned, and distilled.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TextIO
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import UserError
 from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.toy import grammar
-from kd_jax.toy.outcome import COLUMNS, format_value, make_table, show
+from kd_jax.toy.outcome import COLUMNS, make_table, show
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.workdir.history import completion
 
@@ -29,7 +29,7 @@ VOCAB_SIZE = 640
 TEACHER = {"hidden_size": 128, "intermediate_size": 384}
 STUDENT = {"hidden_size": 64, "intermediate_size": 192}
 COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-CONFIGS = ("teacher", "finetune", "distil")
+CONFIGS = Path(__file__).parent / "toy" / "configs"
 MARK, LOG = "demo.json", "demo.log"
 
 Values = dict[str, float]
@@ -38,22 +38,22 @@ Values = dict[str, float]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoArgs:
     out: str = "runs/demo"
-    """Folder of all that is made. The same folder goes on where it was stopped."""
+    """Folder for all results. The same command resumes in the same folder."""
     seeds: int = 1
-    """Students, each with its own few examples, first weights and order of rows. From two on the
-    numbers have standard errors."""
+    """Number of students, each with its own examples, initial weights and order of rows. Two or
+    more give standard errors."""
     json: bool = False
-    """Print one JSON object; what happens meanwhile goes to stderr."""
+    """Print one JSON object; progress goes to stderr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """Where the story takes place, and where it is told."""
+    """Where the demo writes its files and its output."""
 
     out: Path
     console: Any
     log: TextIO
-    """What the commands print."""
+    """Receives the output of the commands."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,35 +74,25 @@ def main(argv: Sequence[str]) -> None:
 
 
 def claim(out: Path) -> None:
-    """Makes the demo's folder, or checks that it is one of this very version.
+    """Makes the demo's folder, or checks that this version of the demo made it.
 
     Raises:
-      UserError: the folder holds other things, or what another version of the demo made.
+      UserError: the folder holds other files, or results of another version.
     """
     here = Path(__file__)
     files = [here, *sorted((here.parent / "toy").rglob("*.py"))]
     recipe = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    how = "Give another --out, or remove it"
-    if (out / MARK).is_file():
-        if read_json(out / MARK).get("recipe") != recipe:
-            raise UserError(f"--out: {out} was made by another version of the demo. {how}")
-        return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(
-            f"--out: expected a new folder or one of an earlier demo, got {out}, which is another. "
-            f"{how}"
-        )
+    how = "Give another --out, or remove the folder"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / MARK, json.dumps({"recipe": recipe}) + "\n")
+        if (out / MARK).is_file():
+            if read_json(out / MARK).get("recipe") != recipe:
+                raise UserError(f"--out: {out} was made by another version of the demo. {how}")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out: expected a new folder or an earlier demo's, got {out}. {how}")
+        else:
+            write(out / MARK, json.dumps({"recipe": recipe}) + "\n")
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error})") from None
-
-
-def find_config(name: str) -> Path:
-    """Returns the demo's config file, relative to the working directory where it lies below."""
-    found = Path(__file__).parent / "toy" / "configs" / f"{name}.py"
-    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
 def write(path: Path, text: str) -> None:
@@ -111,22 +101,13 @@ def write(path: Path, text: str) -> None:
 
 
 def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
-    """Returns what `--json` prints: the entropies, each model's numbers by seed, and the costs."""
+    """Returns the object that --json prints: entropies, each model's numbers by seed, and costs."""
+    from kd_jax.workdir.metrics import peak_memory_bytes
+
     start, cpu_start = time.perf_counter(), time.process_time()
     held_out = grammar.draw(NUM_HELD_OUT, "held out")
     tokenizer = write_corpus(stage, held_out)
-
-    def num_tokens(answer: str) -> int:
-        return len(tokenizer.encode(answer, add_special_tokens=False)) + 1  # the end of the turn
-
-    entropy = {
-        "expected": grammar.expected_floor(num_tokens),
-        "held_out": grammar.realised_floor(held_out, num_tokens),
-    }
-    stage.console.print(
-        f"  known entropy of the answers, nats per token: {entropy['expected']:.4f}; "
-        f"of the held-out ones: {entropy['held_out']:.4f}"
-    )
+    entropy = measure_entropy(stage, tokenizer, held_out)
     models: dict[str, list[Values]] = {"teacher": [teach(stage, tokenizer)]}
     for seed in range(num_seeds):
         for name, values in learn(stage, tokenizer, seed).items():
@@ -135,10 +116,8 @@ def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
         values["excess"] = values["ce"] - entropy["held_out"]
     result = {"seeds": num_seeds, "entropy": entropy, "models": models}
     ask(stage, stage.out / "seed0" / "distil_hf", "What is three plus four?")
-    result["report"] = str(report(stage, result))
-    from kd_jax.workdir.metrics import peak_memory_bytes
-
     return result | {
+        "report": str(report(stage, result)),
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -146,7 +125,7 @@ def run_demo(stage: Stage, num_seeds: int) -> dict[str, Any]:
 
 
 def write_corpus(stage: Stage, held_out: Sequence[tuple[grammar.Question, str]]) -> Any:
-    """Writes the examples of teacher and evaluation; returns the tokenizer trained on the first."""
+    """Writes the teacher's and the held-out examples; returns a tokenizer trained on the former."""
     from kd_jax.toy.models import make_tokenizer
 
     many = grammar.draw(NUM_MANY, "many")
@@ -164,6 +143,23 @@ def write_corpus(stage: Stage, held_out: Sequence[tuple[grammar.Question, str]])
     write(stage.out / "many.jsonl", grammar.to_lines(many))
     write(stage.out / "held_out.jsonl", grammar.to_lines(held_out))
     return make_tokenizer([(q.instruction, a) for q, a in many], VOCAB_SIZE)
+
+
+def measure_entropy(
+    stage: Stage, tokenizer: Any, held_out: Sequence[tuple[grammar.Question, str]]
+) -> Values:
+    """Returns the entropy of the language and of the held-out answers, in nats per target token."""
+
+    def num_tokens(answer: str) -> int:
+        return len(tokenizer.encode(answer, add_special_tokens=False)) + 1  # the end of the turn
+
+    expected = grammar.expected_floor(num_tokens)
+    realised = grammar.realised_floor(held_out, num_tokens)
+    stage.console.print(
+        f"  known entropy of the answers, nats per token: {expected:.4f}; "
+        f"of the held-out answers: {realised:.4f}"
+    )
+    return {"expected": expected, "held_out": realised}
 
 
 def teach(stage: Stage, tokenizer: Any) -> Values:
@@ -197,11 +193,7 @@ def learn(stage: Stage, tokenizer: Any, seed: int) -> dict[str, Values]:
 
 
 def run(stage: Stage, command: str, main: Callable, words: Sequence[str], done: bool) -> float:
-    """Shows a command as a user would type it, and runs it in this process unless it was done.
-
-    Returns:
-      seconds that it took.
-    """
+    """Prints a command as a user would type it, runs it here unless `done`; returns its seconds."""
     line = shlex.join(["python", "-m", command, *words])
     stage.console.print(f"$ {line}", style="dim" if done else "bold")
     if done:
@@ -214,31 +206,23 @@ def run(stage: Stage, command: str, main: Callable, words: Sequence[str], done: 
 
 
 def train(stage: Stage, name: str, workdir: Path, paths: dict[str, Path], seed: int) -> None:
+    """Runs a config file, with flags for the fields that the file has otherwise."""
     from kd_jax.train import main
 
-    file = find_config(name)
+    file = CONFIGS / f"{name}.py"
+    if file.is_relative_to(Path.cwd()):
+        file = file.relative_to(Path.cwd())
     config = load_config(file)
-    wanted = {
-        "workdir": str(workdir),
-        **{field: str(path) for field, path in paths.items()},
-        "eval.path": str(stage.out / "held_out.jsonl"),
-        "seed": str(seed),
-    }
-    words = ["--config", str(file), *flags_over(config, wanted)]
+    fields = {"workdir": workdir, **paths, "eval.path": stage.out / "held_out.jsonl", "seed": seed}
+    words = ["--config", str(file)]
+    for field, value in fields.items():
+        if str(reduce(getattr, field.split("."), config)) != str(value):
+            words += [f"--{field}", str(value)]
     seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir) or False)
     if not completion(workdir):
-        raise KeyboardInterrupt  # SIGTERM, after which training saves and returns
+        raise KeyboardInterrupt  # after SIGTERM training saves and returns
     if seconds:
         stage.console.print(f"  {config.steps} steps in {seconds:.0f} s")
-
-
-def flags_over(config: Config, wanted: dict[str, str]) -> list[str]:
-    """Returns the flags of those fields that a config file has otherwise."""
-    words = []
-    for field, value in wanted.items():
-        if str(reduce(getattr, field.split("."), config)) != value:
-            words += [f"--{field}", value]
-    return words
 
 
 def export(stage: Stage, workdir: Path) -> Path:
@@ -251,15 +235,16 @@ def export(stage: Stage, workdir: Path) -> Path:
 
 
 def measure(stage: Stage, model: Path, exported: Path, teacher: Path | None) -> Values:
-    """Returns a model's numbers on the held-out examples and its share of right answers."""
+    """Returns a model's scores on the held-out examples and its share of right answers."""
     values = evaluate(stage, model, teacher) | {"right": share_right(exported)}
-    shown = (f"{COLUMNS[name][0]} {format_value(x, name)}" for name, x in values.items())
+    metrics = {name: COLUMNS[name] for name in values}
+    shown = (f"{m.label} {values[name] * m.scale:.{m.decimals}f}" for name, m in metrics.items())
     stage.console.print(f"  {', '.join(shown)}")
     return values
 
 
 def evaluate(stage: Stage, model: Path, teacher: Path | None) -> Values:
-    """Returns what kd_jax.evaluate finds on the held-out examples."""
+    """Returns the scores of kd_jax.evaluate on the held-out examples."""
     from kd_jax.evaluate import main
 
     words = ["--model", str(model), "--data", str(stage.out / "held_out.jsonl")]
@@ -270,17 +255,17 @@ def evaluate(stage: Stage, model: Path, teacher: Path | None) -> Values:
         file, where = model / "evaluation.json", ["--save"]
     else:
         file = model.with_name(f"{model.name}.json")
-        where = ["--seq-len", str(load_config(find_config("distil")).data.seq_len)]
-        where += ["--out", str(file)]
+        seq_len = load_config(CONFIGS / "distil.py").data.seq_len
+        where = ["--seq-len", str(seq_len), "--out", str(file)]
     run(stage, "kd_jax.evaluate", main, [*words, *where], done=file.is_file())
     found = read_json(file)
     return {name: found[name] for name in COLUMNS if name in found}
 
 
 def share_right(model: Path) -> float:
-    """Returns the share of the questions with a right answer that a model's folder gets right.
+    """Returns the share of exact questions that a model answers right by greedy decoding.
 
-    Its answers are the likeliest tokens, one after the other; they are kept beside the folder.
+    The answers are kept in a file beside the model's folder.
     """
     from kd_jax.generate import GenerateArgs, answers
 
@@ -293,12 +278,12 @@ def share_right(model: Path) -> float:
         for row, text in answers(args):
             said[row] += text
         write(file, json.dumps(dict(zip(prompts, said, strict=True)), indent=2) + "\n")
-    said_to = read_json(file)
-    return sum(said_to[prompt] == right for prompt, right in exact.items()) / len(exact)
+    kept = read_json(file)
+    return sum(kept[prompt] == right for prompt, right in exact.items()) / len(exact)
 
 
 def ask(stage: Stage, model: Path, prompt: str) -> None:
-    """Shows an exported model's answer to a question."""
+    """Prints an exported model's answer to a question."""
     from kd_jax.generate import main
 
     run(stage, "kd_jax.generate", main, ["--model", str(model), "--prompt", prompt], done=False)
@@ -306,15 +291,15 @@ def ask(stage: Stage, model: Path, prompt: str) -> None:
 
 
 def report(stage: Stage, result: dict[str, Any]) -> Path:
-    """Writes the page about the first seed's runs, with the table of all before it."""
+    """Writes the report of the first seed's runs, headed by the table of all seeds."""
     from kd_jax.reporting.page import make_report
 
     out = stage.out / "report"
-    shutil.rmtree(out, ignore_errors=True)  # half a report, had it been interrupted, is refused
+    shutil.rmtree(out, ignore_errors=True)  # make_report refuses an interrupted report
     runs = [stage.out / "seed0" / name for name in ("finetune", "distil")]
     table = make_table(result)
     if result["seeds"] > 1:
-        table = replace(table, note=f"{table.note} What follows is about the first seed alone.")
+        table = replace(table, note=f"{table.note} The rest of the page shows the first seed only.")
     title = "The demo: a student fine-tuned and distilled on few examples"
     return make_report(runs, out, title=title, extra=[table])
 

@@ -12,47 +12,39 @@ from kd_jax.reporting.page import make_report
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportArgs:
     runs: tuple[str, ...]
-    """Workdirs of kd_jax.train. Those that differ in their seed alone are one arm. The flag's name
-    may be left out: python -m kd_jax.report runs/sweep/*"""
+    """Workdirs of kd_jax.train. Runs that differ only in their seed form one arm. The flag's name
+    is optional: python -m kd_jax.report runs/sweep/*"""
     out: str = "report"
-    """Folder of the page (index.html) and of the PNG files: a new one, or that of an old report,
-    which is replaced."""
+    """Folder for the page (index.html) and the PNG files: a new folder, or an earlier report, which
+    is replaced."""
     control: str | None = None
-    """Run, or arm by the name that the report shows, that the others are compared with; None takes
-    for each the arm without a teacher that is otherwise like it, or the only such arm."""
+    """Run or arm, by the name in the report, to compare the others with. None: for each arm, the
+    arm without a teacher that is otherwise like it, or the only arm without a teacher."""
     smooth: int | None = None
-    """Optimizer steps in the moving average of training curves; None takes a thirtieth of the
-    longest run, 1 draws what was logged."""
+    """Optimizer steps in the moving average of training curves. 1: no smoothing. None: 1/30 of the
+    longest run."""
 
 
 def main(argv: Sequence[str]) -> None:
     prog = "python -m kd_jax.report"
     args = parse_args(ReportArgs, _name_runs(argv), prog=prog, description=__doc__)
-    page = make_report(
-        [Path(run) for run in args.runs],
-        Path(args.out).expanduser(),
-        control=args.control,
-        smooth=args.smooth,
-    )
+    runs, out = [Path(run) for run in args.runs], Path(args.out).expanduser()
+    page = make_report(runs, out, control=args.control, smooth=args.smooth)
     print(f"{page}: open it in a browser; the figures are beside it as PNG files")
 
 
 def _name_runs(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with --runs before the folders, which may stand first or last."""
+    """Returns the arguments with one --runs before the folders, wherever they stand."""
     runs, rest = [], []
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
             runs.append(word)
-            continue
-        rest.append(word)
-        if word == "--runs":
-            while words and not words[0].startswith("--"):
-                runs.append(words.pop(0))
-            rest.pop()
-        elif "=" not in word and word not in ("--help", "-h") and words:
-            rest.append(words.pop(0))
+        elif word != "--runs":  # the words after --runs are folders in any case
+            rest.append(word)
+            if "=" not in word and word not in ("--help", "-h") and words:
+                rest.append(words.pop(0))
     return (["--runs", *runs] if runs else []) + rest
 
 

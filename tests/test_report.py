@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
@@ -110,6 +111,12 @@ def arms_of(folders):
     return make_arms(history.read_runs(folders))
 
 
+@pytest.fixture
+def one_figure(monkeypatch):
+    """Draws one figure in place of eleven, which take seconds, in tests of something else."""
+    monkeypatch.setattr(curves, "FIGURES", curves.FIGURES[:1])
+
+
 def tables_of(folders, control=None):
     arms = arms_of(folders)
     return tables.result_tables(arms, find_controls(arms, control)[0])
@@ -186,14 +193,14 @@ def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
     values["arguments"]["data"] = "held_out.json"
     (folders[1] / "evaluation.json").write_text(json.dumps(values))
     means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
-    assert means.note.endswith("Careful: not all with the same data.")
+    assert means.note.endswith("Careful: these evaluations differ in data.")
     (folders[0] / "evaluation.json").unlink()
     found = tables_of(folders)
     assert [row[1] for row in find(found, "Held-out text, by kd_jax.evaluate").rows] == ["1", "2"]
     assert find(found, "Differences from the control (0), by kd_jax.evaluate").rows[0][1] == "1"
 
 
-def test_unfinished_runs_take_no_part_in_means(tmp_path):
+def test_unfinished_runs_take_no_part_in_means(tmp_path, one_figure):
     folders = write_arms(tmp_path, ratios=(0, 1), seeds=2)
     whole = tables_of(folders)
     folders.append(write_run(tmp_path / "cut", ratio=1.0, seed=2, last=11))
@@ -207,7 +214,7 @@ def test_unfinished_runs_take_no_part_in_means(tmp_path):
     assert "1 unfinished" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_a_report_of_unfinished_runs_alone_is_possible(tmp_path):
+def test_a_report_of_unfinished_runs_alone_is_possible(tmp_path, one_figure):
     folder = write_run(tmp_path / "cut", last=3)
     assert run(folder, "--out", tmp_path / "out") == 0
 
@@ -218,8 +225,9 @@ def test_costs_count_every_step_logged_or_not(tmp_path):
     for folder, seconds in ((whole, 50.0), (sparse, 40.0)):  # even steps take 2 s, odd ones 3 s
         found = history.read_run(folder)
         assert found.finished
-        assert tables.train_seconds(found) == pytest.approx(seconds)
-        assert tables.tokens(found) == pytest.approx(1000 * seconds)
+        costs = tables.costs(found)
+        assert costs["seconds"] == pytest.approx(seconds)
+        assert costs["tokens"] == pytest.approx(1000 * seconds)
     table = tables.cost_table(arms_of([whole, sparse]))
     assert table.rows[0][2] == "45.0 ± 7.1" and "not logged" in table.note
     assert "not logged" not in tables.cost_table(arms_of([whole])).note
@@ -243,7 +251,7 @@ def test_where_runs_differ_hardware_and_versions_are_counted(tmp_path):
 
 def test_starts_are_counted_by_the_event_files(tmp_path):
     folder = write_run(tmp_path / "run")
-    assert history.read_run(folder).num_starts is None
+    assert tables.runs_table(arms_of([folder])).rows[0][4] == "–"
     (folder / "tensorboard").mkdir()
     for name in ("a", "b"):
         (folder / "tensorboard" / f"events.out.tfevents.{name}").touch()
@@ -320,7 +328,7 @@ def test_a_run_without_a_teacher_differs_by_its_ratio_alone(tmp_path):
     assert [arm.name for arm in arms_of(folders)] == ["kd-ratio=0", "kd-ratio=0.5"]
 
 
-def test_many_differences_make_numbered_arms(tmp_path):
+def test_many_differences_make_numbered_arms(tmp_path, one_figure):
     folders = [
         write_run(tmp_path / "a", remat="none", trainable="full", attention="xla"),
         write_run(tmp_path / "b", rate=1e-5, data=DataConfig(path="data/other.json", seq_len=999)),
@@ -425,9 +433,8 @@ def test_a_divergence_that_is_not_the_kl_is_not_drawn_as_it(change, tmp_path):
     tree = json.loads((folder / "config.json").read_text())
     tree["config"]["loss"] |= change
     (folder / "config.json").write_text(json.dumps(tree))
-    page = reporting_page.make_report([folder], tmp_path / "out")
-    files = {path.stem for path in page.parent.glob("*.png")}
-    assert "kl_held_out" in files and "kl" not in files
+    drawn = {f.file for f in curves.FIGURES if len(curves.curve(history.read_run(folder), f))}
+    assert "kl_held_out" in drawn and "kl" not in drawn
 
 
 def test_the_same_runs_make_the_same_bytes(made, tmp_path):
@@ -437,7 +444,7 @@ def test_the_same_runs_make_the_same_bytes(made, tmp_path):
         assert path.read_bytes() == (again.parent / path.name).read_bytes(), path.name
 
 
-def test_text_of_the_users_is_escaped(tmp_path):
+def test_text_of_the_users_is_escaped(tmp_path, one_figure):
     evil = "<script>alert('&')</script>"
     folders = [
         write_run(tmp_path / "a", inputs={"teacher.path": "x"}, teacher=TeacherConfig(path=evil)),
@@ -450,7 +457,7 @@ def test_text_of_the_users_is_escaped(tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_extra_tables_stand_first(tmp_path):
+def test_extra_tables_stand_first(tmp_path, one_figure):
     extra = tables.Table(
         title="CE against the known entropy",
         header=["student", "CE, nats"],
@@ -554,7 +561,7 @@ def test_an_unknown_control_is_told_the_arms(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_may_stand_before_and_after_the_flags(tmp_path):
+def test_folders_may_stand_before_and_after_the_flags(tmp_path, one_figure):
     a, b = write_arms(tmp_path, ratios=(0, 1), seeds=1)
     assert report._name_runs([str(a), "--out", "x", str(b)]) == [
         "--runs", str(a), str(b), "--out", "x",
@@ -570,37 +577,36 @@ def test_folders_may_stand_before_and_after_the_flags(tmp_path):
 
 
 def test_the_moving_average_is_the_mean_of_its_window():
-    steps, values = np.arange(1.0, 31), np.random.default_rng(0).normal(size=30)
-    found = curves.moving_average(steps, values, 7)
+    steps = np.arange(1.0, 31)
+    values = pd.Series(np.random.default_rng(0).normal(size=30), index=steps)
+    found = curves.moving_average(values, 7).to_numpy()
     for i in range(30):
         before = min(3, i)
         after = min(before, 3, 29 - i)  # as few as before, so that a steep start is not bent
-        assert found[i] == pytest.approx(values[i - before : i + after + 1].mean())
-    assert np.allclose(curves.moving_average(steps, values, 1), values)
-    line = 2 * steps + 1
-    assert np.allclose(curves.moving_average(steps, line, 9)[:-4], line[:-4])
+        assert found[i] == pytest.approx(values.iloc[i - before : i + after + 1].mean())
+    assert np.allclose(curves.moving_average(values, 1), values)
+    line = pd.Series(2 * steps + 1, index=steps)
+    assert np.allclose(curves.moving_average(line, 9)[:-4], line[:-4])
 
 
 def test_a_steep_beginning_does_not_flatten_the_rest():
     steps = np.arange(1.0, 101)
-    steep = (steps, np.where(steps < 4, 12.0, 2 + np.sin(steps) / 2))
-    gentle = (steps, 12 - steps / 10)
+    steep = pd.Series(np.where(steps < 4, 12.0, 2 + np.sin(steps) / 2), index=steps)
+    gentle = pd.Series(12 - steps / 10, index=steps)
     low, high = curves.limits([steep], 100)
     assert 1.2 < low < 1.5 and 2.5 < high < 2.8
     for shown in ([gentle], [steep, gentle]):
         low, high = curves.limits(shown, 100)
-        assert low < min(y.min() for _, y in shown) and high > max(y.max() for _, y in shown)
-    assert curves.limits([(steps, steps * 0)], 100) == (-1, 1)
+        assert low < min(y.min() for y in shown) and high > max(y.max() for y in shown)
+    assert curves.limits([steep * 0], 100) == (-1, 1)
 
 
 def test_a_mean_over_seeds_is_taken_where_all_are():
-    steps, values = curves.mean_of(
-        [
-            (np.array([1.0, 2, 3]), np.array([1.0, 2, 3])),
-            (np.array([2.0, 3, 4]), np.array([4.0, 6, 8])),
-        ]
-    )
-    assert steps.tolist() == [2, 3] and values.tolist() == [3, 4.5]
+    one = pd.Series([1.0, 2, 3], index=[1, 2, 3])
+    other = pd.Series([4.0, 6, 8], index=[2, 3, 4])
+    assert curves.mean_of([one, other]).to_dict() == {2: 3, 3: 4.5}
+    elsewhere = pd.Series([7.0], index=[9])
+    assert curves.mean_of([one, elsewhere]).to_dict() == one.to_dict()
 
 
 @pytest.mark.parametrize("seed", range(5))

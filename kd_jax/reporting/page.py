@@ -19,8 +19,6 @@ from kd_jax.reporting.tables import (
 from kd_jax.workdir.history import read_runs
 
 PAGE = "index.html"
-
-
 MARK = '<meta name="generator" content="kd_jax.report">'
 
 
@@ -33,16 +31,16 @@ def make_report(
     title: str = "Distillation runs",
     extra: Sequence[Table] = (),
 ) -> Path:
-    """Writes OUT/index.html and a PNG file a figure; returns the page's path.
+    """Writes OUT/index.html and a PNG file for each figure; returns the page's path.
 
     Args:
       runs: workdirs of kd_jax.train.
-      control: an arm's name or one of its runs.
+      control: an arm's name or the folder of one of its runs.
       smooth: steps in the moving average of training curves.
       extra: tables to place first.
 
     Raises:
-      UserError: with everything that is wrong with the runs and with `out`.
+      UserError: lists every problem of the runs and of `out`.
     """
     problems = []
     if smooth is not None and smooth < 1:
@@ -60,89 +58,77 @@ def make_report(
     arms = make_arms(found)
     controls, reason = find_controls(arms, control)
     figures = draw_figures(arms, smooth)
-    tables = [
-        arms_table(arms, controls),
-        *result_tables(arms, controls),
-        cost_table(arms),
-        runs_table(arms),
-        setup_table(arms),
-        config_table(arms),
-    ]
-    page = _render(arms, tables, figures, title=title, reason=reason, extra=extra)
-    return _write(out, page, figures)
+    tables: dict[str, list[Table]] = {
+        "extra": list(extra),
+        "results": [arms_table(arms, controls), *result_tables(arms, controls)],
+        "details": [cost_table(arms), runs_table(arms), setup_table(arms)],
+        "config": [config_table(arms)],
+    }
+    return _write(out, _render(arms, tables, figures, title, reason), figures)
 
 
 def _is_free(out: Path) -> bool:
-    if not out.exists():
-        return True
+    """Returns True for a folder that is new or empty or holds an earlier report."""
     if not out.is_dir():
-        return False
+        return not out.exists()
     page = out / PAGE
     return not any(out.iterdir()) or (page.is_file() and MARK in page.read_text(errors="replace"))
 
 
 def _render(
     arms: Sequence[Arm],
-    tables: Sequence[Table],
+    tables: dict[str, list[Table]],
     figures: dict[Figure, bytes],
-    *,
     title: str,
     reason: str,
-    extra: Sequence[Table],
 ) -> str:
-    """Returns the page; the template escapes every text."""
+    """Returns the page. The template escapes every text."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    num_runs = sum(len(arm.runs) for arm in arms)
-    left = num_runs - sum(len(arm.finished) for arm in arms)
+    images = {figure: base64.b64encode(image).decode() for figure, image in figures.items()}
     return template.render(
         title=title,
-        num_runs=num_runs,
-        num_arms=len(arms),
-        num_unfinished=left,
         reason=reason,
+        num_runs=sum(len(arm.runs) for arm in arms),
+        num_arms=len(arms),
+        num_unfinished=sum(len(arm.runs) - len(arm.finished) for arm in arms),
         styles=make_styles(arms),
-        extra=[(table, spread_widths(table)) for table in extra],
-        tables=[(table, spread_widths(table)) for table in tables],
-        figures=[
-            (figure, base64.b64encode(image).decode(), _caption(figure, arms))
-            for figure, image in figures.items()
-        ],
+        spread_widths=spread_widths,
+        figures=[(figure, image, _caption(figure, arms)) for figure, image in images.items()],
+        **tables,
     )
 
 
 def spread_widths(table: Table) -> list[int | None]:
-    """Returns for each column the characters of its longest ` ± b`; None for a column of words.
+    """Returns the width of each column's longest ` ± b` in characters; None for text columns.
 
-    The first column names the row, be it by a number.
+    The first column, which names the row, counts as text.
     """
     widths: list[int | None] = [None]
     for cells in list(zip(*table.rows, strict=True))[1:]:
         numeric = all(cell in ("", "–") or cell.lstrip("+−-")[:1].isdigit() for cell in cells)
-        longest = max(
-            (len(cell.partition(" ± ")[2]) + 3 for cell in cells if " ± " in cell), default=0
-        )
+        longest = max((len(cell) - cell.index(" ± ") for cell in cells if " ± " in cell), default=0)
         widths.append(longest if numeric else None)
     return widths
 
 
 def _caption(figure: Figure, arms: Sequence[Arm]) -> str:
-    """Returns what a reader must know about a figure besides its title."""
+    """Returns a warning for readers of a figure, or nothing."""
     losses = {str(sorted(arm.runs[0].record["config"]["loss"].items())) for arm in arms}
     if figure.column == "loss" and len(losses) > 1:
         return "The arms minimise different losses: compare cross-entropy and KL instead."
     distilled = [run for arm in arms for run in arm.runs if run.distils]
     if figure.column == "kd_loss" and not all(map(minimises_kl, distilled)):
-        return "Runs that minimise something else, or this at a temperature, have no curve here."
+        return "Without runs that minimise another divergence, or this one at a temperature."
     return ""
 
 
 def _write(out: Path, page: str, figures: dict[Figure, bytes]) -> Path:
-    """Writes the page last; figures of an earlier report that this one lacks are removed."""
+    """Removes the figures of an earlier report, writes the new ones, and the page last."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for figure in FIGURES:

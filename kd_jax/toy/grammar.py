@@ -1,7 +1,7 @@
-"""A small language with known odds: questions, and of each the probability of every answer.
+"""A small language of questions, with the exact probability of every answer.
 
-An instruction fixes a distribution over answers by a stochastic grammar without recursion, so the
-answers can be listed, and the entropy of a corpus is a sum rather than an estimate.
+A stochastic grammar without recursion gives each instruction its distribution over answers. All
+answers can be listed, so the entropy of a corpus is a sum, not an estimate.
 """
 
 import itertools
@@ -9,39 +9,21 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ODDS = (0.7, 0.2, 0.1)
-
-
-SLIPS = (0.8, 0.1, 0.1)  # of a right answer and of two wrong ones, as people write them
-
-
+SLIPS = (0.8, 0.1, 0.1)  # odds of the right answer and of two wrong ones
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Paris", "Delhi", "Rome", "Dublin")
-
-
 COUNTRIES = ("Portugal", "Norway", "Egypt", "Peru", "France", "India", "Italy", "Ireland")
-
-
 SEASONS = ("spring", "summer", "autumn", "winter")
-
-
 MEALS = ("breakfast", "lunch", "dinner")
-
-
 TIMES = ("morning", "afternoon", "night")
-
-
 ANIMALS = ("cat", "dog", "horse", "owl", "fox", "goat", "bear", "duck")
-
-
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen",
 )  # fmt: skip
-
-
 OPPOSITES = {
     "hot": "cold", "big": "small", "old": "new", "wet": "dry", "fast": "slow", "full": "empty",
     "hard": "soft", "rich": "poor", "cold": "hot", "small": "big", "new": "old", "dry": "wet",
@@ -50,7 +32,7 @@ OPPOSITES = {
 
 
 def _turns(name: str, subjects: Sequence[str], words: Sequence[str], odds: Sequence[float]):
-    """Returns a rule for each subject, whose likeliest word is one further along the list."""
+    """Returns a rule for each subject; the likeliest word moves along the list by one each time."""
     return {
         f"{name} {subject}": {words[(i + j) % len(words)]: p for j, p in enumerate(odds)}
         for i, subject in enumerate(subjects)
@@ -58,7 +40,7 @@ def _turns(name: str, subjects: Sequence[str], words: Sequence[str], odds: Seque
 
 
 def _sums() -> dict[str, dict[str, float]]:
-    """Returns a rule for each sum: the right one, and the slips beside it."""
+    """Returns a rule for each sum: the right number, and its two neighbours as slips."""
     return {
         f"sum {NUMBERS[a]} {NUMBERS[b]}": {
             NUMBERS[a + b + slip]: p for slip, p in zip((0, -1, 1), SLIPS, strict=True)
@@ -67,7 +49,7 @@ def _sums() -> dict[str, dict[str, float]]:
     }
 
 
-# What may stand in a place of an answer, with probabilities.
+# Words that can fill a place of an answer, with their probabilities.
 RULES: dict[str, dict[str, float]] = {
     **_turns("sky", CITIES, ("sunny", "cloudy", "rainy", "windy"), ODDS),
     **_turns("air", SEASONS, ("mild", "hot", "cool", "cold"), ODDS),
@@ -83,13 +65,13 @@ RULES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A kind of question: `{0}` stands for one of the first subjects, `<sky {0}>` for a rule."""
+    """A kind of question; `{0}` is replaced by a first subject, `<sky {0}>` by a rule's words."""
 
     instructions: tuple[str, ...]
     subjects: tuple[Sequence[str], ...]
     answer: str
     exact: bool = False
-    """Whether one answer is right, which is then the likeliest."""
+    """One answer is right; it is also the likeliest."""
 
 
 KINDS = (
@@ -133,9 +115,9 @@ KINDS = (
 class Question:
     instruction: str
     probability: float
-    """Of being asked: kinds are equally likely, and so are the questions of a kind."""
+    """Probability of the question. Kinds are equally likely, and so are questions of a kind."""
     answers: dict[str, float]
-    """Every answer with its probability."""
+    """Probability of every answer."""
     exact: bool
 
     @property
@@ -144,14 +126,14 @@ class Question:
 
     @property
     def entropy(self) -> float:
-        """Of the answer, nats: -sum p log p."""
+        """Returns the entropy of the answer, -sum p log p, in nats."""
         return -sum(p * math.log(p) for p in self.answers.values())
 
 
 def expand(text: str) -> dict[str, float]:
-    """Returns every text that `<rule>` places may become, with its probability.
+    """Returns the probability of every text that the `<rule>` places can produce.
 
-    Derivations that end in the same text are added up, so none is counted as two.
+    Derivations of the same text are added up.
     """
     found = {"": 1.0}
     for part in re.split(r"(<[^>]*>)", text):
@@ -164,18 +146,19 @@ def expand(text: str) -> dict[str, float]:
 
 
 def make_questions() -> list[Question]:
-    return [question for kind in KINDS for question in _of_kind(kind)]
-
-
-def _of_kind(kind: Kind) -> Iterator[Question]:
-    subjects = list(itertools.product(*kind.subjects))
-    for instruction, words in itertools.product(kind.instructions, subjects):
-        yield Question(
-            instruction=instruction.format(*words),
-            probability=1 / (len(KINDS) * len(kind.instructions) * len(subjects)),
-            answers=expand(kind.answer.format(*words)),
-            exact=kind.exact,
-        )
+    questions = []
+    for kind in KINDS:
+        asked = list(itertools.product(kind.instructions, itertools.product(*kind.subjects)))
+        questions += [
+            Question(
+                instruction=instruction.format(*words),
+                probability=1 / (len(KINDS) * len(asked)),
+                answers=expand(kind.answer.format(*words)),
+                exact=kind.exact,
+            )
+            for instruction, words in asked
+        ]
+    return questions
 
 
 def draw(count: int, seed: str) -> list[tuple[Question, str]]:
@@ -187,16 +170,16 @@ def draw(count: int, seed: str) -> list[tuple[Question, str]]:
 
 
 def to_lines(drawn: Sequence[tuple[Question, str]]) -> str:
-    """Returns Alpaca records, a JSON object a line."""
+    """Returns Alpaca records as JSON lines."""
     records = ({"instruction": q.instruction, "input": "", "output": a} for q, a in drawn)
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def expected_floor(num_tokens: Callable[[str], int]) -> float:
-    """Returns the lowest cross-entropy a model can expect, in nats per target token.
+    """Returns the lowest expected cross-entropy of any model, in nats per target token.
 
-    It is E[-log P(answer | instruction)] / E[tokens]: the entropy, since text determines tokens and
-    tokens the text. `num_tokens` counts those of an answer with its end-of-turn, which is certain.
+    It is E[-log P(answer | instruction)] / E[tokens], the entropy: text and tokens determine each
+    other. `num_tokens` counts an answer's tokens and its end of turn, which is certain.
     """
     questions = make_questions()
     nats = sum(q.probability * q.entropy for q in questions)
@@ -207,6 +190,6 @@ def expected_floor(num_tokens: Callable[[str], int]) -> float:
 def realised_floor(
     drawn: Sequence[tuple[Question, str]], num_tokens: Callable[[str], int]
 ) -> float:
-    """Returns the true model's cross-entropy on these very answers, in nats per target token."""
+    """Returns the true model's cross-entropy on the drawn answers, in nats per target token."""
     nats = -sum(math.log(question.answers[answer]) for question, answer in drawn)
     return nats / sum(num_tokens(answer) for _, answer in drawn)

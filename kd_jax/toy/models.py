@@ -1,4 +1,4 @@
-"""Models from nothing: a tokenizer trained on a corpus, and random weights in Hugging Face form."""
+"""New small models: a tokenizer trained on a corpus, random weights in Hugging Face form."""
 
 import json
 from collections.abc import Sequence
@@ -14,30 +14,20 @@ from kd_jax.weights.export import new_folder
 BEGIN, START, END, END_OF_TURN = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 )  # fmt: skip
-
-
 PAD = "<|pad|>"
-
-
 SPECIAL = (BEGIN, START, END, END_OF_TURN, PAD)
-
-
-# Llama 3's form without its system turn.
+# Llama 3's chat template without the system turn.
 TEMPLATE = (
     "{{- bos_token -}}{%- for m in messages -%}"
     f"{{{{- '{START}' + m['role'] + '{END}\n\n' + m['content'] | trim + '{END_OF_TURN}' -}}}}"
     "{%- endfor -%}"
     f"{{%- if add_generation_prompt -%}}{{{{- '{START}assistant{END}\n\n' -}}}}{{%- endif -%}}"
 )
-
-
-# Llama 3's pieces of text that a token never crosses.
+# Llama 3's regular expression for pieces of text, whose ends no token crosses.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -83,8 +73,8 @@ def make_tokenizer(exchanges: Sequence[tuple[str, str]], vocab_size: int) -> Any
 def write_llama(folder: Path, tokenizer: Any, seed: int, **shape: int) -> int:
     """Writes a randomly initialised Llama and its tokenizer; returns the number of parameters.
 
-    Matrices are normal with the deviation 1 / sqrt(inputs), and those that write into the residual
-    stream smaller by sqrt(2 L); the embedding has unit rows.
+    Matrices are normal with standard deviation 1 / sqrt(inputs), divided by sqrt(2 L) where they
+    write into the residual stream. Rows of the embedding have unit norm on average.
     """
     from safetensors.numpy import save_file
 

@@ -1,11 +1,8 @@
-"""What the demo found, as a table for the report and the terminal. Needs no jax."""
+"""The demo's results as a table for the report and the terminal. Needs no jax."""
 
-import math
-import statistics
-from collections.abc import Sequence
 from typing import Any
 
-from kd_jax.reporting.tables import Table
+from kd_jax.reporting.tables import Metric, Table, number, summary
 
 MODELS = {
     "teacher": "teacher",
@@ -13,18 +10,14 @@ MODELS = {
     "finetune": "fine-tuned",
     "distil": "distilled",
 }
-
-
-# By the names of kd_jax.evaluate, and two of the demo's own: label, decimals, scale.
+# Names of kd_jax.evaluate, and two of the demo's own.
 COLUMNS = {
-    "ce": ("CE", 3, 1),
-    "excess": ("above entropy", 3, 1),
-    "kl_forward": ("KL to teacher", 3, 1),
-    "top1_agreement": ("agreement %", 1, 100),
-    "right": ("right %", 1, 100),
+    "ce": Metric("CE", "", 3),
+    "excess": Metric("above entropy", "", 3),
+    "kl_forward": Metric("KL to teacher", "", 3),
+    "top1_agreement": Metric("agreement %", "", 1, scale=100),
+    "right": Metric("right %", "", 1, scale=100),
 }
-
-
 WHY = (
     "Fine-tuning sees one sampled answer to a question, now and then a slip, and learns it by "
     "heart. The teacher, who has read many, gives the odds of every answer, and so the same few "
@@ -33,55 +26,37 @@ WHY = (
 
 
 def make_table(result: dict[str, Any]) -> Table:
-    """Returns a row a model; with several seeds mean ± standard error."""
-    rows = [
-        [MODELS[model], *(_cell([x[name] for x in values if name in x], name) for name in COLUMNS)]
-        for model, values in result["models"].items()
-    ]
-    entropy, num_seeds = result["entropy"]["held_out"], result["seeds"]
-    note = f"CE and KL in nats per target token; the held-out answers' entropy is {entropy:.3f}."
-    if num_seeds > 1:
-        gains = differences(result)
-        mean, error = spread(gains)
+    """Returns a row for each model; with several seeds, mean ± standard error."""
+    rows = []
+    for model, values in result["models"].items():
+        columns = {name: [x[name] for x in values if name in x] for name in COLUMNS}
+        cells = [summary(found, COLUMNS[name], error=True) for name, found in columns.items()]
+        rows.append([MODELS[model], *cells])
+    entropy = number(result["entropy"]["held_out"], 3)
+    note = f"CE and KL in nats per target token; the held-out answers' entropy is {entropy}."
+    if result["seeds"] > 1:
+        gain = summary(differences(result), COLUMNS["ce"], error=True)
         note += (
-            f" Mean ± standard error of {num_seeds} seeds; CE of distilled less fine-tuned, in "
-            f"pairs: {mean:.3f} ± {error:.3f}."
+            f" Mean ± standard error of {result['seeds']} seeds; CE of distilled less fine-tuned, "
+            f"in pairs: {gain}."
         )
     return Table(
         title="Held-out examples of the language",
-        header=["model", *(label for label, _, _ in COLUMNS.values())],
+        header=["model", *(metric.label for metric in COLUMNS.values())],
         rows=rows,
         note=f"{note} {WHY}",
     )
 
 
 def differences(result: dict[str, Any]) -> list[float]:
-    """Returns each seed's cross-entropy of distilled less fine-tuned."""
+    """Returns the cross-entropy of distilled less fine-tuned, for each seed."""
     models = result["models"]
     pairs = zip(models["distil"], models["finetune"], strict=True)
     return [ours["ce"] - theirs["ce"] for ours, theirs in pairs]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _cell(values: Sequence[float], name: str) -> str:
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return format_value(values[0], name)
-    return " ± ".join(format_value(x, name) for x in spread(values))
-
-
-def format_value(value: float, name: str) -> str:
-    _, decimals, scale = COLUMNS[name]
-    return f"{value * scale:.{decimals}f}"
-
-
 def show(console: Any, result: dict[str, Any]) -> None:
-    """Prints the table, where the report is, and what it all cost."""
+    """Prints the table, the report's path, time and memory."""
     from rich.table import Table as Grid
 
     table = make_table(result)

@@ -1,46 +1,38 @@
-"""Workdirs of runs as they are on disk. Needs no jax."""
+"""Finished and unfinished runs, read from their workdirs. Needs no jax."""
 
 import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from kd_jax.config import UserError
 from kd_jax.config.record import flatten
 from kd_jax.weights.files import read_json
 
-Columns = dict[str, np.ndarray]
-
+if TYPE_CHECKING:
+    import pandas as pd
 
 NEEDED = {
-    "step", "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second",
-    "peak_memory_bytes",
+    "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",
 }  # fmt: skip
-
-
 COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A workdir: its configuration, and its metrics by name over the steps that were logged."""
+    """A workdir: its configuration and its metrics, float64 by step and name."""
 
     folder: Path
     record: dict[str, Any]
-    """What config.json holds."""
-    train: Columns
-    held_out: Columns
-    """The evaluations during training, by the names of kd_jax.evaluate."""
-    evaluation: dict[str, float]
-    """The numbers of evaluation.json; empty where there is none."""
-    evaluated_with: dict[str, Any]
-    """The arguments beside them that must agree for numbers to be compared."""
-    num_starts: int | None
-    """How often training was started, from the files of TensorBoard; None without them."""
+    """Contents of config.json."""
+    train: "pd.DataFrame"
+    """Metrics of the logged steps, NaN where a step lacks one."""
+    held_out: "pd.DataFrame"
+    """Metrics of the evaluations during training, with the names of kd_jax.evaluate."""
+    evaluation: dict[str, Any]
+    """Contents of evaluation.json; empty without that file."""
 
     @property
     def seed(self) -> int:
@@ -48,12 +40,11 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """The steps that the run is to take, where that was recorded."""
-        return self.record.get("num_steps") or self.record["config"]["steps"]
+        return _num_steps(self.record)
 
     @property
     def last_step(self) -> int:
-        return int(self.train["step"][-1])
+        return int(self.train.index[-1])
 
     @property
     def finished(self) -> bool:
@@ -61,126 +52,123 @@ class Run:
         return self.num_steps is None or self.last_step >= self.num_steps // every * every
 
     @property
-    def distils(self) -> bool:
-        config = self.record["config"]
-        loss = config["loss"]
-        highest = max(loss["kd_ratio"], loss.get("kd_ratio_end") or 0)
-        return config["teacher"] is not None and highest > 0
-
-    @property
     def status(self) -> str:
         if self.finished:
             return "finished"
         return f"unfinished at step {self.last_step} of {self.num_steps}"
+
+    @property
+    def distils(self) -> bool:
+        config = self.record["config"]
+        highest = max(config["loss"]["kd_ratio"], config["loss"].get("kd_ratio_end") or 0)
+        return config["teacher"] is not None and highest > 0
+
+    @property
+    def num_starts(self) -> int:
+        """Returns the number of TensorBoard files, one for each start; 0 without TensorBoard."""
+        return len(list(self.folder.glob("tensorboard/events.out.tfevents.*")))
+
+    @property
+    def evaluated_with(self) -> dict[str, Any]:
+        """Returns the arguments of kd_jax.evaluate that must be equal in a comparison."""
+        arguments = self.evaluation.get("arguments", {})
+        return {name: arguments[name] for name in COMPARED if name in arguments}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Returns the runs in `folders`.
 
     Raises:
-      UserError: with everything that is wrong with any of the folders.
+      UserError: lists every problem of every folder, and runs that repeat another run.
     """
-    runs: list[Run] = []
-    problems, seen = [], set()
+    runs: dict[str, Run] = {}
+    problems = []
     for folder in folders:
-        place = folder.expanduser().resolve()
         try:
-            if place in seen:
-                raise UserError(f"{folder}: given twice. Name each run once")
-            seen.add(place)
-            runs.append(read_run(folder.expanduser()))
+            run = read_run(folder.expanduser())
         except UserError as error:
             problems.append(str(error))
-    problems += _repeated(runs)
+            continue
+        first = runs.setdefault(_settings_and_inputs(run), run)
+        if first is run:
+            continue
+        if first.folder.resolve() == run.folder.resolve():
+            problems.append(f"{folder}: given twice. Name each run once")
+        else:
+            problems.append(
+                f"{run.folder}: expected another configuration or seed than {first.folder} has, "
+                "got the same. Leave out one of them"
+            )
     if problems:
         raise UserError("\n".join(problems))
-    return runs
+    return list(runs.values())
 
 
-def _repeated(runs: Sequence[Run]) -> list[str]:
-    """Returns a problem for each run that only repeats another: it would count as a seed."""
-    first: dict[str, Path] = {}
-    problems = []
-    for run in runs:
-        config = flatten(run.record["config"])
-        settings = {name: identity(x) for name, x in config.items() if name != "workdir"}
-        key = json.dumps([settings, run.record["inputs"]], sort_keys=True)
-        if key in first:
-            problems.append(
-                f"{run.folder}: expected another configuration or seed than {first[key]} has, got "
-                "the same. Leave one of them out"
-            )
-        first.setdefault(key, run.folder)
-    return problems
+def _settings_and_inputs(run: Run) -> str:
+    """Returns a text that is equal for runs with the same configuration, seed and inputs."""
+    config = flatten(run.record["config"])
+    settings = {name: identity(x) for name, x in config.items() if name != "workdir"}
+    return json.dumps([settings, run.record["inputs"]], sort_keys=True)
+
+
+def identity(value: Any) -> str:
+    """Returns a text that is equal for equal values, such as 1 in a file and 1.0 from a flag."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return json.dumps(float(value) if number else value)
 
 
 def read_run(folder: Path) -> Run:
-    """Returns the run in `folder`; raises UserError where there is none or it has no metrics."""
+    """Returns the run in `folder`; raises UserError for another folder and without metrics."""
     if not folder.is_dir():
-        near = _nearest(folder)
-        raise UserError(f"{folder}: expected a workdir of kd_jax.train, got no folder.{near}")
+        siblings = folder.parent.glob("*/")
+        near = difflib.get_close_matches(folder.name, [path.name for path in siblings], 1)
+        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
+        raise UserError(f"{folder}: expected a workdir of kd_jax.train, got no folder.{hint}")
     if not any(folder.iterdir()):
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got an empty folder")
-    record = _read_record(folder / "config.json")
+    record = read_record(folder / "config.json")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
     evaluation = read_json(path) if path.is_file() else {}
-    arguments = evaluation.get("arguments", {})
-    events = len(list(folder.glob("tensorboard/events.out.tfevents.*")))
-    return Run(
-        folder=folder,
-        record=record,
-        train=train,
-        held_out=held_out,
-        evaluation=_numbers(evaluation),
-        evaluated_with={name: arguments[name] for name in COMPARED if name in arguments},
-        num_starts=events or None,
-    )
+    return Run(folder=folder, record=record, train=train, held_out=held_out, evaluation=evaluation)
 
 
 def completion(folder: Path) -> bool | None:
-    """Tells whether a run has its last step's metrics and checkpoint; None where no one can tell.
+    """Returns True for a run with its last metrics and checkpoint; None for an unknown length.
 
     Raises:
-      UserError: the folder's files were written by something else.
+      UserError: kd_jax.train did not write the folder's files.
     """
     if not (folder / "config.json").is_file():
         return False
-    record = _read_record(folder / "config.json")
-    num_steps = record.get("num_steps") or record["config"]["steps"]
+    num_steps = _num_steps(read_record(folder / "config.json"))
     if num_steps is None:
         return None
-    saved = (folder / "checkpoints" / str(num_steps)).is_dir()
-    return saved and read_run(folder).finished
+    return (folder / "checkpoints" / str(num_steps)).is_dir() and read_run(folder).finished
 
 
-def _nearest(folder: Path) -> str:
-    if not folder.parent.is_dir():
-        return ""
-    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-    near = difflib.get_close_matches(folder.name, names, 1)
-    return f" Did you mean {folder.parent / near[0]}?" if near else ""
+def _num_steps(record: dict[str, Any]) -> int | None:
+    """Returns the steps that a run takes in all; None where they were not recorded."""
+    return record.get("num_steps") or record["config"]["steps"]
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """Returns what claim_workdir wrote; raises UserError where something else did."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns config.json; raises UserError unless kd_jax.train wrote it."""
     if not path.is_file():
         raise UserError(f"{path.parent}: expected a workdir of kd_jax.train, got no config.json")
     record = read_json(path)
-    parts = {"config", "inputs", "versions"}
-    foreign = UserError(f"{path}: not written by kd_jax.train; {path.parent} is no workdir")
-    if not all(isinstance(record.get(part), dict) for part in parts):
-        raise foreign
-    config = record["config"]
-    if not {"teacher", "student", "loss", "log", "steps", "seed"} <= config.keys():
-        raise foreign
+    parts = [record.get(part) for part in ("config", "inputs", "versions")]
+    fields = {"teacher", "student", "loss", "log", "steps", "seed"}
+    if not all(isinstance(part, dict) for part in parts) or not fields <= record["config"].keys():
+        raise UserError(f"{path}: not written by kd_jax.train; {path.parent} is no workdir")
     return record
 
 
-def _read_metrics(path: Path) -> tuple[Columns, Columns]:
-    """Returns the training steps and the evaluations; a last line cut by a kill is left out."""
+def _read_metrics(path: Path) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+    """Returns the training steps and the evaluations, without a last line that a kill cut off."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    train, held_out = [], []
+    train: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
@@ -190,36 +178,21 @@ def _read_metrics(path: Path) -> tuple[Columns, Columns]:
             raise UserError(f"{path}:{number}: expected a JSON object, got {line:.40}") from None
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):
             raise UserError(f"{path}:{number}: not written by kd_jax.train, got {line:.40}")
-        if "loss" in values:
-            train.append(values)
-        else:
-            held_out.append({name.removeprefix("eval/"): x for name, x in values.items()})
+        (train if "loss" in values else held_out).append(values)
     if not train:
         raise UserError(
             f"{path.parent}: expected metrics of at least one step, got none yet. Wait, or leave "
             "the run out"
         )
-    columns = _columns(train)
-    missing = NEEDED - columns.keys()
-    if missing:
+    frame = _frame(train)
+    if missing := NEEDED - set(frame):
         raise UserError(f"{path}: not written by kd_jax.train: no {', '.join(sorted(missing))}")
-    return columns, _columns(held_out)
+    return frame, _frame(held_out).rename(columns=lambda name: name.removeprefix("eval/"))
 
 
-def _columns(lines: Sequence[dict[str, Any]]) -> Columns:
-    """Returns float64 arrays [lines] by name, nan where a line lacks it."""
-    names = {name: None for line in lines for name in _numbers(line)}
-    return {
-        name: np.array([_numbers(line).get(name, np.nan) for line in lines], np.float64)
-        for name in names
-    }
+def _frame(lines: list[dict[str, Any]]) -> "pd.DataFrame":
+    """Returns the numbers of metrics.jsonl's lines by step, float64; the last line of a step."""
+    import pandas as pd
 
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {name: x for name, x in values.items() if isinstance(x, (int, float))}
-
-
-def identity(value: Any) -> str:
-    """Returns what is equal for equal values; a file may say 1 where a flag says 1.0."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    return json.dumps(float(value) if number else value)
+    frame = pd.DataFrame(lines, index=[line["step"] for line in lines])
+    return frame.select_dtypes("number").astype(float)[~frame.index.duplicated(keep="last")]

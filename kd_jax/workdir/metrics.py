@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the console."""
+"""Metrics of a run: written to metrics.jsonl, TensorBoard and the console."""
 
 import json
 import resource
@@ -12,21 +12,23 @@ import jax
 from kd_jax.config import LogConfig
 from kd_jax.weights.files import write_whole
 
+SHOWN = (
+    "loss", "ce_loss", "kd_loss",
+    "eval/loss", "eval/ce", "eval/kl_forward", "eval/top1_agreement",
+)  # fmt: skip
+
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory in use so far: the device's, or on CPU the process's resident set."""
-    peaks = [
-        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
-    ]
-    known = [peak for peak in peaks if peak]
-    if known:
-        return max(known)
+    """Returns the peak memory of the fullest device, or on CPU the process's peak resident set."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peak := max(stat.get("peak_bytes_in_use", 0) for stat in stats):
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Writer:
-    """Writes one record a step; a resumed run first drops the records after its checkpoint."""
+    """Writes one record per step. A resumed run first drops the records after its checkpoint."""
 
     def __init__(self, workdir: Path, config: LogConfig, start_step: int, num_steps: int):
         self.enabled = jax.process_index() == 0
@@ -47,7 +49,7 @@ class Writer:
         self.printed = 0.0
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Writes `values` under `step`, which counts the updates taken."""
+        """Writes the values of `step`, the number of updates taken."""
         if self.file is None:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -57,14 +59,14 @@ class Writer:
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        text = "  ".join(f"{name} {v:.4f}" for name, v in values.items() if name in _SHOWN)
+        """Updates the progress bar, or prints every 10 s, every evaluation and the last step."""
+        text = "  ".join(f"{name} {v:.4f}" for name, v in values.items() if name in SHOWN)
+        rate = values.get("tokens_per_second")
+        speed = {} if rate is None else {"speed": f"{rate:,.0f} tokens/s"}
         if self.bar is not None:
-            rate = values.get("tokens_per_second")
-            speed = {} if rate is None else {"speed": f"{rate:,.0f} tokens/s"}
             self.bar.update(self.bar.task_ids[0], completed=step, text=text, **speed)
-        elif time.monotonic() - self.printed > 10 or step == self.num_steps or "loss" not in values:
-            rate = f"  {values['tokens_per_second']:,.0f} tokens/s" if "loss" in values else ""
-            print(f"step {step}/{self.num_steps}  {text}{rate}", flush=True)
+        elif time.monotonic() - self.printed > 10 or step == self.num_steps or rate is None:
+            print("  ".join([f"step {step}/{self.num_steps}", text, *speed.values()]), flush=True)
             self.printed = time.monotonic()
 
     def close(self) -> None:
@@ -75,14 +77,8 @@ class Writer:
             self.bar.stop()
 
 
-_SHOWN = (
-    "loss", "ce_loss", "kd_loss",
-    "eval/loss", "eval/ce", "eval/kl_forward", "eval/top1_agreement",
-)  # fmt: skip
-
-
 def _make_event(step: int, values: dict[str, Any]) -> Any:
-    """Returns TensorBoard's record of a step's values."""
+    """Returns a step's values as a TensorBoard event."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -91,7 +87,7 @@ def _make_event(step: int, values: dict[str, Any]) -> Any:
 
 
 def _keep_until(path: Path, last_step: int) -> None:
-    """Drops the lines of metrics.jsonl after `last_step`, and a line that was cut by a kill."""
+    """Drops the lines of metrics.jsonl after `last_step`, and a line that a kill cut off."""
     if not path.is_file():
         return
     kept = []
@@ -105,20 +101,14 @@ def _keep_until(path: Path, last_step: int) -> None:
 
 
 def _progress_bar(start_step: int, num_steps: int):
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}  {task.fields[speed]}"),
-        TimeRemainingColumn(),
+    bar = progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[text]}  {task.fields[speed]}"),
+        progress.TimeRemainingColumn(),
         console=Console(stderr=True),
     )
     bar.add_task("train", total=num_steps, completed=start_step, text="compiling", speed="")

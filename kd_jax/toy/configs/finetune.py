@@ -1,10 +1,10 @@
-"""The demo's control arm: a smaller Llama, from random weights, on few examples and no teacher.
+"""The demo's control: a smaller Llama from random weights, trained on few examples, no teacher.
 
 Command:   python -m kd_jax.train --config kd_jax/toy/configs/finetune.py
-           after python -m kd_jax.demo, which writes what is read here.
+           after python -m kd_jax.demo, which writes the files it reads.
 Hardware:  two CPU cores.
-Expected:  far from the language's entropy: it learns the few answers by heart, slips and all;
-           docs/benchmarks.md has a record.
+Expected:  a cross-entropy far above the entropy: it memorises the few answers, slips included;
+           measured in docs/benchmarks.md.
 """
 
 from kd_jax.config import (
