@@ -52,8 +52,8 @@ HARD = [
     "🇳🇴",
 ]
 CONVERSATIONS = [
-    *(chat("Say it.", data_chat) for text in HARD),
-    *(chat(data_chat, "It is five.") for text in HARD),
+    *(chat("Say it.", text) for text in HARD),
+    *(chat(text, "It is five.") for text in HARD),
     chat(*HARD),
     chat("Be brief. 🙂", "Name it.", "Blue.", roles="sua"),
     chat("Be brief.", "Name it.", "Blue.", "And?", "Green.", "No.", roles="suauaa"),
