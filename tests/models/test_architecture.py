@@ -11,8 +11,6 @@ from kd_jax.models import architecture as architecture_module
 from kd_jax.models.architecture import FAMILIES, read_architecture, weights
 from kd_jax.models.known import KNOWN_MODELS
 
-pytestmark = pytest.mark.fast
-
 CONFIG = tiny.make_config()
 
 
