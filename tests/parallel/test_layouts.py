@@ -117,7 +117,9 @@ def losses_alone(configs):
     return train
 
 
-@pytest.fixture(scope="module", params=[*((name, "lora") for name in LAYOUTS), ("all", "full")])
+@pytest.fixture(
+    scope="module", params=[*((name, "lora") for name in LAYOUTS), ("all", "full")], ids="-".join
+)
 def trained(request, configs):
     """A layout, the kind of training, the losses of its steps, and the step's program."""
     layout, trainable = request.param
