@@ -1,26 +1,40 @@
 """Tests run offline on eight fake CPU devices, so that no sharding test can skip by accident."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-# Fake devices share one pool of threads, which collectives block. Where XLA runs independent ones
-# side by side, each device in an order of its own, a program now and then waits for itself for
-# ever; so does one whose pool has only as many threads as two cores bring.
+# XLA:CPU compiles the tests' programs for minutes and runs them for seconds: no LLVM optimization,
+# and, where this jax still has it, the older emitter of fusions, whose code LLVM reads faster.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "")
     + " --xla_force_host_platform_device_count=8"
+    # Independent collectives run in program order: the same order on every device.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=120"  # of busy cores, not 40
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=100"  # then XLA aborts the process
 )
-os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("NPROC", "32")  # threads of all fake devices; collectives block them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# One cache of compiled programs for pytest's workers and for the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kd_jax-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 import tiny
+from samples import write_stand_ins
 from tiny_run import make_run_config
 
 from kd_jax.config import DataConfig
@@ -41,19 +55,27 @@ if not importlib.util.find_spec("lm_eval"):
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-crashed: set[str] = set()
+# The slowest files, which start first, so that no worker ends minutes before the other.
+SLOW = ["test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_layouts.py"]
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        return SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW)
+
+    items.sort(key=rank)
+    for item in items:
+        if item.path.name in ("test_demo.py", "test_tutorial.py"):  # a dozen runs in one test
+            item.add_marker(pytest.mark.timeout(480))
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem, report, sched):
-    """Runs a test again, once, whose worker died; the summary counts it as `rerun`.
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a file to one worker: its tests share fixtures and compiled programs."""
+    from xdist.scheduler import LoadFileScheduling
 
-    Now and then a collective on fake devices still waits for ever, and XLA aborts the process.
-    """
-    if crashitem not in crashed:
-        crashed.add(crashitem)
-        sched.mark_test_pending(crashitem)
-        report.outcome = "rerun"
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,12 +86,13 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="session")
-def real_data() -> Path:
-    """A folder with gsm8k_alpaca.json, roleplay_chat.jsonl and llama3_tokenizer/."""
+def real_data(tmp_path_factory) -> Path:
+    """A folder with gsm8k_alpaca.json, roleplay_chat.jsonl and llama3_tokenizer/.
+
+    Real files where KD_JAX_SHARED or ../shared has them, else small ones of their form.
+    """
     folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip(f"real data is not at {folder}; set KD_JAX_SHARED")
-    return folder
+    return folder if folder.is_dir() else write_stand_ins(tmp_path_factory.mktemp("stand_ins"))
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,39 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
+# Special tokens of the tiny tokenizer, and Llama 3's in their places.
+LLAMA3 = {
+    "<|begin|>": "<|begin_of_text|>",
+    "<|pad|>": "<|finetune_right_pad_id|>",
+    "<|start|>": "<|start_header_id|>",
+    "<|end|>": "<|end_header_id|>",
+    "<|eot|>": "<|eot_id|>",
+}
+
+
+def write_stand_ins(folder: Path) -> Path:
+    """Writes small files in the form of the real data, for machines without it."""
+    tokenizer = folder / "llama3_tokenizer"
+    tiny.write_tokenizer(tokenizer)
+    for file in tokenizer.iterdir():
+        text = file.read_text(encoding="utf-8")
+        for ours, theirs in LLAMA3.items():
+            text = text.replace(ours, theirs)
+        file.write_text(text, encoding="utf-8")
+    alpaca = [
+        {**record, "output": f"{record['output']} {i / 7:.3f} = {i}/7\n日本 ${i}"}
+        for i in range(20)
+        for record in ALPACA
+    ]
+    (folder / "gsm8k_alpaca.json").write_text(json.dumps(alpaca, indent=0), encoding="utf-8")
+    chats = [
+        {"messages": chat(f"You are knight {i}.", f"“Aye!” *bows* 🐉\n\n- {i}\t", "And?", " No. ")}
+        for i in range(60)
+    ]
+    write_lines(folder / "roleplay_chat.jsonl", chats)
+    return folder
+
+
 def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
     """Returns the tiny tokenizer after a change of its tokenizer.json."""
     tiny.write_tokenizer(folder)

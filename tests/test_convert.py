@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, to_hf
@@ -39,7 +40,7 @@ from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.setup.models import load_models
 from kd_jax.setup.sources import open_source
 from kd_jax.training.step import TrainState
-from kd_jax.weights import adapters, export, safetensors
+from kd_jax.weights import adapters, export
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
 from kd_jax.weights.orbax import OrbaxArrays
@@ -105,10 +106,11 @@ def assert_same_logits(ours, theirs):
 
 
 def stored_bytes(folder):
-    """Returns dtype, shape and bytes of every tensor in a folder, by name."""
+    """Returns dtype, shape and bytes of every tensor in a folder, as safetensors reads them."""
     return {
-        name: (tensor.dtype, tensor.shape, tensor.read().tobytes())
-        for name, tensor in safetensors.open_folder(folder).items()
+        name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"]))
+        for file in folder.glob("*.safetensors")
+        for name, tensor in deserialize(file.read_bytes())
     }
 
 

@@ -13,8 +13,6 @@ from paths import ROOT
 from kd_jax.config import Config
 from kd_jax.config.command import flag_names
 
-pytestmark = pytest.mark.fast
-
 # Floors from the bottom; a room imports rooms of lower floors alone, and a file of a room the files
 # before it.
 FLOORS = [

@@ -32,8 +32,6 @@ from kd_jax.reporting import page as reporting_page
 from kd_jax.reporting.arms import find_controls, make_arms
 from kd_jax.workdir import history
 
-pytestmark = pytest.mark.fast
-
 STEPS = 20
 BASE = Config(
     workdir="unset",

@@ -17,8 +17,6 @@ from paths import ROOT
 from kd_jax import report, sweep
 from kd_jax.config.command import run_command
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():

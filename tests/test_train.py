@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -205,12 +206,22 @@ def wait_for_step(workdir, step, process):
     raise AssertionError(f"no step {step}: {process.communicate()[0]}")
 
 
+LONG = ("--steps", "40", "--eval.every-steps", "20")
+
+
+@pytest.fixture(scope="module")
+def long_run(run_train, tmp_path_factory):
+    """A finished run of enough steps to be stopped within. Read only."""
+    workdir = tmp_path_factory.mktemp("long") / "run"
+    assert run_train(workdir, *LONG) == 0
+    return workdir
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
 def test_a_run_that_was_stopped_continues_bit_for_bit(
-    number, status, config_file, run_train, tmp_path
+    number, status, config_file, run_train, long_run, tmp_path
 ):
-    flags = ("--steps", "40", "--eval.every-steps", "20")
-    process = start_process(config_file, tmp_path / "stopped", *flags)
+    process = start_process(config_file, tmp_path / "stopped", *LONG)
     wait_for_step(tmp_path / "stopped", 5, process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
@@ -219,10 +230,9 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
     assert 5 <= reached < 40
     if number == signal.SIGTERM:  # saved at once, whatever every_steps is
         assert checkpoints.open_trained(tmp_path / "stopped").step == reached
-    assert run_train(tmp_path / "stopped", *flags) == 0
-    assert run_train(tmp_path / "whole", *flags) == 0
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    ours, theirs = (checkpoints.open_trained(tmp_path / name) for name in ("stopped", "whole"))
+    assert run_train(tmp_path / "stopped", *LONG) == 0
+    assert losses(tmp_path / "stopped") == losses(long_run)
+    ours, theirs = (checkpoints.open_trained(folder) for folder in (tmp_path / "stopped", long_run))
     for name in theirs.shapes:
         np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
 
@@ -471,14 +481,35 @@ def test_the_student_can_go_on_from_an_adapter(lora_run, run_train, tmp_path):
     assert losses(tmp_path / "more")[0]["loss"] < losses(tmp_path / "fresh")[0]["loss"]
 
 
-def test_the_loop_waits_for_no_device(monkeypatch):
-    """A step's metrics are read only after the next step was started."""
-    written, loop_ = [], object.__new__(loop._Loop)
-    loop_.pending = None
-    monkeypatch.setattr(loop._Loop, "flush", lambda self: written.append(self.pending))
-    loop_.log(1, {"loss": 1})
-    loop_.log(2, {"loss": 2})
-    assert written == [None, (1, {"loss": 1})]
+def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
+    """Metrics are read after the next step starts, and nothing is dispatched to queue behind it."""
+    log, flush = loop._Loop.log, loop._Loop.flush
+    started, read, compiled = [], [], []
+
+    def watched_log(self, step, metrics):
+        started.append(step)
+        log(self, step, metrics)
+
+    def watched_flush(self):
+        before, pending = len(compiled), self.pending
+        flush(self)
+        if pending is not None:
+            read.append((pending[0], started[-1], compiled[before:]))
+
+    def listen(event, seconds, **_):
+        if event.startswith("/jax/core/compile/"):
+            compiled.append(event)
+
+    monkeypatch.setattr(loop._Loop, "log", watched_log)
+    monkeypatch.setattr(loop._Loop, "flush", watched_flush)
+    jax.clear_caches()  # so that whatever is dispatched is compiled first
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        flags = ("--steps", "3", "--eval.path", "None", "--checkpoint.every-steps", "3")
+        assert run_train(tmp_path / "run", *flags) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled and read == [(1, 2, []), (2, 3, []), (3, 3, [])]
 
 
 def test_the_step_is_measured(config_file, tmp_path):

@@ -40,8 +40,6 @@ from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
 
-pytestmark = pytest.mark.fast
-
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
 ALL_CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
 MAX_SECONDS = 2.0

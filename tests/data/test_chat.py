@@ -27,8 +27,6 @@ from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat as data_chat
 from kd_jax.data import records as data_records
 
-fast = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def llama3(real_data):
@@ -52,8 +50,8 @@ HARD = [
     "🇳🇴",
 ]
 CONVERSATIONS = [
-    *(chat("Say it.", data_chat) for text in HARD),
-    *(chat(data_chat, "It is five.") for text in HARD),
+    *(chat("Say it.", text) for text in HARD),
+    *(chat(text, "It is five.") for text in HARD),
     chat(*HARD),
     chat("Be brief. 🙂", "Name it.", "Blue.", roles="sua"),
     chat("Be brief.", "Name it.", "Blue.", "And?", "Green.", "No.", roles="suauaa"),
@@ -81,7 +79,6 @@ def check_mask(tokenizer: Any, conversations: list, template: str, end_of_turn: 
             ) == "".join(answer + end_of_turn for answer in answers)
 
 
-@fast
 def test_loss_covers_exactly_answers_and_their_end(tokenizer):
     check_mask(tokenizer, CONVERSATIONS, tiny.TEMPLATE, "<|eot|>")
 
@@ -96,7 +93,6 @@ def test_loss_covers_exactly_answers_and_their_end_on_real_data(name, llama3, re
     check_mask(llama3, conversations, llama3.get_chat_template(), "<|eot_id|>")
 
 
-@fast
 def test_what_follows_the_end_of_turn_has_no_loss(tokenizer):
     template = tiny.TEMPLATE.replace("+ '<|eot|>' -}}{%- endfor", "+ '<|eot|>\n' -}}{%- endfor")
     check_mask(tokenizer, [chat("Hi.", "Blue.", "And?", "Green.")], template, "<|eot|>")
@@ -118,7 +114,6 @@ THINKING = (
 )
 
 
-@fast
 def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer):
     messages = chat("Hi.", "Blue.", "And?", "Green.", "More?", "Blue.")
     (document,) = data_chat.tokenize(tokenizer, [messages], THINKING, DataConfig(path=""))
@@ -126,7 +121,6 @@ def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer)
     assert shown == "Blue.<|eot|>Green.<|eot|><think>\n\n</think>\n\nBlue.<|eot|>"
 
 
-@fast
 def test_system_message_is_kept_and_not_trained_on(tokenizer):
     messages = chat("Be brief.", "Name it.", "Blue.", roles="sua")
     (document,) = data_chat.tokenize(tokenizer, [messages], tiny.TEMPLATE, DataConfig(path=""))
@@ -139,7 +133,6 @@ LATEST = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.cont
 NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}"
 
 
-@fast
 @pytest.mark.parametrize(
     "template, roles, said",
     [
@@ -168,7 +161,6 @@ def freeze(monkeypatch, day: int) -> None:
 TODAY = "\n{% set date_string = strftime_now('%d %b %Y') -%}" + tiny.TEMPLATE
 
 
-@fast
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, TODAY])
 def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, monkeypatch):
     texts, rows = [], []
@@ -188,7 +180,6 @@ def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, mo
     assert shown == texts[0]
 
 
-@fast
 @pytest.mark.parametrize("date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
 def test_template_shows_the_configured_date(date, tokenizer):
     template = date + tiny.TEMPLATE.replace("strftime_now('%d %b %Y')", "'05 May 2020'")
@@ -196,7 +187,6 @@ def test_template_shows_the_configured_date(date, tokenizer):
     assert shown.startswith("01 Jan 2030<|begin|>") and "Today: 01 Jan 2030<|eot|>" in shown
 
 
-@fast
 def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path):
     def having(template):
         return SimpleNamespace(chat_template=template, get_chat_template=lambda: template)
@@ -216,7 +206,6 @@ def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path
 # Tokenizers.
 
 
-@fast
 def test_unusable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected tokenizer files"):
         data_chat.load_tokenizer(tmp_path)
@@ -227,7 +216,6 @@ def swap_ids(tree: dict[str, Any]) -> None:
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
 
 
-@fast
 def test_tokenizers_must_agree_in_all_but_the_template(tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "another"
@@ -269,7 +257,6 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@fast
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_rows(form, tokenizer, config, tmp_path, datasets_cache):
     rows = rows_of(dataclasses.replace(config, path=str(FORMS[form](tmp_path))), tokenizer)
@@ -307,7 +294,6 @@ def refused(path: Path, content: str, limit: int | None = None) -> list[str]:
     return str(caught.value).splitlines()
 
 
-@fast
 @pytest.mark.parametrize("record", BAD)
 def test_bad_record_is_refused_with_its_line(record, tmp_path):
     file = tmp_path / "x.json"
@@ -318,7 +304,6 @@ def test_bad_record_is_refused_with_its_line(record, tmp_path):
         assert problem.startswith(f"{file}:3: {BAD[record]}")
 
 
-@fast
 def test_all_problems_of_a_file_are_one_message(tmp_path):
     file = tmp_path / "x.jsonl"
     problems = refused(file, "\n".join([GOOD, *BAD]))
@@ -329,7 +314,6 @@ def test_all_problems_of_a_file_are_one_message(tmp_path):
     assert len(problems) == data_records.MAX_SHOWN + 1 and problems[-1] == "and 5 more"
 
 
-@fast
 @pytest.mark.parametrize(
     "content, line",
     [
@@ -345,7 +329,6 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
     assert problem.startswith(f"{tmp_path / 'x.json'}:{line}: expected a JSON array")
 
 
-@fast
 def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache):
     records = [ALPACA[0], {**ALPACA[1], "output": None}]
     path = str(write_parquet(tmp_path / "x.parquet", records))
@@ -353,7 +336,6 @@ def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache)
         data_records.read_conversations(path, "", None)
 
 
-@fast
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
 def test_file_without_records_is_refused(content, tmp_path):
     assert refused(tmp_path / "x.json", content) == [
@@ -361,7 +343,6 @@ def test_file_without_records_is_refused(content, tmp_path):
     ]
 
 
-@fast
 def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
@@ -372,7 +353,6 @@ def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
     assert len(refused(file, f"{GOOD}\nbroken\nbroken\n", limit=2)) == 1
 
 
-@fast
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "nobody/nothing", "folder"])
 def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
     monkeypatch.chdir(tmp_path)
@@ -381,7 +361,6 @@ def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
         data_records.read_conversations(name, "train", None)
 
 
-@fast
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "\xff"}')
     with pytest.raises(UserError, match=r"x\.jsonl: cannot be read"):

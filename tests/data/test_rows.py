@@ -26,15 +26,12 @@ from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
 from kd_jax.data.rows import Rows, make_rows
 
-fast = pytest.mark.fast
-
 
 def document(length: int, start: int = 0, first_target: int = 1) -> Document:
     tokens = np.arange(start, start + length, dtype=np.int32)
     return Document(tokens, np.arange(length) >= first_target)
 
 
-@fast
 @pytest.mark.parametrize(
     "overlong, lengths, counts",
     [
@@ -50,7 +47,6 @@ def test_overlong_conversations_are_cut_or_dropped_and_counted(overlong, lengths
     assert got == {"conversations": 4, **counts}
 
 
-@fast
 def test_overlong_error_lists_the_conversations():
     config = DataConfig(path="d", seq_len=8, overlong="error")
     with pytest.raises(UserError, match=r"d: 2 conv.* data\.seq-len 8: 2 \(9\), 4 \(10\) \("):
@@ -59,7 +55,6 @@ def test_overlong_error_lists_the_conversations():
         data_rows.fit([document(9)] * (records.MAX_SHOWN + 5), config, "d")
 
 
-@fast
 @pytest.mark.parametrize("overlong", ["truncate", "drop"])
 def test_rows_without_any_loss_are_refused(overlong):
     config = DataConfig(path="d", seq_len=8, overlong=overlong)
@@ -69,7 +64,6 @@ def test_rows_without_any_loss_are_refused(overlong):
         data_rows.fit([document(9, first_target=8)] * 2, config, "d")
 
 
-@fast
 def test_describe_says_what_became_of_the_conversations(tokenizer, config):
     whole = data_rows.describe_rows(rows_of(config, tokenizer))
     assert whole.startswith("24 conversations: ") and "truncated" not in whole
@@ -121,7 +115,6 @@ def first_fit(lengths: list[int], size: int) -> int:
     return len(rooms)
 
 
-@fast
 @pytest.mark.parametrize("seed", range(30))
 def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     random = np.random.default_rng(seed)
@@ -155,7 +148,6 @@ def stored(tokenizer, config, monkeypatch):
     return rows
 
 
-@fast
 def test_second_use_reads_the_store(stored, tokenizer, config):
     again = rows_of(config, tokenizer)
     assert same_rows(stored, again) and again.counts == stored.counts and again.key == stored.key
@@ -163,7 +155,6 @@ def test_second_use_reads_the_store(stored, tokenizer, config):
     assert same_rows(stored, rows_of(dataclasses.replace(config, batch_size=3), tokenizer))
 
 
-@fast
 @pytest.mark.parametrize("name", [*(f"{column}.npy" for column in data_rows.COLUMNS), "meta.json"])
 @pytest.mark.parametrize("keep", [None, 0, 0.5, -1])
 def test_damaged_store_is_made_anew(name, keep, tokenizer, config):
@@ -180,7 +171,6 @@ def test_damaged_store_is_made_anew(name, keep, tokenizer, config):
     assert isinstance(rows_of(config, tokenizer).tokens, np.memmap)
 
 
-@fast
 def test_store_whose_columns_disagree_is_made_anew(tokenizer, config):
     rows = rows_of(config, tokenizer)
     (folder,) = Path(config.cache_dir).iterdir()
@@ -199,12 +189,10 @@ OPTIONS = {
 NOT_IN_ROWS = {"path", "split", "batch_size", "chat_template", "cache_dir"}
 
 
-@fast
 def test_every_option_is_known_to_be_in_the_key_or_not():
     assert {f.name for f in dataclasses.fields(DataConfig)} == NOT_IN_ROWS | OPTIONS.keys()
 
 
-@fast
 @pytest.mark.parametrize("name", [*OPTIONS, "template", "source", "special tokens", "merges"])
 def test_change_of_what_rows_depend_on_makes_another_key(name, stored, tokenizer, config, tmp_path):
     template = tiny.TEMPLATE
@@ -224,7 +212,6 @@ def test_change_of_what_rows_depend_on_makes_another_key(name, stored, tokenizer
         rows_of(config, tokenizer, template)
 
 
-@fast
 def test_changed_folder_makes_another_key(tokenizer, config, tmp_path, datasets_cache):
     folder = write_folder(tmp_path / "hub")
     config = dataclasses.replace(config, path=str(folder))
@@ -235,7 +222,6 @@ def test_changed_folder_makes_another_key(tokenizer, config, tmp_path, datasets_
     assert rows_of(config, tokenizer).counts["conversations"] == 1
 
 
-@fast
 def test_truncation_in_the_tokenizers_file_changes_neither_rows_nor_key(
     config, tokenizer, tmp_path
 ):
@@ -245,7 +231,6 @@ def test_truncation_in_the_tokenizers_file_changes_neither_rows_nor_key(
     assert len(list(Path(config.cache_dir).iterdir())) == 1
 
 
-@fast
 def test_unwritable_store_is_the_users_mistake(tokenizer, config, tmp_path):
     (tmp_path / "file").touch()
     config = dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache"))
@@ -253,7 +238,6 @@ def test_unwritable_store_is_the_users_mistake(tokenizer, config, tmp_path):
         rows_of(config, tokenizer)
 
 
-@fast
 def test_held_out_rows_come_from_their_own_path(tokenizer, config, tmp_path):
     path = write_lines(tmp_path / "held_out.jsonl", CHATS)
     held_out = make_rows(config, tokenizer, tiny.TEMPLATE, path=str(path), max_conversations=2)
@@ -285,7 +269,6 @@ def numbers(some: list[dict[str, np.ndarray]]) -> np.ndarray:
     return np.concatenate([batch["tokens"][..., 0].ravel() for batch in some])
 
 
-@fast
 @pytest.mark.parametrize("start", [1, 5, 12])
 def test_batch_is_a_function_of_seed_and_step(start):
     rows = numbered_rows(7)
@@ -295,20 +278,17 @@ def test_batch_is_a_function_of_seed_and_step(start):
     assert all(np.array_equal(resumed[name], straight[name]) for name in resumed)
 
 
-@fast
 def test_every_epoch_visits_every_row_once_in_its_own_order():
     epochs = numbers(take(30, numbered_rows(20))).reshape(-1, 20)
     assert (np.sort(epochs) == np.arange(20)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs)
 
 
-@fast
 def test_seed_changes_the_order():
     orders = [tuple(numbers(take(5, numbered_rows(20), seed=seed))) for seed in (0, 1, 2**32 - 1)]
     assert len(set(orders)) == 3
 
 
-@fast
 def test_accumulation_only_splits_the_batch():
     rows = numbered_rows(9)
     for whole, split in zip(take(5, rows), take(5, rows, accumulation_steps=2), strict=True):
@@ -317,13 +297,11 @@ def test_accumulation_only_splits_the_batch():
             assert np.array_equal(whole[name].reshape(-1, 4), split[name].reshape(-1, 4))
 
 
-@fast
 def test_batch_larger_than_the_data_takes_rows_again():
     counts = np.bincount(numbers(take(3, numbered_rows(2))))
     assert counts.tolist() == [6, 6]
 
 
-@fast
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_eval_batches_give_every_row_once_and_empty_rows(count):
     rows = numbered_rows(count)
@@ -335,7 +313,6 @@ def test_eval_batches_give_every_row_once_and_empty_rows(count):
     assert not joined["loss_mask"][count:].any() and not joined["segment_ids"][count:].any()
 
 
-@fast
 @pytest.mark.parametrize("length, steps", [({"steps": 5}, 5), ({"epochs": 1.5}, math.ceil(15 / 4))])
 def test_number_of_steps(length, steps):
     config = Config(

@@ -12,8 +12,6 @@ from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.models.table import weights
 
-pytestmark = pytest.mark.fast
-
 CONFIG = tiny.make_config()
 
 

@@ -167,9 +167,7 @@ def plain(make_config):
 @pytest.mark.parametrize(
     "change",
     [
-        {"optim": {"accumulation_steps": 2}, "mesh": {"data": 4, "fsdp": 1, "tensor": 2}},
         {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "fsdp": 1, "tensor": 4}},
-        {"mesh": {"data": 1, "fsdp": 2, "tensor": 4}},
         {"mesh": {"data": 1, "fsdp": 8}},
         {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     ],

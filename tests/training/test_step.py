@@ -89,10 +89,8 @@ def plain(request, make_config):
     "change",
     [
         {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "fsdp": 1, "tensor": 4}},
-        {"loss": {"chunk_tokens": 7}},
-        {"loss": {"chunk_tokens": 10_000}},
-        {"mesh": {"data": 1, "fsdp": 8}},
-        {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+        {"loss": {"chunk_tokens": 7}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+        {"loss": {"chunk_tokens": 10_000}, "mesh": {"data": 1, "fsdp": 8}},
     ],
     ids=str,
 )
