@@ -22,10 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
 from kd_jax import evaluate, train
+from kd_jax.config import MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import chat
 from kd_jax.data import rows as data_rows
 from kd_jax.inference import scores
+from kd_jax.inference.load import load_model, open_model
+from kd_jax.parallel.mesh import make_mesh
+from kd_jax.setup import models as setup_models
 from kd_jax.training import loop, step
 from kd_jax.training.step import TrainState, train_step
 from kd_jax.workdir import checkpoints
@@ -250,6 +254,37 @@ def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, caps
     steps = [line for line in read_metrics(copy) if "loss" in line]
     assert [line["kd_ratio"] for line in steps] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert [line["temperature"] for line in steps] == [1, 1.5, 2, 2.5, 3, 3]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The number of arrays that each reading of a model's folder asks for."""
+    counts, load_arrays = [], setup_models.load_arrays
+
+    def watched(folder, arch, abstract, **options):
+        counts.append(len(abstract))
+        return load_arrays(folder, arch, abstract, **options)
+
+    monkeypatch.setattr(setup_models, "load_arrays", watched)
+    return counts
+
+
+def test_a_resumed_full_run_reads_its_trained_weights_from_the_checkpoint_alone(
+    full_run, run_train, tmp_path, read
+):
+    copy = shutil.copytree(full_run, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    flags = ("--trainable", "full", "--optim.learning-rate", "1e-3")
+    assert run_train(copy, *flags) == 0
+    assert read[0] == 0 and read[1] > 0  # nothing of the student, all of the teacher
+    assert losses(copy) == losses(full_run)
+
+
+def test_a_full_runs_model_is_loaded_without_its_base(full_run, read):
+    opened = open_model(str(full_run), "bfloat16")
+    models = load_model(opened, make_mesh(MeshConfig(), 8))
+    assert read == [0]
+    assert {x.dtype.name for x in models.frozen.values()} == {"bfloat16"}
 
 
 def test_a_run_resumes_on_other_devices(lora_run, run_train, tmp_path):

@@ -146,7 +146,7 @@ def make_program(
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
-        seed=config.seed,
+        seed=config.seed if models.student.dropout > 0 else 0,  # runs that differ in it share this
         optim=config.optim,
         num_steps=num_steps,
     )

@@ -1,5 +1,6 @@
 """Decoding against transformers' generate, token for token."""
 
+import importlib.util
 from dataclasses import replace
 
 import jax
@@ -15,10 +16,20 @@ from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
 from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack_layers
 from kd_jax.models import decoder
-from kd_jax.models.architecture import FAMILIES
+from kd_jax.models.architecture import FAMILIES, read_architecture
+from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import merge
-from kd_jax.models.table import FACTORS, adapter_weights, is_adapter, layer_weights, weights
-from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.models.table import (
+    FACTORS,
+    abstract_weights,
+    adapter_weights,
+    is_adapter,
+    layer_weights,
+    weights,
+)
+from kd_jax.parallel.mesh import Layout, make_mesh, replicated
+from kd_jax.planning.chips import find_topology
+from kd_jax.planning.topology import devices_of, prepare
 
 NEW = 200
 
@@ -141,6 +152,43 @@ def test_stacked_layers_and_many_devices_generate_the_same_tokens():
     assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
     unstack_layers(spec, placed)
     assert generate_all(spec, placed, prompts, max_new_tokens=20) == want
+
+
+def decoding_programs(devices):
+    """Returns the traced prefill and step of a bfloat16 model over two axes of four devices."""
+    config = tiny.make_config(hidden_size=256, head_dim=64, intermediate_size=256, vocab_size=512)
+    arch = read_architecture(config, "tiny")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 2, devices)
+    spec = DecoderSpec(
+        arch=arch, dtype=jnp.dtype("bfloat16"), attention="splash", layout=Layout(mesh)
+    )
+    arrays = abstract_weights(weights(arch), spec.layout, "bfloat16")
+    everywhere = replicated(mesh)
+
+    def abstract(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    tokens, rows = abstract((2, 128), jnp.int32), abstract((2,), jnp.int32)
+    key = abstract((), jax.random.key(0).dtype)
+    fixed = (spec, Sampling(), arch.vocab_size)
+    prefill = decoding._prefill.trace(fixed, 192, arrays, tokens, rows, key)
+    cache = jax.tree.map(lambda x: abstract(x.shape, x.dtype), prefill.out_info[0])
+    index = abstract((), jnp.int32)
+    return prefill, decoding._step.trace(fixed, arrays, cache, rows, index, rows, key)
+
+
+def test_decoding_lowers_for_tpus_with_their_attention_kernel():
+    prefill, step = decoding_programs(jax.devices()[:4])
+    assert "tpu_custom_call" in prefill.lower(lowering_platforms=("tpu",)).as_text()
+    assert "sdy" in step.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_decoding_compiles_for_four_tpu_chips():
+    topology = find_topology("v5e:2x2")
+    prepare(topology)
+    for program in decoding_programs(devices_of(topology)):
+        assert program.lower().compile().memory_analysis().temp_size_in_bytes > 0
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 320, 4096])

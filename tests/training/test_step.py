@@ -15,7 +15,7 @@ from kd_jax.data import rows
 from kd_jax.inference.evaluation import eval_step
 from kd_jax.models.decoder import Decoder, logits
 from kd_jax.setup.program import loss_scalars, targets
-from kd_jax.training.step import train_step
+from kd_jax.training.step import jit_train_step, train_step
 
 
 def torch_loss(student, teacher, batch, kd_ratio):
@@ -192,6 +192,30 @@ def test_the_optimizer_counts_the_steps_taken(make_config):
     ]
     assert counts and set(counts) == {STEPS} and int(run.state.step) == STEPS
     assert losses[-1] < losses[0]
+
+
+def test_runs_of_one_shape_share_one_compiled_program(make_config):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def run_one(**changes):
+        run = Run(make_config(trainable="lora", **changes))
+        arguments = run.program, *run.arguments(run.batch())
+        before = len(compiled)
+        step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
+        jax.block_until_ready(step(*arguments))
+        return len(compiled) - before
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert run_one(optim={"learning_rate": 3e-3}) == 1
+        assert run_one(optim={"learning_rate": 3e-3}) == 0
+        assert run_one(optim={"learning_rate": 4e-3}) == 1  # a constant of the program
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_dropout_follows_seed_and_step(make_config):
