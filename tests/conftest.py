@@ -54,7 +54,6 @@ if not importlib.util.find_spec("lm_eval"):
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
-
 # The slowest files, which start first, so that no worker ends minutes before the other.
 SLOW = ["test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_layouts.py"]
 

@@ -10,11 +10,7 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 
 Conversation = list[dict[str, str]]
-
-
 ROLES = ("system", "user", "assistant")
-
-
 MAX_SHOWN = 20
 
 

@@ -18,12 +18,9 @@ from kd_jax.data.records import MAX_SHOWN, read_conversations
 
 Batch = dict[str, np.ndarray]
 
-
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
-
-
 STORE_VERSION = 1
 
 

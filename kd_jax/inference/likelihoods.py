@@ -23,11 +23,7 @@ from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import Arrays, make_head
 
 Tokens = tuple[int, ...]
-
-
 Request = tuple[Tokens, Tokens]
-
-
 Batch = dict[str, np.ndarray]
 
 

@@ -14,7 +14,6 @@ from kd_jax.parallel.platforms import PLATFORMS, Implementation
 SAVED_ATTENTION = "attention"
 """Name of attention's residuals other than its inputs; gradient checkpointing can save them."""
 
-
 NEGATIVE = -1e30
 """Logit of a masked key; finite, so that no difference of two is NaN."""
 
