@@ -19,7 +19,7 @@ NEGATIVE = -1e30
 
 
 def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
-    """Returns the kernel `wanted`; for "auto" the platform's own, where it takes the model."""
+    """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     row = PLATFORMS[platform]

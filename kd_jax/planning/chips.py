@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Target(NamedTuple):
-    """What XLA's compiler is told of a GPU."""
+    """Description of a GPU for XLA's compiler."""
 
     core_count: int
     fpus_per_core: int
@@ -27,11 +27,11 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:
-    """One device: a GPU, or a TPU chip, whose cores run as one. Speeds of 0 are not known."""
+    """One device: a GPU, or a TPU chip with its cores as one. A speed of 0 is unknown."""
 
     platform: Literal["gpu", "tpu"]
     memory_bytes: int
-    """All of a GPU's; of a TPU's what its compiler lets a program take."""
+    """Bytes of memory; on a TPU, the compiler's limit for a program."""
     flops: float = 0.0
     """Dense bfloat16 FLOP/s."""
     bandwidth: float = 0.0
@@ -41,7 +41,7 @@ class Chip:
     network_bandwidth: float = 0.0
     """Bytes/s to other hosts (GPU) or slices (TPU)."""
     device_kind: str = ""
-    """Pattern of the name that jax gives it."""
+    """Pattern of jax's device_kind."""
     target: Target | None = None
 
 
@@ -139,7 +139,7 @@ class Topology:
 
     @property
     def rated_chip(self) -> Chip | None:
-        """The chip, where its speed is known."""
+        """The chip, if its speed is known."""
         return self.chip if self.chip is not None and self.chip.flops else None
 
     @property

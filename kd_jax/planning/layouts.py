@@ -27,8 +27,8 @@ def choose_sizes(
 ) -> dict[str, int]:
     """Returns the devices along each axis; axes that the config leaves at 0 are chosen.
 
-    Takes the fastest layout that fits by `estimate`, and of equals the one that shards weights
-    least; where none fits for certain, the one with the lowest peak. Weights are not sharded on
+    Chooses the fastest layout that fits by `estimate`; of equals, the one that shards weights
+    least; if none is certain to fit, the one with the lowest peak. Weights are not sharded on
     devices of unknown memory.
 
     Raises:

@@ -88,7 +88,7 @@ def peft_targets(
 
 
 def _is_named(module: str, names: str | list[str]) -> bool:
-    """Tells whether a module matches PEFT's regular expression or list of name endings."""
+    """Returns True if a module matches PEFT's regular expression or list of name endings."""
     if isinstance(names, str):
         return names == "all-linear" or re.fullmatch(names, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)

@@ -1,4 +1,4 @@
-"""Laws of the text: what is read, how it is rendered, and which tokens have a loss."""
+"""Laws of the text: reading, chat templates, target tokens."""
 
 import copy
 import dataclasses
