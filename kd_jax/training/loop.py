@@ -188,7 +188,7 @@ def check_schedules(config: Config, num_steps: int) -> None:
     if config.optim.warmup_steps >= num_steps:
         say(
             f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
-            f"{num_steps} steps: the learning rate never decays"
+            f"{num_steps} steps: the whole run is warm-up"
         )
     if config.distils and config.loss.warning:
         say(f"warning: {config.loss.warning}")
