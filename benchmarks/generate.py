@@ -1,9 +1,10 @@
-"""Greedy generation beside transformers': same folder, same prompts, same dtype, warm.
+"""Greedy generation of kd_jax and transformers: tokens per second.
 
 python benchmarks/generate.py FOLDER... [--dtypes float32 bfloat16] [--batches 1 8] [--rounds 3]
 
-Both make --tokens new tokens after prompts of 32, without stopping early. Rounds alternate; printed
-are medians of new tokens a second, prefill included. Needs torch.
+Both generate --tokens tokens after prompts of 32 tokens, in the same dtype and without early stop.
+Rounds alternate after a warm-up. Prints medians of new tokens per second, prefill included. Needs
+torch.
 """
 
 import argparse
@@ -25,7 +26,7 @@ PROMPT = 32
 
 
 def ours(folder: Path, dtype: str, tokens: int):
-    """Returns a function from prompts to the seconds and tokens of a generation."""
+    """Returns a function from prompts to (seconds, new tokens)."""
     opened = open_model(str(folder), dtype)
     models = load_model(opened, make_mesh(MeshConfig(), jax.device_count()))
     unstack_layers(models.student, models.frozen)

@@ -1,11 +1,11 @@
-"""Our model of the lm-eval harness beside its own `hf` model: same folder, task and machine.
+"""lm-eval with the kd_jax model and with its own `hf` model: examples per second.
 
 python -m benchmarks.harness FOLDER DATA.json [--examples 200] [--rounds 2] [--dtype bfloat16]
 
-DATA is a JSON list of Alpaca records (GSM8K, say). The task is multiple choice: a record's question
-with its own output and those of three others. `hf` takes the batch size, of 1, 8 and 16, that is
-fastest on the first examples. Rounds alternate between the two; examples a second are those of the
-whole task, tokenising included. The first round of ours compiles and is given by itself.
+DATA is a JSON list of Alpaca records, such as GSM8K. The task is multiple choice: a record's
+question with its own output and those of three others. `hf` runs with the fastest batch size of 1,
+8 and 16, measured on the first examples. Rounds alternate between the models and time the whole
+task, tokenization included. The first round of kd_jax compiles and is printed separately.
 """
 
 import argparse
@@ -42,7 +42,7 @@ metric_list:
   - metric: acc
 """
 BATCH_SIZES = (1, 8, 16)
-PROBED = 16  # examples that choose hf's batch size
+PROBED = 16  # examples that determine hf's batch size
 
 
 def write_task(folder: Path, data: Path, num_examples: int) -> None:
@@ -60,7 +60,7 @@ def write_task(folder: Path, data: Path, num_examples: int) -> None:
 
 
 def run(model: Any, manager: TaskManager, limit: int) -> tuple[float, dict[str, Any]]:
-    """Returns the seconds that a model takes for the first examples, and what it gives."""
+    """Returns a model's seconds for the first `limit` examples, and lm-eval's results."""
     start = time.perf_counter()
     result = lm_eval.simple_evaluate(
         model, tasks=["four_answers"], task_manager=manager, limit=limit, bootstrap_iters=0

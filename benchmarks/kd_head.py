@@ -1,21 +1,21 @@
-"""The fused head beside its bare matrix products, a dense head and other libraries' losses.
+"""The fused head compared with its bare matmuls, a dense head and other libraries' losses.
 
 python benchmarks/kd_head.py [--tokens N ...] [--widths STUDENT TEACHER] [--vocab 128256]
     [--dtypes bfloat16 float32] [--divergences all] [--masked 0.5] [--head-trainable] [--json FILE]
 
-Every side computes cross-entropy and a divergence, half and half, and their gradient in the
-student's hidden states (with --head-trainable in its head too), on random arrays:
+Every side computes 0.5 cross-entropy + 0.5 divergence on random arrays, and the gradient in the
+student's hidden states (and in its lm_head with --head-trainable):
 
-products   nothing but the matrix products of kd_jax's loop, in its chunks, dtypes and orientation
-kd_jax     kd_head, as training runs it: metrics and all
-dense      whole logits of both models, and jax.grad through the first of the divergences
-liger      LigerFusedLinearJSDLoss, a Jensen-Shannon divergence; it always has the head's gradient
-torchtune  its chunked losses, compiled, as its recipe calls them
+products   only the matmuls of kd_jax's loop, in its chunks, dtypes and orientation
+kd_jax     kd_head, as in training, metrics included
+dense      full logits of both models, and jax.grad through the first divergence
+liger      LigerFusedLinearJSDLoss (Jensen-Shannon); it always computes the lm_head's gradient
+torchtune  its chunked losses, compiled as in its recipe
 
-A round runs each side once; printed are medians, their ratio to the products', and the temporary
-memory that XLA plans, also in float32 logits of a chunk. With --divergences all each one's cost
-over forward_kl is in the table too; --masked adds kd_jax with that share of the rows without a
-loss. Liger and torchtune run where they are installed.
+A round runs each side once. The table has medians, their ratio to `products`, and the temporary
+memory planned by XLA, also in units of a chunk's float32 logits. --divergences all adds each
+divergence's cost relative to forward_kl. --masked adds kd_jax with that share of tokens masked.
+Liger and torchtune run if installed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants its share of a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to torch
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ TORCHTUNE = {
 }
 TORCHTUNE_CHUNKS = 8
 IGNORED = -100
-"""torch's label of a token without a loss."""
+"""torch's label of a masked token."""
 
 
 class Inputs(NamedTuple):
@@ -73,14 +73,14 @@ class Inputs(NamedTuple):
 
 class Entry(NamedTuple):
     run: Callable[[], float | None]
-    """Computes once and waits; returns the loss per target token, or None."""
+    """Computes once and blocks; returns the loss per target token, or None."""
     temporary_bytes: int | None
 
 
 def make_inputs(
     num_tokens: int, widths: Sequence[int], vocab_size: int, dtype: str, masked: float = 0.0
 ) -> Inputs:
-    """Returns random arrays; logits have a deviation of LOGIT_DEVIATION."""
+    """Returns random arrays whose logits have a standard deviation of LOGIT_DEVIATION."""
 
     def draw(key):
         keys = iter(jax.random.split(key, 4))
@@ -95,7 +95,7 @@ def make_inputs(
 
 
 def compile_side(function: Callable, *arguments: Any) -> Entry:
-    """Returns a side that runs a jax function, the loss first among what it returns."""
+    """Returns the side of a jax function whose first output is the loss."""
     options = compiler_options(make_mesh(MeshConfig(), jax.device_count()))
     program = jax.jit(function, compiler_options=options).lower(*arguments).compile()
 
@@ -106,19 +106,19 @@ def compile_side(function: Callable, *arguments: Any) -> Entry:
 
 
 def with_gradients(loss: Callable, config: HeadConfig, inputs: Inputs) -> Entry:
-    """Returns the side of a function from Inputs to the summed loss and what is beside it."""
+    """Returns the side of a function from Inputs to (summed loss, auxiliary outputs)."""
     trained = ("student_hidden", "student_head")[: 1 + config.head_trainable]
 
     def step(inputs):
         def mean(*arrays):
-            total, beside = loss(inputs._replace(**dict(zip(trained, arrays, strict=True))))
-            return total / jnp.sum(inputs.mask), beside
+            total, aux = loss(inputs._replace(**dict(zip(trained, arrays, strict=True))))
+            return total / jnp.sum(inputs.mask), aux
 
         arrays = [getattr(inputs, name) for name in trained]
-        (value, beside), gradients = jax.value_and_grad(
+        (value, aux), gradients = jax.value_and_grad(
             mean, argnums=tuple(range(len(arrays))), has_aux=True
         )(*arrays)
-        return value, beside, gradients
+        return value, aux, gradients
 
     return compile_side(step, inputs)
 
@@ -152,10 +152,10 @@ def dense(config: HeadConfig, inputs: Inputs) -> Entry:
 
 
 def products(config: HeadConfig, inputs: Inputs) -> Entry:
-    """Returns the floor: what the head's loop multiplies, and nothing else.
+    """Returns the lower bound: only the matmuls of the head's loop.
 
-    A gradient of the logits is given, and barriers tie it to a chunk's logits: else XLA would drop
-    those and multiply it once for all chunks.
+    A constant stands for the logits' gradient. Barriers tie it to a chunk's logits; otherwise XLA
+    would drop the logits and hoist the gradient's matmul out of the loop.
     """
     C, (_, num_tokens, _) = config.chunk_tokens, inputs.student_hidden.shape
     num_chunks = -(-num_tokens // C)
@@ -195,7 +195,7 @@ def products(config: HeadConfig, inputs: Inputs) -> Entry:
 
 
 def to_torch(inputs: Inputs, head_trainable: bool) -> dict[str, Any]:
-    """Returns torch's tensors by name, labels of masked rows ignored; on its GPU, if it has one."""
+    """Returns torch tensors by name, on the GPU if there is one; masked labels are IGNORED."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,7 +266,7 @@ def torchtune(config: HeadConfig, inputs: Inputs) -> Entry:
 
 
 def absent(name: str, config: HeadConfig) -> str | None:
-    """Returns why another library's loss cannot take part; None where it can."""
+    """Returns the reason why another library's loss cannot run, or None."""
     package = {"liger": "liger_kernel", "torchtune": "torchtune"}[name]
     if not util.find_spec("torch") or not util.find_spec(package):
         return "not installed"
@@ -280,7 +280,7 @@ def absent(name: str, config: HeadConfig) -> str | None:
 
 
 def make_configs(args: argparse.Namespace, num_tokens: int, dtype: str) -> dict[str, HeadConfig]:
-    """Returns the head for each divergence, as a run on this device has it."""
+    """Returns the head's configuration for each divergence on this device."""
     mesh = make_mesh(MeshConfig(), 1, jax.devices()[:1])
     return {
         name: make_head(
@@ -298,7 +298,7 @@ def make_configs(args: argparse.Namespace, num_tokens: int, dtype: str) -> dict[
 def make_sides(
     args: argparse.Namespace, num_tokens: int, dtype: str, configs: dict[str, HeadConfig]
 ) -> dict[str, Entry]:
-    """Returns what is compared, by name, the floor first."""
+    """Returns the compared sides by name, `products` first."""
     first, *_ = args.divergences
     shape = (num_tokens, args.widths, args.vocab, dtype)
     config, inputs = configs[first], make_inputs(*shape)
@@ -311,14 +311,14 @@ def make_sides(
     sides[f"dense {first}"] = dense(config, inputs)
     for make, title in ((liger, "liger jsd"), (torchtune, f"torchtune {first}")):
         if reason := absent(make.__name__, config):
-            print(f"{make.__name__}: left out, {reason}")
+            print(f"{make.__name__}: skipped, {reason}")
         else:
             sides[title] = make(config, inputs)
     return sides
 
 
 def measure(sides: dict[str, Entry], rounds: int) -> list[dict[str, Any]]:
-    """Returns a record of each side: its loss, and its seconds in every round."""
+    """Returns each side's loss, seconds of every round and temporary memory."""
     found = {name: side.run() for name, side in sides.items()}  # warm
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -339,10 +339,10 @@ def measure(sides: dict[str, Entry], rounds: int) -> list[dict[str, Any]]:
 
 
 def compare(records: list[dict[str, Any]], first: str, logits_bytes: int) -> None:
-    """Adds to every record what it is beside the floor, and kd_jax's beside the first divergence.
+    """Adds to every record its ratio to `products`, and kd_jax's to the first divergence.
 
     Args:
-      logits_bytes: of a chunk's float32 logits.
+      logits_bytes: size of a chunk's float32 logits.
     """
     medians = {record["side"]: record["median_seconds"] for record in records}
     for record in records:
@@ -383,11 +383,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     dtypes = ["bfloat16", "float32"]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--divergences", nargs="+", choices=[*names, "all"], default=names[:1])
-    parser.add_argument("--masked", type=float, default=0.0, help="share of rows without a loss")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of masked tokens")
     parser.add_argument("--head-trainable", action="store_true")
-    parser.add_argument("--chunk-tokens", type=int, help="default: what training takes")
+    parser.add_argument("--chunk-tokens", type=int, help="default: as in training")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--json", type=Path, help="JSON file for all results")
     args = parser.parse_args(argv)
     if "all" in args.divergences:
         args.divergences = names
@@ -402,7 +402,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what was measured on."""
+    """Returns device, machine and library versions."""
     installed = {"jax", "jaxlib", "torch", "liger_kernel", "torchtune"}
     versions = {n: metadata.version(n) for n in sorted(installed) if util.find_spec(n)}
     device, name = jax.devices()[0], platform.processor() or platform.machine()

@@ -1,11 +1,11 @@
-"""Time and memory of loading a model in Hugging Face form, in one process or in several.
+"""Time and memory of loading a Hugging Face folder, in one or several processes.
 
 python benchmarks/load.py FOLDER
 python benchmarks/load.py FOLDER --write meta-llama/Llama-3.1-8B-Instruct
 python benchmarks/load.py FOLDER --processes 2 --devices 8
 
 The first command alternates loading with reading the same cached files into a reused buffer, and
-prints the median of three rounds. --write creates a folder with a known model's shapes and random
+prints medians of three rounds. --write creates FOLDER with a known model's shapes and random
 bfloat16 weights. --processes splits --devices fake CPU devices over processes (Linux): weights are
 sharded over all devices (fsdp), and each process prints the bytes that it read and held.
 JAX_PLATFORMS=cpu measures one CPU device.
@@ -53,7 +53,7 @@ def load_seconds(folder: Path, layout: Layout) -> tuple[float, int]:
 
 
 def read_seconds(folder: Path) -> float:
-    """Returns the seconds that plain Python takes to read the weight files."""
+    """Returns the seconds of reading the weight files in plain Python."""
     buffer = bytearray(16 * 2**20)
     start = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -69,13 +69,13 @@ def peak_resident_bytes() -> int:
 
 
 def read_bytes() -> int:
-    """Returns the bytes that this process has read so far, from disk or page cache."""
+    """Returns the bytes read by this process so far, from disk or page cache."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])
 
 
 def write_model(folder: Path, model: str) -> None:
-    """Writes random weights in a known model's shapes, and its config.json."""
+    """Writes a known model's config.json and random weights."""
     from safetensors.numpy import save_file
 
     config = KNOWN_MODELS[model]
@@ -108,9 +108,9 @@ def write_model(folder: Path, model: str) -> None:
 
 def measure_alone(folder: Path) -> None:
     layout = Layout(make_mesh(MeshConfig(), jax.device_count()))
-    read_seconds(folder)  # warms the files
+    read_seconds(folder)  # fills the page cache
     _, num_bytes = load_seconds(folder, layout)
-    peak = peak_resident_bytes()  # of the load alone
+    peak = peak_resident_bytes()  # before the buffered reads
     rounds = [(load_seconds(folder, layout)[0], read_seconds(folder)) for _ in range(ROUNDS)]
     load, read = (statistics.median(times) for times in zip(*rounds, strict=True))
     device = jax.devices()[0]
@@ -124,7 +124,7 @@ def measure_alone(folder: Path) -> None:
 
 
 def measure_together(folder: Path, num_processes: int, num_devices: int) -> None:
-    """Starts the processes; prints the seconds, bytes read and memory of each."""
+    """Starts the processes and prints seconds, bytes read and memory of each."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{one.getsockname()[1]}"

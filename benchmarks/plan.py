@@ -1,8 +1,8 @@
-"""Compiled memory of runs on absent GPUs and TPUs, beside the estimate from shapes.
+"""Memory of runs on absent GPUs and TPUs: compiled, and estimated from shapes.
 
 python benchmarks/plan.py [--only NAME ...] [--json FILE]
 
-Each case is one `python -m kd_jax.plan` in its own process. Cases whose compiler is not installed
+Each case runs `python -m kd_jax.plan` in its own process. Cases whose compiler is not installed
 are skipped: pip install 'kd-jax[cuda13]' for GPUs, 'kd-jax[tpu]' for TPUs.
 """
 
@@ -44,7 +44,7 @@ CASES = {
 
 
 def plan(config: str, topology: str, *flags: str) -> tuple[dict | None, float, str]:
-    """Returns the command's JSON object, its wall time in seconds, and its errors."""
+    """Returns the command's JSON object or None, its wall time in seconds, and stderr."""
     path = str(CONFIGS / f"{config}.py")
     command = [sys.executable, "-m", "kd_jax.plan", "--config", path, "--topology", topology]
     begin = time.perf_counter()
@@ -55,8 +55,8 @@ def plan(config: str, topology: str, *flags: str) -> tuple[dict | None, float, s
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=list(CASES), help="parts of names")
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--only", nargs="*", default=list(CASES), help="parts of case names")
+    parser.add_argument("--json", help="JSON file for all results")
     args = parser.parse_args(argv)
     results = {}
     print("| case | GiB a device | estimate | ratio | seconds, compiled | estimated |")

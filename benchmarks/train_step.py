@@ -1,10 +1,10 @@
-"""One configuration's train step: how long it compiles, how fast it runs, what it takes.
+"""Compile time, step time, throughput and memory of a configuration's train step.
 
 python benchmarks/train_step.py --config FILE [any flag of kd_jax.train] [--rounds 8] [--json FILE]
 
-Real folders, data and rows, as kd_jax.train takes them, but nothing is written to the workdir. The
-first two steps warm up; printed are medians of the others. MFU is what the step needs
-(kd_jax.planning.cost.step_flops) over what the devices can do, both in bfloat16.
+Models, data and rows are loaded as by kd_jax.train, but nothing is written to the workdir. The
+first two steps warm up; prints medians of the others. MFU is the step's FLOP/s
+(kd_jax.planning.cost.step_flops) over the devices' bfloat16 peak.
 """
 
 import json
@@ -37,7 +37,7 @@ class Args:
     rounds: int = 8
     """Timed steps."""
     json: str | None = None
-    """File for all figures."""
+    """JSON file for all results."""
 
 
 def main(argv: Sequence[str]) -> None:

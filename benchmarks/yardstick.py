@@ -1,12 +1,12 @@
-"""Our training beside torchtune's distillation recipe: same folders, same data, same machine.
+"""Training with kd_jax and with torchtune's distillation recipe: tokens per second and memory.
 
 python benchmarks/yardstick.py OUT --yardstick DIR [--rounds 2] [--dtype bfloat16] [--arms ...]
 
-DIR holds run_torchtune.sh and the data beside it (its README says what it runs: 8 steps of 4 rows
-of GSM8K, LoRA rank 64, a Llama 3 vocabulary). Rounds alternate between the arms: torchtune, our
-distillation (kd_jax) and our fine-tuning, which has no teacher (kd_jax_sft). Printed are the median
-target tokens a second of the steps after the second (the first ones compile), and the peak
-resident memory of the whole process. OUT gets the models, the logs and yardstick.json.
+DIR contains run_torchtune.sh; its README describes the run: 8 steps of 4 rows of GSM8K, LoRA rank
+64, a Llama 3 vocabulary. Rounds alternate between the arms: torchtune, distillation (kd_jax) and
+fine-tuning without a teacher (kd_jax_sft). Prints median target tokens per second, without the
+first two steps, which compile, and the peak resident memory of the process. OUT receives the
+models, the logs and yardstick.json.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     arms = ("torchtune", "kd_jax", "kd_jax_sft")
-    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="what to run")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run")
     args = parser.parse_args()
     out, yardstick = args.out.resolve(), args.yardstick.resolve()
     run = {

@@ -265,7 +265,7 @@ def evaluate(stage: Stage, model: Path, teacher: Path | None) -> Values:
 def share_right(model: Path) -> float:
     """Returns the share of exact questions that a model answers right by greedy decoding.
 
-    The answers are kept in a file beside the model's folder.
+    The answers are stored in a file next to the model's folder.
     """
     from kd_jax.generate import GenerateArgs, answers
 

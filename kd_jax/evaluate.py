@@ -43,11 +43,11 @@ class EvaluateArgs:
     save: bool = False
     """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
     step: int | None = None
-    """Checkpoint of the workdir to evaluate; None takes the latest."""
+    """Checkpoint of the workdir to evaluate; None: the latest."""
     seq_len: Annotated[int | None, Range(least=2)] = None
-    """Tokens in a row; None takes the run's, or 2048."""
+    """Tokens in a row; None: the run's, or 2048."""
     batch_size: Annotated[int | None, Range(least=1)] = None
-    """Rows per batch over all devices; None takes the number of devices."""
+    """Rows per batch over all devices; None: the number of devices."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -83,7 +83,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
       positions `start` to below `stop` of their documents; `against`: {name: {value, difference,
       low, high}}; `arguments`: model, data and options.
     """
-    import jax  # takes seconds, which --help saves
+    import jax  # takes seconds, which --help avoids
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows

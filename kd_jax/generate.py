@@ -36,7 +36,7 @@ class GenerateArgs:
     dtype: Dtype = "bfloat16"
     """dtype of weights and matrix products."""
     step: int | None = None
-    """Checkpoint of the workdir; None takes the latest."""
+    """Checkpoint of the workdir; None: the latest."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     date: str = "26 Jul 2024"
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
-    import jax  # takes seconds, which --help saves
+    import jax  # takes seconds, which --help avoids
 
     from kd_jax.inference.decoding import Sampling, generate, unstack_layers
     from kd_jax.inference.load import load_model, open_model

@@ -35,9 +35,9 @@ class LmEvalArgs:
     dtype: Dtype = "bfloat16"
     """dtype of weights and matrix products; float32 uses stored weights at full precision."""
     step: int | None = None
-    """Checkpoint of the workdir; None takes the latest."""
+    """Checkpoint of the workdir; None: the latest."""
     num_fewshot: Annotated[int | None, Range(least=0)] = None
-    """Examples in each prompt; None takes the task's number."""
+    """Examples in each prompt; None: the task's number."""
     limit: Annotated[int | None, Range(least=1)] = None
     """Use only the first examples of each task; None uses all."""
     apply_chat_template: bool = False
@@ -45,11 +45,11 @@ class LmEvalArgs:
     system_instruction: str | None = None
     """System message before each prompt."""
     add_bos_token: bool | None = None
-    """Encode texts with special tokens; None takes the tokenizer's setting."""
+    """Encode texts with special tokens; None: the tokenizer's setting."""
     max_length: Annotated[int | None, Range(least=1)] = None
-    """Context length in tokens; None takes config.json's."""
+    """Context length in tokens; None: config.json's."""
     batch_size: Annotated[int | None, Range(least=1)] = None
-    """Rows of 512 tokens per batch over all devices; None takes the platform's default."""
+    """Rows of 512 tokens per batch over all devices; None: the platform's default."""
     json: bool = False
     """Print one JSON object instead of a table."""
     out: str | None = None

@@ -1,4 +1,4 @@
-"""Tests run offline on eight fake CPU devices, so that no sharding test can skip by accident."""
+"""Fixtures. Tests run offline on eight fake CPU devices, so that no sharding test is skipped."""
 
 import atexit
 import importlib.util
@@ -9,8 +9,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-# XLA:CPU compiles the tests' programs for minutes and runs them for seconds: no LLVM optimization,
-# and, where this jax still has it, the older emitter of fusions, whose code LLVM reads faster.
+# Most test time is compilation: no LLVM optimization, and in jax 0.10 the older fusion emitter,
+# whose code LLVM compiles faster.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0"
@@ -18,13 +18,13 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # Independent collectives run in program order: the same order on every device.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=100"  # then XLA aborts the process
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=100"  # then XLA aborts
 )
 os.environ.setdefault("NPROC", "32")  # threads of all fake devices; collectives block them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-# One cache of compiled programs for pytest's workers and for the processes that tests start.
+# One compilation cache for pytest's workers and the processes that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kd_jax-xla-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -43,7 +43,7 @@ from kd_jax.data.chat import load_tokenizer
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Without the `test` extra's torch only the fast tests can run, and these files have none.
+# Without torch (extra `test`) only the fast tests run; these files have none.
 NEED_TORCH = [
     "inference/test_decoding.py", "models/test_decoder.py", "training/test_hidden_step.py",
     "training/test_step.py", "test_train.py",
@@ -54,8 +54,7 @@ if not importlib.util.find_spec("lm_eval"):
 
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
-
-# The slowest files, which start first, so that no worker ends minutes before the other.
+# The slowest files start first, so that all workers end at about the same time.
 SLOW = ["test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_layouts.py"]
 
 
@@ -65,13 +64,13 @@ def pytest_collection_modifyitems(items):
 
     items.sort(key=rank)
     for item in items:
-        if item.path.name in ("test_demo.py", "test_tutorial.py"):  # a dozen runs in one test
+        if item.path.name in ("test_demo.py", "test_tutorial.py"):  # one test has a dozen runs
             item.add_marker(pytest.mark.timeout(480))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives a file to one worker: its tests share fixtures and compiled programs."""
+    """Assigns each file to one worker: its tests share fixtures and compiled programs."""
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
@@ -80,7 +79,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Frees a file's compiled programs: each keeps some 600 memory mappings of Linux's 65,530."""
+    """Frees a file's compiled programs: each uses about 600 of Linux's 65,530 memory mappings."""
     yield
     jax.clear_caches()
 
@@ -89,7 +88,7 @@ def _forget_programs():
 def real_data(tmp_path_factory) -> Path:
     """A folder with gsm8k_alpaca.json, roleplay_chat.jsonl and llama3_tokenizer/.
 
-    Real files where KD_JAX_SHARED or ../shared has them, else small ones of their form.
+    Real files from KD_JAX_SHARED or ../shared if present, otherwise small stand-ins.
     """
     folder = SHARED / "data"
     return folder if folder.is_dir() else write_stand_ins(tmp_path_factory.mktemp("stand_ins"))
@@ -97,13 +96,13 @@ def real_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory) -> Path:
-    """A tied float32 Llama of transformers, logits with a deviation above 1. Read only."""
+    """A tied float32 Llama; logits have a standard deviation above 1. Read only."""
     return tiny.write_model(tmp_path_factory.mktemp("student"), seed=1, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
-    """An untied, wider float32 Llama with the student's tokenizer. Read only."""
+    """A wider, untied float32 Llama with the student's tokenizer. Read only."""
     shape = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
     folder = tmp_path_factory.mktemp("teacher")
     return tiny.write_model(folder, seed=2, tie_word_embeddings=False, **shape)
@@ -111,13 +110,13 @@ def tiny_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """Alpaca records as JSON lines. Read only."""
+    """A file of Alpaca records in JSON lines. Read only."""
     return tiny.write_data(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="session")
 def make_config(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
-    """Returns configs of runs of the tiny models, with the changes of make_run_config."""
+    """Returns make_run_config for the tiny models and data."""
     cache_dir = tmp_path_factory.mktemp("rows")
     return partial(make_run_config, tiny_student, tiny_teacher, tiny_data, cache_dir)
 
@@ -132,7 +131,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
-    """A few records, and a row store of the test's own."""
+    """A data configuration with a few records and its own row store."""
     path = tiny.write_data(tmp_path / "train.jsonl")
     return DataConfig(path=str(path), seq_len=128, cache_dir=str(tmp_path / "cache"))
 

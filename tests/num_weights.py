@@ -1,6 +1,6 @@
-"""The number of weights of well-known models."""
+"""Number of weights of known models."""
 
-# As their model cards give them.
+# From their model cards.
 NUM_WEIGHTS = {
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,

@@ -1,4 +1,4 @@
-"""Places in the checkout."""
+"""Paths in the checkout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The loss and its metrics in float64 NumPy, straight from the definitions."""
+"""The loss and its metrics in float64 NumPy, from the definitions."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def log_softmax(z):
 
 
 def kl(log_a, log_b):
-    """KL(a || b) of log-probabilities, nats."""
+    """KL(a || b) = sum_v exp(a) (a - b) of log-probabilities, nats."""
     a = np.exp(log_a)
     return np.where(a > 0, a * (log_a - log_b), 0).sum(-1)
 
@@ -18,8 +18,8 @@ def divergence(name, student, teacher, *, temperature=1.0, weight=None, **option
     """Returns the divergence of each token [...] from its definition; logits are [..., V].
 
     Args:
-      weight: the forward KL's in adaptive_kl, which is a constant to its gradient.
-      options: by the fields of LossConfig.
+      weight: weight of the forward KL in adaptive_kl, constant in its gradient.
+      options: fields of LossConfig.
     """
     log_q, log_p = (
         log_softmax(np.asarray(z, np.float64) / temperature) for z in (student, teacher)
@@ -67,7 +67,7 @@ def adaptive_weight(q, p, mass):
 
 
 def alpha_beta(q, p, A, B):
-    """Returns the alpha-beta divergence and its limits, as doi 10.3390/e13010134 has them."""
+    """Returns the alpha-beta divergence and its limits, as in doi 10.3390/e13010134."""
     if A == 0 and B == 0:
         return ((np.log(p) - np.log(q)) ** 2).sum(-1) / 2
     if A == 0:
@@ -95,8 +95,8 @@ def distil(
     """Returns sums over unmasked tokens of loss and metrics; logits are [..., V].
 
     Args:
-      scale: what the divergence is multiplied by.
-      options: of the divergence.
+      scale: factor of the divergence.
+      options: arguments of `divergence`.
     """
     student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     options["temperature"] = temperature
@@ -108,7 +108,7 @@ def distil(
 
 
 def evaluate(student, teacher, labels, *, top_k=3):
-    """Returns what an evaluation says of each token, [...]; logits are [..., V]."""
+    """Returns the evaluation metrics of each token, [...]; logits are [..., V]."""
     student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
     log_q, log_p = log_softmax(student), log_softmax(teacher)
     picked = np.asarray(labels)[..., None]
@@ -132,7 +132,7 @@ def evaluate(student, teacher, labels, *, top_k=3):
 
 
 def calibration_error(confidence, correct, num_bins=15):
-    """Returns the expected calibration error, bin by bin as arXiv 1706.04599 (3) writes it."""
+    """Returns the expected calibration error, bin by bin as in arXiv 1706.04599 (3)."""
     error = 0.0
     for m in range(num_bins):
         inside = (confidence > m / num_bins) & (confidence <= (m + 1) / num_bins)

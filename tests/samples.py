@@ -1,4 +1,4 @@
-"""Records, and what the tests of text and rows do with them."""
+"""Sample records and helpers for the tests of chat templates and rows."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-# Special tokens of the tiny tokenizer, and Llama 3's in their places.
+# Special tokens: the tiny tokenizer's to Llama 3's.
 LLAMA3 = {
     "<|begin|>": "<|begin_of_text|>",
     "<|pad|>": "<|finetune_right_pad_id|>",
@@ -56,7 +56,7 @@ LLAMA3 = {
 
 
 def write_stand_ins(folder: Path) -> Path:
-    """Writes small files in the form of the real data, for machines without it."""
+    """Writes small stand-ins for the real data, in the same formats."""
     tokenizer = folder / "llama3_tokenizer"
     tiny.write_tokenizer(tokenizer)
     for file in tokenizer.iterdir():
@@ -79,7 +79,7 @@ def write_stand_ins(folder: Path) -> Path:
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """Returns the tiny tokenizer after a change of its tokenizer.json."""
+    """Returns the tiny tokenizer with a changed tokenizer.json."""
     tiny.write_tokenizer(folder)
     file = folder / "tokenizer.json"
     tree = json.loads(file.read_text())

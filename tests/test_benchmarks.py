@@ -1,4 +1,4 @@
-"""The benchmarks run, in sizes that say nothing of speed."""
+"""The benchmarks run, at sizes too small to measure speed."""
 
 import json
 import os

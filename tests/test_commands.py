@@ -1,4 +1,4 @@
-"""The commands in a row, without torch: what the newest jax is tested with."""
+"""All commands in sequence, without torch, so that they run on the newest jax too."""
 
 import json
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture
 def kd_jax(monkeypatch, capsys):
-    """Returns a function that runs `kd-jax WORDS`: exit status, standard output and error."""
+    """Returns a function that runs `kd-jax WORDS` and returns exit status, stdout and stderr."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["kd-jax", *words])
@@ -172,7 +172,7 @@ def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
     assert all(line["loss"] == line["ce_loss"] and "kd_loss" not in line for line in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert lines[-1].keys() >= {"eval/ce", "eval/perplexity"} and "eval/kl_forward" not in lines[-1]
-    # A teacher that was fine-tuned is then distilled, as the adapter of its base or merged.
+    # A fine-tuned teacher is distilled, as an adapter or merged.
     out = tmp_path / "adapter"
     assert run(to_hf.main, "--workdir", tmp_path / "run", "--out", out, "--format", "adapter") == 0
     given = ("--teacher.path", folders / "student", "--teacher.adapter", out)

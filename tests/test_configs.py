@@ -1,4 +1,4 @@
-"""Every configuration file, with the published shapes of its models: checked and lowered."""
+"""Every configuration file is checked and lowered with the published shapes of its models."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ ALL_CONFIGS = sorted(CONFIGS.glob("*.py"))
 
 
 def open_config(path):
-    """Returns a configuration laid out for the tests' eight devices, and its architectures."""
+    """Returns a configuration with a mesh for the tests' eight devices, and its architectures."""
     config = load_config(path)
     rows = max(8, config.data.batch_size)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))

@@ -1,4 +1,4 @@
-"""Conversions: transformers and peft load what is written, and mean by it what our model does."""
+"""Conversions: transformers and peft load the exports, with the same logits as kd_jax."""
 
 import errno
 import json
@@ -81,7 +81,7 @@ def trained(models, change=0.1):
 
 
 class InMemory:
-    """Arrays in place of those of a checkpoint."""
+    """Stands in for the arrays of a checkpoint."""
 
     def __init__(self, arrays):
         self.shapes = {path: x.shape for path, x in arrays.items()}
@@ -101,7 +101,7 @@ def torch_logits(theirs):
 
 
 def assert_same_logits(ours, theirs):
-    # Both sides round float32 sums of a few hundred terms in different orders.
+    # Both round float32 sums of a few hundred terms, in different orders.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
@@ -377,7 +377,7 @@ def owner(array):
 
 @pytest.mark.parametrize(
     "trainable, form, limit",
-    # Arrays still in memory when another one is read: none, factor A, and the source's own.
+    # Arrays in memory while another is read: none, factor A, the source's.
     [("full", "hugging face", 0), ("lora", "hugging face", 1), ("lora", "orbax", 2)],
 )
 def test_an_export_reads_one_array_at_a_time_and_drops_it(
@@ -531,7 +531,7 @@ def test_a_disk_that_fills_up_gives_one_message_and_no_folder(
     argv = ["--source", str(source)]
     if command == "convert.to_hf":
         argv = ["--workdir", str(run_of(tiny_student)[0])]
-    # No file may grow past 50 kB: the write fails part of the way through, as on a full disk.
+    # Files are limited to 50 kB: the write fails midway, as on a full disk.
     done = run("-c", LIMITED, 50_000, command, *argv, "--out", out)
     assert done.returncode == 2, done.stderr
     (error,) = errors(done)

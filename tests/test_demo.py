@@ -1,4 +1,4 @@
-"""The demo: its language's odds are exact, and distillation beats fine-tuning on it for real."""
+"""The demo: its language's probabilities are exact, and distillation beats fine-tuning."""
 
 import dataclasses
 import json
@@ -78,14 +78,14 @@ def test_drawn_answers_follow_the_odds():
     for question in {q.instruction: q for q, _ in drawn}.values():
         for answer, p in question.answers.items():
             n = asked[question.instruction]
-            # 1,500 answers in all: six deviations happen by chance once in 300,000 tests
+            # 1,500 answers: six deviations occur by chance once in 300,000 tests
             margin = 6 * math.sqrt(p * (1 - p) / n) + 1 / n
             assert abs(given[question.instruction, answer] / n - p) < margin
 
 
 @pytest.mark.fast
 def test_the_floor_is_what_the_true_odds_cost(num_tokens):
-    """The expected floor, a sum, against the mean over a large sample, which knows no formula."""
+    """Compares the floor, a closed-form sum, with the mean over a large sample."""
     drawn = grammar.draw(40_000, "floor")
     nats = [-math.log(question.answers[answer]) for question, answer in drawn]
     tokens = statistics.fmean(num_tokens(answer) for _, answer in drawn)
@@ -141,7 +141,7 @@ def test_the_arms_differ_by_the_teacher_alone():
 
 @pytest.mark.fast
 def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
-    """The config files name the places that the demo writes to."""
+    """The config files have the paths that the demo writes."""
     monkeypatch.setattr(demo, "completion", lambda folder: True)
     shown = []
     monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_the_readme_gives_the_reason_that_the_demo_gives():
     assert outcome.WHY in " ".join((ROOT / "README.md").read_text().split())
 
 
-# The demo's own code with half of its examples and fewer steps.
+# The demo's code with half of the examples and fewer steps.
 SMALL = """
 import sys
 from pathlib import Path
@@ -206,7 +206,7 @@ STEPS = {"teacher": (500, 300), "finetune": (150, 100), "distil": (150, 100)}
 
 
 def start(root):
-    """Starts the small demo as a user does: one CPU device, caches of its own."""
+    """Starts the small demo as a user does: one CPU device, its own caches."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(root)}
     for name in ("XLA_FLAGS", "NPROC"):
         environment.pop(name, None)
@@ -225,7 +225,7 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The small demo, killed in the first student's training, and the same command again."""
+    """The small demo: killed during the first student's training, then run again."""
     root = tmp_path_factory.mktemp("demo")
     (root / "configs").mkdir()
     for name, (steps, fewer) in STEPS.items():

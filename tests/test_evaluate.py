@@ -1,4 +1,4 @@
-"""What an evaluation reports, against float64 NumPy, scipy and closed forms."""
+"""Evaluation reports against float64 NumPy, scipy and closed forms."""
 
 import json
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fast
 
 
 def make_values(count=500, seed=0):
-    """Returns values of tokens, and the documents that they are in, of very different lengths."""
+    """Returns values of tokens and their documents, which have very different lengths."""
     rng = np.random.default_rng(seed)
     values = {
         "ce": rng.exponential(2, count),
@@ -64,7 +64,7 @@ def test_certain_and_right_or_wrong_are_the_extremes_of_calibration():
 
 
 def test_the_interval_is_scipys():
-    """Paired percentile intervals of a ratio of sums, from the same draws."""
+    """Compares paired percentile intervals of a ratio of sums, from the same resamples."""
     values, documents = make_values()
     others = {**values, "ce": values["ce"] + np.random.default_rng(1).normal(0.1, 0.5, 500)}
     size = documents.max() + 1
@@ -91,7 +91,7 @@ def test_the_interval_of_many_like_documents_is_the_normal_one():
     pair = (scores.tally(x, groups, count) for x in (values, others))
     got = scores.compare(*pair, 4000, seed=3)["ce"]
     half = norm.ppf(0.975) * (values["ce"] - others["ce"]).std() / count**0.5
-    # Were the draws not paired, the interval would be five times as wide.
+    # With unpaired resamples the interval would be five times as wide.
     assert got["high"] - got["low"] == pytest.approx(2 * half, rel=0.06)
     assert got["low"] < -0.2 < got["high"]
 
@@ -133,7 +133,7 @@ def evaluated(capsys, root, *flags, **options):
 
 
 def expected_values(root, top_k):
-    """Returns each target token's values, its document and its position, from whole logits."""
+    """Returns each target token's values, document and position, from full logits."""
     config = DataConfig(path=str(root / "data.jsonl"), seq_len=192, cache_dir=str(root / "rows"))
     source = open_source(str(root / "student"), None, "student")
     rows = data_rows.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
@@ -168,7 +168,7 @@ def test_the_command_reports_what_float64_says(root, capsys):
 
     rows, named = got.pop("by_position"), got.pop("arguments")
     assert got.keys() == set(scores.NAMES)
-    # The gap is a small difference of entropies, which are right to 1e-7 of themselves.
+    # The gap is a small difference of entropies, each with a relative error of 1e-7.
     assert got == pytest.approx(reported(position > 0), rel=1e-5, abs=1e-6)
     assert sum(row["target_tokens"] for row in rows) == got["target_tokens"] and len(rows) > 1
     for row in rows:
@@ -203,7 +203,7 @@ def test_differences_from_a_second_model_are_those_of_its_own_evaluation(root, c
         assert row["difference"] == pytest.approx(first[name] - second[name], abs=1e-6)
         assert row["low"] <= row["high"]
     values, document, _ = expected_values(root, 10)
-    assert len(np.unique(document)) == 24  # what is drawn anew: each conversation
+    assert len(np.unique(document)) == 24  # resampled: each conversation
     assert first["ce"] == pytest.approx(values["ce"].mean(), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Runs of every family, and of a pair whose vocabularies are padded to different sizes."""
+"""Runs of every family, and of a pair with vocabularies padded to different sizes."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from kd_jax.weights.safetensors import open_folder
 
 pytestmark = pytest.mark.fast
 
-# Like Qwen2.5's 151,936 and 152,064: one tokenizer, two paddings.
+# One tokenizer, two padded sizes, as Qwen2.5's 151,936 and 152,064.
 STUDENT_ROWS, TEACHER_ROWS = 320, 344
 
 
@@ -26,7 +26,7 @@ def run(main, *argv):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Returns a function that writes a pair of a family, and a config for it."""
+    """Returns a function that writes a family's pair of models and its config."""
 
     def write(family, trainable):
         student, teacher = tmp_path / "student", tmp_path / "teacher"
@@ -79,7 +79,7 @@ def test_a_run_of_each_family_learns_and_is_exported(family, trainable, pair, tm
     exported = values_of(tmp_path / "out", teacher, data, capsys)
     assert after["kl_forward"] < before["kl_forward"] and after["ce"] < before["ce"]
     for name, value in after.items():
-        # A merged adapter rounds once more than one that is applied beside its base.
+        # A merged adapter has one more rounding than an unmerged one.
         assert exported[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     if trainable == "full":
         was, now = open_folder(student), open_folder(tmp_path / "out")

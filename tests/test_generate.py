@@ -1,4 +1,4 @@
-"""The command that answers prompts."""
+"""The generate command."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""What a GPU does otherwise than a CPU: cuDNN's attention, the head, whole steps.
+"""Code paths specific to GPUs: cuDNN attention, the head, whole steps.
 
-Where there is one: JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_gpu.py
+On a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_gpu.py
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ def on_cpu():
 
 
 def make_attention_inputs(S, dtype):
-    """Returns q, k, v of 8 and 2 heads of 64, packed segments, and the output's gradient."""
+    """Returns q, k, v (8 and 2 heads of 64), packed segments, and the output's gradient."""
     rng = np.random.default_rng(0)
     q, k, v, d = (rng.normal(size=(2, S, n, 64)).astype(dtype) for n in (8, 2, 2, 8))
     return q, k, v, np.sort(rng.integers(0, 4, (2, S)), axis=1).astype(np.int32), d
@@ -64,7 +64,7 @@ def test_cudnn_attention_sees_a_shared_prompt_too():
 
 
 def make_head_inputs(vocab_size):
-    """Returns the arrays of kd_head: logits with a deviation near 3, the teacher's padded."""
+    """Returns kd_head's arrays: logits of standard deviation 3, the teacher's padded."""
     rng = np.random.default_rng(0)
     shapes = ((2, 12, 16), (2, 12, 24), (vocab_size, 16), (vocab_size + 24, 24))
     scales = (1, 1, 3 / 16**0.5, 3 / 24**0.5)

@@ -1,4 +1,4 @@
-"""What holds the package together: who may import whom, and what importing costs."""
+"""Rules of the package: allowed imports, cost of imports, documented flags."""
 
 import ast
 import importlib
@@ -13,8 +13,8 @@ from paths import ROOT
 from kd_jax.config import Config
 from kd_jax.config.command import flag_names
 
-# Floors from the bottom; a room imports rooms of lower floors alone, and a file of a room the files
-# before it.
+# Floors from the bottom. A room imports only rooms of lower floors; within a room, a file imports
+# only files before it.
 FLOORS = [
     {"config": ["errors", "checks", "loss", "run", "record", "command"]},
     {
@@ -54,7 +54,7 @@ FLOORS = [
 ROOMS = {room: files for floor in FLOORS for room, files in floor.items()}
 DOORS = ["__main__", "train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
 FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files]
-# One file needs the `eval` extra.
+# Needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"inference.lm_eval_model"}
 IMPORTABLE = [name for name in FILES + DOORS if name not in ABSENT]
 
@@ -87,7 +87,7 @@ def test_a_file_imports_only_from_lower_floors_and_from_files_before_it(name):
     floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
     allowed = {f"{other}.{x}" for below in FLOORS[:floor] for other in below for x in below[other]}
     allowed |= {f"{room}.{x}" for x in ROOMS[room][: ROOMS[room].index(file)]}
-    allowed |= {"config"}  # whose __init__ gives the configuration's names
+    allowed |= {"config"}  # its __init__ exports the configuration's names
     assert imported(ROOT / "kd_jax" / room / f"{file}.py") <= allowed - {room}
 
 
@@ -117,7 +117,7 @@ def test_every_file_that_the_documents_name_exists():
 
 
 def known_flags():
-    """Returns the flags of every command, and of every benchmark, that there is."""
+    """Returns the flags of all commands and benchmarks."""
     known = {"config", "help", *flag_names(Config)}
     commands = [f"kd_jax.{name}" for name in IMPORTABLE]
     commands += [f"convert.{file.stem}" for file in (ROOT / "convert").glob("[!_]*.py")]

@@ -1,4 +1,4 @@
-"""The harness's adapter beside lm-eval's own `hf` model, on the same folder, in float32."""
+"""The lm-eval model against lm-eval's own `hf` model, on the same folder, in float32."""
 
 import json
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of two tasks and their data: contexts that are shared, end in spaces, or repeat."""
+    """A folder of two tasks with data: contexts are shared, repeated or end in spaces."""
     root = tmp_path_factory.mktemp("tasks")
     records = []
     for i in range(18):

@@ -1,4 +1,4 @@
-"""python -m kd_jax.plan: what it reports, chooses and refuses."""
+"""The plan command: its reports, choices and errors."""
 
 import dataclasses
 import json
@@ -30,13 +30,13 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What planning for other devices sets stays within its test."""
+    """Restores the environment that planning for other devices changes."""
     monkeypatch.setattr(topology.os, "environ", dict(topology.os.environ))
 
 
 @pytest.fixture(scope="module")
 def tiny_config(tmp_path_factory):
-    """A configuration of models that are no more than their config.json."""
+    """A configuration whose models have only a config.json."""
     root = tmp_path_factory.mktemp("models")
     shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 328}
     for name, width in (("student", 64), ("teacher", 96)):
@@ -56,12 +56,12 @@ def get_config():
 
 
 def report(capsys, *flags):
-    """Returns the object that the command prints."""
+    """Returns the JSON object that the command prints."""
     assert run_command(plan.main, [*flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-# Mesh flags, and the collectives of a step on it.
+# Mesh flags, and the collectives of a step on that mesh.
 MESHES = {
     "data 8 x fsdp 1 x tensor 1": (("1", "1"), {"all-reduce"}, {"all-gather"}),
     "data 1 x fsdp 4 x tensor 2": (("4", "2"), {"all-reduce", "all-gather"}, set()),
@@ -190,7 +190,7 @@ def test_what_cannot_be_is_refused_with_what_could(capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
-# As libtpu 0.0.42 says it.
+# The message of libtpu 0.0.42.
 REFUSAL = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     "temporaries (93.24G) exceeds available HBM (15.75G)."

@@ -44,7 +44,7 @@ BASE = Config(
 
 
 def write_run(folder, *, ratio=0.5, rate=1e-3, last=STEPS, inputs=None, record=None, **changes):
-    """Writes a workdir whose numbers follow from the ratio, the rate and the seed."""
+    """Writes a workdir with numbers determined by ratio, rate and seed."""
     config = dataclasses.replace(
         BASE,
         workdir=str(folder),
@@ -111,7 +111,7 @@ def arms_of(folders):
 
 @pytest.fixture
 def one_figure(monkeypatch):
-    """Draws one figure in place of eleven, which take seconds, in tests of something else."""
+    """Draws one figure instead of eleven, to save seconds."""
     monkeypatch.setattr(curves, "FIGURES", curves.FIGURES[:1])
 
 
@@ -145,7 +145,7 @@ def test_differences_are_the_paired_t_test_of_scipy(tmp_path):
         mean = np.mean(np.subtract(ours, theirs))
         assert numbers(row[2]) == pytest.approx([mean, mean / test.statistic], abs=5e-5)
         assert numbers(row[3]) == pytest.approx([test.statistic], abs=0.05)
-    assert "n = 3: beyond ±4.3" in table.note  # of a table of Student's t, two degrees of freedom
+    assert "n = 3: beyond ±4.3" in table.note  # Student's t, two degrees of freedom
 
 
 def test_pairs_are_of_the_same_seed(tmp_path):
@@ -389,7 +389,7 @@ def test_an_arms_control_is_like_it_but_for_the_teacher(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A report over three arms of two seeds, and the folder of its runs. Read only."""
+    """A report on three arms with two seeds, and the folder of its runs. Read only."""
     root = tmp_path_factory.mktemp("made")
     folders = write_arms(root / "runs", seeds=2)
     return reporting_page.make_report(folders, root / "report"), root / "runs"
@@ -479,7 +479,7 @@ def test_an_earlier_report_is_replaced(tmp_path):
     assert page.read_text() != old and not (tmp_path / "out" / "kl.png").exists()
 
 
-# What is refused.
+# Errors.
 
 
 def refused(capsys, *argv):

@@ -1,4 +1,4 @@
-"""A sweep through the real command, and what it refuses before anything starts."""
+"""Sweeps through the real command, and the errors before any run starts."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from kd_jax.config.command import run_command
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Runs start on one device: eight make each of them wait, and are not what is tested here."""
+    """Starts runs on one device, which is faster than eight."""
     alone = partial(subprocess.Popen, env={**os.environ, "XLA_FLAGS": ""})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", alone)
@@ -29,7 +29,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A configuration of tiny models, four steps long."""
+    """A configuration of tiny models with four steps."""
     root = tmp_path_factory.mktemp("models")
     tiny.write_plain_model(root / "student", seed=1)
     tiny.write_plain_model(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)

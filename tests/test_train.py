@@ -1,4 +1,4 @@
-"""Whole runs through the real commands."""
+"""Full runs through the real commands."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def lora_run(run_train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full_run(run_train, tmp_path_factory):
-    """A finished run that trained every weight. Read only."""
+    """A finished run with trainable="full". Read only."""
     workdir = tmp_path_factory.mktemp("full") / "run"
     assert run_train(workdir, "--trainable", "full", "--optim.learning-rate", "1e-3") == 0
     return workdir
@@ -95,7 +95,7 @@ def read_metrics(workdir):
 
 
 def losses(workdir):
-    """Returns every number of metrics.jsonl that does not depend on the clock or the machine."""
+    """Returns the numbers of metrics.jsonl that do not depend on time or machine."""
     clock = ("_seconds", "_per_second", "_bytes")
     return [
         {k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(workdir)
@@ -200,7 +200,7 @@ def start_process(config_file, workdir, *flags):
 
 
 def wait_for_step(workdir, step, process):
-    """Waits until metrics.jsonl has a step's line."""
+    """Waits until metrics.jsonl has a line for the step."""
     path = workdir / "metrics.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
@@ -215,7 +215,7 @@ LONG = ("--steps", "40", "--eval.every-steps", "20")
 
 @pytest.fixture(scope="module")
 def long_run(run_train, tmp_path_factory):
-    """A finished run of enough steps to be stopped within. Read only."""
+    """A finished run with enough steps to be interrupted. Read only."""
     workdir = tmp_path_factory.mktemp("long") / "run"
     assert run_train(workdir, *LONG) == 0
     return workdir
@@ -232,7 +232,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
     assert process.returncode == status, output
     reached = read_metrics(tmp_path / "stopped")[-1]["step"]
     assert 5 <= reached < 40
-    if number == signal.SIGTERM:  # saved at once, whatever every_steps is
+    if number == signal.SIGTERM:  # saved at once, regardless of every_steps
         assert checkpoints.open_trained(tmp_path / "stopped").step == reached
     assert run_train(tmp_path / "stopped", *LONG) == 0
     assert losses(tmp_path / "stopped") == losses(long_run)
@@ -399,7 +399,7 @@ def evaluated(capsys, model, teacher, rows, *flags):
 
 
 def torch_evaluation(model, teacher, folder, rows):
-    """Returns the means over target tokens, with torch and transformers' chat template."""
+    """Returns means over target tokens, with torch and transformers' chat template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sums = {}
     for line in rows.read_text().splitlines():
@@ -517,7 +517,7 @@ def test_the_student_can_go_on_from_an_adapter(lora_run, run_train, tmp_path):
 
 
 def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
-    """Metrics are read after the next step starts, and nothing is dispatched to queue behind it."""
+    """Metrics are read after the next step starts; nothing is queued behind that step."""
     log, flush = loop._Loop.log, loop._Loop.flush
     started, read, compiled = [], [], []
 
@@ -537,7 +537,7 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop._Loop, "log", watched_log)
     monkeypatch.setattr(loop._Loop, "flush", watched_flush)
-    jax.clear_caches()  # so that whatever is dispatched is compiled first
+    jax.clear_caches()  # compiles everything that is dispatched
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         flags = ("--steps", "3", "--eval.path", "None", "--checkpoint.every-steps", "3")

@@ -1,4 +1,4 @@
-"""The tutorial's commands, run in its order with the demo's models in place of the big ones."""
+"""The tutorial's commands in order, with the demo's models instead of the large ones."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from kd_jax.toy.models import make_tokenizer, write_llama
 
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 COMMANDS = re.findall(r"^python -m (?:kd_jax|convert)\.\w+ .*$", TEXT, re.MULTILINE)
-# Commands of other programs, and the one with a benchmark that only the hub has.
+# Commands of other programs, and one that needs a benchmark from the hub.
 ELSEWHERE = ("pip ", "hf ", "vllm ", "python -m kd_jax.lm_eval ")
 TEACHERS = (
     "Llama-3.1-8B",
@@ -30,7 +30,7 @@ TEACHERS = (
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with configs/ as the repository has them, but for small models, rows and runs."""
+    """A folder with the configs of the repository, for small models, rows and runs."""
     folder = tmp_path_factory.mktemp("tutorial")
     exchanges = grammar.draw(200, "tutorial")
     tokenizer = make_tokenizer([(q.instruction, answer) for q, answer in exchanges], VOCAB_SIZE)
@@ -48,7 +48,7 @@ def small(tmp_path_factory):
 
 
 def shrink(text, folder):
-    """Returns text with the folder's models and data in place of what the hub has."""
+    """Returns text with hub ids replaced by the folder's models and data."""
     for name in set(re.findall(r"(?:meta-llama|Qwen)/[\w.-]+\w", text)):
         part = "teacher" if any(big in name for big in TEACHERS) else "student"
         text = text.replace(name, str(folder / part))
@@ -57,7 +57,7 @@ def shrink(text, folder):
 
 def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
     monkeypatch.chdir(small)
-    # tests/test_sweep.py starts processes; here a sweep's runs are this one's.
+    # A sweep's runs run in this process; tests/test_sweep.py starts processes.
     monkeypatch.setattr(
         sweep, "_run", lambda command: (run_command(train.main, command[2:]), False)
     )
@@ -68,7 +68,7 @@ def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
         module = importlib.import_module(words[2])
         assert run_command(module.main, words[3:]) == 0, f"{command}\n{capsys.readouterr().err}"
     runs = sorted(path.parent for path in small.glob("runs/**/metrics.jsonl"))
-    assert len(runs) == 9  # teacher, control, distilled, Qwen's, and those of two sweeps
+    assert len(runs) == 9  # teacher, control, distilled, Qwen's, two sweeps
     for folder in ("8b_adapter", "llama-1b-distilled"):
         assert list((small / "out" / folder).glob("*.safetensors"))
     assert list((small / "out" / "report").glob("*.html"))

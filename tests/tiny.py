@@ -25,8 +25,8 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 131072,
 }
-# What config.json of each family has besides; heads wider than hidden_size / num_attention_heads,
-# as in Qwen3 0.6B, and windows that are switched off, as in every Qwen2.
+# Each family's additions to config.json. As in Qwen3 0.6B, heads are wider than hidden_size /
+# num_attention_heads; as in Qwen2, sliding windows are disabled.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3},
     "mistral": {"rope_parameters": DEFAULT_ROPE, "sliding_window": None},
@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_parameters": {**DEFAULT_ROPE, "rope_theta": 1000000.0}, "head_dim": 32},
 }
 SPECIAL = ["<|begin|>", "<|pad|>", "<|start|>", "<|end|>", "<|eot|>"]
-# Llama 3's form, and like Llama 3.1's own template it shows a date, which defaults to today's.
+# Llama 3's format. Like Llama 3.1's template it contains a date, by default today's.
 TEMPLATE = (
     "{%- if not date_string is defined -%}"
     "{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
@@ -61,7 +61,7 @@ WORDS = [
 
 
 def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
-    """Writes a byte-level BPE tokenizer with a chat template, as tokenizer.json and its config."""
+    """Writes tokenizer.json and its config: byte-level BPE with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +89,7 @@ def make_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
 
 
 def make_torch_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """Returns transformers' model, float32, scaled so that logits have a deviation above 1."""
+    """Returns transformers' model, float32; logits have a standard deviation above 1."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def write_model(
 
 
 def arrays_of(decoder: Any) -> dict[str, Any]:
-    """Returns a decoder's arrays by path, as Flax gives them."""
+    """Returns a decoder's arrays by Flax path."""
     from flax import nnx
 
     state = nnx.to_flat_state(nnx.state(decoder))
@@ -129,7 +129,7 @@ def arrays_of(decoder: Any) -> dict[str, Any]:
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns a config.json's tensors by Hugging Face name, float32, without torch."""
+    """Returns random float32 tensors for a config.json by Hugging Face name, without torch."""
     from kd_jax.models.architecture import read_architecture
     from kd_jax.models.table import hf_names, weights
 

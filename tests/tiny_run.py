@@ -1,4 +1,4 @@
-"""A run of tiny models, made as kd_jax.train makes it, whose step tests can take apart."""
+"""Runs of tiny models, built as in kd_jax.train, for tests of the step."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def make_run_config(
     steps=STEPS,
     **rows,
 ) -> Config:
-    """Returns a run in float32; dicts change fields of the config's parts."""
+    """Returns the config of a float32 run; dicts override fields of its parts."""
     options = {"seq_len": 192, "batch_size": 8, "cache_dir": str(cache_dir), **rows}
     return Config(
         workdir="unused",
@@ -61,7 +61,7 @@ def make_run_config(
 
 
 class Run:
-    """A run's parts, made as kd_jax.train makes them."""
+    """The parts of a run, built as in kd_jax.train."""
 
     def __init__(self, config, devices=None):
         self.config = config
@@ -94,7 +94,7 @@ class Run:
         return {name: float(value) for name, value in metrics.items()}
 
     def gradients(self, batch):
-        """Returns the mean loss's gradients by path, and metrics."""
+        """Returns the gradients of the mean loss by path, and the metrics."""
         run = jax.jit(loss_gradients, static_argnums=0)
         gradients, metrics = run(self.program, *self.arguments(batch))
         gradients = {name: np.asarray(x) for name, x in flat(gradients).items()}
@@ -102,7 +102,7 @@ class Run:
 
 
 def flat(trainable):
-    """Returns the student's arrays by path, and `projection` where one is trained."""
+    """Returns the student's arrays by path, and `projection` if trained."""
     rest = {name: x for name, x in trainable.items() if name != "student"}
     return trainable["student"] | rest
 

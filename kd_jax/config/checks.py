@@ -1,4 +1,4 @@
-"""Ranges beside the fields of dataclasses, and checks that report all problems at once."""
+"""Ranges of dataclass fields, and checks that report all problems at once."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def _fields(part: Any, prefix: str) -> list[tuple[dataclasses.Field, str, Any]]:
 
 
 def metadata(kind: Any) -> tuple[Any, ...]:
-    """Returns what stands beside the type in Annotated."""
+    """Returns the metadata of an Annotated type."""
     return kind.__metadata__ if get_origin(kind) is Annotated else ()
 
 
@@ -114,7 +114,7 @@ def plain_type(kind: Any) -> Any:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Tells whether a value is of a type; an integer is a float too, a bool is neither."""
+    """Returns True if a value has the type; an integer is a float too, a bool is neither."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if isinstance(kind, UnionType):

@@ -85,7 +85,7 @@ def parse_args(
 
 
 def _help_with_ranges() -> Any:
-    """Returns a tyro registry with which --help shows ranges beside defaults."""
+    """Returns a tyro registry that shows ranges next to defaults in --help."""
     import tyro
     from tyro.constructors import ConstructorRegistry
 
@@ -118,7 +118,7 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
     known = {"help", *flag_names(cls)}
     problems = []
     given = [flag_name(word) for word in argv if word.startswith("--")]
-    for name in flag_names(cls, only=tuple):  # tyro would keep the last values alone
+    for name in flag_names(cls, only=tuple):  # tyro would keep only the last values
         if given.count(name) > 1:
             problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
     for name in given:
@@ -139,7 +139,7 @@ def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator
     """Yields the names of a dataclass's flags, the `--no-` forms of switches included.
 
     Args:
-      only: type of the fields to yield, such as tuple for flags of several values; None yields all.
+      only: type of the fields to yield, such as tuple for flags of several values; None: all.
     """
     for entry in dataclasses.fields(cls):
         name = entry.name.replace("_", "-")
@@ -243,7 +243,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """Returns the exit status of `main(argv)`: 0 success, 2 user error, 1 any other error.
 
     Args:
-      argv: flags; None takes those of this process, which then ends here on an error.
+      argv: flags; None: those of this process, which exits here on an error.
     """
     # Without torch transformers would print a warning first.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

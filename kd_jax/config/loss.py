@@ -34,7 +34,7 @@ COMPATS = {
 
 
 class UsedBy(tuple[str, ...]):
-    """Beside the type of a field: the divergences that use it."""
+    """The divergences that use a field, as metadata of its type."""
 
     def __str__(self) -> str:
         return f"only for {', '.join(self)}"
@@ -97,9 +97,9 @@ class LossConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How kd_ratio and temperature change from the first optimizer step to their end values."""
     schedule_steps: Annotated[int | None, Range(least=2)] = None
-    """Optimizer steps of the schedule; None takes all steps of the run."""
+    """Optimizer steps of the schedule; None: all steps of the run."""
     chunk_tokens: Annotated[int | None, Range(least=1)] = None
-    """Tokens per device whose logits are in memory at a time, for both models; None takes the
+    """Tokens per device whose logits are in memory at a time, for both models. None: the
     device's default. Changes memory and speed, not results."""
 
     def check(self, checks: Checks) -> None:

@@ -85,7 +85,7 @@ class HiddenConfig:
     """
 
     weight: Annotated[float, Range(least=0, below=INF)] = 0.0
-    """Weight of the hidden-state loss; 0 turns it off."""
+    """Weight of the hidden-state loss; 0 disables it."""
     kind: Literal["mse", "cosine"] = "mse"
     """Mean squared error over the width, or 1 - cosine similarity, of the projected student's and
     the teacher's states; mean over pairs of layers and target tokens."""
@@ -115,7 +115,7 @@ class DataConfig:
     train_on: Literal["assistant", "all"] = "assistant"
     """Target tokens: the assistant's content and end-of-turn tokens, or every token."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What to do with conversations longer than seq_len."""
+    """Conversations longer than seq_len: truncate or drop them, or stop with an error."""
     pack: bool = True
     """Pack several conversations into a row, with attention masked between them; otherwise one
     conversation a row, padded."""
@@ -159,7 +159,7 @@ class MeshConfig:
     """Devices by mesh axis; the product must be the number of devices."""
 
     data: Annotated[int, Range(least=1, also=-1)] = -1
-    """Data parallelism: both models are replicated, rows are split; -1 takes all devices left by
+    """Data parallelism: both models are replicated, rows are split. -1: all devices left by
     the other axes."""
     fsdp: Annotated[int, Range(least=0, also=-1)] = 0
     """Fully sharded data parallelism: weights are sharded over this axis and all-gathered for use,
@@ -210,13 +210,13 @@ class CheckpointConfig:
     every_steps: Annotated[int, AtLeast1] = 200
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: Annotated[int, AtLeast1] = 2
-    """Latest checkpoints to keep; the one with the lowest evaluation loss is kept as well."""
+    """Latest checkpoints to keep; the one with the lowest evaluation loss is kept too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     path: str | None = None
-    """Held-out data, in any form that data.path takes; None turns evaluation off."""
+    """Held-out data, in any form that data.path takes; None disables evaluation."""
     split: str = "test"
     """Split to read when path is a hub id."""
     every_steps: Annotated[int, AtLeast1] = 200
@@ -234,7 +234,7 @@ class LogConfig:
     progress: bool = True
     """Show a progress bar on a terminal, else print a line now and then."""
     profile_start: Annotated[int | None, AtLeast0] = None
-    """First optimizer step of an XLA profile in WORKDIR/profile; None takes none."""
+    """First optimizer step of an XLA profile in WORKDIR/profile; None: no profile."""
     profile_steps: Annotated[int, AtLeast1] = 3
     """Optimizer steps in the profile."""
 
@@ -272,7 +272,7 @@ class Config:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla."""
     compilation_cache: str | None = "~/.cache/kd_jax/xla"
-    """Folder (or gs:// address) of compiled programs for later runs; None turns it off."""
+    """Folder (or gs:// address) of compiled programs for later runs; None disables it."""
 
     def __post_init__(self) -> None:
         check_fields(self, skip=None if self.trainable == "lora" else "lora")

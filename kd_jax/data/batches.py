@@ -1,4 +1,4 @@
-"""Rows to batches: batch(seed, step), and every row once for an evaluation."""
+"""Batches of rows: shuffled and endless for training, in order and once for evaluation."""
 
 import math
 from collections.abc import Iterator
@@ -27,13 +27,12 @@ def train_batches(
     accumulation_steps: int,
     wanted: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Yields the batch of each step from `start_step` on, [A, B / A, S] arrays, without end.
+    """Yields [A, B / A, S] arrays for each step from `start_step` on, without end.
 
-    The batch is a function of seed and step alone: every pass over the rows has its own order.
+    A batch depends on seed and step alone. Each epoch has its own order.
 
     Args:
-      wanted: [B / A] bool, the rows of a micro-batch that are read; the others stay 0. None reads
-        all.
+      wanted: [B / A] bool, the rows of a micro-batch to read; the others are 0. None: all.
     """
     wanted = np.ones(batch_size // accumulation_steps, bool) if wanted is None else wanted
     order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
@@ -47,7 +46,7 @@ def train_batches(
 
 
 def _batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:
-    """Returns the rows numbered in `picked`, [A, B / A], where they are wanted."""
+    """Returns the columns of row numbers `picked`, [A, B / A], zero where not wanted."""
     out: Batch = {}
     for name, dtype in COLUMNS.items():
         out[name] = np.zeros((*picked.shape, rows.tokens.shape[1]), dtype)
@@ -56,7 +55,7 @@ def _batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Yields every row once, in order, [B, S] arrays; the last batch is filled with empty rows."""
+    """Yields every row once, in order, as [B, S] arrays; zero rows pad the last batch."""
     for first in range(0, len(rows), batch_size):
         some = {name: np.array(getattr(rows, name)[first : first + batch_size]) for name in COLUMNS}
         missing = batch_size - len(some["tokens"])

@@ -1,4 +1,4 @@
-"""Records to tokens: reading files, chat templates, and which tokens are to be predicted."""
+"""Conversations to tokens: tokenizers, chat templates and target tokens."""
 
 import json
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.records import Conversation
 
-# A macro, because transformers hands no functions to templates; +%} keeps a line break after it.
+# A macro, because transformers passes no functions to templates; +%} preserves the line break.
 FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the fast tokenizer of a folder in Hugging Face form."""
-    from transformers import AutoTokenizer  # seconds that other imports of this file need not pay
+    """Returns the fast tokenizer of a Hugging Face folder."""
+    from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: expected a tokenizer.json (a fast tokenizer), got a slow one")
-    tokenizer.backend_tokenizer.no_truncation()  # as every use sets it, so the rows' key is stable
+    tokenizer.backend_tokenizer.no_truncation()  # calls set both; fixed for the rows' key
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
@@ -40,22 +40,21 @@ def check_same_tokenizer(
     teacher_path: Any,
     fields: str = "student.path, teacher.path",
 ) -> int:
-    """Returns the vocabulary size that both tokenizers share; templates may differ.
+    """Returns the vocabulary size that both tokenizers share; chat templates may differ.
 
     Raises:
-      UserError: any token has another id, or merges differ: distributions over different
-        vocabularies cannot be compared entry by entry.
+      UserError: token ids or merges differ, so logits cannot be compared entry by entry.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if student.backend_tokenizer.to_str() == teacher.backend_tokenizer.to_str():
-        return max(ours.values()) + 1  # parsing both would take half a gigabyte
+        return max(ours.values()) + 1  # parsing both takes half a gigabyte
     differ = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if differ or _merges(student) != _merges(teacher):
         shown = [f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in sorted(differ)[:3]]
         what = f"{len(differ)} tokens ({'; '.join(shown)})" if differ else "the merges"
         raise UserError(
             f"{fields}: expected one tokenizer, got {student_path} and {teacher_path}, which "
-            f"differ in {what}. Take models of one family"
+            f"differ in {what}. Use models of one family"
         )
     return max(ours.values()) + 1
 
@@ -76,16 +75,15 @@ def chat_template_of(
     for tokenizer in (student_tokenizer, teacher_tokenizer):
         if tokenizer is not None and tokenizer.chat_template is not None:
             return tokenizer.get_chat_template()
-    raise UserError("data.chat-template: neither tokenizer has a chat template; give a Jinja file")
+    raise UserError("data.chat-template: neither tokenizer has a template. Set a Jinja file")
 
 
 def render(
     tokenizer: Any, messages: Conversation, template: str, date: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the conversation as text, and where in it each answer and its end-of-turn lie.
+    """Returns the conversation as text, and each answer's (begin, end), end-of-turn included.
 
-    An answer begins where the generation prompt ends. What the template writes after its
-    end-of-turn (a line break, say) is not the answer's.
+    An answer begins after the generation prompt. White space after the end-of-turn is excluded.
     """
 
     def apply(turns, **options):
@@ -99,26 +97,26 @@ def render(
         after = text if i + 1 == len(messages) else apply(messages[: i + 1])
         if i:
             before = apply(messages[:i], add_generation_prompt=True)
-        else:  # templates need not take an empty conversation
+        else:  # templates may reject an empty conversation
             prompt = apply(messages[:1], add_generation_prompt=True)[len(after) :]
             begin = after.find(prompt)
             before = after[: begin + len(prompt)] if prompt and begin >= 0 else ""
         answer = after[len(before) :].rstrip()
         if before and after.startswith(before) and not text.startswith(before + answer):
-            # Qwen3's writes an empty thought before the last answer of a conversation alone.
+            # Qwen3's template writes an empty thought only before the last answer.
             content = turn["content"].strip()
             answer = answer[max(answer.rfind(content), 0) :]
         if not (before and after.startswith(before) and text.startswith(before + answer)):
             raise UserError(
-                "data.chat-template: the template rewrites earlier turns, so an answer's place in "
-                "the text is not defined. Give another template"
+                "data.chat-template: the template rewrites earlier turns, so the position of an "
+                "answer is undefined. Use another template"
             )
         spans.append((len(before), len(before) + len(answer)))
     return text, spans
 
 
 def render_prompt(tokenizer: Any, messages: Conversation, template: str, date: str) -> str:
-    """Returns the conversation as text up to where the assistant's answer begins."""
+    """Returns the conversation as text, up to the start of the assistant's next answer."""
     return _apply_template(tokenizer, messages, template, date, add_generation_prompt=True)
 
 
@@ -134,16 +132,16 @@ def _apply_template(
             fixed_date=date,
             **options,
         )
-    except Exception as error:  # templates raise as they like
+    except Exception as error:  # templates may raise anything
         raise UserError(
-            f"data.chat-template: the template refuses the conversation that begins "
+            f"data.chat-template: the template rejects the conversation that starts with "
             f"{turns[0]['content']!r:.60} ({error})"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One tokenised conversation, [n] each; target marks tokens to be predicted."""
+    """One tokenized conversation: ids [n] int32, and the target tokens of the loss [n] bool."""
 
     tokens: np.ndarray
     target: np.ndarray
@@ -152,9 +150,9 @@ class Document:
 def tokenize(
     tokenizer: Any, conversations: list[Conversation], template: str, data: DataConfig
 ) -> list[Document]:
-    """Returns one document a conversation, its ids those of the whole text at once.
+    """Returns one document per conversation, tokenized as one text.
 
-    A token is a target if it begins inside an answer; the first token of a document never is.
+    A token is a target if it begins inside an answer. A document's first token is never one.
     """
     documents = []
     for first in range(0, len(conversations), 512):

@@ -1,4 +1,4 @@
-"""Files and hub datasets to checked conversations."""
+"""Reads files and hub datasets into checked conversations."""
 
 import json
 from collections.abc import Iterator
@@ -10,25 +10,21 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 
 Conversation = list[dict[str, str]]
-
-
 ROLES = ("system", "user", "assistant")
-
-
 MAX_SHOWN = 20
 
 
 def read_conversations(path: str, split: str, limit: int | None) -> list[Conversation]:
-    """Returns the conversations of a file or hub dataset, checked.
+    """Returns the checked conversations of a file or hub dataset.
 
     Args:
       path: .json (array or lines), .jsonl or .parquet file, or a hub id. A record has Alpaca's
         `instruction`, `input`, `output`, or chat `messages`.
-      split: of a hub dataset.
-      limit: number of records to take from the start; None takes all.
+      split: split of a hub dataset.
+      limit: read only the first records; None: all.
 
     Raises:
-      UserError: with file and line of each bad record.
+      UserError: lists file and line of each bad record.
     """
     problems = []
     conversations = []
@@ -47,14 +43,14 @@ def read_conversations(path: str, split: str, limit: int | None) -> list[Convers
 
 
 def check_path(path: str, field: str) -> None:
-    """Raises UserError where a path names a file that is not there; hub ids are not looked up."""
+    """Raises UserError if `path` names a missing file; hub ids are not looked up."""
     file = Path(path).expanduser()
     if file.suffix in (".json", ".jsonl", ".parquet") and not file.is_file():
         raise UserError(f"{field}: expected a file, got {path}, which is not there")
 
 
 def _records(path: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yields the place of each record and the record; a ValueError stands for an unreadable one."""
+    """Yields (place, record); a record that cannot be parsed is a ValueError."""
     file = Path(path).expanduser()
     if file.suffix in (".json", ".jsonl"):
         check_path(path, "data")
@@ -83,7 +79,7 @@ def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _array_records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of a JSON array with the line on which each begins."""
+    """Yields (file:line, entry) for each entry of a JSON array."""
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -99,7 +95,7 @@ def _array_records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _load_dataset(path: str, file: Path, split: str) -> Any:
-    import datasets  # seconds that JSON files need not pay
+    import datasets  # takes seconds to import
 
     try:
         if file.suffix == ".parquet":
@@ -108,8 +104,8 @@ def _load_dataset(path: str, file: Path, split: str) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"data: expected a .json, .jsonl or .parquet file or a dataset on the hub, got {path}, "
-            f"which cannot be read ({reason})"
+            f"data: expected a .json, .jsonl or .parquet file or a hub dataset, got {path}, which "
+            f"cannot be read ({reason})"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Documents to fixed rows on disk, and rows to batches: packing, the row store, order."""
+"""Documents to rows of fixed length: truncation, packing and the row store on disk."""
 
 import bisect
 import hashlib
@@ -18,19 +18,16 @@ from kd_jax.data.records import MAX_SHOWN, read_conversations
 
 Batch = dict[str, np.ndarray]
 
-
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
-
-
 STORE_VERSION = 1
 
 
 def fit(
     documents: list[Document], data: DataConfig, source: str
 ) -> tuple[list[Document], dict[str, int]]:
-    """Returns the documents that fit rows of seq_len, and counts of what happened to the others."""
+    """Returns the documents for rows of seq_len, and how many were truncated or dropped."""
     S = data.seq_len
     long = [i for i, document in enumerate(documents) if len(document.tokens) > S]
     if long and data.overlong == "error":
@@ -38,7 +35,7 @@ def fit(
         more = f" and {len(long) - MAX_SHOWN} more" if len(long) > MAX_SHOWN else ""
         raise UserError(
             f"{source}: {len(long)} conversations are longer than data.seq-len {S}: {shown}{more} "
-            "(number, tokens). Raise data.seq-len or let data.overlong truncate or drop them"
+            "(number, tokens). Raise data.seq-len, or set data.overlong to truncate or drop"
         )
     drop = data.overlong == "drop"
     kept = [
@@ -59,7 +56,7 @@ def fit(
 
 
 def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
-    """Returns rows of document numbers; longest first, each goes where it leaves least room."""
+    """Returns rows of document numbers, packed by best fit, longest document first."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -75,7 +72,7 @@ def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
 
 
 def fill_rows(documents: list[Document], data: DataConfig, pad: int) -> Batch:
-    """Returns the columns of the packed rows, [R, S] each; segment 0 is padding."""
+    """Returns the columns of the rows, [R, S] each; segment 0 is padding."""
     lengths = [len(document.tokens) for document in documents]
     rows = pack(lengths, data.seq_len) if data.pack else [[i] for i in range(len(documents))]
     out: Batch = {
@@ -96,18 +93,19 @@ def fill_rows(documents: list[Document], data: DataConfig, pad: int) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a data set, memory-mapped, [R, S] each; `counts` says how they came about.
-
-    segment_ids number a row's documents from 1, and 0 is padding; positions restart in each;
-    loss_mask marks the tokens that are to be predicted; key is a hash of all that they came from.
-    """
+    """A data set in rows, [R, S] memory-mapped arrays."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray
+    """Document of each token, numbered from 1 in every row; 0 is padding."""
     positions: np.ndarray
+    """Position of each token in its document."""
     loss_mask: np.ndarray
+    """True for target tokens."""
     counts: dict[str, int]
+    """Conversations, truncated and dropped ones, rows and tokens."""
     key: str
+    """Hash of the source, the tokenizer and the options."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -122,7 +120,7 @@ def make_rows(
     split: str | None = None,
     max_conversations: int | None = None,
 ) -> Rows:
-    """Returns the rows of `path` (data.path if None) from the row store, made at the first use."""
+    """Returns the rows of `path` (None: data.path) from the row store, which it fills if needed."""
     if path is None:
         path, split, max_conversations = data.path, data.split, data.max_conversations
     source = _source_hash(path, split or "")
@@ -148,7 +146,7 @@ def make_rows(
 
 
 def _source_hash(path: str, split: str) -> str:
-    """Returns the contents' hash of a file or folder; a hub id is taken by its name."""
+    """Returns the content hash of a file or folder, or the name of a hub dataset."""
     place = Path(path).expanduser()
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.is_file())
@@ -161,7 +159,7 @@ def _source_hash(path: str, split: str) -> str:
 
 
 def _open_store(folder: Path) -> Rows | None:
-    """Returns the stored rows, or None where the store is absent or damaged."""
+    """Returns the stored rows, or None if the store is absent or damaged."""
     try:
         counts = json.loads((folder / "meta.json").read_text())
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
@@ -178,7 +176,7 @@ def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
         for name, column in columns.items():
             np.save(beside / f"{name}.npy", column)
         (beside / "meta.json").write_text(json.dumps(counts))
-        if _open_store(folder) is None:  # else another process was first
+        if _open_store(folder) is None:  # otherwise another process was first
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(beside, folder)
     except OSError as error:
@@ -189,7 +187,7 @@ def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
 
 
 def describe_rows(rows: Rows) -> str:
-    """Returns what became of the conversations, for people."""
+    """Returns a summary of the rows for the terminal."""
     counts = rows.counts
     filled = counts["tokens"] / rows.tokens.size
     left_out = "".join(

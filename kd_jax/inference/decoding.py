@@ -1,4 +1,4 @@
-"""Decoding: a compiled prefill of the prompts, then one compiled step a token, with a KV cache."""
+"""Decoding with a KV cache: a compiled prefill, then one compiled step per token."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -16,26 +16,26 @@ from kd_jax.models.table import FACTORS, is_adapter
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.platforms import PLATFORMS
 
-Cache = Any  # keys and values, a pair [B, T, K, H] for each layer, or stacked [L, B, T, K, H]
+Cache = Any  # (keys, values), [B, T, K, H] of each layer or stacked [L, B, T, K, H]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is chosen; static under jit."""
+    """Selection of the next token; static under jit."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0: greedy decoding."""
     top_k: int | None = None
-    """Draw from the k likeliest alone."""
+    """Sample from the k likeliest tokens."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that have this probability together."""
+    """Nucleus sampling: sample from the fewest tokens whose probability reaches top_p."""
 
 
 def unstack_layers(spec: DecoderSpec, arrays: Arrays) -> None:
-    """Takes a decoder's stacked arrays apart in place, its adapters merged, in the spec's dtype.
+    """Replaces stacked arrays by one per layer, in place: adapters merged, in the spec's dtype.
 
-    No more than one stack is held twice. A loop over layers apart slices no stack, which on a CPU
-    takes longer than the products of one token.
+    At most one stack is in memory twice. On a CPU, slicing the stacks takes longer than the
+    matmuls of one token.
     """
     stacked = "layers.input_layernorm.weight" in arrays
     for path in [path for path in arrays if not is_adapter(path)]:
@@ -65,14 +65,15 @@ def generate(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yields each row's next token, step by step; None for rows that have ended.
+    """Yields each row's next token at every step; None for rows that have ended.
 
-    A row ends before a stop token, which is not given, or after `max_new_tokens`.
+    A row ends before its first stop token or after `max_new_tokens`.
 
     Args:
-      arrays: of the decoder by path, stacked or, faster on a CPU, as `unstack_layers` leaves them.
-      prompts: token ids, none empty, of any lengths.
-      vocab_size: entries of the vocabulary with a meaning; None takes all.
+      arrays: the decoder's arrays by path, stacked or unstacked by `unstack_layers` (faster on a
+        CPU).
+      prompts: token ids, of any lengths above 0.
+      vocab_size: vocabulary entries without padding; None: all.
     """
     num_rows = len(prompts)
     platform = next(iter(arrays["norm.weight"].devices())).platform
@@ -80,7 +81,7 @@ def generate(
         prompts = [*prompts, prompts[0]]
     tokens, start = _left_pad(prompts)
     P = tokens.shape[1]
-    # The prompt's length and the number of new tokens are rounded up: few programs serve all.
+    # Lengths are rounded up, so that few programs are compiled.
     length = P + _round_up(max_new_tokens, 64)
     fixed = (spec, sampling, vocab_size or spec.arch.vocab_size)
     key = jax.random.key(seed)
@@ -88,7 +89,7 @@ def generate(
     alive = np.ones(num_rows, bool)
     for i in range(max_new_tokens):
         here = ids
-        if i + 1 < max_new_tokens:  # begun before this step's tokens are looked at
+        if i + 1 < max_new_tokens:  # dispatched before this step's tokens are read
             cache, ids = _step(fixed, arrays, cache, here, np.int32(P + i), start, key)
         found = np.asarray(here)[:num_rows]
         alive &= ~np.isin(found, list(stop_tokens))
@@ -100,7 +101,7 @@ def generate(
 def generate_all(
     spec: DecoderSpec, arrays: Arrays, prompts: Sequence[Sequence[int]], **options
 ) -> list[list[int]]:
-    """Returns what `generate` yields, gathered for each row."""
+    """Returns all new tokens of each row; options as for `generate`."""
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in generate(spec, arrays, prompts, **options):
         for row, token in zip(rows, tokens, strict=True):
@@ -110,7 +111,7 @@ def generate_all(
 
 
 def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens [B, P] that end together, and where each prompt starts, [B]; both int32."""
+    """Returns left-padded tokens [B, P] and each prompt's first position [B], both int32."""
     assert prompts and all(prompts)
     longest = max(map(len, prompts))
     size = _round_up(longest, 32 if longest <= 256 else 256)
@@ -126,12 +127,12 @@ def _round_up(number: int, unit: int) -> int:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
-    """Returns the cache of `length` places with the prompts [B, P], and the next tokens, [B]."""
+    """Returns the cache of T = `length` with the prompts [B, P], and the next tokens [B]."""
     spec = fixed[0]
     model = Decoder(spec, arrays)
     B, P = tokens.shape
     place = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding sees padding alone
+    segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding attends to padding
     x, rope = model.embed(tokens, jnp.maximum(place - start[:, None], 0))
     room = ((0, 0), (0, length - P), (0, 0), (0, 0))
 
@@ -145,7 +146,7 @@ def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
-    """Returns the cache with `tokens` [B] at place `index`, and the next tokens, [B]."""
+    """Returns the cache with `tokens` [B] written at `index`, and the next tokens [B]."""
     model = Decoder(fixed[0], arrays)
     place = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
     seen = (place >= start[:, None]) & (place <= index)  # [B, T]
@@ -167,11 +168,11 @@ def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
 
 
 def _next_tokens(fixed, model: Decoder, x, key) -> jax.Array:
-    """Returns the tokens [B] chosen after hidden states [B, D] of the last layer."""
+    """Returns the next tokens [B] for the last layer's hidden states x [B, D]."""
     _, sampling, vocab_size = fixed
     hidden = model.norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)
-    # The head first, as in matmul.project; the barrier keeps XLA from transposing the product.
+    # Head first, as in matmul.project; the barrier keeps XLA from reordering the operands.
     z = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
     logits = jax.lax.optimization_barrier(z).T
     if vocab_size < logits.shape[1]:
@@ -181,7 +182,7 @@ def _next_tokens(fixed, model: Decoder, x, key) -> jax.Array:
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Returns a token for each row of logits [B, V] float32, [B] int32."""
+    """Returns one token [B] int32 for each row of logits [B, V] float32."""
     if sampling.temperature == 0:
         return argmax(logits)
     logits = logits / sampling.temperature
@@ -195,13 +196,13 @@ def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
         last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
         least = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    return argmax(logits + jax.random.gumbel(key, logits.shape))  # a draw from the softmax
+    return argmax(logits + jax.random.gumbel(key, logits.shape))  # Gumbel-max
 
 
 def argmax(x: jax.Array) -> jax.Array:
-    """Returns the place of each row's first maximum, [B] int32, as jnp.argmax does.
+    """Returns jnp.argmax(x, axis=-1) of x [B, V], [B] int32.
 
-    By blocks of [B, V], because a CPU finds maxima ten times as fast as their places.
+    It works on blocks of V: on a CPU, jnp.max is ten times as fast as jnp.argmax.
     """
     length = math.gcd(x.shape[1], 1024)
     blocks = x.reshape(x.shape[0], -1, length)

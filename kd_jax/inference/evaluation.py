@@ -1,4 +1,4 @@
-"""Rows through the models to sums by document and by position."""
+"""Evaluation of rows: sums of token metrics by document and by position."""
 
 import jax
 import numpy as np
@@ -23,14 +23,14 @@ def evaluate_rows(
     rows: Rows,
     config: Config,
 ) -> tuple[Sums, Sums]:
-    """Returns sums over the rows' target tokens by document, and by position in the document.
+    """Returns sums over target tokens by document, and by position bucket in the document.
 
-    Bucket b of the positions holds those from 2^b to below 2^(b + 1); a document begins at 0.
+    Bucket b holds positions 2^b <= p < 2^(b + 1); a document begins at position 0.
     """
     run = jax.jit(
         eval_step,
         static_argnums=0,
-        out_shardings=replicated(mesh),  # for every host
+        out_shardings=replicated(mesh),  # every process reads them
         compiler_options=compiler_options(mesh),
     )
     num_rows = config.data.batch_size // config.optim.accumulation_steps
@@ -42,7 +42,7 @@ def evaluate_rows(
         values = {name: value[mask] for name, value in metrics.items()}
         groups, num_groups = _documents(batch["segment_ids"], mask)
         documents.append(tally(values, groups, num_groups))
-        position = batch["positions"][mask] + 1  # of the token that is predicted
+        position = batch["positions"][mask] + 1  # of the predicted token
         buckets = np.frexp(position)[1] - 1  # floor(log2)
         positions.append(tally(values, buckets, num_buckets))
     return (
@@ -52,7 +52,7 @@ def evaluate_rows(
 
 
 def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Returns the document of each unmasked token, numbered from 0, and how many there are."""
+    """Returns each unmasked token's document, numbered from 0, and the number of documents."""
     per_row = int(segment_ids.max()) + 1
     number = np.arange(len(segment_ids))[:, None] * per_row + segment_ids
     found, groups = np.unique(number[mask], return_inverse=True)
@@ -62,7 +62,7 @@ def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, i
 def eval_step(
     program: Program, student_arrays: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[jax.Array, Arrays]:
-    """Returns which tokens of rows [B, S] are predicted, bool, and the metrics of each, float32."""
+    """Returns the target mask [B, S] bool, and token metrics [B, S] float32."""
     student = Decoder(program.student, student_arrays)
     inputs, _ = head_inputs(program, student, teacher_arrays, batch)
     scalars = loss_scalars(program, None)

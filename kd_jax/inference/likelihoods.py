@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations: requests packed into rows, a prompt computed once for all.
+"""Log-likelihoods of continuations, packed into rows with shared contexts.
 
-A request is a context and its continuation, in tokens. Requests with one context share it: its
-tokens stand in a row once, and after them each continuation as a document of its own that sees the
-context besides itself. The head runs at the tokens that predict a continuation's and nowhere else.
+A request is a pair of a context and a continuation, in tokens. A row holds a context once, followed
+by its continuations; each is a segment of its own that also attends to the context. The head runs
+only at positions that predict continuation tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,37 +23,33 @@ from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import Arrays, make_head
 
 Tokens = tuple[int, ...]
-
-
 Request = tuple[Tokens, Tokens]
-
-
 Batch = dict[str, np.ndarray]
 
 
 class Score(NamedTuple):
     log_likelihood: float
-    """Of the continuation after the context, nats."""
+    """log p(continuation | context), nats."""
     is_greedy: bool
-    """Whether each of its tokens is the likeliest one."""
+    """True if every token of the continuation is the likeliest one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A model on the mesh, and how requests are laid out for it."""
+    """A model on the mesh, and the sizes of its batches."""
 
     spec: DecoderSpec
     arrays: Arrays
     mesh: Mesh
     vocab_size: int
     row_tokens: int
-    """Length of a row, doubled until the request fits that it is to hold."""
+    """Length of a row; doubled as often as a longer request needs."""
     batch_tokens: int
-    """Tokens at a time over all devices, about."""
+    """Approximate tokens of a batch over all devices."""
 
 
 def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request, Score]]:
-    """Yields every different request with its score, in an order of its own."""
+    """Yields each distinct request with its score, in no particular order."""
     run = jax.jit(
         _score_step,
         static_argnums=(0, 1),
@@ -71,7 +67,10 @@ def score(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[Request
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A context but its last token, and continuations that follow it."""
+    """A context and some of its continuations, all in one row.
+
+    The context's last token is the first input of each continuation.
+    """
 
     context: Tokens
     continuations: list[Tokens]
@@ -88,7 +87,7 @@ def _row_length(length: int, row_tokens: int) -> int:
 
 
 def _pieces(requests: Iterable[Request], row_tokens: int) -> Iterator[_Piece]:
-    """Yields the requests by context, in pieces no longer than the row that the longest needs."""
+    """Yields requests grouped by context, in pieces that fit the row of the longest one."""
     by_context: dict[Tokens, list[Tokens]] = {}
     for context, continuation in requests:
         by_context.setdefault(context, []).append(continuation)
@@ -105,7 +104,7 @@ def _pieces(requests: Iterable[Request], row_tokens: int) -> Iterator[_Piece]:
 
 
 def _batches(rows: list[Any], scorer: Scorer, length: int) -> Iterator[list[Any]]:
-    """Yields equal numbers of rows, whole shares for every device; the last may lack some."""
+    """Yields batches of equal size, divisible by the batch shards; empty rows pad the last."""
     shares = num_batch_shards(scorer.mesh)
     most = max(scorer.batch_tokens // length // shares, 1) * shares
     count = -(-len(rows) // most)
@@ -124,7 +123,7 @@ def _score_rows(
     batch: Batch = {name: np.zeros((len(rows), length), np.int32) for name in COLUMNS}
     batch["mask"] = np.zeros((len(rows), length), bool)
     places = [(r, *place) for r, row in enumerate(rows) for place in _fill(batch, r, row)]
-    unused, dtype = LossConfig(), scorer.arrays["norm.weight"].dtype.name  # without a teacher
+    unused, dtype = LossConfig(), scorer.arrays["norm.weight"].dtype.name  # no teacher
     head = make_head(unused, scorer.mesh, scorer.vocab_size, len(rows) * length, dtype)
     placed = put_batch(batch, scorer.mesh)
     out = jax.device_get(run(scorer.spec, head, scorer.arrays, placed))
@@ -134,7 +133,7 @@ def _score_rows(
 
 
 def _fill(batch: Batch, r: int, row: list[_Piece]) -> Iterator[tuple[Request, int, int]]:
-    """Writes a row, and yields each request with the place where its tokens are predicted."""
+    """Writes row r; yields each request with the [first, last) positions that predict it."""
     at, segment = 0, 0
 
     def write(tokens: Tokens, position: int, context: int) -> slice:
@@ -160,7 +159,7 @@ def _fill(batch: Batch, r: int, row: list[_Piece]) -> Iterator[tuple[Request, in
 
 
 def _score_step(spec, head, arrays, batch):
-    """Returns -log p of each label, nats, and whether it is the likeliest token, [B, S] float32."""
+    """Returns -log p of each label, nats, and 1 if it is the likeliest token, [B, S] float32."""
     model = Decoder(spec, arrays)
     segments = (batch["segment_ids"], batch["context_ids"])
     hidden = model(batch["tokens"], batch["positions"], segments)

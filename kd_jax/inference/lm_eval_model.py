@@ -59,13 +59,13 @@ class KdJaxLM(TemplateLM):
         Args:
           pretrained: Hugging Face folder, hub id, output of convert.from_hf, or a workdir.
           dtype: dtype of weights and matrix products, bfloat16 or float32.
-          step: checkpoint of the workdir; None takes the latest.
+          step: checkpoint of the workdir; None: the latest.
           batch_size: rows of 512 tokens per batch over all devices, and prompts per batch.
-          max_length: context length in tokens; None takes config.json's.
-          add_bos_token: encode texts with special tokens; None takes the tokenizer's setting.
-          prefix_token_id: token in place of an empty context; None takes BOS, or else EOS.
+          max_length: context length in tokens; None: config.json's.
+          add_bos_token: encode texts with special tokens; None: the tokenizer's setting.
+          prefix_token_id: token in place of an empty context; None: BOS, or else EOS.
           chat_template_args: more variables of the chat template.
-          compilation_cache: folder of compiled programs; None turns it off.
+          compilation_cache: folder of compiled programs; None disables it.
         """
         super().__init__()
         model = open_model(pretrained, dtype, step)  # type: ignore[arg-type]

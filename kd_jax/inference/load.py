@@ -1,4 +1,4 @@
-"""A model to be run, not trained, in any form that the commands take: a folder, or a workdir."""
+"""Loads a model for inference, from a folder, the hub or a workdir."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from kd_jax.workdir.record import check_inputs, is_run, read_run
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenModel:
-    """A model whose files, but no weights, have been read."""
+    """A checked model whose weights are not loaded yet."""
 
     config: Config
-    """The run's, in the dtype asked for; that of a run of one step, where the model is no run."""
+    """The run's configuration in the requested dtype; without a run, a placeholder."""
     source: Source
     workdir: Path | None
     step: int | None
@@ -33,12 +33,13 @@ def open_model(
     adapter: str | None = None,
     field: str = "student",
 ) -> OpenModel:
-    """Returns a checked model: Hugging Face folder, hub id, output of convert.from_hf, or workdir.
+    """Returns a checked model.
 
     Args:
-      step: checkpoint of the workdir; None takes the latest.
-      adapter: PEFT adapter to merge into what is no workdir.
-      field: names what is no workdir in errors.
+      path: Hugging Face folder, hub id, output of convert.from_hf, or workdir.
+      step: checkpoint of the workdir; None: the latest.
+      adapter: PEFT adapter to merge; not for a workdir.
+      field: config field that names the model in errors; not for a workdir.
     """
     folder = Path(path).expanduser()
     workdir = folder if is_run(folder) else None
@@ -60,9 +61,9 @@ def open_model(
 
 
 def load_model(model: OpenModel, mesh: Mesh) -> Models:
-    """Returns the model, all of its arrays on the mesh as `frozen`, without a teacher.
+    """Returns the model with all its arrays on the mesh as `frozen`, and no teacher.
 
-    A run's arrays come from its checkpoint, and from the base only what was not trained.
+    The trained arrays of a run come from its checkpoint, the others from its base model.
     """
     config, source = model.config, model.source
     if model.workdir is None:
@@ -75,7 +76,7 @@ def load_model(model: OpenModel, mesh: Mesh) -> Models:
 
 
 def _in_use(config: Config, models: Models) -> Arrays:
-    """Returns the shapes of what was trained: factors in float32, whole weights in the dtype."""
+    """Returns the trained arrays as ShapeDtypeStructs: LoRA in float32, weights in the dtype."""
     abstract = models.trainable["student"]
     if config.trainable == "lora":
         return abstract

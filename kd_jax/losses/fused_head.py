@@ -150,7 +150,7 @@ def _common_entries(student, teacher):
 
 
 class _Rows(NamedTuple):
-    """What the head has of each token: [B, S, ...], or [N, ...] once arranged."""
+    """Arrays of the tokens: [B, S, ...], or [N, ...] once arranged."""
 
     hidden: jax.Array
     teacher: Any

@@ -119,7 +119,7 @@ def _pair_sums(terms, agreement, same, axis):
 
 
 class _Softmax(NamedTuple):
-    """What log-probabilities need besides one model's logits, [N, 1] each."""
+    """Statistics of one model's logits that give log-probabilities, [N, 1] each."""
 
     highest: jax.Array
     """The largest logit."""
@@ -235,7 +235,7 @@ def _ce_gradient(softmax, logits, labels, weights, vocab):
 
 
 def _model_values(softmax, logits, labels, vocab, prefix=""):
-    """Returns the metrics of one model alone, [N] float32, with prefixed names."""
+    """Returns the metrics that need only one model, [N] float32, with prefixed names."""
     at_label = label_logits(logits, labels, vocab)
     values = {
         "ce": softmax.log_sum - (at_label - softmax.highest),

@@ -33,7 +33,7 @@ def sum_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
 
 
 def max_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
-    """Returns what sum_over_vocab does, with maxima in place of sums."""
+    """Returns maxima over V, [..., 1] each, like sum_over_vocab."""
     maxima = _reduce(terms, -jnp.inf, jax.lax.max)
     return maxima if axis is None else jax.lax.pmax(maxima, axis)
 

@@ -66,7 +66,6 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "qwen3": {"qk_norm": True},
 }
 
-
 # transformers' defaults for keys missing in config.json, where they differ from null.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -75,7 +74,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28,
     },
 }  # fmt: skip
-
 
 # Keys of config.json that do not change what the decoder computes.
 _IGNORED = {
@@ -86,14 +84,10 @@ _IGNORED = {
     "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 
-
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-
-
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-
 
 # Keys that change the computation, with the values that the decoder implements.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -106,11 +100,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "partial_rotary_factor": (None, 1.0),
 }
-
-
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-
-
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 

@@ -14,13 +14,12 @@ from kd_jax.parallel.platforms import PLATFORMS, Implementation
 SAVED_ATTENTION = "attention"
 """Name of attention's residuals other than its inputs; gradient checkpointing can save them."""
 
-
 NEGATIVE = -1e30
 """Logit of a masked key; finite, so that no difference of two is NaN."""
 
 
 def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
-    """Returns the kernel `wanted`; for "auto" the platform's own, where it takes the model."""
+    """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     row = PLATFORMS[platform]

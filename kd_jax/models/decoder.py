@@ -1,8 +1,8 @@
-"""The decoder: one layer for training, evaluation and decoding.
+"""The decoder of the Llama family, for training, evaluation and decoding.
 
 Dimensions: B batch, S sequence, D embed, F mlp, N query heads, K key/value heads, H head dim,
-V vocab, L layers. Weights keep Hugging Face names and orientation, [out, in]. Those of the layers
-are stacked on a leading L and run by a scan; a model for decoding alone may have them apart.
+V vocab, L layers. Weights have Hugging Face names and orientation, [out, in]. Layers are stacked on
+a leading L and run by a scan; for decoding they may be unstacked.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,27 +23,27 @@ from kd_jax.models.table import layer_weights
 from kd_jax.parallel.mesh import Layout, constrain
 
 SAVED_PRODUCT = "product"
-"""Name of a projection's output, by which gradient checkpointing can keep it."""
+"""Name of a projection's output; gradient checkpointing can save it."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Maps q [B, S, N, H], k and v [B, S, K, H] to the output [B, S, N, H] and what else it makes."""
+"""Maps q [B, S, N, H], k and v [B, S, K, H] to (output [B, S, N, H], anything else)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderSpec:
-    """A decoder without its arrays: what it computes, and where; static under jit."""
+    """Static description of a decoder: architecture, dtype, sharding; a static argument of jit."""
 
     arch: Architecture
     dtype: Any
-    """Of activations and matrix products."""
+    """Dtype of activations and matmuls."""
     attention: Implementation = "xla"
     layout: Layout | None = None
-    """Of weights and rows on the mesh; None on one device."""
+    """Shardings of weights and rows; None: one device."""
     remat: Literal["none", "dots", "attention", "layer"] = "none"
     lora_scale: float = 0.0
-    """alpha / rank of the adapters among its arrays."""
+    """alpha / rank of the adapters."""
     dropout: float = 0.0
-    """Probability of zeroing an adapter's input in training."""
+    """Dropout probability of the adapters' input in training."""
 
 
 class LoraParam(nnx.Param):
@@ -51,10 +51,10 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ (+ b), plus lora_scale (x Aᵀ) Bᵀ where the arrays hold an adapter."""
+    """y = x Wᵀ (+ b) (+ lora_scale (x Aᵀ) Bᵀ), by the arrays present."""
 
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any], path: str):
-        """Takes `path`.weight [out, in], and bias and low-rank factors where there are any."""
+        """Takes `path`.weight [out, in], and bias and LoRA factors if present."""
 
         def optional(name: str, kind: type[nnx.Param]) -> Any:
             value = arrays.get(f"{path}.{name}")
@@ -68,11 +68,11 @@ class Linear(nnx.Module):
         self.spec = spec
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Maps [B, S, in] to [B, S, out] in the model's dtype; `key` turns dropout on."""
+        """Maps [B, S, in] to [B, S, out] in the model's dtype; a `key` enables dropout."""
         out, into = self.dims
         y = self._project(x, self.weight[...], out, into)
         if self.bias is not None:
-            bias = self.bias[...].astype(self.spec.dtype)  # as project casts weights
+            bias = self.bias[...].astype(self.spec.dtype)  # like weights in project
             y = y + bias[None, None]
         if self.lora_A is not None:
             dropout = self.spec.dropout
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
             low = self._project(x, self.lora_A[...], "rank", into)
             low = checkpoint_name(low, SAVED_PRODUCT)
             y = y + self.spec.lora_scale * self._project(low, self.lora_B[...], out, "rank")
-        return checkpoint_name(y, SAVED_PRODUCT)  # the sum, whose parts no gradient takes
+        return checkpoint_name(y, SAVED_PRODUCT)  # the backward pass needs only the sum
 
     def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
         layout, in_use = self.spec.layout, None
@@ -99,7 +99,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)  # the mean of squares overflows and rounds in bfloat16
+        x32 = x.astype(jnp.float32)  # squares lose precision in bfloat16
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         normed = (x32 * scale).astype(x.dtype)  # before the weight, as in transformers
         weight = self.weight[...].astype(x.dtype)
@@ -117,15 +117,15 @@ class Attention(nnx.Module):
         self.head_dim = spec.arch.head_dim
 
     def __call__(self, x, rope, attend: Attend, keys):
-        """Maps [B, S, D] to [B, S, D], and returns what `attend` makes besides."""
+        """Maps [B, S, D] to [B, S, D]; also returns the second output of `attend`."""
         B, S, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
         k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, made = attend(rotate(q, *rope), rotate(k, *rope), v)
-        return self.o_proj(out.reshape(B, S, -1), keys[3]), made
+        out, extra = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.o_proj(out.reshape(B, S, -1), keys[3]), extra
 
 
 def _head_norm(spec: DecoderSpec, arrays: Mapping[str, Any], name: str) -> RMSNorm | None:
@@ -153,25 +153,25 @@ class Layer(nnx.Module):
         self.mlp = MLP(spec, arrays)
 
     def __call__(self, x, rope, attend: Attend, key: jax.Array | None = None):
-        """Returns the residual stream [B, S, D] after the layer, and what else `attend` makes."""
+        """Returns the residual stream [B, S, D] after the layer, and attend's second output."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        added, made = self.self_attn(self.input_layernorm(x), rope, attend, keys[:4])
+        added, extra = self.self_attn(self.input_layernorm(x), rope, attend, keys[:4])
         x = x + added
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), made
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
 
 
 class Table(nnx.Module):
-    """A weight of [V, D]: the embedding, or the head, which the loss multiplies in chunks."""
+    """A weight [V, D]: the embedding or the lm_head."""
 
     def __init__(self, weight: Any):
         self.weight = nnx.Param(weight)
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama family; a tied head is the absence of `lm_head`."""
+    """A decoder of the Llama family; with tied embeddings `lm_head` is None."""
 
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        """Takes arrays by the paths of models.table; layers apart are layers.0.NAME and so on."""
+        """Takes arrays by the paths of models.table; unstacked layers are layers.0.NAME, ..."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
         self.layers: Any
         if "layers.input_layernorm.weight" in arrays:
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | tuple[jax.Array, jax.Array],
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps tokens, positions and segment ids, each [B, S] int32, to hidden states [B, S, D]."""
+        """Maps tokens, positions and segment ids, [B, S] int32 each, to hidden states [B, S, D]."""
         return self.with_layers(tokens, positions, segment_ids, (), dropout_key)[0]
 
     def with_layers(
@@ -202,10 +202,10 @@ class Decoder(nnx.Module):
         layers: tuple[int, ...],
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the hidden states, and the outputs of chosen layers [len(layers), B, S, D].
+        """Returns the hidden states [B, S, D], and outputs [len(layers), B, S, D] of some layers.
 
-        A layer's output is the residual stream behind it, before the final norm. Negative layers
-        count from the last one; without layers it is None. Outputs of other layers are not kept.
+        A layer's output is the residual stream after it, before the final norm. Negative layers
+        count from the last. Without layers the outputs are None.
         """
         x, rope = self.embed(tokens, positions)
 
@@ -218,37 +218,37 @@ class Decoder(nnx.Module):
 
         run_layer = _with_remat(run_layer, self.spec.remat)
 
-        def run_and_keep(carry, layer, key_and_slot):
-            x, kept = carry
+        def run_and_store(carry, layer, key_and_slot):
+            x, outputs = carry
             key, slot = key_and_slot
             x = run_layer(x, layer, key)
-            if (
-                kept is not None
-            ):  # outside gradient checkpointing: the backward pass needs none of it
-                kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
-            return (x, kept), None
+            if outputs is not None:  # outside gradient checkpointing: no residual of it is needed
+                outputs = jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)
+            return (x, outputs), None
 
         depth = self.spec.arch.num_hidden_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
         slots, order = _slots(layers, depth)
-        kept = jnp.zeros((slots[-1] + 1, *x.shape), x.dtype) if layers else None
-        (x, kept), _ = self.over_layers(run_and_keep, (x, kept), (keys, slots if layers else None))
-        if kept is not None:
-            kept = kept[: len(order)] if order == sorted(set(order)) else kept[np.array(order)]
-        return self.norm(x), kept
+        outputs = jnp.zeros((slots[-1] + 1, *x.shape), x.dtype) if layers else None
+        xs = (keys, slots if layers else None)
+        (x, outputs), _ = self.over_layers(run_and_store, (x, outputs), xs)
+        if outputs is not None:
+            in_order = order == sorted(set(order))
+            outputs = outputs[: len(order)] if in_order else outputs[np.array(order)]
+        return self.norm(x), outputs
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns the embeddings [B, S, D] of tokens [B, S], and the RoPE tables of positions."""
+        """Returns the embeddings [B, S, D] of tokens [B, S], and the positions' RoPE tables."""
         x = embed(self.embed_tokens.weight[...], tokens, self.spec.layout)
         x = self.on_rows(x).astype(self.spec.dtype)
         arch = self.spec.arch
         return x, rope_tables(positions, arch.rope, arch.head_dim, self.spec.dtype)
 
     def over_layers(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """Returns the last carry of `step(carry, layer, x) -> (carry, y)` over the layers, and ys.
+        """Scans `step(carry, layer, x) -> (carry, y)` over the layers; returns (carry, ys).
 
         Args:
-          xs: arrays [L, ...] of stacked layers; of layers apart a list of what each gets may do.
+          xs: arrays [L, ...]; for unstacked layers, optionally a list of length L.
         """
         if isinstance(self.layers, Layer):
             return jax.lax.scan(lambda carry, pair: step(carry, *pair), carry, (self.layers, xs))
@@ -260,12 +260,12 @@ class Decoder(nnx.Module):
         return carry, ys
 
     def on_rows(self, x: jax.Array) -> jax.Array:
-        """Returns hidden states [B, S, D] sharded over rows alone."""
+        """Returns hidden states [B, S, D] sharded over rows only."""
         layout = self.spec.layout
         return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
 
     def head_weight(self) -> jax.Array:
-        """Returns the output head, [V, D]."""
+        """Returns the lm_head, [V, D]."""
         source = self.embed_tokens if self.lm_head is None else self.lm_head
         return source.weight[...]
 
@@ -273,8 +273,8 @@ class Decoder(nnx.Module):
 def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:
     """Returns the slot that each layer's output is written to, [L], and the slots of `layers`.
 
-    A layer that was not chosen writes where the next chosen one follows, or, behind the last of
-    them, to a slot that is not read: every layer does the same, without a branch.
+    Every layer writes, so that the scan has no branch. Outputs not chosen are overwritten by the
+    next chosen layer; those after the last go to one extra slot.
     """
     wanted = [range(depth)[layer] for layer in layers]
     chosen = sorted(set(wanted))
@@ -284,12 +284,12 @@ def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:
 def _with_remat(run_layer, policy: str):
     if policy == "none":
         return run_layer
-    kept = {
+    names = {
         "layer": (),
         "attention": (SAVED_ATTENTION,),
         "dots": (SAVED_ATTENTION, SAVED_PRODUCT),
     }[policy]
-    saved = jax.checkpoint_policies.save_only_these_names(*kept)
+    saved = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(run_layer, policy=saved, prevent_cse=False)
 
 
@@ -300,20 +300,20 @@ def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def rope_tables(
     positions: jax.Array, rope: Rope, head_dim: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of each position's angles, [B, S, 1, H / 2]."""
+    """Returns cos and sin of the RoPE angles, [B, S, 1, H / 2] each."""
     frequency = jnp.asarray(rope.inverse_frequencies(head_dim))
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, S, heads, H] by its position's angles, pairing entry i with i + H / 2."""
+    """Applies RoPE to x [B, S, heads, H], pairing entries i and i + H / 2."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def logits(model: Decoder, tokens, positions, segment_ids) -> jax.Array:
-    """Returns [B, S, V] float32: for tests and generation; training never makes this array."""
+    """Returns the logits [B, S, V] float32, for tests."""
     hidden = model(tokens, positions, segment_ids)
     head = model.head_weight().astype(hidden.dtype)
     return jnp.einsum("BSD,VD->BSV", hidden, head, preferred_element_type=jnp.float32)

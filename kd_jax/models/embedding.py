@@ -14,7 +14,7 @@ def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Arr
     """Returns the rows [B, S, D] of a table [V, D] for tokens [B, S] int32.
 
     Args:
-      layout: of the table on the mesh; None takes the plain gradient, which varies on a GPU.
+      layout: of the table on the mesh; None: the plain gradient, which varies on a GPU.
     """
     if layout is None or not traits(layout.mesh).sorted_embedding_gradient:
         return table[tokens]

@@ -31,14 +31,12 @@ _LLAMA_3: dict[str, Any] = {
     "vocab_size": 128256,
 }
 
-
 _LLAMA_3_2 = {
     **_LLAMA_3,
     "rope_scaling": {**_LLAMA_3["rope_scaling"], "factor": 32.0},
     "tie_word_embeddings": True,
     "transformers_version": "4.45.0.dev0",
 }
-
 
 _LLAMA_70B = {
     **_LLAMA_3,
@@ -47,7 +45,6 @@ _LLAMA_70B = {
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
 }
-
 
 _QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -69,14 +66,12 @@ _QWEN2: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
-
 _QWEN2_BASE = {
     **_QWEN2,
     "eos_token_id": 151643,
     "max_position_embeddings": 131072,
     "sliding_window": 131072,
 }
-
 
 _QWEN2_0P5B = {
     "hidden_size": 896,
@@ -87,7 +82,6 @@ _QWEN2_0P5B = {
     "num_key_value_heads": 2,
 }
 
-
 _QWEN2_1P5B = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -96,7 +90,6 @@ _QWEN2_1P5B = {
     "num_hidden_layers": 28,
     "num_key_value_heads": 2,
 }
-
 
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -121,7 +114,6 @@ _QWEN3: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {

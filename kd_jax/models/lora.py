@@ -1,4 +1,4 @@
-"""Low-rank adapters: their first values, and merging them into weights."""
+"""LoRA: initial factors, and merging them into weights."""
 
 import math
 
@@ -12,10 +12,7 @@ from kd_jax.models.table import adapter_weights
 
 
 def init_adapters(lora: LoraConfig, arch: Architecture, seed: int) -> dict[str, jax.Array]:
-    """Returns A [L, rank, in], Kaiming-uniform, and B [L, out, rank], zero, float32 by path.
-
-    The model computes what it did without them.
-    """
+    """Returns A [L, rank, in], Kaiming-uniform, and B [L, out, rank], zero, float32 by path."""
     key = jax.random.key(seed)
     arrays = {}
     table = adapter_weights(lora, arch)
@@ -31,9 +28,9 @@ def init_adapters(lora: LoraConfig, arch: Architecture, seed: int) -> dict[str, 
 
 
 def merge(weight: np.ndarray, factors: tuple[np.ndarray, np.ndarray], scale: float) -> np.ndarray:
-    """Returns weight + scale B A, summed in float32 and rounded once to the weight's dtype.
+    """Returns weight + scale B A, summed in float32 and cast once to the weight's dtype.
 
-    Entries where scale B A is zero keep their bits, -0.0 included.
+    Entries where scale B A is zero stay bit-identical, -0.0 included.
 
     Args:
       weight: [out, in], any float dtype.

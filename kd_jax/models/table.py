@@ -1,7 +1,4 @@
-"""The one table of weights: paths, shapes, dimensions and Hugging Face names.
-
-Importing it needs no jax.
-"""
+"""The table of weights: paths, shapes, dimensions and Hugging Face names. Imports no jax."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,28 +20,28 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Shape of one array, and the logical names of its dimensions (keys of parallel.rules)."""
+    """Shape of an array, and its logical dimensions (keys of parallel.rules)."""
 
     shape: tuple[int, ...]
     dims: tuple[str, ...]
 
     @property
     def is_stacked(self) -> bool:
-        """Tells whether dimension 0 counts layers, each a tensor of its own in Hugging Face."""
+        """True if dimension 0 is layers, which are separate tensors in Hugging Face files."""
         return self.dims[0] == "layers"
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """The shape of one layer's tensor, or of the whole array if it is not stacked."""
+        """Shape of one layer's tensor, or of the whole array if it is not stacked."""
         return self.shape[1:] if self.is_stacked else self.shape
 
     def split(self, array: np.ndarray) -> list[np.ndarray]:
-        """Returns views of the array's tensors, in the order of `hf_names`."""
+        """Returns the array's tensors as views, in the order of `hf_names`."""
         return list(array) if self.is_stacked else [array]
 
 
 def layer_weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns the weights of one layer by their names below `model.layers.N.`."""
+    """Returns the weights of one layer by Hugging Face name without `model.layers.N.`."""
     D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
     NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
     table = {
@@ -69,7 +66,7 @@ def layer_weights(arch: Architecture) -> dict[str, Weight]:
 
 
 def weights(arch: Architecture) -> dict[str, Weight]:
-    """Returns the model's weights by dotted path; those of layers are stacked, with a leading L."""
+    """Returns the model's weights by dotted path; layers are stacked on a leading L."""
     V, D, L = arch.vocab_size, arch.hidden_size, arch.num_hidden_layers
     table = {
         f"layers.{name}": Weight((L, *weight.shape), ("layers", *weight.dims))
@@ -83,12 +80,12 @@ def weights(arch: Architecture) -> dict[str, Weight]:
 
 
 def is_adapter(name: str) -> bool:
-    """Tells whether a dotted path names a LoRA factor."""
+    """Returns True if a dotted path names a LoRA factor."""
     return name.endswith(FACTORS)
 
 
 def adapter_weights(lora: LoraConfig, arch: Architecture) -> dict[str, Weight]:
-    """Returns LoRA's factors A [L, rank, in] and B [L, out, rank] by dotted path."""
+    """Returns the LoRA factors A [L, rank, in] and B [L, out, rank] by dotted path."""
     table, rank = {}, lora.rank
     for path, weight in weights(arch).items():
         name = path.split(".")[-2]
@@ -108,7 +105,7 @@ def trained_weights(config: Config, arch: Architecture) -> dict[str, Weight]:
 def projection_weight(
     config: Config, student: Architecture, teacher: Architecture | None
 ) -> Weight | None:
-    """Returns the projection from the student's to the teacher's hidden size, None if unused."""
+    """Returns the projection from student to teacher hidden size; None if unused."""
     if teacher is None or not config.compares_hidden or student.hidden_size == teacher.hidden_size:
         return None
     shape = (len(config.hidden.student_layers), teacher.hidden_size, student.hidden_size)
@@ -118,10 +115,10 @@ def projection_weight(
 def abstract_weights(
     table: Mapping[str, Weight], layout: "Layout", dtype: str | Mapping[str, Any]
 ) -> "dict[str, jax.ShapeDtypeStruct]":
-    """Returns shapes, dtypes and shardings of a table's arrays, by path.
+    """Returns the ShapeDtypeStructs of a table's arrays by path, with shardings.
 
     Args:
-      dtype: one for all, or one for each path.
+      dtype: one dtype, or a dtype for each path.
     """
     import jax
 
@@ -136,7 +133,7 @@ def abstract_weights(
 
 
 def hf_names(path: str, arch: Architecture) -> list[str]:
-    """Returns the Hugging Face names of an array: one for each layer, or a single one."""
+    """Returns the Hugging Face names of an array: one per layer, or a single one."""
     if path.startswith("layers."):
         return [
             f"model.layers.{i}.{path.removeprefix('layers.')}"
@@ -148,7 +145,7 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
 def shape_problems(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """Returns an error for each array that is missing, unexpected or misshapen."""
+    """Returns one message for each missing, unexpected or misshapen array."""
     lines = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found)]
     lines += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected)]
     return lines + [

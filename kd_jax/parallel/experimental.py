@@ -9,7 +9,7 @@ KNOWN_VERSIONS = ("0.10", "0.11", "0.12")
 
 
 def experimental(module: str, name: str) -> Any:
-    """Returns what `from module import name` does, a submodule too.
+    """Returns the object of `from module import name`, which may be a submodule.
 
     Raises:
       UserError: it is not there; names the versions of jax that have it.

@@ -29,7 +29,7 @@ def platform(mesh: Mesh) -> str:
 
 
 def traits(mesh: Mesh) -> Platform:
-    """Returns what the platform of the mesh's devices is best at."""
+    """Returns the platform traits of the mesh's devices."""
     return PLATFORMS[platform(mesh)]
 
 

@@ -12,7 +12,7 @@ Arrays = dict[str, jax.Array]
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Returns which of a batch's rows this process's devices take, [num_rows] bool."""
+    """Returns the mask of a batch's rows on this process's devices, [num_rows] bool."""
     wanted = np.zeros(num_rows, bool)
     for index in batch_sharding(mesh, 2).addressable_devices_indices_map((num_rows, 1)).values():
         assert index is not None

@@ -1,4 +1,4 @@
-"""What each platform is best at: one row for each of CPU, GPU and TPU. Needs no jax at import.
+"""Traits of each platform: one row for CPU, GPU and TPU each. Needs no jax at import.
 
 Take the row of the mesh's devices (`mesh.traits`) or, inside a program, of the devices that it is
 lowered for (`by_platform`); never that of the default backend. Programs are compiled for devices
@@ -19,9 +19,9 @@ class Platform:
     attention: Implementation
     """Attention kernel of this platform."""
     attention_dtypes: Collection[str] = ("bfloat16", "float32")
-    """Dtypes in which attention="auto" takes that kernel; xla elsewhere."""
+    """Dtypes for which attention="auto" uses that kernel; xla otherwise."""
     attention_head_dims: Collection[int] = range(2**31)
-    """Head dimensions with which it does."""
+    """Head dimensions for which it does."""
     wide_products: bool = False
     """Ask for float32 results of bfloat16 matmuls, then round: XLA's CPU has a bfloat16 kernel for
     that form only, several times faster than the float32 matmul it makes of the other."""
@@ -39,9 +39,9 @@ class Platform:
     decoded_rows: int = 1
     """Fewest rows that decode fast in bfloat16."""
     memory_share: float = 1.0
-    """Share of a device's memory that jax is told to take."""
+    """Share of a device's memory that jax preallocates."""
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
-    """XLA's, besides its defaults."""
+    """XLA options that differ from its defaults."""
 
 
 PLATFORMS: Mapping[str, Platform] = {

@@ -126,9 +126,9 @@ def find_launcher(config: DistributedConfig, environ: Any) -> str | None:
 
 
 def own_devices(environ: Any) -> list[int] | None:
-    """Returns all GPUs of the node for a Slurm task alone on it; None keeps jax's choice.
+    """Returns all GPUs of the node for its only Slurm task; None: jax's choice.
 
-    jax gives each task one device, and so only the first of the node to a task alone on it.
+    jax gives each task one device, even the only task of a node.
     """
     alone = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
     count = int(environ.get("SLURM_GPUS_ON_NODE", 0))
@@ -170,7 +170,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 
 
 def is_first() -> bool:
-    """Returns True on process 0, which alone writes and prints."""
+    """Returns True on process 0, the only one that writes and prints."""
     import jax
 
     return jax.process_index() == 0

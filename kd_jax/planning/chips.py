@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Target(NamedTuple):
-    """What XLA's compiler is told of a GPU."""
+    """Description of a GPU for XLA's compiler."""
 
     core_count: int
     fpus_per_core: int
@@ -27,11 +27,11 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:
-    """One device: a GPU, or a TPU chip, whose cores run as one. Speeds of 0 are not known."""
+    """One device: a GPU, or a TPU chip with its cores as one. A speed of 0 is unknown."""
 
     platform: Literal["gpu", "tpu"]
     memory_bytes: int
-    """All of a GPU's; of a TPU's what its compiler lets a program take."""
+    """Bytes of memory; on a TPU, the compiler's limit for a program."""
     flops: float = 0.0
     """Dense bfloat16 FLOP/s."""
     bandwidth: float = 0.0
@@ -41,7 +41,7 @@ class Chip:
     network_bandwidth: float = 0.0
     """Bytes/s to other hosts (GPU) or slices (TPU)."""
     device_kind: str = ""
-    """Pattern of the name that jax gives it."""
+    """Pattern of jax's device_kind."""
     target: Target | None = None
 
 
@@ -67,7 +67,6 @@ _ROWS: dict[str, tuple[float, int, float, float, float, str]] = {
     "v6e": (918, int(31.25 * GIB), 1640, 224, 12.5, "TPU v6 ?(lite|e)"),
 }
 
-
 _TARGETS = {
     "a100": Target(108, 64, 167936, 2048, 41943040, 1.41, (8, 0)),
     "h100": Target(132, 128, 233472, 2048, 52428800, 1.98, (9, 0)),
@@ -80,7 +79,6 @@ _TARGETS = {
     "rtx4090": Target(128, 128, 102400, 1536, 75497472, 2.52, (8, 9)),
     "rtx6000ada": Target(142, 128, 102400, 1536, 100663296, 2.505, (8, 9)),
 }
-
 
 CHIPS = {
     name: Chip(
@@ -96,19 +94,13 @@ CHIPS = {
     for name, (flops, memory_bytes, bandwidth, link, network, kind) in _ROWS.items()
 }
 
-
 # Slices that Google Cloud offers, in chips, and the cores that a name such as v5p-16 counts.
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-
 
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
-
-
 SLICES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES}
-
-
 _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
@@ -147,7 +139,7 @@ class Topology:
 
     @property
     def rated_chip(self) -> Chip | None:
-        """The chip, where its speed is known."""
+        """The chip, if its speed is known."""
         return self.chip if self.chip is not None and self.chip.flops else None
 
     @property

@@ -1,4 +1,4 @@
-"""What a step needs, from shapes alone: bytes on a device and FLOPs. Needs no jax."""
+"""Cost of a step from shapes: bytes per device and FLOPs. Needs no jax."""
 
 import math
 from collections.abc import Mapping
@@ -13,11 +13,7 @@ from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_a
 from kd_jax.planning.chips import GIB, Chip, Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-
-
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
-
-
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
 
 
@@ -36,8 +32,8 @@ def chunk_tokens(
     memory, at most 1 GiB, or 2 GiB where each chunk reads and writes the gradient of the head.
 
     Args:
-      wanted: the config's; None takes the default.
-      chip: None, an unknown one, counts as large.
+      wanted: the config's; None: the default.
+      chip: None is an unknown chip, assumed to have a large memory.
       vocab_size: entries on one device.
       num_tokens: on one device.
     """
@@ -68,7 +64,7 @@ class Case:
 
 
 class Work(NamedTuple):
-    """What one optimizer step needs."""
+    """FLOPs and memory traffic of one optimizer step."""
 
     flops: float
     """Matmuls, attention and heads of all devices, forward and backward."""
@@ -207,7 +203,7 @@ def step_flops(
 
     2 FLOPs forward for each weight of the layers and each token; the student's backward pass takes
     as many for the inputs' gradients, and as many for those of trained weights. Attention likewise.
-    Heads count for tokens with a loss alone.
+    Heads count only for tokens with a loss.
     """
     full = config.trainable == "full"
     products, attention = layer_flops(student, config.data.seq_len)
@@ -232,8 +228,8 @@ def work(case: Case) -> Work:
     targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES)
     logits = 2 * targets * (student.vocab_size // sizes["tensor"]) * 4
     passes = 3 if config.remat in RECOMPUTING else 2
-    kept = ours.residuals(config.remat, config.lora.rank) * student.num_hidden_layers
-    each = passes * _layers(ours) + 2 * kept + logits
+    residuals = ours.residuals(config.remat, config.lora.rank) * student.num_hidden_layers
+    each = passes * _layers(ours) + 2 * residuals + logits
     if theirs is not None:
         each += _layers(theirs) + logits
     # Weights, both moments and the gradients are read and written.
@@ -247,7 +243,7 @@ def _layers(model: Shares) -> int:
 
 
 def memory(case: Case) -> Memory:
-    """Returns an estimate of what XLA takes; docs/planning.md compares the two."""
+    """Returns an estimate of the memory that XLA allocates; docs/planning.md compares the two."""
     config, student = case.config, case.student
     ours, theirs = make_shares(case)
     trainable = ours.stored(trained_weights(config, student), 4)
@@ -266,11 +262,11 @@ def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int
     """Returns the bytes of the largest of the step's phases."""
     config = case.config
     rank = config.lora.rank if config.trainable == "lora" else 0
-    kept = ours.arch.num_hidden_layers * ours.residuals(config.remat, rank)
+    residuals = ours.arch.num_hidden_layers * ours.residuals(config.remat, rank)
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     layer = 2 * ours.hidden + 2 * ours.stream + ours.heads
-    backward = kept + summed + gradients + 2 * layer + _gathered_layer(ours)
-    head = kept + summed + _head(case, ours, theirs)
+    backward = residuals + summed + gradients + 2 * layer + _gathered_layer(ours)
+    head = residuals + summed + _head(case, ours, theirs)
     if theirs is None:
         return max(backward, head)
     return max(backward, head, 2 * (theirs.hidden + theirs.stream) + _gathered_layer(theirs))

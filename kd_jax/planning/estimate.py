@@ -1,4 +1,4 @@
-"""What shapes alone say of a run on devices that need not be here. Needs no jax."""
+"""Estimates of a run from shapes, for local or absent devices. Needs no jax."""
 
 from collections.abc import Iterable
 from typing import Any

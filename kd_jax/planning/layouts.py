@@ -17,13 +17,8 @@ from kd_jax.planning.estimate import Report, estimate
 MARGIN = 0.9
 """Share of a device's memory that an estimate may fill: its own error is of that size."""
 
-
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
-
-
 ACCUMULATION = (1, 2, 4, 8, 16)
-
-
 REMAT = get_args(get_type_hints(Config)["remat"])
 
 
@@ -32,8 +27,8 @@ def choose_sizes(
 ) -> dict[str, int]:
     """Returns the devices along each axis; axes that the config leaves at 0 are chosen.
 
-    Takes the fastest layout that fits by `estimate`, and of equals the one that shards weights
-    least; where none fits for certain, the one with the lowest peak. Weights are not sharded on
+    Chooses the fastest layout that fits by `estimate`; of equals, the one that shards weights
+    least; if none is certain to fit, the one with the lowest peak. Weights are not sharded on
     devices of unknown memory.
 
     Raises:

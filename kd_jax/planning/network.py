@@ -1,4 +1,4 @@
-"""A step's collectives from shapes alone, and the least time that a step can take. Needs no jax."""
+"""A step's collectives from shapes, and a lower bound of its time. Needs no jax."""
 
 import math
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ class Transfer(NamedTuple):
 
     kind: str
     num_bytes: int
-    """Of the whole array on a device: an all-gather's output, a reduce-scatter's input."""
+    """Bytes of the full array on a device: an all-gather's output, a reduce-scatter's input."""
     times: int
     groups: np.ndarray
     """[groups, devices] int, device numbers."""
@@ -65,7 +65,7 @@ def _of_layers(model: Shares, gathers: int, sums: int) -> list[tuple[str, int, i
 
 
 def _groups(sizes: Sizes, axes: tuple[str, ...]) -> np.ndarray:
-    """Returns the devices that differ along these axes alone, [groups, devices]."""
+    """Returns the devices that differ only along these axes, [groups, devices]."""
     numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     order = [list(sizes).index(name) for name in (*(x for x in sizes if x not in axes), *axes)]
     return numbers.transpose(order).reshape(-1, axes_size(sizes, axes))

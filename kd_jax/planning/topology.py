@@ -82,7 +82,7 @@ def devices_of(topology: Topology) -> list[Any]:
 def local_topology(devices: Sequence[Any]) -> Topology:
     """Returns the topology of the devices that jax found, with the memory that they report.
 
-    An unknown GPU or TPU has its memory alone, and no speeds.
+    An unknown GPU or TPU has only its memory, and no speeds.
     """
     import jax
 

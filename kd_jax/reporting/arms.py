@@ -29,7 +29,7 @@ class Arm:
     name: str
     """Fields and values, such as `kd-ratio=0.25, learning-rate=0.0001`."""
     label: str
-    """Values alone, such as `0.25 · 0.0001`; `arm 1`, `arm 2` and so on where these are long."""
+    """Only the values, such as `0.25 · 0.0001`; `arm 1`, `arm 2`, ... if these are long."""
     values: dict[str, str]
     """Shown value of each field in which the arms differ."""
     runs: list[Run]
@@ -100,10 +100,10 @@ def _settings(run: Run) -> dict[str, tuple[Any, str]]:
 
 
 def _differing(settings: Sequence[dict[str, tuple[Any, str]]]) -> list[str]:
-    """Returns the fields that tell arms apart; a run without a field agrees with every value of it.
+    """Returns the fields that distinguish arms; a run without a field matches any value.
 
-    The content of a path also changes with the options of the rows. A path that differs in its
-    content alone is left out where the other fields tell the same arms apart.
+    The content of a path also changes with the options of the rows. A path that differs only in
+    its content is omitted if the other fields distinguish the same arms.
     """
     columns = {f: [s[f] for s in settings if f in s] for s in settings for f in s}
     fields = [f for f, found in columns.items() if len({key for _, key in found}) > 1]

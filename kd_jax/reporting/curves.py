@@ -102,7 +102,7 @@ def draw_figures(arms: Sequence[Arm], smooth: int | None) -> dict[Figure, bytes]
     Args:
       smooth: steps in the moving average of training curves; None: 1/30 of the longest run.
     """
-    import matplotlib  # seconds that --help need not pay
+    import matplotlib  # takes seconds, which --help avoids
 
     longest = max(run.last_step for arm in arms for run in arm.runs)
     width = max(1, longest // 30) if smooth is None else smooth
@@ -227,8 +227,8 @@ def _end_label(arm: Arm) -> str:
 def limits(curves: Sequence["pd.Series"], longest: int) -> tuple[float, float]:
     """Returns the range of the y axis.
 
-    The first twentieth of the longest run is left out where the values after it take up less than
-    a third of the whole range.
+    The first twentieth of the longest run is ignored if the values after it cover less than a third
+    of the range.
     """
     whole = np.concatenate(curves)
     rest = np.concatenate([values[values.index > longest / 20] for values in curves])

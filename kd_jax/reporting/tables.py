@@ -232,7 +232,7 @@ def _delta_cells(deltas: ArrayLike, name: str) -> tuple[str, str]:
 
 def _critical(counts: set[int]) -> str:
     """Returns the two-sided 5 % bounds of t for each number of pairs."""
-    from scipy.special import stdtrit  # 0.1 s that --help need not pay
+    from scipy.special import stdtrit  # takes 0.1 s, which --help avoids
 
     known = sorted(count for count in counts if count > 1)
     if not known:

@@ -1,4 +1,4 @@
-"""From a configuration to checked models, mesh and rows."""
+"""Opens and checks a configuration's models, mesh and rows."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,19 +24,19 @@ from kd_jax.setup.runtime import check_attention
 from kd_jax.setup.sources import Source, open_source
 
 BatchSource = Callable[[int, Any], Arrays]
-"""Maps an optimizer step and the state before it to the step's batch, [A, B, S] on the mesh."""
+"""Maps (step, state before it) to the step's batch, [A, B, S] on the mesh."""
 
 
 def open_inputs(
     config: Config, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Source, Source | None, Mesh]:
-    """Returns student and teacher, checked, and the mesh; no teacher for plain fine-tuning.
+    """Returns the checked student, teacher (None for fine-tuning) and mesh.
 
     Args:
-      devices: those to use; None takes all.
+      devices: devices of the mesh; None: all.
 
     Raises:
-      UserError: with what is wrong with any of the models, the data and the mesh at once.
+      UserError: lists all problems of models, data and mesh.
     """
     problems: list[str] = []
 
@@ -68,11 +68,10 @@ def open_mesh(
     teacher: Architecture | None,
     devices: Sequence[jax.Device],
 ) -> Mesh:
-    """Returns the mesh over the devices, whose open axes suit the models' memory.
+    """Returns the mesh; the planner chooses the sizes left open, if the student is known.
 
     Raises:
-      UserError: it suits neither devices, rows nor models; these are not checked where the student
-        is not known.
+      UserError: the mesh does not match the devices, the rows or the models.
     """
     rows = config.data.batch_size // config.optim.accumulation_steps
     if student is None:
@@ -85,7 +84,7 @@ def open_mesh(
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
-    """Returns the training and held-out rows, and prints what became of the conversations."""
+    """Returns the training and held-out rows, and prints a summary of each."""
     template = chat_template_of(config.data, *tokenizers)
     rows = make_rows(config.data, tokenizers[0], template)
     say(f"{config.data.path}: {describe_rows(rows)}")
@@ -104,9 +103,9 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
 
 
 def row_source(config: Config, rows: Rows, mesh: Mesh, start_step: int) -> BatchSource:
-    """Returns batches of the rows, which depend on seed and step alone.
+    """Returns the source of training batches; it must be called for consecutive steps.
 
-    Each process reads only the rows of its devices. Steps are asked for in turn.
+    Each process reads only the rows of its own devices.
     """
     size, count = config.data.batch_size, config.optim.accumulation_steps
     batches = train_batches(

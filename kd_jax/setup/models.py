@@ -1,4 +1,4 @@
-"""Models of a run on the mesh: their shapes alone, or loaded."""
+"""The models of a run on the mesh, abstract or loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,11 +30,11 @@ from kd_jax.weights.load import load_arrays
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Both models: what each computes, and its arrays by path, or their shapes."""
+    """Specs of both models, and their arrays by path: jax.Array or ShapeDtypeStruct."""
 
     student: DecoderSpec
     trainable: dict[str, Any]
-    """`student`: arrays by path, float32; `projection`: that of the hidden-state loss, if any."""
+    """`student`: float32 arrays by path; `projection` of the hidden-state loss, if trained."""
     frozen: dict[str, Any]
     """The student's other arrays."""
     teacher: DecoderSpec | None
@@ -44,7 +44,7 @@ class Models:
 def make_spec(
     config: Config, part: StudentConfig | TeacherConfig, arch: Architecture, mesh: Mesh
 ) -> DecoderSpec:
-    """Returns a frozen model, without adapters, as it runs on the mesh."""
+    """Returns the spec of a frozen model without adapters."""
     dtype = jnp.dtype(part.dtype)
     return DecoderSpec(
         arch=arch,
@@ -55,7 +55,7 @@ def make_spec(
 
 
 def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> DecoderSpec:
-    """Returns the student as it is trained."""
+    """Returns the spec of the student in training: remat, LoRA scale and dropout."""
     spec, lora = make_spec(config, config.student, arch, mesh), config.lora
     spec = replace(spec, remat=config.remat)
     if config.trainable == "lora":
@@ -66,7 +66,7 @@ def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> Decoder
 def abstract_models(
     config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
 ) -> Models:
-    """Returns the models of a run as shapes, dtypes and shardings."""
+    """Returns the models of a run as ShapeDtypeStructs with shardings."""
     spec = make_student_spec(config, student, mesh)
     table = trained_weights(config, student)
     trainable: dict[str, Any] = {"student": _abstract(spec, table, "float32")}
@@ -106,8 +106,8 @@ def load_models(
     """Returns the models of a run.
 
     Args:
-      with_trainable: load or initialise what is trained; else its shapes stay, to be filled from a
-        checkpoint.
+      with_trainable: load or initialize the trainable arrays; otherwise they stay abstract, to be
+        restored from a checkpoint.
     """
     models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh)
     frozen = load_arrays(student.folder, student.arch, models.frozen)
@@ -123,7 +123,7 @@ def load_models(
 
 
 def _first_values(config: Config, student: Source, models: Models) -> dict[str, Any]:
-    """Returns what is trained as a run starts with it, like models.trainable."""
+    """Returns the initial trainable arrays, structured like models.trainable."""
     abstract = models.trainable["student"]
     if config.trainable == "full":
         arrays = load_arrays(student.folder, student.arch, abstract, adapter=student.adapter)
@@ -145,7 +145,7 @@ def _first_values(config: Config, student: Source, models: Models) -> dict[str, 
 def load_frozen(
     config: Config, part: StudentConfig | TeacherConfig, source: Source, mesh: Mesh
 ) -> tuple[DecoderSpec, Arrays]:
-    """Returns a model as it is on disk, with its adapter merged."""
+    """Returns a model from disk, its adapter merged into the weights."""
     spec = make_spec(config, part, source.arch, mesh)
     abstract = _abstract(spec, weights(source.arch), part.dtype)
     return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)

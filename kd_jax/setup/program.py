@@ -1,4 +1,4 @@
-"""The program of a run: everything that is static while it is compiled."""
+"""The program of a run: its static configuration under jit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,28 +23,28 @@ from kd_jax.teachers.live import LiveModel
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is fixed while a run is compiled; static under jit."""
+    """Static configuration of a step; a static argument of jit."""
 
     student: DecoderSpec
     teacher: LiveModel | None
-    """Makes the teacher's side of a batch."""
+    """Runs the teacher on a batch."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
     seed: int = 0
     optim: OptimConfig | None = None
-    """The optimizer, built while the step is traced; None where nothing is trained."""
+    """The optimizer, built while the step is traced; None for evaluation."""
     num_steps: int | None = None
-    """Optimizer steps of the run, which schedules follow."""
+    """Optimizer steps of the run, the length of the schedules."""
 
     @property
     def schedule_steps(self) -> int | None:
-        """Optimizer steps that the schedule of the loss takes."""
+        """Length of the loss schedule, optimizer steps."""
         return self.head.loss.schedule_steps or self.num_steps
 
 
 def targets(batch: Arrays) -> Targets:
-    """Returns labels and mask, [..., S]: position t predicts token t + 1 of the same document."""
+    """Returns labels and mask, [..., S]: position t predicts token t + 1 of its document."""
     labels = jnp.roll(batch["tokens"], -1, axis=-1)
     follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
     follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
@@ -61,25 +61,27 @@ def head_inputs(
     dropout_key: jax.Array | None = None,
     pairs: HiddenConfig | None = None,
 ) -> tuple[tuple[Side, Teacher | None, Targets], tuple[Any, Any]]:
-    """Returns the fused head's student, teacher and targets for a batch of rows [B, S].
+    """Returns ((student, teacher, targets) of the fused head, (student, teacher) layer outputs).
 
-    And the outputs of the layers in `pairs`, student's and teacher's, [pairs, B, S, D] each.
+    Args:
+      batch: arrays [B, S].
+      pairs: layers whose outputs to return, [pairs, B, S, D] for each model; None: no outputs.
     """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_side = teacher_kept = None
+    teacher_side = teacher_outputs = None
     if program.teacher is not None:
-        teacher_side, teacher_kept = program.teacher(teacher_arrays, batch, theirs)
-    student_hidden, student_kept = student.with_layers(*inputs, ours, dropout_key)
+        teacher_side, teacher_outputs = program.teacher(teacher_arrays, batch, theirs)
+    student_hidden, student_outputs = student.with_layers(*inputs, ours, dropout_key)
     student_side = Side(student_hidden, student.head_weight())
-    frozen = jax.lax.stop_gradient((teacher_side, teacher_kept))
-    return (student_side, frozen[0], targets(batch)), (student_kept, frozen[1])
+    frozen = jax.lax.stop_gradient((teacher_side, teacher_outputs))
+    return (student_side, frozen[0], targets(batch)), (student_outputs, frozen[1])
 
 
 def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
-    """Returns the loss's scalars after `step` updates; None stands for the schedule's end.
+    """Returns the scheduled scalars of the loss after `step` updates.
 
-    Evaluations take the end, so that those of one run can be compared.
+    None is the end of the schedule. Evaluations use it so that those of one run are comparable.
     """
     loss = program.head.loss
 
@@ -103,7 +105,7 @@ def make_head(
     dtype: str,
     trainable: bool = False,
 ) -> HeadConfig:
-    """Returns the head for `num_tokens` over all devices, of a student in `dtype`."""
+    """Returns the head's configuration; `num_tokens` are those of all devices."""
     share, entries = num_tokens // num_batch_shards(mesh), vocab_size // mesh.shape["tensor"]
     row = traits(mesh)
     return HeadConfig(
@@ -126,10 +128,10 @@ def make_head(
 def make_program(
     config: Config, models: Models, vocab_size: int, mesh: Mesh, num_steps: int | None = None
 ) -> Program:
-    """Returns what is fixed while the step is compiled.
+    """Returns the program of a run.
 
     Args:
-      num_steps: optimizer steps of the run, which schedules follow; None for an evaluation.
+      num_steps: optimizer steps of the run, the length of the schedules; None for evaluation.
     """
     rows = config.data.batch_size // config.optim.accumulation_steps
     head = make_head(

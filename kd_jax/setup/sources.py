@@ -1,4 +1,4 @@
-"""Models on disk, checked before any weight is read."""
+"""Models on disk, checked before weights are read."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from kd_jax.weights.load import check_source
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A model on disk whose architecture and tensors' names and shapes have been checked."""
+    """A model on disk with checked architecture, tensor names and tensor shapes."""
 
     folder: Path
     arch: Architecture
     tokenizer: Any
     adapter: Adapter | None
     folders: dict[str, Path]
-    """Folders of model and adapter, by the config field that names each."""
+    """Folders of model and adapter by config field."""
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -31,7 +31,7 @@ class Source:
 
 
 def open_source(path: str, adapter: str | None, field: str) -> Source:
-    """Returns a checked model on disk; `field` (student or teacher) names it in errors."""
+    """Returns a checked model; `field` (student or teacher) names it in errors."""
     folder = resolve(path, f"{field}.path")
     arch = load_architecture(folder)
     check_source(folder, arch)
@@ -46,7 +46,7 @@ def open_source(path: str, adapter: str | None, field: str) -> Source:
 
 
 def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
-    """Returns the content hashes of all sources, computed in a thread while their weights load."""
+    """Returns a future of the sources' content hashes, computed in a thread."""
     pool = ThreadPoolExecutor(1)
     given = [source for source in sources if source is not None]
     future = pool.submit(lambda: {k: v for source in given for k, v in source.hashes.items()})
@@ -55,14 +55,14 @@ def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
 
 
 def without_tokenizer(source: Source) -> Source:
-    """Returns the source without its tokenizer, which takes more memory than a small model."""
+    """Returns the source without its tokenizer, which can use more memory than a small model."""
     return replace(source, tokenizer=None)
 
 
 def shared_vocab_size(student: Source, teacher: Source | None) -> int:
-    """Returns the vocabulary entries that both heads have; raises where tokenizers differ.
+    """Returns the number of vocabulary entries to compare; raises if tokenizers differ.
 
-    Equal sizes are taken whole; sizes that differ by padding are cut to the tokenizer's.
+    Heads of equal size are compared whole, others up to the tokenizer's size.
     """
     sources, fields = [student], "student.path"
     if teacher is not None:
@@ -79,7 +79,7 @@ def shared_vocab_size(student: Source, teacher: Source | None) -> int:
 
 
 def check_adapter(source: Source, config: LoraConfig) -> None:
-    """Raises UserError unless training can go on from the source's adapter as configured."""
+    """Raises UserError if the source's adapter does not match the LoRA configuration."""
     assert source.adapter is not None
     stored = source.adapter.config
     pairs = {

@@ -38,7 +38,7 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """A teacher model beside the student; static under jit."""
+    """A teacher model in the student's program; static under jit."""
 
     spec: DecoderSpec
 
@@ -48,5 +48,5 @@ class LiveModel:
         """Returns the side of rows [B, S], and the outputs of `layers`, [len(layers), B, S, Dt]."""
         model = Decoder(self.spec, arrays)
         rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        hidden, kept = model.with_layers(*rows, layers)
-        return Live(hidden, model.head_weight()), kept
+        hidden, outputs = model.with_layers(*rows, layers)
+        return Live(hidden, model.head_weight()), outputs

@@ -1,4 +1,4 @@
-"""A run without its weights: what `jax.jit(train_step).lower` takes, for devices not here."""
+"""A run without weights, to trace and compile its step for local or absent devices."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from kd_jax.training.step import TrainState, abstract_state, jit_train_step
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractRun:
-    """A run's step and the shapes, dtypes and shardings of what it takes."""
+    """A run's program and the ShapeDtypeStructs of its step's arguments."""
 
     models: Models
     program: Program
@@ -26,7 +26,7 @@ class AbstractRun:
     batch: Arrays
 
     def trace(self) -> Any:
-        """Returns the traced step, to be lowered and compiled for the mesh's devices."""
+        """Returns the traced step, ready to lower and compile for the mesh."""
         assert self.program.mesh is not None
         layout = jax.tree.map(lambda x: x.sharding, self.state)
         models = self.models
@@ -42,10 +42,10 @@ def abstract_run(
     mesh: Mesh,
     num_steps: int = 1000,
 ) -> AbstractRun:
-    """Returns what one optimizer step of the run takes, without any weights.
+    """Returns a run's program and abstract arguments.
 
     Args:
-      num_steps: optimizer steps of the run, which schedules follow.
+      num_steps: optimizer steps of the run, the length of the schedules.
     """
     models = abstract_models(config, student, teacher, mesh)
     sizes = [arch.vocab_size for arch in (student, teacher) if arch is not None]

@@ -1,4 +1,4 @@
-"""A run's train step compiled for devices that need not be here."""
+"""A run's train step, compiled for local or absent devices."""
 
 import dataclasses
 import math

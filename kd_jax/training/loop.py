@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: opens a run, steps, evaluates, logs and saves."""
 
 import math
 import time
@@ -37,7 +37,7 @@ from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What a run starts from, checked and agreed on by all processes."""
+    """Checked inputs of a run, the same in all processes."""
 
     student: Source
     teacher: Source | None
@@ -52,11 +52,11 @@ class _Run:
 
 
 def train(config: Config) -> None:
-    """Runs or resumes a run to its last step; SIGTERM saves and returns."""
+    """Trains or resumes to the last step. SIGTERM saves a checkpoint and returns."""
     start_jax(config.compilation_cache)
     run = _open_run(config)
     with (
-        stop_signal() as asks_to_stop,
+        stop_signal() as should_stop,
         checkpoints.open_checkpointer(run.workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
@@ -66,7 +66,7 @@ def train(config: Config) -> None:
         loop = stack.enter_context(closing(_Loop(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
         source = row_source(config, run.rows, run.mesh, step)
-        while step < run.num_steps and not asks_to_stop(step):
+        while step < run.num_steps and not should_stop(step):
             loop.profile(step)
             state, metrics = run_step(program, state, *frozen, source(step, state))
             step += 1
@@ -78,7 +78,7 @@ def train(config: Config) -> None:
                 eval_loss = _evaluate(config, run, program, state, frozen, writer)
                 loop.restart_clock()
             if last or step % config.checkpoint.every_steps == 0:
-                loop.flush()  # raises rather than save a state that is not finite
+                loop.flush()  # raises if not finite, so that such a state is not saved
                 checkpoints.save(checkpointer, state, step, eval_loss)
         loop.flush()
         if step < run.num_steps:
@@ -89,7 +89,7 @@ def train(config: Config) -> None:
 
 
 def _open_run(config: Config) -> _Run:
-    """Returns the checked inputs, once all processes have the same."""
+    """Returns the checked inputs; raises if processes have different ones."""
     student, teacher, mesh = together("config", lambda: _inputs(config))
     hashing = start_hashing(student, teacher)
     vocab_size = shared_vocab_size(student, teacher)
@@ -117,10 +117,10 @@ def _open_run(config: Config) -> _Run:
 def _load(
     config: Config, run: _Run, checkpointer: Any
 ) -> tuple[Program, TrainState, tuple[Arrays, Arrays]]:
-    """Returns the program, the state it starts from, and the frozen arrays of both models.
+    """Returns the program, the first state, and the frozen arrays of student and teacher.
 
-    Claims the workdir once the models' hashes are known.
-    What is trained comes from the latest checkpoint where there is one, else from the models.
+    The state comes from the latest checkpoint, if there is one. The workdir is claimed once the
+    models' hashes are known.
     """
     resumes = checkpointer.latest is not None
     models = load_models(config, run.student, run.teacher, run.mesh, with_trainable=not resumes)
@@ -143,7 +143,7 @@ def _evaluate(
     frozen: tuple[Arrays, Arrays],
     writer: Writer,
 ) -> float:
-    """Evaluates the held-out rows, writes the means, and returns the loss."""
+    """Evaluates the held-out rows, writes the means and returns the loss."""
     ours, theirs = frozen
     arrays = ours | state.trainable["student"]
     assert run.eval_rows is not None
@@ -154,7 +154,7 @@ def _evaluate(
 
 
 def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[str, Any]]:
-    """Returns what open_inputs does, and what of it all processes must have alike."""
+    """Returns open_inputs(config), and the values that must be equal in all processes."""
     student, teacher, mesh = open_inputs(config)
     here = ("distributed", "log", "compilation_cache", "workdir")
     fields = {
@@ -171,7 +171,7 @@ def _rows(config: Config, *tokenizers: Any):
 
 
 def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
-    """Claims the workdir for all processes, whose inputs must have the same content."""
+    """Claims the workdir on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.key} | run.hashing.result()
     if is_first():
         record.claim_workdir(config, run.workdir, inputs, run.num_steps)
@@ -179,7 +179,7 @@ def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
 
 
 def check_schedules(config: Config, num_steps: int) -> None:
-    """Raises UserError for a schedule longer than the run; warns of what else is likely wrong."""
+    """Raises UserError if the loss schedule exceeds the run; warns of other likely mistakes."""
     if (config.loss.schedule_steps or 0) > num_steps:
         raise UserError(
             f"loss.schedule-steps: expected at most {num_steps}, the run's optimizer steps, got "
@@ -188,7 +188,7 @@ def check_schedules(config: Config, num_steps: int) -> None:
     if config.optim.warmup_steps >= num_steps:
         say(
             f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "
-            f"{num_steps} steps: the learning rate never reaches its peak and its decay"
+            f"{num_steps} steps: the whole run is warm-up"
         )
     if config.distils and config.loss.warning:
         say(f"warning: {config.loss.warning}")
@@ -207,7 +207,7 @@ def describe_models(models: Models) -> str:
 
 
 class _Loop:
-    """The loop's bookkeeping: logs one step late, so that the device never waits for the host."""
+    """Metrics and profiling. Logs one step late, so that the device never waits for the host."""
 
     def __init__(self, config: Config, writer: Writer, checkpointer: Any):
         self.config = config
@@ -221,12 +221,12 @@ class _Loop:
         self.clock = time.perf_counter()
 
     def log(self, step: int, metrics: Arrays) -> None:
-        """Keeps this step's metrics, and writes those of the step before."""
+        """Stores this step's metrics and writes the previous step's."""
         self.flush()
         self.pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending step and writes its metrics; raises where they are not finite."""
+        """Waits for the pending step and writes its metrics; raises UserError if not finite."""
         if self.pending is None:
             return
         step, metrics = self.pending
@@ -250,12 +250,12 @@ class _Loop:
         shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
         raise UserError(
             f"step {step}: expected finite values, got {shown}. "
-            f"{checkpoints.last_good(self.checkpointer)}. Lower optim.learning-rate, or look at "
+            f"{checkpoints.last_good(self.checkpointer)}. Lower optim.learning-rate, or check "
             "the data"
         )
 
     def profile(self, step: int) -> None:
-        """Starts and stops the XLA profile around its steps."""
+        """Starts or stops the XLA profile at its first or last step."""
         first = self.config.log.profile_start
         if first is None:
             return
@@ -267,7 +267,7 @@ class _Loop:
             self.close()
 
     def close(self) -> None:
-        """Ends a profile that was begun."""
+        """Stops a running profile."""
         if self.profiling:
             jax.profiler.stop_trace()
             self.profiling = False

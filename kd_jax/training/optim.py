@@ -1,4 +1,4 @@
-"""Schedules and the optax chain."""
+"""The learning-rate schedule and the optimizer."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kd_jax.losses.schedules import SHAPES
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up to the peak, then decay to zero at the end."""
+    """Returns step -> learning rate: linear warm-up, then decay to zero at num_steps."""
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
@@ -25,12 +25,12 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def decays(path: tuple[Any, ...], _: Any = None) -> bool:
-    """Tells whether weight decay applies to the array at this tree path: not to norms, biases."""
+    """Returns True if weight decay applies to this tree path: all but norms and biases."""
     return not path[-1].key.endswith(("norm.weight", ".bias"))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Returns AdamW after optional clipping, over nested dicts of float32 arrays."""
+    """Returns AdamW after optional gradient clipping, over nested dicts of float32 arrays."""
     adamw = optax.adamw(
         make_schedule(config, num_steps),
         b1=config.beta1,

@@ -1,4 +1,4 @@
-"""One optimizer step; everything that changes is returned."""
+"""One optimizer step as a pure function."""
 
 from typing import Any, NamedTuple
 
@@ -17,17 +17,17 @@ from kd_jax.training.optim import make_optimizer, make_schedule
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds."""
+    """The trained state, as checkpoints store it."""
 
     trainable: dict[str, Any]
-    """`student`: float32 arrays by path; `projection` where the hidden-state loss trains one."""
+    """`student`: float32 arrays by path; `projection` of the hidden-state loss, if trained."""
     opt_state: Any
     step: Any
-    """Optimizer updates taken, int32."""
+    """Number of optimizer updates, int32."""
 
 
 def init_state(program: Program, trainable: dict[str, Any]) -> TrainState:
-    """Returns the state before the first step, its scalars replicated over the mesh."""
+    """Returns the state before the first step, with scalars replicated over the mesh."""
     state = TrainState(trainable, _optimizer(program).init(trainable), jnp.zeros((), jnp.int32))
     if program.mesh is None:
         return state
@@ -39,7 +39,7 @@ def abstract_state(program: Program, trainable: dict[str, Any]) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state.
 
     Args:
-      trainable: arrays, or their shapes with shardings; each moment is sharded as its weight.
+      trainable: arrays or ShapeDtypeStructs; each moment is sharded like its weight.
     """
     assert program.mesh is not None
     everywhere = replicated(program.mesh)
@@ -64,13 +64,13 @@ def _optimizer(program: Program) -> optax.GradientTransformation:
 def train_step(
     program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[TrainState, Arrays]:
-    """Returns the state after one update, and metrics as means over its target tokens.
+    """Returns the state after one update, and its metrics as float32 scalars.
 
-    And how many these are, target_tokens, and how many tokens there are.
+    Metrics are means over target tokens, except the counts `target_tokens` and `tokens`.
 
     Args:
-      batch: tokens, positions, segment_ids (int32) and loss_mask (bool), [A, B, S] each: A
-        micro-batches.
+      batch: tokens, positions, segment_ids (int32) and loss_mask (bool) of A micro-batches,
+        [A, B, S] each.
     """
     gradients, metrics = loss_gradients(program, state, frozen, teacher_arrays, batch)
     updates, opt_state = _optimizer(program).update(gradients, state.opt_state, state.trainable)
@@ -84,10 +84,9 @@ def train_step(
 def loss_gradients(
     program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[dict[str, Any], Arrays]:
-    """Returns the gradients of the mean loss in state.trainable, and the metrics of the loss.
+    """Returns the gradients of the mean loss in state.trainable, and the loss's metrics.
 
-    Gradients of the micro-batches are summed before the single division by the number of target
-    tokens of all of them.
+    The mean is over the target tokens of all micro-batches.
     """
     num_tokens = jnp.sum(targets(batch).mask).astype(jnp.float32)
     scalars = loss_scalars(program, state.step)
@@ -95,15 +94,15 @@ def loss_gradients(
 
     def micro_loss(trainable, micro_batch, key):
         student = Decoder(program.student, frozen | trainable["student"])
-        inputs, kept = head_inputs(
+        inputs, outputs = head_inputs(
             program, student, teacher_arrays, micro_batch, key, program.hidden
         )
         loss, metrics = kd_head(program.head, scalars, *inputs)
         if program.hidden is not None:
             projection = trainable.get("projection")
             if projection is not None:
-                projection = constrain(projection, program.mesh)  # all-gathered, as the heads are
-            extra = hidden_loss(program.hidden.kind, *kept, projection, inputs[-1].mask)
+                projection = constrain(projection, program.mesh)  # all-gathered, like the heads
+            extra = hidden_loss(program.hidden.kind, *outputs, projection, inputs[-1].mask)
             loss += program.hidden.weight * extra
             metrics["hidden_loss"] = extra
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
@@ -126,7 +125,7 @@ def loss_gradients(
 
 
 def jit_train_step(mesh: Mesh, layout: Any) -> Any:
-    """Returns `train_step` under jit: its state is donated, and sharded as `layout` says."""
+    """Returns `train_step` under jit, its state donated and sharded by `layout`."""
     return jax.jit(
         train_step,
         static_argnums=0,

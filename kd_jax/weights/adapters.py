@@ -29,12 +29,10 @@ _IGNORED = {
     "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 
-
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern",
 }  # fmt: skip
-
 
 # Keys that change the computation, with the values that mean plain LoRA. The initialisations left
 # out (pissa, olora, loftq, ...) change the base model's weights as well.
@@ -90,7 +88,7 @@ def peft_targets(
 
 
 def _is_named(module: str, names: str | list[str]) -> bool:
-    """Tells whether a module matches PEFT's regular expression or list of name endings."""
+    """Returns True if a module matches PEFT's regular expression or list of name endings."""
     if isinstance(names, str):
         return names == "all-linear" or re.fullmatch(names, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)

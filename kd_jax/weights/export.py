@@ -1,4 +1,4 @@
-"""Exports: Hugging Face, PEFT and Orbax folders, each written whole or not at all."""
+"""Exports: Hugging Face, PEFT and Orbax folders, each written atomically."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def save_orbax(source: Path, out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder beside `out`; it is renamed to `out`, or removed if the block raises."""
+    """Yields a temporary folder; it is renamed to `out`, or removed if the block raises."""
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}")
     beside = out.parent / f".{out.name}.{os.getpid()}.tmp"

@@ -73,7 +73,7 @@ def _all_finite(trainable: Any) -> jax.Array:
 
 
 def last_good(checkpointer: ocp.training.Checkpointer) -> str:
-    """Returns which checkpoint to resume from, in words, once pending writes have finished."""
+    """Returns a sentence with the checkpoint to resume from, once pending writes have finished."""
     checkpointer.wait()
     latest = checkpointer.latest
     where = f"step {latest.step} in {checkpointer.directory}" if latest else "none was saved yet"

@@ -148,7 +148,7 @@ def completion(folder: Path) -> bool | None:
 
 
 def _num_steps(record: dict[str, Any]) -> int | None:
-    """Returns the steps that a run takes in all; None where they were not recorded."""
+    """Returns the total steps of a run; None if they were not recorded."""
     return record.get("num_steps") or record["config"]["steps"]
 
 

@@ -1,4 +1,4 @@
-"""WORKDIR/config.json, which tells what a run is, and WORKDIR/lock, which one command holds."""
+"""WORKDIR/config.json, the record of a run, and WORKDIR/lock, held by one command."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Laws of the configuration: what it refuses, what it prints, what a resumed run may change."""
+"""Laws of the configuration: errors, --help, fields that a resumed run may change."""
 
 import ast
 import dataclasses

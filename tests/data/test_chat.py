@@ -1,4 +1,4 @@
-"""Laws of the text: what is read, how it is rendered, and which tokens have a loss."""
+"""Laws of the text: reading, chat templates, target tokens."""
 
 import copy
 import dataclasses
@@ -140,8 +140,8 @@ NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}
         (LATEST + "{% endfor %}", "uaua", "rewrites earlier turns"),
         (NEITHER, "auau", "rewrites earlier turns"),
         ("{{ raise_exception('roles must alternate') }}", "ua", "'Q.' (roles must alternate)"),
-        ("{% for m in messages %}", "ua", "refuses"),
-        ("{{ messages[0].content + 1 }}", "ua", "refuses"),
+        ("{% for m in messages %}", "ua", "rejects"),
+        ("{{ messages[0].content + 1 }}", "ua", "rejects"),
     ],
 )
 def test_template_that_hides_where_answers_lie_is_refused(template, roles, said, tokenizer):

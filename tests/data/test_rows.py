@@ -1,4 +1,4 @@
-"""Laws of the rows: how they are filled, kept and ordered."""
+"""Laws of the rows: packing, the store, order."""
 
 import copy
 import dataclasses

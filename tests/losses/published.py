@@ -1,13 +1,13 @@
-"""What published implementations say of the same logits, kept in published.json.
+"""Writes published.json: losses and gradients of published implementations on the same logits.
 
-    python tests/published.py trl
-    python tests/published.py torchtune
-    python tests/published.py distillkit CLONE
-    python tests/published.py distillm CLONE/distillm
-    python tests/published.py abkd CLONE/distillation_llm/distillm
+    python tests/losses/published.py trl
+    python tests/losses/published.py torchtune
+    python tests/losses/published.py distillkit CLONE
+    python tests/losses/published.py distillm CLONE/distillm
+    python tests/losses/published.py abkd CLONE/distillation_llm/distillm
 
-Each needs torch and the package or the clone's folder; the tests need neither. The values are means
-over tokens, the gradients those of their sum with respect to the student's logits.
+Each needs torch and the package or the clone's folder; the tests need neither. Values are means
+over tokens. Gradients are those of the sum with respect to the student's logits.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ TOKENS, V = 4, 17
 
 
 def make_logits():
-    """Returns the student's and the teacher's logits, [TOKENS, V] float64, deviation 2.5."""
+    """Returns student and teacher logits, [TOKENS, V] float64, standard deviation 2.5."""
     rng = np.random.default_rng(20)
     shared = rng.normal(size=(TOKENS, V))
     return tuple(2.5 * (0.6 * shared + 0.8 * rng.normal(size=(TOKENS, V))) for _ in range(2))
@@ -75,7 +75,7 @@ def of_distillkit():
 
 
 def of_distillm():
-    """Its forward KL lacks the teacher's entropy, as torchtune's, and so does the skewed one."""
+    """Its forward and skewed KL lack the teacher's entropy, as torchtune's."""
     import losses
     import torch
 
@@ -100,7 +100,7 @@ def of_distillm():
 
 
 def of_abkd():
-    """The adaptive KL among its baselines is LLM_KD_AKL's own code."""
+    """Its adaptive KL baseline is the code of LLM_KD_AKL."""
     import losses
     import torch
 

@@ -278,7 +278,7 @@ def test_only_the_chosen_layers_leave_the_scan(remat):
 
     assert whole not in forward((1, 4)) and (2, B, S, 64) in forward((1, 4))
     assert whole in forward((0, 1, 2, 3, 4))  # all of them would be seen
-    # The backward pass keeps what it kept without them, and no more: no buffer per layer either.
+    # The residuals of the backward pass are the same as without them: no buffer per layer.
     plain, kept = (scan_outputs(gradient_program(remat, layers)) for layers in ((), (1, 4)))
     assert whole in plain and sorted(kept) == sorted(plain + [(2, B, S, 64)] * 2)
 

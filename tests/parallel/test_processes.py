@@ -60,7 +60,7 @@ def free_port():
 
 
 def start(file, workdir, *flags, num_devices=4, program=("-m", "kd_jax.train")):
-    """Returns a process of a training run, whose output is kept."""
+    """Returns a process of a training run, its output captured."""
     devices = f"--xla_force_host_platform_device_count={num_devices}"
     flags_of_xla = f"{devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     environment = {

@@ -1,4 +1,4 @@
-"""What shapes alone say of a step, against what jax and XLA say of it."""
+"""The cost of a step estimated from shapes, against jax and XLA."""
 
 import dataclasses
 import math
@@ -125,8 +125,10 @@ def tiny_case(trainable="lora"):
 
 
 def test_a_models_flops_are_what_xla_counts():
-    """Of one layer, whose scan XLA counts once; it counts attention's upper half and all else that
-    is not a product too, little beside wide weights."""
+    """One layer, since XLA counts a scan's body once.
+
+    XLA also counts the upper half of attention and elementwise operations, which are small
+    compared with wide weights."""
     config, student, _ = tiny_case()
     run = abstract_run(config, student, None, make_mesh(MeshConfig(), 1, jax.devices()[:1]))
     ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)

@@ -44,8 +44,6 @@ for name, arguments in json.loads(sys.argv[1]).items():
         print(name, repr(error), file=sys.stderr)
     print(json.dumps([name, looked, ended]))
 """
-
-
 LM_EVAL = "kd_jax.inference.lm_eval_model:KdJaxLM"  # of kd_jax.lm_eval, without reading tasks
 
 

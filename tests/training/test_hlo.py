@@ -1,4 +1,4 @@
-"""What a compiled program's text says, of programs whose answers are known."""
+"""Analysis of compiled programs with known answers."""
 
 import re
 

@@ -211,7 +211,7 @@ def test_each_of_two_processes_reads_only_its_rows(folder):
         for number in range(2)
     ]
     counts = [int(process.communicate(timeout=60)[0]) for process in running]
-    # fsdp splits the rows of every matrix, over the processes; norms are whole on every device.
+    # fsdp splits the rows of every matrix, over the processes; norms are replicated.
     tensors = tiny.random_tensors(CONFIG).values()
     wanted = sum(x.nbytes // x.ndim for x in tensors)
     assert counts == [wanted, wanted]
