@@ -61,7 +61,7 @@ def attention(
     run: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
     if layout is None or layout.mesh.size == 1:
         return run(q, k, v, documents)
-    tensor = layout.tensor_axis
+    tensor = _axis_of_heads(layout, q.shape[2], k.shape[2])
     if tensor is not None:
         # A device needs at least one key head.
         times = max(1, layout.mesh.shape[tensor] // k.shape[2])
@@ -76,6 +76,14 @@ def attention(
         check_vma=False,
     )
     return run(q, k, v, documents)
+
+
+def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | None:
+    """Returns the mesh axis over which heads are sharded; None where their number does not fit."""
+    axis = layout.tensor_axis
+    size = 1 if axis is None else layout.mesh.shape[axis]
+    fits = num_heads % size == 0 and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+    return axis if fits else None
 
 
 def _cudnn(q, k, v, documents):

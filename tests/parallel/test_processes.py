@@ -21,7 +21,7 @@ from kd_jax.config.command import parse_config
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.workdir.record import lock_workdir
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(400)]  # pairs of processes on two cores
 
 STEPS = 12
 SHAPE = {
