@@ -67,7 +67,6 @@ _ROWS: dict[str, tuple[float, int, float, float, float, str]] = {
     "v6e": (918, int(31.25 * GIB), 1640, 224, 12.5, "TPU v6 ?(lite|e)"),
 }
 
-
 _TARGETS = {
     "a100": Target(108, 64, 167936, 2048, 41943040, 1.41, (8, 0)),
     "h100": Target(132, 128, 233472, 2048, 52428800, 1.98, (9, 0)),
@@ -80,7 +79,6 @@ _TARGETS = {
     "rtx4090": Target(128, 128, 102400, 1536, 75497472, 2.52, (8, 9)),
     "rtx6000ada": Target(142, 128, 102400, 1536, 100663296, 2.505, (8, 9)),
 }
-
 
 CHIPS = {
     name: Chip(
@@ -96,18 +94,14 @@ CHIPS = {
     for name, (flops, memory_bytes, bandwidth, link, network, kind) in _ROWS.items()
 }
 
-
 # Slices that Google Cloud offers, in chips, and the cores that a name such as v5p-16 counts.
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-
 
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
 
-
 SLICES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES}
-
 
 _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 

@@ -14,9 +14,7 @@ from kd_jax.planning.chips import GIB, Chip, Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
-
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
-
 
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
 

@@ -17,12 +17,9 @@ from kd_jax.planning.estimate import Report, estimate
 MARGIN = 0.9
 """Share of a device's memory that an estimate may fill: its own error is of that size."""
 
-
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 
-
 ACCUMULATION = (1, 2, 4, 8, 16)
-
 
 REMAT = get_args(get_type_hints(Config)["remat"])
 

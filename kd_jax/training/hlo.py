@@ -15,17 +15,13 @@ KINDS = (
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
 
-
 _BITS = {"pred": 8, "s4": 4, "u4": 4}  # dtypes whose names do not end in a multiple of 8
-
 
 # The type of these is (input, output, ...); that of other asynchronous instructions is
 # ((inputs), output, ...).
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
 
-
 _FUSIONS = {"fusion", "fusion-start"}
-
 
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 

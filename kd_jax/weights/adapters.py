@@ -29,12 +29,10 @@ _IGNORED = {
     "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 
-
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern",
 }  # fmt: skip
-
 
 # Keys that change the computation, with the values that mean plain LoRA. The initialisations left
 # out (pissa, olora, loftq, ...) change the base model's weights as well.
