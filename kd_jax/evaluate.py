@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kd_jax.config import Config, Dtype, MeshConfig, UserError
-from kd_jax.config.checks import Checks, Range, check_fields
+from kd_jax.config.checks import Checked, Checks, Range
 from kd_jax.config.command import check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateArgs:
+class EvaluateArgs(Checked):
     model: str
     """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     teacher: str | None = None
@@ -53,9 +53,6 @@ class EvaluateArgs:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first conversations of the data; None uses all."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
     def check(self, checks: Checks) -> None:
         is_run = (Path(self.model).expanduser() / "checkpoints").is_dir()

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from kd_jax.config import Dtype, MeshConfig
-from kd_jax.config.checks import Checks, Range, check_fields
+from kd_jax.config.checks import Checked, Checks, Range
 from kd_jax.config.command import parse_args, run_command
 from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateArgs:
+class GenerateArgs(Checked):
     model: str
     """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     prompt: tuple[str, ...]
@@ -42,9 +42,6 @@ class GenerateArgs:
     date: str = "26 Jul 2024"
     """Date for chat templates that print today's, as day month year."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
     def check(self, checks: Checks) -> None:
         checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)

@@ -9,7 +9,6 @@ Scores equal those of lm-eval's `hf` model. In Python, import kd_jax.inference.l
 pass "kd_jax" as the model to lm_eval.simple_evaluate.
 """
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kd_jax.config import Dtype, UserError
-from kd_jax.config.checks import Checks, Range, check_fields
+from kd_jax.config.checks import Checked, Checks, Range
 from kd_jax.config.command import check_out_file, parse_args, run_command
-from kd_jax.config.errors import first_line
+from kd_jax.config.errors import did_you_mean, first_line, raise_all
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LmEvalArgs:
+class LmEvalArgs(Checked):
     model: str
     """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     tasks: str
@@ -56,9 +55,6 @@ class LmEvalArgs:
     """File to write the JSON object to."""
     log_samples: bool = False
     """Add every example with its answers to the JSON object."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
     def check(self, checks: Checks) -> None:
         folder = self.include_path
@@ -128,11 +124,9 @@ def make_manager(args: LmEvalArgs) -> Any:
     manager = Manager(include_path=None if folder is None else str(Path(folder).expanduser()))
     problems = []
     for name in sorted(set(args.tasks.split(",")) - {"", *manager.all_tasks}):
-        near = difflib.get_close_matches(name, manager.all_tasks, 1)
-        hint = f"Did you mean {near[0]}?" if near else "--include-path adds your own tasks"
-        problems.append(f"--tasks: expected tasks of lm-eval, got {name}. {hint}")
-    if problems:
-        raise UserError("\n".join(problems))
+        hint = did_you_mean(name, manager.all_tasks) or " --include-path adds your own tasks"
+        problems.append(f"--tasks: expected tasks of lm-eval, got {name}.{hint}")
+    raise_all(problems)
     return manager
 
 

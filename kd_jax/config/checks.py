@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from kd_jax.config.errors import UserError
+from kd_jax.config.errors import raise_all
 
 INF = float("inf")
 
@@ -77,8 +77,7 @@ class Checks:
             part.check(self)
 
     def finish(self) -> None:
-        if self.problems:
-            raise UserError("\n".join(self.problems))
+        raise_all(self.problems)
 
 
 def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
@@ -93,6 +92,15 @@ def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
     checks.finish()  # values of a wrong type cannot be compared
     checks.require_ranges(part, prefix, skip)
     checks.finish()
+
+
+class Checked:
+    """Base of a command's arguments: a dataclass that is checked when it is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 def _fields(part: Any, prefix: str) -> list[tuple[dataclasses.Field, str, Any]]:

@@ -1,7 +1,6 @@
 """The command line: a config file, flags over it, and exit statuses. Needs no jax."""
 
 import dataclasses
-import difflib
 import errno
 import importlib.util
 import io
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_origin
 
 from kd_jax.config.checks import metadata, plain_type
-from kd_jax.config.errors import UserError
+from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
 from kd_jax.config.run import Config, DataConfig, StudentConfig, TeacherConfig
 
@@ -25,8 +24,8 @@ def load_config(path: str | Path) -> Config:
     """Returns `get_config()` of a Python file."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        near = (file.name for file in path.parent.glob("*.py"))
+        hint = did_you_mean(path.name, near, f"{path.parent}/")
         raise UserError(f"--config: expected a Python file, got {path}, no such file.{hint}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -125,14 +124,10 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
         if name in known:
             continue
         group = f"{name.split('.')[0]}."
-        near = difflib.get_close_matches(name, known, 1)
-        others = [flag for flag in known if flag.startswith(group)]
-        hint = f"Did you mean --{near[0]}?" if near else "--help lists the flags"
-        if others and not near:
-            hint = f"There are {', '.join(f'--{flag}' for flag in sorted(others))}"
-        problems.append(f"--{name}: no such flag. {hint}")
-    if problems:
-        raise UserError("\n".join(problems))
+        others = ", ".join(f"--{flag}" for flag in sorted(known) if flag.startswith(group))
+        hint = f" There are {others}" if others else " --help lists the flags"
+        problems.append(f"--{name}: no such flag.{did_you_mean(name, known, '--') or hint}")
+    raise_all(problems)
 
 
 def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:

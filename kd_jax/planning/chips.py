@@ -1,6 +1,5 @@
 """Accelerators by name: speed, memory and links, and the topologies they form. Needs no jax."""
 
-import difflib
 import math
 import os
 import re
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import did_you_mean
 from kd_jax.parallel.platforms import PLATFORMS
 
 GIB = 2**30
@@ -171,8 +171,7 @@ def find_topology(name: str) -> Topology:
         return Topology(f"{kind}:{_join(shape)}", shape, chip)
     if chip is not None and _join(shape) in SLICES.get(kind, ()):
         return Topology(f"{kind}:{_join(shape)}", shape, chip)
-    near = difflib.get_close_matches(kind, CHIPS, 1)
-    hint = f" Did you mean {near[0]}?" if near and chip is None else ""
+    hint = did_you_mean(kind, CHIPS) if chip is None else ""
     raise UserError(
         f"--topology: expected one of the topologies below, got {name}.{hint}\n{known()}"
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.reporting.arms import Arm, find_controls, make_arms
 from kd_jax.reporting.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
 from kd_jax.reporting.tables import (
@@ -53,8 +54,7 @@ def make_report(
         found = read_runs(runs)
     except UserError as error:
         problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     arms = make_arms(found)
     controls, reason = find_controls(arms, control)
     figures = draw_figures(arms, smooth)

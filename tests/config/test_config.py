@@ -34,11 +34,14 @@ from kd_jax.config import (
 from kd_jax.config.checks import Range, metadata, plain_type
 from kd_jax.config.command import load_config, parse_args, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
+from kd_jax.demo import DemoArgs
 from kd_jax.evaluate import EvaluateArgs
 from kd_jax.generate import GenerateArgs
 from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
+from kd_jax.plan import PlanArgs
+from kd_jax.sweep import SweepArgs
 
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
 ALL_CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
@@ -95,7 +98,7 @@ def annotation(name: str) -> Any:
 
 RANGES = [
     (cls, entry, mark)
-    for cls in (GenerateArgs, EvaluateArgs, LmEvalArgs)
+    for cls in (GenerateArgs, EvaluateArgs, LmEvalArgs, PlanArgs, SweepArgs, DemoArgs)
     for entry in dataclasses.fields(cls)
     for mark in metadata(entry.type)
 ]
