@@ -1,6 +1,8 @@
 """Ranges beside the fields of dataclasses, and checks that report all problems at once."""
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -25,25 +27,22 @@ class Range:
     """A value outside the bounds that is allowed."""
 
     def __contains__(self, x: float) -> bool:
-        inside = (
-            (self.least is None or x >= self.least)
-            and (self.above is None or x > self.above)
-            and (self.most is None or x <= self.most)
-            and (self.below is None or x < self.below)
-        )
-        return inside or x == self.also
+        return x == self.also or all(holds(x, bound) for _, holds, bound in self._bounds())
 
     def __str__(self) -> str:
-        words = {
-            "at least": self.least,
-            "above": self.above,
-            "at most": self.most,
-            "below": self.below,
-        }
-        bounds = [f"{word} {x}" for word, x in words.items() if x not in (None, INF, -INF)]
+        bounds = [f"{words} {x}" for words, _, x in self._bounds() if abs(x) < INF]
         if self.below == INF:
             bounds.append("finite")
         return " and ".join(bounds) + ("" if self.also is None else f", or {self.also}")
+
+    def _bounds(self) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+        found = (
+            ("at least", operator.ge, self.least),
+            ("above", operator.gt, self.above),
+            ("at most", operator.le, self.most),
+            ("below", operator.lt, self.below),
+        )
+        return [(words, holds, bound) for words, holds, bound in found if bound is not None]
 
 
 class Checks:

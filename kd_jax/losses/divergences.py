@@ -37,9 +37,6 @@ class Terms(NamedTuple):
         return self.value if self.own_slope is None else self.own_slope
 
 
-Divergence = Callable[..., Terms]
-
-
 def forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     """KL(teacher || student) = sum p (log p - log q), nats; a = q - p sums to 0 by itself."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
@@ -177,7 +174,7 @@ def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     return Terms(f, -large * (cross - jnp.where(student_leads, 0.0, small)) / A)
 
 
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "symmetric_kl": symmetric_kl,
@@ -221,15 +218,6 @@ def token_weight(
     """
     adaptive = config.divergence == "adaptive_kl"
     return adaptive_weight(log_q, log_p, config.akl_mass, axis) if adaptive else None
-
-
-def divergence(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the divergence, [...], and T times its gradient in the student's logits, [..., V]."""
-    terms = divergence_terms(log_q, log_p, config)
-    sums = sum_over_vocab(terms)
-    return sums.value[..., 0], terms.slope - jnp.exp(log_q) * sums.slope
 
 
 def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax.Array:

@@ -166,10 +166,10 @@ def find_topology(name: str) -> Topology:
     if kind == "cpu" and len(shape) == 1:
         return Topology(name, shape)
     chip = CHIPS.get(kind)
-    if chip is not None and chip.platform == "gpu" and 1 <= len(shape) <= 3:
+    gpus = chip is not None and chip.platform == "gpu" and 1 <= len(shape) <= 3
+    if gpus:
         shape = (1,) * (3 - len(shape)) + shape
-        return Topology(f"{kind}:{_join(shape)}", shape, chip)
-    if chip is not None and _join(shape) in SLICES.get(kind, ()):
+    if gpus or _join(shape) in SLICES.get(kind, ()):
         return Topology(f"{kind}:{_join(shape)}", shape, chip)
     hint = did_you_mean(kind, CHIPS) if chip is None else ""
     raise UserError(

@@ -35,9 +35,7 @@ def make_report(
     """Writes OUT/index.html and a PNG file for each figure; returns the page's path.
 
     Args:
-      runs: workdirs of kd_jax.train.
-      control: an arm's name or the folder of one of its runs.
-      smooth: steps in the moving average of training curves.
+      runs, control, smooth: as in report.ReportArgs.
       extra: tables to place first.
 
     Raises:

@@ -242,7 +242,7 @@ class Largest(NamedTuple):
     source: str
 
 
-def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Largest]:
+def largest_arrays(program: Program, count: int) -> list[Largest]:
     """Returns the largest arrays that the program makes, one for each shape and source line.
 
     They are not all alive at once.
@@ -254,6 +254,5 @@ def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Larg
         for shape in one.shapes:
             source = _source(program, one.line)
             array = Largest(shape_bytes(shape), shape, one.opcode, source)
-            if array.num_bytes >= at_least:
-                found.setdefault((shape, source), array)
+            found.setdefault((shape, source), array)
     return sorted(found.values(), key=lambda x: (-x.num_bytes, x.shape, x.source))[:count]

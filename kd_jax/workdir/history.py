@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 NEEDED = {
     "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",
 }  # fmt: skip
-COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +66,6 @@ class Run:
     def num_starts(self) -> int:
         """Returns the number of TensorBoard files, one for each start; 0 without TensorBoard."""
         return len(list(self.folder.glob("tensorboard/events.out.tfevents.*")))
-
-    @property
-    def evaluated_with(self) -> dict[str, Any]:
-        """Returns the arguments of kd_jax.evaluate that must be equal in a comparison."""
-        arguments = self.evaluation.get("arguments", {})
-        return {name: arguments[name] for name in COMPARED if name in arguments}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -74,7 +74,7 @@ def check_config(config: Config, workdir: Path) -> dict[str, str]:
     Raises:
       UserError: the folder belongs to a run with another configuration.
     """
-    if not has_checkpoint(workdir):
+    if not any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*")):
         return {}
     path = workdir / "config.json"
     if not path.is_file():
@@ -139,10 +139,6 @@ def check_inputs(workdir: Path, inputs: dict[str, str]) -> None:
     changed = _changed_inputs({name: old.get(name, "") for name in inputs}, inputs)
     if changed:
         raise UserError(f"{workdir}: " + "\n".join(changed))
-
-
-def has_checkpoint(workdir: Path) -> bool:
-    return any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*"))
 
 
 def read_run(workdir: Path) -> Config:
