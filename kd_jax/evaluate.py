@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from kd_jax.config import Config, Dtype, MeshConfig, UserError
-from kd_jax.config.checks import Checked, Checks, Range
-from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.config import Config, MeshConfig, UserError
+from kd_jax.config.checks import Checks, Range
+from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateArgs(Checked):
-    model: str
-    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+class EvaluateArgs(ModelArgs):
     teacher: str | None = None
     """Teacher to compare with, in any of --model's forms; None omits the metrics that need one."""
     against: str | None = None
@@ -28,8 +26,6 @@ class EvaluateArgs(Checked):
     """Conversations, in any form that data.path of a run takes."""
     split: str = "test"
     """Split to read when data is a hub id."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
     top_k: Annotated[int, Range(least=1)] = 10
     """Most likely tokens of student and teacher whose overlap is measured."""
     bootstrap_samples: Annotated[int, Range(least=1)] = 2000
@@ -42,8 +38,6 @@ class EvaluateArgs(Checked):
     """File to write the JSON object to."""
     save: bool = False
     """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
-    step: int | None = None
-    """Checkpoint of the workdir to evaluate; None takes the latest."""
     seq_len: Annotated[int | None, Range(least=2)] = None
     """Tokens in a row; None takes the run's, or 2048."""
     batch_size: Annotated[int | None, Range(least=1)] = None

@@ -16,25 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from kd_jax.config import Dtype, UserError
-from kd_jax.config.checks import Checked, Checks, Range
-from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.config import UserError
+from kd_jax.config.checks import Checks, Range
+from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.config.errors import did_you_mean, first_line, raise_all
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LmEvalArgs(Checked):
-    model: str
-    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+class LmEvalArgs(ModelArgs):
     tasks: str
     """Tasks, groups or tags of lm-eval, separated by commas."""
     include_path: str | None = None
     """Folder with YAML files of more tasks."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
-    step: int | None = None
-    """Checkpoint of the workdir; None takes the latest."""
     num_fewshot: Annotated[int | None, Range(least=0)] = None
     """Examples in each prompt; None takes the task's number."""
     limit: Annotated[int | None, Range(least=1)] = None

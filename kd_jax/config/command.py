@@ -9,15 +9,28 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_origin
 
-from kd_jax.config.checks import metadata, plain_type
+from kd_jax.config.checks import Checked, metadata, plain_type
 from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
-from kd_jax.config.run import Config, DataConfig, StudentConfig, TeacherConfig
+from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelArgs(Checked):
+    """The arguments of every command that opens a trained model."""
+
+    model: str
+    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+    dtype: Dtype = "bfloat16"
+    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
+    step: int | None = None
+    """Checkpoint of the workdir; None takes the latest."""
 
 
 def load_config(path: str | Path) -> Config:

@@ -73,37 +73,24 @@ def _instructions(line: str) -> Iterator[Instruction]:
     found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line)
     if not found:
         return
-    kind, rest = _type_and_rest(found[2])
-    opcode = rest.partition("(")[0]
+    kind = next(_split(found[2], " "))
+    opcode = found[2][len(kind) + 1 :].partition("(")[0]
     parts = [kind]
     if kind.startswith("((") or (kind.startswith("(") and opcode in _WITH_INPUTS):
-        parts = _parts(kind)[1:2]
+        parts = list(_split(kind[1:-1], ","))[1:2]
     shapes = tuple(shape for part in parts for shape in re.findall(r"\w+\[[\d,]*\]", part))
     yield Instruction(found[1], opcode, shapes, line)
 
 
-def _type_and_rest(text: str) -> tuple[str, str]:
-    """Returns the two parts of `type opcode(...)`; a tuple's type holds spaces."""
-    if not text.startswith("("):
-        kind, _, rest = text.partition(" ")
-        return kind, rest
-    depth = end = 0
-    while not end or depth:
-        depth += (text[end] == "(") - (text[end] == ")")
-        end += 1
-    return text[:end], text[end + 1 :]
-
-
-def _parts(kind: str) -> list[str]:
-    """Returns the parts of a tuple's type."""
-    parts, depth = [""], 0
-    for letter in kind[1:-1]:
+def _split(text: str, mark: str) -> Iterator[str]:
+    """Yields the parts of a text between the marks that no brackets enclose."""
+    start = depth = 0
+    for at, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+        if letter == mark and depth == 0:
+            yield text[start:at]
+            start = at + 1
+    yield text[start:]
 
 
 def shape_bytes(shape: str) -> int:
