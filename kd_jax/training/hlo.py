@@ -113,17 +113,11 @@ def _sources(text: str) -> dict[str, str]:
         m[1]: (m[2], m[3])
         for m in re.finditer(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}", text, re.M)
     }
-    found = {}
-    for frame in frames:
-        at, seen = frame, set()
-        while at in frames and at not in seen:
-            seen.add(at)
-            place, above = frames[at]
-            file, line = places.get(place, ("", ""))
-            if "/kd_jax/" in file:
-                found[frame] = f"{file.rpartition('/kd_jax/')[2]}:{line}"
-                break
-            at = above
+    found: dict[str, str] = {}
+    for frame, (place, above) in frames.items():  # callers come first
+        file, line = places.get(place, ("", ""))
+        own = f"{file.rpartition('/kd_jax/')[2]}:{line}" if "/kd_jax/" in file else ""
+        found[frame] = own or found.get(above, "")
     return found
 
 
