@@ -58,7 +58,7 @@ class Stage:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(DemoArgs, argv, prog="python -m kd_jax.demo", description=__doc__)
+    args = parse_args(DemoArgs, argv, __doc__)
     from rich.console import Console
 
     out = Path(args.out).expanduser()

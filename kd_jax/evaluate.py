@@ -54,8 +54,7 @@ class EvaluateArgs(ModelArgs):
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.evaluate"
-    args = parse_args(EvaluateArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(EvaluateArgs, argv, __doc__)
     files = [] if args.out is None else [check_out_file(args.out, "--out")]
     if args.save:
         files.append(Path(args.model).expanduser() / "evaluation.json")

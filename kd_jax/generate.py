@@ -45,8 +45,7 @@ class GenerateArgs(ModelArgs):
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.generate"
-    args = parse_args(GenerateArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(GenerateArgs, argv, __doc__)
     shown = [""] * len(args.prompt)
     alone = len(args.prompt) == 1
     for row, text in answers(args):

@@ -58,8 +58,7 @@ class LmEvalArgs(ModelArgs):
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.lm_eval"
-    args = parse_args(LmEvalArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(LmEvalArgs, argv, __doc__)
     file = None if args.out is None else check_out_file(args.out, "--out")
     result = run_tasks(args)
     text = json.dumps(result, default=str)

@@ -46,7 +46,7 @@ class PlanArgs(Checked):
 def main(argv: Sequence[str]) -> None:
     own, flags = split_flags(PlanArgs, argv)
     description = f"{__doc__}\nAny flag of kd_jax.train changes the config file's fields."
-    args = parse_args(PlanArgs, own, prog="python -m kd_jax.plan", description=description)
+    args = parse_args(PlanArgs, own, description)
     case, devices = open_case(args, flags)
     if args.search:
         found = walk(case)
@@ -72,7 +72,7 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
       UserError: for a wrong topology, compiler, config, model or mesh.
     """
     topology = find_topology(args.topology)
-    config = parse_config(["--config", args.config, *flags], prog="", description="")
+    config = parse_config(["--config", args.config, *flags])
     student = find_architecture(config.student.path, "student.path")
     teacher = None
     if config.teacher is not None and config.distils:

@@ -59,9 +59,8 @@ class Plan:
 
 def main(argv: Sequence[str]) -> None:
     own, common, grid = _split(argv)
-    prog = "python -m kd_jax.sweep"
     description = f"{__doc__}\n\nEvery run gets all other flags, which are those of kd_jax.train."
-    args = parse_args(SweepArgs, own, prog=prog, description=description)
+    args = parse_args(SweepArgs, own, description)
     plans = make_plans(args, grid, common)
     _check_workdirs(plans)
     failed: dict[Path, int] = {}
@@ -138,7 +137,7 @@ def make_plans(args: SweepArgs, grid: dict[str, list[str]], common: Sequence[str
         try:
             flags = [word for field, value in choice.items() for word in _flag(field, value)]
             argv = ["--config", args.config, *common, *flags]
-            config = parse_config(argv, prog="python -m kd_jax.train", description="")
+            config = parse_config(argv)
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
             continue

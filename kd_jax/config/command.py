@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -68,9 +69,12 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def parse_args(
-    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+    cls: type[T], argv: Sequence[str], description: str = "", *, default: T | None = None
 ) -> T:
     """Returns `argv` as an instance of dataclass `cls`; fields without a flag come from `default`.
+
+    Args:
+      description: a command's docstring, which begins with the command.
 
     Raises:
       UserError: a flag is unknown (the message names the nearest), lacks a value or is invalid.
@@ -78,12 +82,13 @@ def parse_args(
     import tyro  # takes 0.3 s
 
     _check_flags(cls, argv)
+    command = re.search(r"python (-m )?[\w./]+", description)
     message = io.StringIO()
     try:
         with redirect_stderr(message):
             return tyro.cli(
                 cls,
-                prog=prog,
+                prog=command and command[0],
                 args=list(argv),
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -193,7 +198,7 @@ def _plain(boxed: str) -> str:
     return "\n".join(line for line in lines if line and not line.startswith("\u256d"))
 
 
-def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
+def parse_config(argv: Sequence[str], description: str = "") -> Config:
     """Returns the Config of the file after `--config`, changed by all other flags of `argv`."""
     rest, path = [], None
     words = iter(argv)
@@ -209,7 +214,7 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
         raise UserError("--config: expected a Python file with get_config(), got none.")
     description += "\n\n--config FILE: Python file with get_config(); flags change its fields."
     default = _blank_config() if path is None else _open_to_flags(load_config(path), rest)
-    return parse_args(Config, rest, prog=prog, description=description, default=default)
+    return parse_args(Config, rest, description, default=default)
 
 
 def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:

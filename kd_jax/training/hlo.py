@@ -117,7 +117,8 @@ def _sources(text: str) -> dict[str, str]:
     for frame, (place, above) in frames.items():  # callers come first
         file, line = places.get(place, ("", ""))
         own = f"{file.rpartition('/kd_jax/')[2]}:{line}" if "/kd_jax/" in file else ""
-        found[frame] = own or found.get(above, "")
+        if source := own or found.get(above):
+            found[frame] = source
     return found
 
 

@@ -110,16 +110,16 @@ def test_arguments_have_the_range_that_help_shows(cls, entry, mark, capsys):
     needed = [e for e in dataclasses.fields(cls) if e.default is e.default_factory]  # both missing
     argv = [word for e in needed for word in (f"--{e.name}", "x")]
     with pytest.raises(SystemExit):
-        parse_args(cls, ["--help"], prog="", description="")
+        parse_args(cls, ["--help"])
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert re.search(rf"{flag} [^-].*? \(default: \S+; {mark}\)", shown)
     lowest = mark.above if mark.least is None else mark.least - 1
     with pytest.raises(UserError, match=f"^{flag}: expected {mark}, got {lowest}"):
-        parse_args(cls, [*argv, f"{flag}={lowest}"], prog="", description="")
+        parse_args(cls, [*argv, f"{flag}={lowest}"])
 
 
 def parse(*argv: str) -> Config:
-    return parse_config(argv, prog="train", description="")
+    return parse_config(argv)
 
 
 def refusal(capsys, *argv: str) -> str:
