@@ -220,6 +220,15 @@ def token_weight(
     return adaptive_weight(log_q, log_p, config.akl_mass, axis) if adaptive else None
 
 
+def divergence(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the divergence, [...], and T times its gradient in the student's logits, [..., V]."""
+    terms = divergence_terms(log_q, log_p, config)
+    sums = sum_over_vocab(terms)
+    return sums.value[..., 0], terms.slope - jnp.exp(log_q) * sums.slope
+
+
 def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax.Array:
     """Returns the factor of the divergence and its gradient: T^2 or 1 (arXiv 1503.02531)."""
     scale = config.scale_by_t2

@@ -12,7 +12,7 @@ import reference
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax.config import LossConfig, MeshConfig
-from kd_jax.losses import token_loss
+from kd_jax.losses import divergences, token_loss
 from kd_jax.losses.divergences import DIVERGENCES
 from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
 from kd_jax.losses.sides import Side, Targets
@@ -24,6 +24,7 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
+from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.teachers.live import Live
 
@@ -417,6 +418,19 @@ def test_torchtunes_values_are_reached():
     assert reverse.mean() == pytest.approx(0.6774863, abs=1e-6)
     assert means["teacher_entropy"] == pytest.approx(1.0915937, abs=1e-6)
     assert means["ce_loss"] == pytest.approx(1.4755845, abs=1e-6)
+
+
+def test_metrics_of_losses_handle_entries_without_probability():
+    log_p = jnp.array([[0.0, -1e30, -1e30], [-1e30, 0.0, -1e30]])
+    log_q = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]))
+    value, gradient = divergences.divergence(log_q, log_p, LossConfig())
+    np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
+    terms = divergences.agreement_terms(log_q, log_p)
+    sums = sum_over_vocab(terms)
+    np.testing.assert_allclose(sums["kl_forward"][:, 0], value, rtol=1e-6)
+    assert np.isfinite(sums["kl_reverse"]).all()
+    np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
