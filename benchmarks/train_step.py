@@ -41,9 +41,9 @@ class Args:
 
 
 def main(argv: Sequence[str]) -> None:
-    prog, (own, flags) = "python benchmarks/train_step.py", split_flags(Args, argv)
-    args = parse_args(Args, own, prog=prog, description=__doc__)
-    config = parse_config(flags, prog=prog, description="")
+    own, flags = split_flags(Args, argv)
+    args = parse_args(Args, own, __doc__)
+    config = parse_config(flags)
     start_jax(None)
     student, teacher, mesh = open_inputs(config)
     rows, _ = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))

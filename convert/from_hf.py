@@ -17,7 +17,7 @@ class FromHfArgs:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(FromHfArgs, argv, prog="python -m convert.from_hf", description=__doc__)
+    args = parse_args(FromHfArgs, argv, __doc__)
     from kd_jax.setup.runtime import start_jax
     from kd_jax.weights.export import save_orbax
     from kd_jax.weights.folder import resolve

@@ -23,7 +23,7 @@ class ToHfArgs:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(ToHfArgs, argv, prog="python -m convert.to_hf", description=__doc__)
+    args = parse_args(ToHfArgs, argv, __doc__)
     from kd_jax.setup.runtime import start_jax
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, resolve

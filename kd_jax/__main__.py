@@ -1,7 +1,6 @@
 """python -m kd_jax, or kd-jax: lists the commands; kd-jax NAME is python -m kd_jax.NAME."""
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import convert
 import kd_jax
 from kd_jax.config.command import report_error, run_command
-from kd_jax.config.errors import UserError
+from kd_jax.config.errors import UserError, did_you_mean
 
 
 def find_commands() -> dict[str, str]:
@@ -41,9 +40,8 @@ def main() -> int:
         print("\n".join(f"  {name:10}{describe(module)}" for name, module in commands.items()))
         return 0
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(commands)}"
-        return report_error(UserError(f"kd-jax {sys.argv[1]}: no such command. {hint}"))
+        hint = did_you_mean(name, commands) or f" There are {', '.join(commands)}"
+        return report_error(UserError(f"kd-jax {sys.argv[1]}: no such command.{hint}"))
     return run_command(importlib.import_module(commands[name]).main, sys.argv[2:])
 
 

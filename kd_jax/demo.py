@@ -15,9 +15,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 from kd_jax.config import UserError
+from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.toy import grammar
 from kd_jax.toy.outcome import COLUMNS, make_table, show
@@ -36,10 +37,10 @@ Values = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoArgs:
+class DemoArgs(Checked):
     out: str = "runs/demo"
     """Folder for all results. The same command resumes in the same folder."""
-    seeds: int = 1
+    seeds: Annotated[int, Range(least=1)] = 1
     """Number of students, each with its own examples, initial weights and order of rows. Two or
     more give standard errors."""
     json: bool = False
@@ -57,9 +58,7 @@ class Stage:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(DemoArgs, argv, prog="python -m kd_jax.demo", description=__doc__)
-    if args.seeds < 1:
-        raise UserError(f"--seeds: expected at least 1, got {args.seeds}")
+    args = parse_args(DemoArgs, argv, __doc__)
     from rich.console import Console
 
     out = Path(args.out).expanduser()

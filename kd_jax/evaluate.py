@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from kd_jax.config import Config, Dtype, MeshConfig, UserError
-from kd_jax.config.checks import Checks, Range, check_fields
-from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.config import Config, MeshConfig, UserError
+from kd_jax.config.checks import Checks, Range
+from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateArgs:
-    model: str
-    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+class EvaluateArgs(ModelArgs):
     teacher: str | None = None
     """Teacher to compare with, in any of --model's forms; None omits the metrics that need one."""
     against: str | None = None
@@ -28,8 +26,6 @@ class EvaluateArgs:
     """Conversations, in any form that data.path of a run takes."""
     split: str = "test"
     """Split to read when data is a hub id."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
     top_k: Annotated[int, Range(least=1)] = 10
     """Most likely tokens of student and teacher whose overlap is measured."""
     bootstrap_samples: Annotated[int, Range(least=1)] = 2000
@@ -42,8 +38,6 @@ class EvaluateArgs:
     """File to write the JSON object to."""
     save: bool = False
     """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
-    step: int | None = None
-    """Checkpoint of the workdir to evaluate; None: the latest."""
     seq_len: Annotated[int | None, Range(least=2)] = None
     """Tokens in a row; None: the run's, or 2048."""
     batch_size: Annotated[int | None, Range(least=1)] = None
@@ -54,17 +48,13 @@ class EvaluateArgs:
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first conversations of the data; None uses all."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
-
     def check(self, checks: Checks) -> None:
         is_run = (Path(self.model).expanduser() / "checkpoints").is_dir()
         checks.require(is_run or not self.save, "--save", "a workdir as --model", self.model)
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.evaluate"
-    args = parse_args(EvaluateArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(EvaluateArgs, argv, __doc__)
     files = [] if args.out is None else [check_out_file(args.out, "--out")]
     if args.save:
         files.append(Path(args.model).expanduser() / "evaluation.json")

@@ -5,16 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from kd_jax.config import Dtype, MeshConfig
-from kd_jax.config.checks import Checks, Range, check_fields
-from kd_jax.config.command import parse_args, run_command
+from kd_jax.config import MeshConfig
+from kd_jax.config.checks import Checks, Range
+from kd_jax.config.command import ModelArgs, parse_args, run_command
 from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateArgs:
-    model: str
-    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+class GenerateArgs(ModelArgs):
     prompt: tuple[str, ...]
     """User messages; several are answered in one batch."""
     system: str | None = None
@@ -33,18 +31,11 @@ class GenerateArgs:
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products."""
-    step: int | None = None
-    """Checkpoint of the workdir; None: the latest."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     date: str = "26 Jul 2024"
     """Date for chat templates that print today's, as day month year."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
     def check(self, checks: Checks) -> None:
         checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
@@ -54,8 +45,7 @@ class GenerateArgs:
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.generate"
-    args = parse_args(GenerateArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(GenerateArgs, argv, __doc__)
     shown = [""] * len(args.prompt)
     alone = len(args.prompt) == 1
     for row, text in answers(args):

@@ -9,7 +9,6 @@ Scores equal those of lm-eval's `hf` model. In Python, import kd_jax.inference.l
 pass "kd_jax" as the model to lm_eval.simple_evaluate.
 """
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -17,25 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from kd_jax.config import Dtype, UserError
-from kd_jax.config.checks import Checks, Range, check_fields
-from kd_jax.config.command import check_out_file, parse_args, run_command
-from kd_jax.config.errors import first_line
+from kd_jax.config import UserError
+from kd_jax.config.checks import Checks, Range
+from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
+from kd_jax.config.errors import did_you_mean, first_line, raise_all
 from kd_jax.weights.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LmEvalArgs:
-    model: str
-    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+class LmEvalArgs(ModelArgs):
     tasks: str
     """Tasks, groups or tags of lm-eval, separated by commas."""
     include_path: str | None = None
     """Folder with YAML files of more tasks."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
-    step: int | None = None
-    """Checkpoint of the workdir; None: the latest."""
     num_fewshot: Annotated[int | None, Range(least=0)] = None
     """Examples in each prompt; None: the task's number."""
     limit: Annotated[int | None, Range(least=1)] = None
@@ -57,9 +50,6 @@ class LmEvalArgs:
     log_samples: bool = False
     """Add every example with its answers to the JSON object."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
-
     def check(self, checks: Checks) -> None:
         folder = self.include_path
         exists = folder is None or Path(folder).expanduser().is_dir()
@@ -68,8 +58,7 @@ class LmEvalArgs:
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.lm_eval"
-    args = parse_args(LmEvalArgs, argv, prog=prog, description=__doc__)
+    args = parse_args(LmEvalArgs, argv, __doc__)
     file = None if args.out is None else check_out_file(args.out, "--out")
     result = run_tasks(args)
     text = json.dumps(result, default=str)
@@ -128,11 +117,9 @@ def make_manager(args: LmEvalArgs) -> Any:
     manager = Manager(include_path=None if folder is None else str(Path(folder).expanduser()))
     problems = []
     for name in sorted(set(args.tasks.split(",")) - {"", *manager.all_tasks}):
-        near = difflib.get_close_matches(name, manager.all_tasks, 1)
-        hint = f"Did you mean {near[0]}?" if near else "--include-path adds your own tasks"
-        problems.append(f"--tasks: expected tasks of lm-eval, got {name}. {hint}")
-    if problems:
-        raise UserError("\n".join(problems))
+        hint = did_you_mean(name, manager.all_tasks) or " --include-path adds your own tasks"
+        problems.append(f"--tasks: expected tasks of lm-eval, got {name}.{hint}")
+    raise_all(problems)
     return manager
 
 

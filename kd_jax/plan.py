@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kd_jax.config import UserError
+from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
@@ -27,7 +28,7 @@ LISTED = 10  # results of a search that are shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanArgs:
+class PlanArgs(Checked):
     config: str
     """Python file with get_config()."""
     topology: str = "local"
@@ -36,7 +37,7 @@ class PlanArgs:
     """Estimate from shapes in under a second, without the compiler."""
     search: bool = False
     """Search batch size, micro-batches, remat and mesh, and plan for the fastest that fits."""
-    target_share: float = 1.0
+    target_share: Annotated[float, Range(above=0, most=1)] = 1.0
     """Share of the tokens that have a loss; the head computes no others."""
     json: bool = False
     """Print one JSON object instead of text."""
@@ -45,9 +46,7 @@ class PlanArgs:
 def main(argv: Sequence[str]) -> None:
     own, flags = split_flags(PlanArgs, argv)
     description = f"{__doc__}\nAny flag of kd_jax.train changes the config file's fields."
-    args = parse_args(PlanArgs, own, prog="python -m kd_jax.plan", description=description)
-    if not 0 < args.target_share <= 1:
-        raise UserError(f"--target-share: expected 0 < share <= 1, got {args.target_share}")
+    args = parse_args(PlanArgs, own, description)
     case, devices = open_case(args, flags)
     if args.search:
         found = walk(case)
@@ -73,7 +72,7 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
       UserError: for a wrong topology, compiler, config, model or mesh.
     """
     topology = find_topology(args.topology)
-    config = parse_config(["--config", args.config, *flags], prog="", description="")
+    config = parse_config(["--config", args.config, *flags])
     student = find_architecture(config.student.path, "student.path")
     teacher = None
     if config.teacher is not None and config.distils:

@@ -26,8 +26,7 @@ class ReportArgs:
 
 
 def main(argv: Sequence[str]) -> None:
-    prog = "python -m kd_jax.report"
-    args = parse_args(ReportArgs, _name_runs(argv), prog=prog, description=__doc__)
+    args = parse_args(ReportArgs, _name_runs(argv), __doc__)
     runs, out = [Path(run) for run in args.runs], Path(args.out).expanduser()
     page = make_report(runs, out, control=args.control, smooth=args.smooth)
     print(f"{page}: open it in a browser; the figures are beside it as PNG files")

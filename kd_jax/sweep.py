@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kd_jax.config import Config, UserError
+from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import (
     flag_groups,
     flag_name,
@@ -24,19 +25,20 @@ from kd_jax.config.command import (
     run_command,
     split_flags,
 )
+from kd_jax.config.errors import raise_all
 from kd_jax.config.record import differences, dump
 from kd_jax.reporting.arms import short_names
 from kd_jax.workdir.history import completion, read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepArgs:
+class SweepArgs(Checked):
     config: str
     """Python file with get_config(); every run starts from it."""
     set: tuple[str, ...] = ()
     """A field and its values: --set loss.kd-ratio 0 0.5 1. Repeat the flag for other fields; there
     is one run for each combination."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, Range(least=1)] = None
     """Runs of each combination, with seeds 0 to N - 1. None: one run with the file's seed."""
     workdir: str | None = None
     """Folder for the workdirs of all runs. None: the file's workdir with -sweep appended."""
@@ -57,9 +59,8 @@ class Plan:
 
 def main(argv: Sequence[str]) -> None:
     own, common, grid = _split(argv)
-    prog = "python -m kd_jax.sweep"
     description = f"{__doc__}\n\nEvery run gets all other flags, which are those of kd_jax.train."
-    args = parse_args(SweepArgs, own, prog=prog, description=description)
+    args = parse_args(SweepArgs, own, description)
     plans = make_plans(args, grid, common)
     _check_workdirs(plans)
     failed: dict[Path, int] = {}
@@ -114,8 +115,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[st
         problems.append("--set workdir: each run has a folder of its own below --workdir")
     if "seeds" in map(flag_name, own) and ("seed" in grid or "seed" in fixed):
         problems.append("--seeds: expected either --seeds N or values of seed, got both")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     return own, common, grid
 
 
@@ -125,8 +125,6 @@ def make_plans(args: SweepArgs, grid: dict[str, list[str]], common: Sequence[str
     Raises:
       UserError: lists every problem of every configuration, or the runs that are equal.
     """
-    if args.seeds is not None and args.seeds < 1:
-        raise UserError(f"--seeds: expected at least 1, got {args.seeds}")
     seeds = {} if args.seeds is None else {"seed": [str(seed) for seed in range(args.seeds)]}
     axes = {**seeds, **grid}
     if not axes:
@@ -139,7 +137,7 @@ def make_plans(args: SweepArgs, grid: dict[str, list[str]], common: Sequence[str
         try:
             flags = [word for field, value in choice.items() for word in _flag(field, value)]
             argv = ["--config", args.config, *common, *flags]
-            config = parse_config(argv, prog="python -m kd_jax.train", description="")
+            config = parse_config(argv)
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
             continue
@@ -179,8 +177,7 @@ def _check_distinct(plans: Sequence[Plan]) -> None:
         name = plan.folder.name
         if (other := first.setdefault(key, name)) != name:
             problems.append(f"--set: expected different runs, got {other} and {name}, one run")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def _check_workdirs(plans: Sequence[Plan]) -> None:

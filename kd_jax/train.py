@@ -8,7 +8,7 @@ from kd_jax.config.command import parse_config, run_command
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_config(argv, prog="python -m kd_jax.train", description=__doc__)
+    config = parse_config(argv, __doc__)
     from kd_jax.parallel.processes import joined
     from kd_jax.setup.runtime import start_jax
     from kd_jax.workdir.record import lock_workdir

@@ -38,7 +38,7 @@ FLOORS = [
     {"teachers": ["live"]},
     {
         "setup": ["runtime", "sources", "models", "program", "inputs"],
-        "workdir": ["record", "checkpoints", "metrics", "history"],
+        "workdir": ["history", "record", "checkpoints", "metrics"],
     },
     {
         "inference": [

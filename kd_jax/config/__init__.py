@@ -17,9 +17,3 @@ from kd_jax.config.run import (
     StudentConfig,
     TeacherConfig,
 )
-
-__all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "DistributedConfig", "Dtype", "EvalConfig",
-    "HiddenConfig", "LogConfig", "LoraConfig", "LossConfig", "MeshConfig", "OptimConfig",
-    "StudentConfig", "TeacherConfig", "UserError",
-]  # fmt: skip

@@ -1,11 +1,13 @@
 """Ranges of dataclass fields, and checks that report all problems at once."""
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from kd_jax.config.errors import UserError
+from kd_jax.config.errors import raise_all
 
 INF = float("inf")
 
@@ -25,25 +27,22 @@ class Range:
     """A value outside the bounds that is allowed."""
 
     def __contains__(self, x: float) -> bool:
-        inside = (
-            (self.least is None or x >= self.least)
-            and (self.above is None or x > self.above)
-            and (self.most is None or x <= self.most)
-            and (self.below is None or x < self.below)
-        )
-        return inside or x == self.also
+        return x == self.also or all(holds(x, bound) for _, holds, bound in self._bounds())
 
     def __str__(self) -> str:
-        words = {
-            "at least": self.least,
-            "above": self.above,
-            "at most": self.most,
-            "below": self.below,
-        }
-        bounds = [f"{word} {x}" for word, x in words.items() if x not in (None, INF, -INF)]
+        bounds = [f"{words} {x}" for words, _, x in self._bounds() if abs(x) < INF]
         if self.below == INF:
             bounds.append("finite")
         return " and ".join(bounds) + ("" if self.also is None else f", or {self.also}")
+
+    def _bounds(self) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+        found = (
+            ("at least", operator.ge, self.least),
+            ("above", operator.gt, self.above),
+            ("at most", operator.le, self.most),
+            ("below", operator.lt, self.below),
+        )
+        return [(words, holds, bound) for words, holds, bound in found if bound is not None]
 
 
 class Checks:
@@ -77,8 +76,7 @@ class Checks:
             part.check(self)
 
     def finish(self) -> None:
-        if self.problems:
-            raise UserError("\n".join(self.problems))
+        raise_all(self.problems)
 
 
 def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
@@ -93,6 +91,15 @@ def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
     checks.finish()  # values of a wrong type cannot be compared
     checks.require_ranges(part, prefix, skip)
     checks.finish()
+
+
+class Checked:
+    """Base of a command's arguments: a dataclass that is checked when it is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 def _fields(part: Any, prefix: str) -> list[tuple[dataclasses.Field, str, Any]]:

@@ -1,32 +1,45 @@
 """The command line: a config file, flags over it, and exit statuses. Needs no jax."""
 
 import dataclasses
-import difflib
 import errno
 import importlib.util
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_origin
 
-from kd_jax.config.checks import metadata, plain_type
-from kd_jax.config.errors import UserError
+from kd_jax.config.checks import Checked, metadata, plain_type
+from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
-from kd_jax.config.run import Config, DataConfig, StudentConfig, TeacherConfig
+from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelArgs(Checked):
+    """The arguments of every command that opens a trained model."""
+
+    model: str
+    """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
+    dtype: Dtype = "bfloat16"
+    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
+    step: int | None = None
+    """Checkpoint of the workdir; None takes the latest."""
 
 
 def load_config(path: str | Path) -> Config:
     """Returns `get_config()` of a Python file."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        near = (file.name for file in path.parent.glob("*.py"))
+        hint = did_you_mean(path.name, near, f"{path.parent}/")
         raise UserError(f"--config: expected a Python file, got {path}, no such file.{hint}")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -56,9 +69,12 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def parse_args(
-    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+    cls: type[T], argv: Sequence[str], description: str = "", *, default: T | None = None
 ) -> T:
     """Returns `argv` as an instance of dataclass `cls`; fields without a flag come from `default`.
+
+    Args:
+      description: a command's docstring, which begins with the command.
 
     Raises:
       UserError: a flag is unknown (the message names the nearest), lacks a value or is invalid.
@@ -66,12 +82,13 @@ def parse_args(
     import tyro  # takes 0.3 s
 
     _check_flags(cls, argv)
+    command = re.search(r"python (-m )?[\w./]+", description)
     message = io.StringIO()
     try:
         with redirect_stderr(message):
             return tyro.cli(
                 cls,
-                prog=prog,
+                prog=command and command[0],
                 args=list(argv),
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -125,14 +142,10 @@ def _check_flags(cls: type, argv: Sequence[str]) -> None:
         if name in known:
             continue
         group = f"{name.split('.')[0]}."
-        near = difflib.get_close_matches(name, known, 1)
-        others = [flag for flag in known if flag.startswith(group)]
-        hint = f"Did you mean --{near[0]}?" if near else "--help lists the flags"
-        if others and not near:
-            hint = f"There are {', '.join(f'--{flag}' for flag in sorted(others))}"
-        problems.append(f"--{name}: no such flag. {hint}")
-    if problems:
-        raise UserError("\n".join(problems))
+        others = ", ".join(f"--{flag}" for flag in sorted(known) if flag.startswith(group))
+        hint = f" There are {others}" if others else " --help lists the flags"
+        problems.append(f"--{name}: no such flag.{did_you_mean(name, known, '--') or hint}")
+    raise_all(problems)
 
 
 def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:
@@ -185,7 +198,7 @@ def _plain(boxed: str) -> str:
     return "\n".join(line for line in lines if line and not line.startswith("\u256d"))
 
 
-def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
+def parse_config(argv: Sequence[str], description: str = "") -> Config:
     """Returns the Config of the file after `--config`, changed by all other flags of `argv`."""
     rest, path = [], None
     words = iter(argv)
@@ -201,7 +214,7 @@ def parse_config(argv: Sequence[str], *, prog: str, description: str) -> Config:
         raise UserError("--config: expected a Python file with get_config(), got none.")
     description += "\n\n--config FILE: Python file with get_config(); flags change its fields."
     default = _blank_config() if path is None else _open_to_flags(load_config(path), rest)
-    return parse_args(Config, rest, prog=prog, description=description, default=default)
+    return parse_args(Config, rest, description, default=default)
 
 
 def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:

@@ -1,8 +1,23 @@
-"""The exception for a user's mistakes."""
+"""The exception for a user's mistakes, and parts of its message."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
     """A mistake of the user, printed as one message without a traceback; exit status 2."""
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises UserError with all problems, if there are any."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def did_you_mean(name: str, known: Iterable[str], flag: str = "") -> str:
+    """Returns ` Did you mean X?` with the known name nearest to `name`; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {flag}{near[0]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

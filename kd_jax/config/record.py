@@ -2,33 +2,17 @@
 
 import dataclasses
 import json
+import re
 from typing import Any, get_args
 
 from kd_jax.config.run import Config
 
 # Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
 # are compared by content (workdir.record).
-RESUMABLE = frozenset(
-    {
-        "workdir",
-        "teacher.path",
-        "teacher.adapter",
-        "teacher.shard_over",
-        "student.path",
-        "student.adapter",
-        "student.shard_over",
-        "data.path",
-        "data.cache_dir",
-        "compilation_cache",
-        "remat",
-        "attention",
-        "loss.chunk_tokens",
-        "log.*",
-        "mesh.*",
-        "distributed.*",
-        "checkpoint.*",
-        "eval.*",
-    }
+RESUMABLE = re.compile(
+    r"workdir|(teacher|student)\.(path|adapter|shard_over)|data\.(path|cache_dir)"
+    r"|compilation_cache|remat|attention|loss\.chunk_tokens"
+    r"|(log|mesh|distributed|checkpoint|eval)\..*"
 )
 
 
@@ -42,14 +26,13 @@ def from_json(tree: dict[str, Any]) -> Config:
     kinds: dict[str, Any] = {
         entry.name: part_of(entry.type) for entry in dataclasses.fields(Config)
     }
-    return Config(
-        **{n: kinds[n](**_tuples(v)) if isinstance(v, dict) else v for n, v in tree.items()}
-    )
 
+    def value(name: str, x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x
+        return kinds[name](**{n: tuple(y) if isinstance(y, list) else y for n, y in x.items()})
 
-def _tuples(part: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a part, with tuples in place of JSON's lists."""
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in part.items()}
+    return Config(**{name: value(name, x) for name, x in tree.items()})
 
 
 def part_of(kind: Any) -> Any:
@@ -64,8 +47,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changed = []
     for name in sorted(old_fields.keys() | new_fields.keys()):
         before, after = old_fields.get(name), new_fields.get(name)
-        free = name in RESUMABLE or f"{name.split('.')[0]}.*" in RESUMABLE
-        if before != after and not free:
+        if before != after and not RESUMABLE.fullmatch(name):
             changed.append(f"{name}: {before!r} -> {after!r}")
     return changed
 

@@ -57,14 +57,7 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Below1] = 0.0
     """Dropout probability of A's inputs in training."""
-    target_modules: tuple[str, ...] = (
-        "q_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    target_modules: tuple[str, ...] = tuple(name for name in LINEAR_NAMES if name != "k_proj")
     """Projections with an adapter, by Hugging Face name."""
 
     def check(self, checks: Checks) -> None:

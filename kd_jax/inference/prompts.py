@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.config import DataConfig, UserError
+from kd_jax.weights.files import read_json
 
 
 def encode(
@@ -41,8 +42,6 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     Raises:
       UserError: a prompt fills the context, or is empty.
     """
-    from kd_jax.weights.files import read_json
-
     context = read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
     for number, prompt in enumerate(prompts, start=1):
         if not 0 < len(prompt) < context:
@@ -58,8 +57,6 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
 
 def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
     """Returns the tokens that end an answer, from the folder's files and the tokenizer."""
-    from kd_jax.weights.files import read_json
-
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():

@@ -37,9 +37,6 @@ class Terms(NamedTuple):
         return self.value if self.own_slope is None else self.own_slope
 
 
-Divergence = Callable[..., Terms]
-
-
 def forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     """KL(teacher || student) = sum p (log p - log q), nats; a = q - p sums to 0 by itself."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
@@ -177,7 +174,7 @@ def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     return Terms(f, -large * (cross - jnp.where(student_leads, 0.0, small)) / A)
 
 
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "symmetric_kl": symmetric_kl,

@@ -17,7 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kd_jax.config import HiddenConfig, UserError
+from kd_jax.config import HiddenConfig
+from kd_jax.config.errors import raise_all
 from kd_jax.models.architecture import Architecture
 
 _STREAM = 2**32 - 1  # random stream, apart from those of steps and adapters
@@ -38,8 +39,7 @@ def check_layers(
             for layer in layers
             if arch is not None and not -depth <= layer < depth
         ]
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def init_projection(shape: tuple[int, ...], seed: int) -> jax.Array:

@@ -134,7 +134,10 @@ class _Softmax(NamedTuple):
 def _softmaxes(logits, T, axis):
     """Returns the _Softmax of each model's logits [N, V]."""
     T = None if _is_one(T) else T
-    sums = _sums_of_platform(logits, T)
+    # A reduction cannot close over a temperature that a schedule changes.
+    one_pass = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
+    choice = by_platform("one_pass_softmax", partial(one_pass, T=T), partial(_sums, T=T))
+    sums = choice(logits)
     if axis is not None:
         highest = jax.lax.pmax([x.highest for x in sums], axis)
         rests = [_rescaled(x, x.highest - m, T) for x, m in zip(sums, highest, strict=True)]
@@ -157,14 +160,6 @@ class _Sums(NamedTuple):
     """sum_v x exp(x)."""
     tempered: jax.Array
     """sum_v exp(x / T); the total at temperature 1."""
-
-
-def _sums_of_platform(logits, T):
-    """Returns the _Sums of each model's logits, in the passes that suit the platform."""
-    # A reduction cannot close over a temperature that a schedule changes.
-    one_pass = _sums if isinstance(T, jax.Array) else _sums_in_one_pass
-    choice = by_platform("one_pass_softmax", partial(one_pass, T=T), partial(_sums, T=T))
-    return choice(logits)
 
 
 def _sums(logits, T):

@@ -46,12 +46,10 @@ class Layout:
     axes: tuple[str, ...] = ("fsdp", "tensor")
     """Axes that shard the model's weights; devices along the others hold copies."""
 
-    def spec(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> P:
-        """Returns a weight's PartitionSpec; `dims` are names in rules.RULES."""
-        return P(*rules.split(self.mesh.shape, self.axes, dims, shape))
-
     def sharding(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(self.mesh, self.spec(dims, shape))
+        """Returns a weight's sharding; `dims` are names in rules.RULES."""
+        spec = rules.split(self.mesh.shape, self.axes, dims, shape)
+        return NamedSharding(self.mesh, P(*spec))
 
     def in_use(self, dims: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         """Returns a weight's sharding in its matmul: all-gathered along ROWS_AXIS."""

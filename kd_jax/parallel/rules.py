@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from kd_jax.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "tensor")
+
 BATCH_AXES = ("data", "fsdp")  # shard every array of rows
 
 # Logical name of a weight's dimension -> mesh axis. "layers" is never sharded: the scan walks it.
@@ -25,7 +26,9 @@ RULES: Mapping[str, str | None] = {
 # Shards the rows of every matrix too: a device's shard is a few contiguous ranges of a file, and an
 # all-gather moves nothing in between.
 ROWS_AXIS = "fsdp"
+
 Sizes = Mapping[str, int]
+
 Split = tuple[tuple[str, ...], ...]
 
 

@@ -1,6 +1,5 @@
 """Accelerators by name: speed, memory and links, and the topologies they form. Needs no jax."""
 
-import difflib
 import math
 import os
 import re
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import did_you_mean
 from kd_jax.parallel.platforms import PLATFORMS
 
 GIB = 2**30
@@ -100,7 +100,9 @@ _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
 )  # fmt: skip
+
 SLICES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES}
+
 _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
@@ -164,13 +166,12 @@ def find_topology(name: str) -> Topology:
     if kind == "cpu" and len(shape) == 1:
         return Topology(name, shape)
     chip = CHIPS.get(kind)
-    if chip is not None and chip.platform == "gpu" and 1 <= len(shape) <= 3:
+    gpus = chip is not None and chip.platform == "gpu" and 1 <= len(shape) <= 3
+    if gpus:
         shape = (1,) * (3 - len(shape)) + shape
+    if gpus or _join(shape) in SLICES.get(kind, ()):
         return Topology(f"{kind}:{_join(shape)}", shape, chip)
-    if chip is not None and _join(shape) in SLICES.get(kind, ()):
-        return Topology(f"{kind}:{_join(shape)}", shape, chip)
-    near = difflib.get_close_matches(kind, CHIPS, 1)
-    hint = f" Did you mean {near[0]}?" if near and chip is None else ""
+    hint = did_you_mean(kind, CHIPS) if chip is None else ""
     raise UserError(
         f"--topology: expected one of the topologies below, got {name}.{hint}\n{known()}"
     )

@@ -13,7 +13,9 @@ from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_a
 from kd_jax.planning.chips import GIB, Chip, Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
+
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
 
 

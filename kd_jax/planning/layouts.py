@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
 from kd_jax.config import Config, UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.table import weights
 from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
@@ -18,7 +19,9 @@ MARGIN = 0.9
 """Share of a device's memory that an estimate may fill: its own error is of that size."""
 
 BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
+
 ACCUMULATION = (1, 2, 4, 8, 16)
+
 REMAT = get_args(get_type_hints(Config)["remat"])
 
 
@@ -149,8 +152,7 @@ def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) ->
             f"mesh.tensor: expected a divisor of the vocabulary's {size} entries, got "
             f"{sizes['tensor']}"
         )
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
 
 
 def _problems(config: Config, sizes: Sizes, field: str, arch: Architecture) -> list[str]:

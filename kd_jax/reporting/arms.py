@@ -1,7 +1,6 @@
 """Arms: runs that differ only in their seed, their names and their controls. Needs no jax."""
 
 import dataclasses
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import flag_names
+from kd_jax.config.errors import did_you_mean
 from kd_jax.config.record import flatten
 from kd_jax.workdir.history import Run, identity
 
@@ -199,8 +199,7 @@ def _find_arm(arms: Sequence[Arm], wanted: str) -> Arm:
         if wanted in (arm.name, arm.label) or place in folders:
             return arm
     names = [arm.name for arm in arms]
-    near = difflib.get_close_matches(wanted, names, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(wanted, names)
     raise UserError(
         f"--control: expected a run or an arm, got {wanted}.{hint} The arms:\n  "
         + "\n  ".join(names)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.reporting.arms import Arm, find_controls, make_arms
 from kd_jax.reporting.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
 from kd_jax.reporting.tables import (
@@ -34,9 +35,7 @@ def make_report(
     """Writes OUT/index.html and a PNG file for each figure; returns the page's path.
 
     Args:
-      runs: workdirs of kd_jax.train.
-      control: an arm's name or the folder of one of its runs.
-      smooth: steps in the moving average of training curves.
+      runs, control, smooth: as in report.ReportArgs.
       extra: tables to place first.
 
     Raises:
@@ -53,8 +52,7 @@ def make_report(
         found = read_runs(runs)
     except UserError as error:
         problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     arms = make_arms(found)
     controls, reason = find_controls(arms, control)
     figures = draw_figures(arms, smooth)

@@ -10,10 +10,13 @@ from numpy.typing import ArrayLike
 
 from kd_jax.config.record import flatten
 from kd_jax.reporting.arms import Arm, label_names
-from kd_jax.workdir.history import COMPARED, Run
+from kd_jax.workdir.history import Run
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Arguments of kd_jax.evaluate that must be equal in a comparison.
+COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 Numbers = dict[str, float]
 Frames = dict[str, "pd.DataFrame"]
@@ -180,7 +183,8 @@ def _means_table(
 
 def _unlike(arms: Sequence[Arm]) -> str:
     """Returns a warning if evaluations had different arguments."""
-    used = [run.evaluated_with for arm in arms for run in arm.finished if run.evaluated_with]
+    found = [run.evaluation.get("arguments") for arm in arms for run in arm.finished]
+    used = [arguments for arguments in found if arguments]
     names = [name for name in COMPARED if len({str(one.get(name)) for one in used}) > 1]
     return f" Careful: these evaluations differ in {', '.join(names)}." if names else ""
 

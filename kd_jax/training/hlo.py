@@ -14,12 +14,15 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4}  # dtypes whose names do not end in a multiple of 8
 
 # The type of these is (input, output, ...); that of other asynchronous instructions is
 # ((inputs), output, ...).
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
+
 _FUSIONS = {"fusion", "fusion-start"}
+
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 
 
@@ -70,37 +73,24 @@ def _instructions(line: str) -> Iterator[Instruction]:
     found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line)
     if not found:
         return
-    kind, rest = _type_and_rest(found[2])
-    opcode = rest.partition("(")[0]
+    kind = next(_split(found[2], " "))
+    opcode = found[2][len(kind) + 1 :].partition("(")[0]
     parts = [kind]
     if kind.startswith("((") or (kind.startswith("(") and opcode in _WITH_INPUTS):
-        parts = _parts(kind)[1:2]
+        parts = list(_split(kind[1:-1], ","))[1:2]
     shapes = tuple(shape for part in parts for shape in re.findall(r"\w+\[[\d,]*\]", part))
     yield Instruction(found[1], opcode, shapes, line)
 
 
-def _type_and_rest(text: str) -> tuple[str, str]:
-    """Returns the two parts of `type opcode(...)`; a tuple's type holds spaces."""
-    if not text.startswith("("):
-        kind, _, rest = text.partition(" ")
-        return kind, rest
-    depth = end = 0
-    while not end or depth:
-        depth += (text[end] == "(") - (text[end] == ")")
-        end += 1
-    return text[:end], text[end + 1 :]
-
-
-def _parts(kind: str) -> list[str]:
-    """Returns the parts of a tuple's type."""
-    parts, depth = [""], 0
-    for letter in kind[1:-1]:
+def _split(text: str, mark: str) -> Iterator[str]:
+    """Yields the parts of a text between the marks that no brackets enclose."""
+    start = depth = 0
+    for at, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+        if letter == mark and depth == 0:
+            yield text[start:at]
+            start = at + 1
+    yield text[start:]
 
 
 def shape_bytes(shape: str) -> int:
@@ -123,17 +113,12 @@ def _sources(text: str) -> dict[str, str]:
         m[1]: (m[2], m[3])
         for m in re.finditer(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)\}", text, re.M)
     }
-    found = {}
-    for frame in frames:
-        at, seen = frame, set()
-        while at in frames and at not in seen:
-            seen.add(at)
-            place, above = frames[at]
-            file, line = places.get(place, ("", ""))
-            if "/kd_jax/" in file:
-                found[frame] = f"{file.rpartition('/kd_jax/')[2]}:{line}"
-                break
-            at = above
+    found: dict[str, str] = {}
+    for frame, (place, above) in frames.items():  # callers come first
+        file, line = places.get(place, ("", ""))
+        own = f"{file.rpartition('/kd_jax/')[2]}:{line}" if "/kd_jax/" in file else ""
+        if source := own or found.get(above):
+            found[frame] = source
     return found
 
 
@@ -239,7 +224,7 @@ class Largest(NamedTuple):
     source: str
 
 
-def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Largest]:
+def largest_arrays(program: Program, count: int) -> list[Largest]:
     """Returns the largest arrays that the program makes, one for each shape and source line.
 
     They are not all alive at once.
@@ -251,6 +236,5 @@ def largest_arrays(program: Program, count: int, at_least: int = 0) -> list[Larg
         for shape in one.shapes:
             source = _source(program, one.line)
             array = Largest(shape_bytes(shape), shape, one.opcode, source)
-            if array.num_bytes >= at_least:
-                found.setdefault((shape, source), array)
+            found.setdefault((shape, source), array)
     return sorted(found.values(), key=lambda x: (-x.num_bytes, x.shape, x.source))[:count]

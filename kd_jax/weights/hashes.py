@@ -24,9 +24,9 @@ _CACHED_BYTES = 2**26
 _SETTLED_SECONDS = 2.0
 
 
-def hash_files(files: Sequence[Path], threads: int = 4) -> list[str]:
+def hash_files(files: Sequence[Path]) -> list[str]:
     """Returns a hash of each file's bytes, 32 hexadecimal digits."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return [_cached(file, pool) for file in files]
 
 

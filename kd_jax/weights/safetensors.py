@@ -39,24 +39,21 @@ class Tensor:
 
     def read_rows(self, out: np.ndarray, start: int) -> None:
         """Fills `out`, contiguous and of the tensor's dtype, with the rows from `start` on."""
-        self._read_into(out, self.offset + start * self.row_bytes)
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    def _read_into(self, out: np.ndarray, offset: int) -> None:
         # No memory map: its pages would count as this process's memory, beside the copy.
         assert out.flags.c_contiguous  # reshape must return a view
         view = memoryview(out.reshape(-1).view(np.uint8))
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(offset)
+            file.seek(self.offset + start * self.row_bytes)
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
                     raise UserError(f"{self.file}: ended early; it changed while it was read")
                 done += count
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 # Raised while a malformed header is parsed.

@@ -1,6 +1,5 @@
 """Finished and unfinished runs, read from their workdirs. Needs no jax."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import did_you_mean, raise_all
 from kd_jax.config.record import flatten
 from kd_jax.weights.files import read_json
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 NEEDED = {
     "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",
 }  # fmt: skip
-COMPARED = ("data", "split", "teacher", "dtype", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +67,6 @@ class Run:
         """Returns the number of TensorBoard files, one for each start; 0 without TensorBoard."""
         return len(list(self.folder.glob("tensorboard/events.out.tfevents.*")))
 
-    @property
-    def evaluated_with(self) -> dict[str, Any]:
-        """Returns the arguments of kd_jax.evaluate that must be equal in a comparison."""
-        arguments = self.evaluation.get("arguments", {})
-        return {name: arguments[name] for name in COMPARED if name in arguments}
-
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Returns the runs in `folders`.
@@ -99,8 +92,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 f"{run.folder}: expected another configuration or seed than {first.folder} has, "
                 "got the same. Leave out one of them"
             )
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
     return list(runs.values())
 
 
@@ -121,8 +113,7 @@ def read_run(folder: Path) -> Run:
     """Returns the run in `folder`; raises UserError for another folder and without metrics."""
     if not folder.is_dir():
         siblings = folder.parent.glob("*/")
-        near = difflib.get_close_matches(folder.name, [path.name for path in siblings], 1)
-        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
+        hint = did_you_mean(folder.name, (path.name for path in siblings), f"{folder.parent}/")
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got no folder.{hint}")
     if not any(folder.iterdir()):
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got an empty folder")

@@ -31,11 +31,10 @@ class Writer:
     """Writes one record per step. A resumed run first drops the records after its checkpoint."""
 
     def __init__(self, workdir: Path, config: LogConfig, start_step: int, num_steps: int):
-        self.enabled = jax.process_index() == 0
         self.every_steps = config.every_steps
         self.num_steps = num_steps
         self.file = self.events = self.bar = None
-        if not self.enabled:
+        if jax.process_index() > 0:
             return
         path = workdir / "metrics.jsonl"
         _keep_until(path, start_step)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.parallel.processes import is_first, together
-from kd_jax.weights.files import locked, read_json, write_whole
+from kd_jax.weights.files import locked, write_whole
+from kd_jax.workdir.history import read_record
 
 PACKAGES = (
     "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",
@@ -74,7 +74,7 @@ def check_config(config: Config, workdir: Path) -> dict[str, str]:
     Raises:
       UserError: the folder belongs to a run with another configuration.
     """
-    if not has_checkpoint(workdir):
+    if not any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*")):
         return {}
     path = workdir / "config.json"
     if not path.is_file():
@@ -82,9 +82,9 @@ def check_config(config: Config, workdir: Path) -> dict[str, str]:
             f"{workdir}: holds checkpoints but no config.json, so their configuration is unknown. "
             "Give another --workdir, or restore the file"
         )
-    old, inputs = _read_record(path, "config", "inputs")
-    _refuse(workdir, differences(old, dump(config)))
-    return inputs
+    old = read_record(path)
+    _refuse(workdir, differences(old["config"], dump(config)))
+    return old["inputs"]
 
 
 def claim_workdir(config: Config, workdir: Path, inputs: dict[str, str], num_steps: int) -> None:
@@ -135,35 +135,20 @@ def _changed_inputs(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def check_inputs(workdir: Path, inputs: dict[str, str]) -> None:
     """Raises UserError if an input of the run has changed since the run began."""
-    (old,) = _read_record(workdir / "config.json", "inputs")
+    old = read_record(workdir / "config.json")["inputs"]
     changed = _changed_inputs({name: old.get(name, "") for name in inputs}, inputs)
     if changed:
         raise UserError(f"{workdir}: " + "\n".join(changed))
 
 
-def has_checkpoint(workdir: Path) -> bool:
-    return any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*"))
-
-
 def read_run(workdir: Path) -> Config:
     """Returns the configuration that a run was started with."""
     path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no config.json")
-    (config,) = _read_record(path, "config")
+    record = read_record(path)
     try:
-        return from_json(config)
+        return from_json(record["config"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
-
-
-def _read_record(path: Path, *names: str) -> list[Any]:
-    """Returns the values of these keys, a dict each."""
-    tree = read_json(path)
-    parts = [tree.get(name) for name in names]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path}: not written by kd_jax.train (no {' and '.join(names)})")
-    return parts
 
 
 def is_run(folder: Path) -> bool:

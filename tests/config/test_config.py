@@ -34,11 +34,14 @@ from kd_jax.config import (
 from kd_jax.config.checks import Range, metadata, plain_type
 from kd_jax.config.command import load_config, parse_args, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
+from kd_jax.demo import DemoArgs
 from kd_jax.evaluate import EvaluateArgs
 from kd_jax.generate import GenerateArgs
 from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
+from kd_jax.plan import PlanArgs
+from kd_jax.sweep import SweepArgs
 
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
 ALL_CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
@@ -95,7 +98,7 @@ def annotation(name: str) -> Any:
 
 RANGES = [
     (cls, entry, mark)
-    for cls in (GenerateArgs, EvaluateArgs, LmEvalArgs)
+    for cls in (GenerateArgs, EvaluateArgs, LmEvalArgs, PlanArgs, SweepArgs, DemoArgs)
     for entry in dataclasses.fields(cls)
     for mark in metadata(entry.type)
 ]
@@ -107,16 +110,16 @@ def test_arguments_have_the_range_that_help_shows(cls, entry, mark, capsys):
     needed = [e for e in dataclasses.fields(cls) if e.default is e.default_factory]  # both missing
     argv = [word for e in needed for word in (f"--{e.name}", "x")]
     with pytest.raises(SystemExit):
-        parse_args(cls, ["--help"], prog="", description="")
+        parse_args(cls, ["--help"])
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert re.search(rf"{flag} [^-].*? \(default: \S+; {mark}\)", shown)
     lowest = mark.above if mark.least is None else mark.least - 1
     with pytest.raises(UserError, match=f"^{flag}: expected {mark}, got {lowest}"):
-        parse_args(cls, [*argv, f"{flag}={lowest}"], prog="", description="")
+        parse_args(cls, [*argv, f"{flag}={lowest}"])
 
 
 def parse(*argv: str) -> Config:
-    return parse_config(argv, prog="train", description="")
+    return parse_config(argv)
 
 
 def refusal(capsys, *argv: str) -> str:

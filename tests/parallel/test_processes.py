@@ -291,7 +291,6 @@ def test_the_jobset_starts_as_many_pods_as_its_flags_say():
     config = parse_config(
         [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in flags if "--config=" not in word]
         + ["--config", str(ROOT / "configs" / "70b_to_8b.py")],
-        prog="", description="",
     ).distributed  # fmt: skip
     assert config.num_processes == spec["parallelism"] == spec["completions"]
     name = tree["metadata"]["name"]

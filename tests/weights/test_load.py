@@ -122,13 +122,13 @@ def test_every_bit_that_transformers_wrote_arrives(
 
 def count_reads(monkeypatch):
     """Returns a list that gathers file, offset and length of every read of a tensor."""
-    reads, plain = [], safetensors.Tensor._read_into
+    reads, plain = [], safetensors.Tensor.read_rows
 
-    def counted(self, out, offset):
-        reads.append((self.file.name, offset, out.nbytes))
-        plain(self, out, offset)
+    def counted(self, out, start):
+        reads.append((self.file.name, self.offset + start * self.row_bytes, out.nbytes))
+        plain(self, out, start)
 
-    monkeypatch.setattr(safetensors.Tensor, "_read_into", counted)
+    monkeypatch.setattr(safetensors.Tensor, "read_rows", counted)
     return reads
 
 
@@ -177,12 +177,12 @@ from kd_jax.weights.load import load_arrays
 from kd_jax.weights.safetensors import Tensor
 folder, port, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-count, plain = 0, Tensor._read_into
-def counted(self, out, offset):
+count, plain = 0, Tensor.read_rows
+def counted(self, out, start):
     global count
     count += out.nbytes
-    plain(self, out, offset)
-Tensor._read_into = counted
+    plain(self, out, start)
+Tensor.read_rows = counted
 arch = load_architecture(folder)
 layout = Layout(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), 8))
 arrays = load_arrays(folder, arch, abstract_weights(weights(arch), layout, "float32"))

@@ -7,30 +7,22 @@ Expected:  a cross-entropy far above the entropy: it memorises the few answers, 
            measured in docs/benchmarks.md.
 """
 
-from kd_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    LossConfig,
-    OptimConfig,
-    StudentConfig,
-)
+from dataclasses import replace
+from pathlib import Path
+
+from kd_jax.config import CheckpointConfig, Config
+from kd_jax.config.command import load_config
 
 
 def get_config() -> Config:
-    return Config(
+    teacher = load_config(Path(__file__).with_name("teacher.py"))
+    return replace(
+        teacher,
         workdir="runs/demo/seed0/finetune",
-        teacher=None,
-        student=StudentConfig(path="runs/demo/seed0/untouched", dtype="float32"),
-        trainable="full",
-        loss=LossConfig(chunk_tokens=4096),
-        data=DataConfig(path="runs/demo/seed0/few.jsonl", seq_len=96, batch_size=8),
-        eval=EvalConfig(path="runs/demo/held_out.jsonl", every_steps=25),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.1, beta2=0.98),
+        student=replace(teacher.student, path="runs/demo/seed0/untouched"),
+        data=replace(teacher.data, path="runs/demo/seed0/few.jsonl"),
+        eval=replace(teacher.eval, every_steps=25),
+        optim=replace(teacher.optim, learning_rate=3e-3),
         checkpoint=CheckpointConfig(every_steps=50),
-        log=LogConfig(tensorboard=False),
         steps=150,
-        remat="none",
     )
