@@ -40,7 +40,7 @@ from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.sides import Side, Targets
+from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.setup.program import make_head

@@ -31,7 +31,7 @@ from kd_jax.config import DistributedConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.models.table import abstract_weights, hf_names, weights
+from kd_jax.models.weight_table import abstract_weights, hf_names, weights
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture, resolve

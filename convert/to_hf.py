@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, resolve
     from kd_jax.workdir.checkpoints import open_trained
-    from kd_jax.workdir.record import check_inputs, read_run
+    from kd_jax.workdir.claim import check_inputs, read_run
 
     start_jax()
     workdir = Path(args.workdir).expanduser()

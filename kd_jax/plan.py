@@ -19,7 +19,7 @@ from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate
-from kd_jax.planning.layouts import choose_sizes, describe_mesh, remedy, walk
+from kd_jax.planning.mesh_choice import choose_sizes, describe_mesh, remedy, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
 from kd_jax.training.ahead import compile_ahead
 from kd_jax.weights.folder import load_architecture, resolve

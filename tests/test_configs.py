@@ -11,7 +11,7 @@ from paths import CONFIGS
 from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.models.table import is_adapter
+from kd_jax.models.weight_table import is_adapter
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training.abstract import abstract_run
 

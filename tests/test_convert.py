@@ -29,7 +29,7 @@ from kd_jax.config import (
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Decoder, logits
-from kd_jax.models.table import (
+from kd_jax.models.weight_table import (
     abstract_weights,
     adapter_weights,
     hf_names,
@@ -44,7 +44,7 @@ from kd_jax.weights import adapters, export
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
 from kd_jax.weights.orbax import OrbaxArrays
-from kd_jax.workdir import checkpoints, record
+from kd_jax.workdir import checkpoints, claim
 
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
@@ -332,7 +332,7 @@ def run_of(tmp_path):
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
         hashes = {"student.path": weights_folder.fingerprint(source)}
-        record.claim_workdir(config, workdir, hashes, num_steps=1)
+        claim.claim_workdir(config, workdir, hashes, num_steps=1)
         arrays = {}
         with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):

@@ -23,22 +23,24 @@ FLOORS = [
     },
     {
         "models": [
-            "architecture", "table", "known", "attention", "matmul", "embedding", "decoder", "lora",
+            "architecture", "weight_table", "known", "attention", "matmul", "embedding", "decoder",
+            "lora",
         ],
     },
     {
         "losses": [
-            "sides", "vocabulary", "divergences", "token_loss", "fused_head", "hidden", "schedules",
+            "head_inputs", "vocabulary", "divergences", "token_loss", "fused_head", "hidden",
+            "schedules",
         ],
         "weights": [
             "files", "hashes", "safetensors", "folder", "orbax", "adapters", "load", "export",
         ],
-        "planning": ["chips", "topology", "cost", "network", "estimate", "layouts"],
+        "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
     },
     {"teachers": ["live"]},
     {
         "setup": ["runtime", "sources", "models", "program", "inputs"],
-        "workdir": ["history", "record", "checkpoints", "metrics"],
+        "workdir": ["history", "claim", "checkpoints", "metrics"],
     },
     {
         "inference": [

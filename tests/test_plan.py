@@ -14,7 +14,7 @@ from paths import CONFIGS
 from kd_jax import plan
 from kd_jax.config import UserError
 from kd_jax.config.command import load_config, run_command
-from kd_jax.planning import cost, layouts, topology
+from kd_jax.planning import cost, mesh_choice, topology
 from kd_jax.planning.chips import Topology, find_topology
 from kd_jax.training import ahead
 
@@ -140,7 +140,7 @@ def test_a_search_gives_what_fits_with_the_fastest_first(capsys):
     got = report(capsys, *flags, "--search")
     found = got["search"]
     bounds = [x["bound_tokens_per_second"] for x in found]
-    assert bounds == sorted(bounds, reverse=True) and all(layouts.fits(x) for x in found)
+    assert bounds == sorted(bounds, reverse=True) and all(mesh_choice.fits(x) for x in found)
     assert bounds[0] >= report(capsys, *flags)["bound_tokens_per_second"]
     same = ("mesh", "batch_size", "remat", "peak_bytes_per_device")
     assert [got[name] for name in same] == [found[0][name] for name in same]
@@ -233,5 +233,5 @@ def test_no_layout_is_refused_for_its_rows_where_tensor_takes_the_devices():
     config = load_config(MAIN)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))
     archs = [plan.find_architecture(part.path, "x") for part in (config.student, config.teacher)]
-    sizes = layouts.choose_sizes(config, *archs, find_topology("h200:1x8"))
+    sizes = mesh_choice.choose_sizes(config, *archs, find_topology("h200:1x8"))
     assert sizes["tensor"] > 1 and sizes["data"] * sizes["fsdp"] <= 4

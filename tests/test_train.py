@@ -33,7 +33,7 @@ from kd_jax.setup import models as setup_models
 from kd_jax.training import loop, step
 from kd_jax.training.step import TrainState, train_step
 from kd_jax.workdir import checkpoints
-from kd_jax.workdir import record as workdir_record
+from kd_jax.workdir import claim as workdir_record
 
 STEPS = 6
 

@@ -131,7 +131,7 @@ def arrays_of(decoder: Any) -> dict[str, Any]:
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Returns random float32 tensors for a config.json by Hugging Face name, without torch."""
     from kd_jax.models.architecture import read_architecture
-    from kd_jax.models.table import hf_names, weights
+    from kd_jax.models.weight_table import hf_names, weights
 
     arch, rng = read_architecture(config, "tiny"), np.random.default_rng(seed)
     tensors = {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from kd_jax.models.attention import attention
 from kd_jax.models.decoder import Decoder, DecoderSpec
-from kd_jax.models.table import FACTORS, is_adapter
+from kd_jax.models.weight_table import FACTORS, is_adapter
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.platforms import PLATFORMS
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from kd_jax.config import LossConfig
 from kd_jax.data.rows import pack
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.losses.sides import Side, Targets
+from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
 from kd_jax.parallel.placement import put_batch

@@ -11,7 +11,7 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
 from kd_jax.workdir.checkpoints import open_trained
-from kd_jax.workdir.record import check_inputs, is_run, read_run
+from kd_jax.workdir.claim import check_inputs, is_run, read_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
 from kd_jax.losses.divergences import overlap
-from kd_jax.losses.sides import Side, Targets, Teacher
+from kd_jax.losses.head_inputs import Side, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
-from kd_jax.losses.sides import Targets
+from kd_jax.losses.head_inputs import Targets
 from kd_jax.losses.vocabulary import (
     NEGATIVE,
     Vocab,

@@ -19,7 +19,7 @@ from kd_jax.models.architecture import Architecture, Rope
 from kd_jax.models.attention import SAVED_ATTENTION, Implementation, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.matmul import project
-from kd_jax.models.table import layer_weights
+from kd_jax.models.weight_table import layer_weights
 from kd_jax.parallel.mesh import Layout, constrain
 
 SAVED_PRODUCT = "product"
@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
     """A decoder of the Llama family; with tied embeddings `lm_head` is None."""
 
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        """Takes arrays by the paths of models.table; unstacked layers are layers.0.NAME, ..."""
+        """Takes arrays by their paths in the weight table; unstacked layers are layers.0.NAME, ..."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
         self.layers: Any
         if "layers.input_layernorm.weight" in arrays:

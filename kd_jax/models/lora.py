@@ -8,7 +8,7 @@ import numpy as np
 
 from kd_jax.config import LoraConfig
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import adapter_weights
+from kd_jax.models.weight_table import adapter_weights
 
 
 def init_adapters(lora: LoraConfig, arch: Architecture, seed: int) -> dict[str, jax.Array]:

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import Weight, adapter_weights, layer_weights, trained_weights, weights
+from kd_jax.models.weight_table import (
+    Weight,
+    adapter_weights,
+    layer_weights,
+    trained_weights,
+    weights,
+)
 from kd_jax.parallel.platforms import PLATFORMS, Platform
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
 from kd_jax.planning.chips import GIB, Chip, Topology

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.models.table import layer_weights
+from kd_jax.models.weight_table import layer_weights
 from kd_jax.parallel.rules import ROWS_AXIS, Sizes, axes_size
 from kd_jax.planning.chips import Topology
 from kd_jax.planning.cost import (

@@ -18,7 +18,7 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.placement import Arrays, local_rows, put_batch
 from kd_jax.parallel.processes import say
 from kd_jax.parallel.rules import mesh_sizes
-from kd_jax.planning.layouts import choose_sizes
+from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
 from kd_jax.setup.sources import Source, open_source

@@ -14,7 +14,7 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import init_adapters
-from kd_jax.models.table import (
+from kd_jax.models.weight_table import (
     Weight,
     abstract_weights,
     projection_weight,

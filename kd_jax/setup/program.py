@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
 from kd_jax.losses.fused_head import HeadConfig
+from kd_jax.losses.head_inputs import Side, Targets, Teacher
 from kd_jax.losses.schedules import interpolate
-from kd_jax.losses.sides import Side, Targets, Teacher
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, traits

@@ -11,7 +11,7 @@ from kd_jax.parallel.placement import Arrays
 
 
 class Live(NamedTuple):
-    """The outputs of a teacher model; implements losses.sides.Teacher."""
+    """The outputs of a teacher model; implements losses.head_inputs.Teacher."""
 
     hidden: jax.Array
     """[B, S, Dt], final-normed hidden states; the matmul runs in their dtype."""

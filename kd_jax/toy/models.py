@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.table import hf_names, weights
+from kd_jax.models.weight_table import hf_names, weights
 from kd_jax.weights.export import new_folder
 
 BEGIN, START, END, END_OF_TURN = (

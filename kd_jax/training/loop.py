@@ -31,7 +31,7 @@ from kd_jax.setup.sources import (
     without_tokenizer,
 )
 from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
-from kd_jax.workdir import checkpoints, record
+from kd_jax.workdir import checkpoints, claim
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
 
@@ -100,7 +100,7 @@ def _open_run(config: Config) -> _Run:
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
-    together("workdir", lambda: (is_first() and record.check_config(config, workdir), {}))
+    together("workdir", lambda: (is_first() and claim.check_config(config, workdir), {}))
     return _Run(
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
@@ -162,7 +162,7 @@ def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[st
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
     }
-    return (student, teacher, mesh), {**fields, **record.versions()}
+    return (student, teacher, mesh), {**fields, **claim.versions()}
 
 
 def _rows(config: Config, *tokenizers: Any):
@@ -174,7 +174,7 @@ def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
     """Claims the workdir on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.key} | run.hashing.result()
     if is_first():
-        record.claim_workdir(config, run.workdir, inputs, run.num_steps)
+        claim.claim_workdir(config, run.workdir, inputs, run.num_steps)
     return None, inputs
 
 

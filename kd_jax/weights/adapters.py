@@ -12,7 +12,7 @@ import numpy as np
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import FACTORS, adapter_weights, hf_names, shape_problems
+from kd_jax.models.weight_table import FACTORS, adapter_weights, hf_names, shape_problems
 from kd_jax.weights.files import read_json
 from kd_jax.weights.safetensors import open_folder
 

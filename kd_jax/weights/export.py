@@ -18,7 +18,7 @@ from kd_jax.config import Config, MeshConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
-from kd_jax.models.table import FACTORS, abstract_weights, hf_names, trained_weights, weights
+from kd_jax.models.weight_table import FACTORS, abstract_weights, hf_names, trained_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.adapters import peft_name
 from kd_jax.weights.folder import ORBAX, load_architecture

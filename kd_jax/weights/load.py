@@ -16,7 +16,7 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
-from kd_jax.models.table import HEAD, hf_names, shape_problems, weights
+from kd_jax.models.weight_table import HEAD, hf_names, shape_problems, weights
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
 from kd_jax.weights.orbax import OrbaxArrays

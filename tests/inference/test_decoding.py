@@ -19,7 +19,7 @@ from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import merge
-from kd_jax.models.table import (
+from kd_jax.models.weight_table import (
     FACTORS,
     abstract_weights,
     adapter_weights,

@@ -13,7 +13,7 @@ import reference
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.sides import Side, Targets
+from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.teachers.live import Live

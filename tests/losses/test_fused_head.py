@@ -15,7 +15,7 @@ from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.losses import divergences, token_loss
 from kd_jax.losses.divergences import DIVERGENCES
 from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
-from kd_jax.losses.sides import Side, Targets
+from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,

@@ -23,7 +23,7 @@ from kd_jax.config.record import dump, from_json
 from kd_jax.losses.hidden import KINDS, check_layers, hidden_loss, init_projection
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, DecoderSpec
-from kd_jax.models.table import projection_weight, weights
+from kd_jax.models.weight_table import projection_weight, weights
 
 pytestmark = pytest.mark.fast
 

@@ -10,7 +10,7 @@ from kd_jax.config import UserError
 from kd_jax.models import architecture as architecture_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
-from kd_jax.models.table import weights
+from kd_jax.models.weight_table import weights
 
 CONFIG = tiny.make_config()
 

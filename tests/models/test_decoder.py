@@ -15,7 +15,7 @@ from kd_jax.inference.decoding import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Attention, Decoder, DecoderSpec, logits, rotate
-from kd_jax.models.table import abstract_weights, weights
+from kd_jax.models.weight_table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays

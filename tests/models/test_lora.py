@@ -15,7 +15,7 @@ from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, DecoderSpec, Linear, logits
 from kd_jax.models.lora import init_adapters, merge
-from kd_jax.models.table import FACTORS, abstract_weights, hf_names, is_adapter, weights
+from kd_jax.models.weight_table import FACTORS, abstract_weights, hf_names, is_adapter, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import adapters, load
 from kd_jax.weights import folder as weights_folder

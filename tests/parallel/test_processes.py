@@ -19,7 +19,7 @@ from paths import ROOT
 from kd_jax.config import DistributedConfig, UserError
 from kd_jax.config.command import parse_config
 from kd_jax.parallel import processes as parallel_processes
-from kd_jax.workdir.record import lock_workdir
+from kd_jax.workdir.claim import lock_workdir
 
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(400)]  # pairs of processes on two cores
 

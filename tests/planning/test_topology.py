@@ -12,7 +12,7 @@ from kd_jax.config.command import load_config
 from kd_jax.planning.chips import CHIPS, chip_of, find_topology, xla_target
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import estimate
-from kd_jax.planning.layouts import choose_sizes
+from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 
 pytestmark = pytest.mark.fast

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.table import abstract_weights, hf_names, weights
+from kd_jax.models.weight_table import abstract_weights, hf_names, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import export, safetensors
 from kd_jax.weights import folder as weights_folder
@@ -170,7 +170,7 @@ import sys, jax, numpy as np
 from pathlib import Path
 from safetensors.numpy import load_file
 from kd_jax.config import MeshConfig
-from kd_jax.models.table import abstract_weights, hf_names, weights
+from kd_jax.models.weight_table import abstract_weights, hf_names, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
 from kd_jax.weights.load import load_arrays

@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 from kd_jax.config import Config, UserError
 from kd_jax.config.errors import raise_all
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.table import weights
+from kd_jax.models.weight_table import weights
 from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
 from kd_jax.planning.chips import GIB, Topology
 from kd_jax.planning.cost import Case

@@ -10,7 +10,7 @@ from paths import ROOT
 
 from kd_jax.config import Config, DataConfig, StudentConfig, UserError
 from kd_jax.weights import files
-from kd_jax.workdir import record
+from kd_jax.workdir import claim
 
 pytestmark = pytest.mark.fast
 
@@ -22,7 +22,7 @@ CONFIG = Config(
 HOLD = """
 import sys
 from pathlib import Path
-from kd_jax.workdir.record import lock_workdir
+from kd_jax.workdir.claim import lock_workdir
 with lock_workdir(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -46,26 +46,26 @@ def holder(tmp_path):
 def test_a_lock_names_its_holder_and_ends_with_it(holder, tmp_path):
     workdir = tmp_path / "run"
     words = f"in use by process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(UserError, match=words), record.lock_workdir(workdir):
+    with pytest.raises(UserError, match=words), claim.lock_workdir(workdir):
         pass
     holder.kill()  # leaves the file behind
     holder.wait()
     assert (workdir / "lock").is_file()
-    with record.lock_workdir(workdir):
+    with claim.lock_workdir(workdir):
         assert str(os.getpid()) in (workdir / "lock").read_text()
 
 
 def test_a_lock_refuses_its_own_process_and_leaves_nothing(tmp_path):
     workdir = tmp_path / "run"
-    with record.lock_workdir(workdir):
-        with pytest.raises(UserError, match="in use by"), record.lock_workdir(workdir):
+    with claim.lock_workdir(workdir):
+        with pytest.raises(UserError, match="in use by"), claim.lock_workdir(workdir):
             pass
         assert (workdir / "lock").is_file()
     assert not workdir.exists()
 
 
 def test_a_folder_that_was_there_stays(tmp_path):
-    with record.lock_workdir(tmp_path):
+    with claim.lock_workdir(tmp_path):
         pass
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
@@ -75,34 +75,34 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
         raise OSError(files.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
-    with record.lock_workdir(tmp_path / "run"):
+    with claim.lock_workdir(tmp_path / "run"):
         pass
 
 
 def finished(workdir):
     """Makes a workdir with a record and a checkpoint."""
-    record.claim_workdir(CONFIG, workdir, {"student.path": "a"}, num_steps=1)
+    claim.claim_workdir(CONFIG, workdir, {"student.path": "a"}, num_steps=1)
     (workdir / "checkpoints" / "1").mkdir(parents=True)
 
 
 def test_other_content_is_refused_after_a_checkpoint(tmp_path):
     finished(tmp_path)
-    record.claim_workdir(CONFIG, tmp_path, {"student.path": "a"}, num_steps=1)
+    claim.claim_workdir(CONFIG, tmp_path, {"student.path": "a"}, num_steps=1)
     with pytest.raises(UserError, match=r"student\.path: expected the content"):
-        record.claim_workdir(CONFIG, tmp_path, {"student.path": "b"}, num_steps=1)
+        claim.claim_workdir(CONFIG, tmp_path, {"student.path": "b"}, num_steps=1)
 
 
 def test_checkpoints_without_their_configuration_are_refused(tmp_path):
     finished(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
-        record.check_config(CONFIG, tmp_path)
+        claim.check_config(CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"\xff\xfe{}", b"{}", b'{"config": 3, "inputs": {}}'])
 def test_a_record_of_something_else_is_one_error(content, tmp_path):
     finished(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
-    for use in (record.read_run, lambda folder: record.check_config(CONFIG, folder)):
+    for use in (claim.read_run, lambda folder: claim.check_config(CONFIG, folder)):
         with pytest.raises(UserError, match=r"config\.json: "):
             use(tmp_path)
