@@ -5,6 +5,9 @@ models' logits, the loss and its closed-form gradient, multiplies that by the st
 keeps only the gradient of the hidden states as the residual. The backward pass scales it. Tokens
 with a loss are moved to the front, and chunks without any are skipped.
 
+The formula of each divergence and of its gradient is in divergences.py, the gradient in the logits
+of a token in token_loss.py.
+
 On a mesh, each device runs the loop on its own rows and its share of the vocabulary. The only
 collectives inside the loop are the reductions over the vocabulary; loss, metrics and gradients are
 summed over devices after it.
