@@ -1,7 +1,6 @@
 """Sweeps through the real command, and the errors before any run starts."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from children import environment
 from paths import ROOT
 
 from kd_jax import report, sweep
@@ -21,7 +21,7 @@ from kd_jax.config.command import run_command
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Starts runs on one device, which is faster than eight."""
-    alone = partial(subprocess.Popen, env={**os.environ, "XLA_FLAGS": ""})
+    alone = partial(subprocess.Popen, env=environment(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", alone)
         yield
@@ -49,7 +49,7 @@ def get_config():
         eval=EvalConfig(path={str(root / "train.jsonl")!r}, every_steps=2),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2),
-        compilation_cache={str(root / "xla")!r},
+        compilation_cache=None,
         steps=4,
     )
 """)

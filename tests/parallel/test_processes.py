@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from children import environment
 from paths import ROOT
 
 from kd_jax.config import DistributedConfig, UserError
@@ -41,7 +42,7 @@ def file(tmp_path_factory):
 from kd_jax.config import *
 def get_config():
     return Config(
-        workdir="unused", steps={STEPS}, compilation_cache="{root}/xla",
+        workdir="unused", steps={STEPS}, compilation_cache=None,
         teacher=TeacherConfig(path="{root}/teacher", dtype="float32"),
         student=StudentConfig(path="{root}/student", dtype="float32"),
         data=DataConfig(
@@ -61,17 +62,9 @@ def free_port():
 
 def start(file, workdir, *flags, num_devices=4, program=("-m", "kd_jax.train")):
     """Returns a process of a training run, its output captured."""
-    devices = f"--xla_force_host_platform_device_count={num_devices}"
-    flags_of_xla = f"{devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": flags_of_xla,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # all runs share the programs
-    }
     return subprocess.Popen(
         [sys.executable, *program, "--config", str(file), "--workdir", str(workdir), *flags],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(num_devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from children import environment
 from paths import ROOT
 from safetensors.numpy import load_file, save_file
 
@@ -90,7 +91,7 @@ def root(tmp_path_factory):
 from kd_jax.config import *
 def get_config():
     return Config(
-        workdir="unset", steps=1, compilation_cache="{root}/xla",
+        workdir="unset", steps=1, compilation_cache=None,
         teacher=TeacherConfig(path="{root}/teacher"), student=StudentConfig(path="{root}/student"),
         data=DataConfig(
             path="{root}/train.jsonl", seq_len=128, batch_size=4, cache_dir="{root}/rows"),
@@ -117,12 +118,7 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(flags, words, root, tm
     argv += [flag.format(root=root) for flag in flags]
     done = subprocess.run(
         [sys.executable, "-m", "kd_jax.train", *argv],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "",  # one device, whose program compiles fast
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        env=environment(1),
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
