@@ -1,4 +1,4 @@
-"""python -m kd_jax.sweep --config FILE --set FIELD VALUE VALUE --seeds N: all combinations."""
+"""python -m kd_jax.sweep --config FILE --set FIELD VALUE VALUE: a run for each value and seed."""
 
 import hashlib
 import itertools
