@@ -551,7 +551,7 @@ def test_a_disk_that_fills_up_gives_one_message_and_no_folder(
         (
             to_hf.main,
             ["--workdir", "./absent", "--out", "new"],
-            "expected a folder of kd_jax.train",
+            "expected a workdir of kd_jax.train",
         ),
     ],
 )

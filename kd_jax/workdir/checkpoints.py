@@ -105,7 +105,7 @@ def open_trained(workdir: Path, step: int | None = None) -> Trained:
     """
     folder = workdir.absolute() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{workdir}: expected a folder of kd_jax.train, got no checkpoints in it")
+        raise UserError(f"{workdir}: expected a workdir of kd_jax.train, got no checkpoints in it")
     with ocp.training.Checkpointer(folder) as checkpointer:
         places = {found.step: found.path for found in checkpointer.checkpoints}
     if not places:
