@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
     """A decoder of the Llama family; with tied embeddings `lm_head` is None."""
 
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        """Takes arrays by their paths in the weight table; unstacked layers are layers.0.NAME, ..."""
+        """Takes arrays by path of the weight table; unstacked layers are layers.0.NAME, ..."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
         self.layers: Any
         if "layers.input_layernorm.weight" in arrays:
