@@ -22,7 +22,6 @@ from kd_jax.parallel.processes import is_first, say, stop_signal, together
 from kd_jax.setup.inputs import load_rows, open_inputs, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
-from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import (
     Source,
     check_adapter,
@@ -53,7 +52,6 @@ class _Run:
 
 def train(config: Config) -> None:
     """Trains or resumes to the last step. SIGTERM saves a checkpoint and returns."""
-    start_jax(config.compilation_cache)
     run = _open_run(config)
     with (
         stop_signal() as should_stop,
