@@ -11,6 +11,7 @@ import tiny
 from kd_jax.config import DataConfig
 from kd_jax.data import chat as data_chat
 from kd_jax.data import rows
+from kd_jax.data.records import Record
 from kd_jax.data.rows import Rows, make_rows
 
 
@@ -18,6 +19,10 @@ def chat(*contents: str, roles: str = "ua") -> list[dict[str, str]]:
     names = {"s": "system", "u": "user", "a": "assistant"}
     letters = roles * (len(contents) // len(roles))
     return [{"role": names[r], "content": c} for r, c in zip(letters, contents, strict=True)]
+
+
+def record(messages: list[dict[str, Any]]) -> Record:
+    return Record("d:1", messages, (True,) * len(messages))
 
 
 ALPACA = [

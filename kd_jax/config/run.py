@@ -109,6 +109,8 @@ class DataConfig:
     """Target tokens: the assistant's content and end-of-turn tokens, or every token."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """Conversations longer than seq_len: truncate or drop them, or stop with an error."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Records that cannot be used: stop with a list of them, or skip them with a count."""
     pack: bool = True
     """Pack several conversations into a row, with attention masked between them; otherwise one
     conversation a row, padded."""

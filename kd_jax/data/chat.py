@@ -9,7 +9,7 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.records import Conversation
+from kd_jax.data.records import Conversation, Record
 
 # A macro, because transformers passes no functions to templates; +%} preserves the line break.
 FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
@@ -79,20 +79,23 @@ def chat_template_of(
 
 
 def render(
-    tokenizer: Any, messages: Conversation, template: str, date: str
+    tokenizer: Any, record: Record, template: str, date: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the conversation as text, and each answer's (begin, end), end-of-turn included.
+    """Returns the record as text, and each learned answer's (begin, end), end-of-turn included.
 
     An answer begins after the generation prompt. White space after the end-of-turn is excluded.
     """
+    if record.text is not None:
+        return record.text, list(record.answers)
+    messages = record.messages
 
     def apply(turns, **options):
-        return _apply_template(tokenizer, turns, template, date, **options)
+        return _apply_template(tokenizer, turns, template, date, tools=record.tools, **options)
 
     text = apply(messages)
     spans = []
     for i, turn in enumerate(messages):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or not record.learn[i]:
             continue
         after = text if i + 1 == len(messages) else apply(messages[: i + 1])
         if i:
@@ -148,16 +151,24 @@ class Document:
 
 
 def tokenize(
-    tokenizer: Any, conversations: list[Conversation], template: str, data: DataConfig
-) -> list[Document]:
-    """Returns one document per conversation, tokenized as one text.
+    tokenizer: Any, records: list[Record], template: str, data: DataConfig
+) -> tuple[list[Document], list[str]]:
+    """Returns one document per record, tokenized as one text, and the problems of bad records.
 
     A token is a target if it begins inside an answer. A document's first token is never one.
+    A record for which `render` raises ValueError is a problem, `place: why`, without a document.
     """
     documents = []
-    for first in range(0, len(conversations), 512):
-        some = conversations[first : first + 512]
-        rendered = [render(tokenizer, messages, template, data.date) for messages in some]
+    problems: list[str] = []
+    for first in range(0, len(records), 512):
+        rendered = []
+        for record in records[first : first + 512]:
+            try:
+                rendered.append(render(tokenizer, record, template, data.date))
+            except ValueError as error:
+                problems.append(f"{record.place}: {error}")
+        if not rendered:
+            continue
         encoded = tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
@@ -173,4 +184,4 @@ def tokenize(
                 target |= (start >= begin) & (start < end)
             target[:1] = False
             documents.append(Document(np.array(ids, np.int32), target))
-    return documents
+    return documents, problems

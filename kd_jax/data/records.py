@@ -1,7 +1,8 @@
-"""Reads files and hub datasets into checked conversations."""
+"""Reads files and hub datasets into checked records."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,63 @@ from typing import Any
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
 ROLES = ("system", "user", "assistant")
 MAX_SHOWN = 20
 
 
-def read_conversations(path: str, split: str, limit: int | None) -> list[Conversation]:
-    """Returns the checked conversations of a file or hub dataset.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One checked record: a conversation for the chat template, or text that is used as it is."""
+
+    place: str
+    """`file:line` or `file, record n`, for messages."""
+    messages: Conversation
+    """Turns as chat templates take them; [] for text."""
+    learn: tuple[bool, ...] = ()
+    """One per turn: False leaves an assistant's turn without a loss."""
+    tools: list[Any] | None = None
+    """Tool descriptions for the template."""
+    text: str | None = None
+    """Plain text, or prompt and completion, without a template."""
+    answers: tuple[tuple[int, int], ...] = ()
+    """[begin, end) characters of `text` with a loss."""
+
+
+def read_records(
+    path: str, split: str, limit: int | None, on_bad_record: str = "error"
+) -> tuple[list[Record], list[str]]:
+    """Returns the checked records of a file or hub dataset, and the problems of bad ones.
 
     Args:
       path: .json (array or lines), .jsonl or .parquet file, or a hub id. A record has Alpaca's
         `instruction`, `input`, `output`, or chat `messages`.
       split: split of a hub dataset.
       limit: read only the first records; None: all.
+      on_bad_record: data.on_bad_record.
 
     Raises:
-      UserError: lists file and line of each bad record.
+      UserError: lists file and line of each bad record, unless these are skipped.
     """
     problems = []
-    conversations = []
-    for place, record in islice(_records(path, split), limit):
+    records = []
+    for place, raw in islice(_records(path, split), limit):
         try:
-            conversations.append(_conversation(record))
+            messages = _conversation(raw)
+            records.append(Record(place, messages, (True,) * len(messages)))
         except ValueError as error:
             problems.append(f"{place}: {error}")
-    if problems:
-        shown = problems[:MAX_SHOWN]
-        more = len(problems) - len(shown)
-        raise UserError("\n".join(shown + ([f"and {more} more"] if more else [])))
-    if not conversations:
-        raise UserError(f"{path}: expected records, got none")
-    return conversations
+    if problems and on_bad_record == "error":
+        raise UserError("\n".join(first_of(problems)))
+    if not records:
+        raise UserError("\n".join([f"{path}: expected records, got none", *first_of(problems)]))
+    return records, problems
+
+
+def first_of(problems: list[str]) -> list[str]:
+    """Returns the first problems, and a line that counts the others."""
+    more = len(problems) - MAX_SHOWN
+    return problems[:MAX_SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
 
 def check_path(path: str, field: str) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.chat import Document, tokenize
-from kd_jax.data.records import MAX_SHOWN, read_conversations
+from kd_jax.data.records import MAX_SHOWN, first_of, read_records
 
 Batch = dict[str, np.ndarray]
 
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
-STORE_VERSION = 1
+STORE_VERSION = 2
 
 
 def fit(
@@ -106,6 +106,8 @@ class Rows:
     """Conversations, truncated and dropped ones, rows and tokens."""
     key: str
     """Hash of the source, the tokenizer and the options."""
+    notes: tuple[str, ...] = ()
+    """Lines to print before the rows are used."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,15 +126,21 @@ def make_rows(
     if path is None:
         path, split, max_conversations = data.path, data.split, data.max_conversations
     source = _source_hash(path, split or "")
-    options = (data.seq_len, data.train_on, data.overlong, data.pack, data.date, max_conversations)
+    options = (
+        data.seq_len, data.train_on, data.overlong, data.pack, data.date, max_conversations,
+        data.on_bad_record,
+    )  # fmt: skip
     vocabulary = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
     recipe = [STORE_VERSION, vocabulary, template, source, options]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:20]
     folder = Path(data.cache_dir).expanduser() / key
     if (rows := _open_store(folder)) is not None:
         return rows
-    conversations = read_conversations(path, split or "", max_conversations)
-    documents = tokenize(tokenizer, conversations, template, data)
+    records, bad = read_records(path, split or "", max_conversations, data.on_bad_record)
+    documents, unplaced = tokenize(tokenizer, records, template, data)
+    if unplaced and data.on_bad_record == "error":
+        raise UserError("\n".join(first_of(unplaced)))
+    notes = _skipped(path, bad + unplaced)
     documents, counts = fit(documents, data, path)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     columns = fill_rows(documents, data, pad)
@@ -141,8 +149,15 @@ def make_rows(
         "tokens": int((columns["segment_ids"] > 0).sum()),
         "target_tokens": int(columns["loss_mask"].sum()),
     }
-    _write_store(folder, columns, counts)
-    return Rows(**columns, counts=counts, key=key)
+    _write_store(folder, columns, counts, notes)
+    return Rows(**columns, counts=counts, key=key, notes=notes)
+
+
+def _skipped(path: str, problems: list[str]) -> tuple[str, ...]:
+    if not problems:
+        return ()
+    head = f"warning: {path}: {len(problems):,} bad records are skipped (data.on-bad-record skip):"
+    return (head, *first_of(problems))
 
 
 def _source_hash(path: str, split: str) -> str:
@@ -161,21 +176,25 @@ def _source_hash(path: str, split: str) -> str:
 def _open_store(folder: Path) -> Rows | None:
     """Returns the stored rows, or None if the store is absent or damaged."""
     try:
-        counts = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text())
+        counts, notes = meta["counts"], tuple(meta["notes"])
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    shapes = {column.shape for column in columns.values()}
-    return Rows(**columns, counts=counts, key=folder.name) if len(shapes) == 1 else None
+    if len({column.shape for column in columns.values()}) != 1:
+        return None
+    return Rows(**columns, counts=counts, key=folder.name, notes=notes)
 
 
-def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
+def _write_store(
+    folder: Path, columns: Batch, counts: dict[str, int], notes: tuple[str, ...]
+) -> None:
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         beside.mkdir(parents=True)
         for name, column in columns.items():
             np.save(beside / f"{name}.npy", column)
-        (beside / "meta.json").write_text(json.dumps(counts))
+        (beside / "meta.json").write_text(json.dumps({"counts": counts, "notes": notes}))
         if _open_store(folder) is None:  # otherwise another process was first
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(beside, folder)
@@ -187,7 +206,7 @@ def _write_store(folder: Path, columns: Batch, counts: dict[str, int]) -> None:
 
 
 def describe_rows(rows: Rows) -> str:
-    """Returns a summary of the rows for the terminal."""
+    """Returns a summary of the rows for the terminal, and their notes."""
     counts = rows.counts
     filled = counts["tokens"] / rows.tokens.size
     left_out = "".join(
@@ -199,8 +218,9 @@ def describe_rows(rows: Rows) -> str:
         )
         if counts[name]
     )
-    return (
+    summary = (
         f"{counts['conversations']:,} conversations{left_out}: {len(rows):,} rows of "
         f"{rows.tokens.shape[1]:,} tokens, {filled:.0%} filled, "
         f"{counts['target_tokens']:,} tokens with a loss"
     )
+    return "\n".join([summary, *rows.notes])

@@ -16,6 +16,7 @@ from samples import (
     CHATS,
     chat,
     edited,
+    record,
     rows_of,
     same_rows,
     swap_merges,
@@ -64,7 +65,9 @@ CONVERSATIONS = [
 def check_mask(tokenizer: Any, conversations: list, template: str, end_of_turn: str) -> None:
     for train_on in ("assistant", "all"):
         config = DataConfig(path="", train_on=train_on)
-        documents = data_chat.tokenize(tokenizer, conversations, template, config)
+        some = [record(messages) for messages in conversations]
+        documents, problems = data_chat.tokenize(tokenizer, some, template, config)
+        assert not problems
         for messages, document in zip(conversations, documents, strict=True):
             ids = tokenizer.apply_chat_template(
                 messages, chat_template=template, date_string=config.date, return_dict=True
@@ -89,7 +92,8 @@ def test_loss_covers_exactly_answers_and_their_end_with_llama3(llama3):
 
 @pytest.mark.parametrize("name", ["gsm8k_alpaca.json", "roleplay_chat.jsonl"])
 def test_loss_covers_exactly_answers_and_their_end_on_real_data(name, llama3, real_data):
-    conversations = data_records.read_conversations(str(real_data / name), "", None)[::10]
+    records, _ = data_records.read_records(str(real_data / name), "", None)
+    conversations = [one.messages for one in records[::10]]
     check_mask(llama3, conversations, llama3.get_chat_template(), "<|eot_id|>")
 
 
@@ -116,14 +120,18 @@ THINKING = (
 
 def test_a_thought_written_before_the_last_answer_alone_is_part_of_it(tokenizer):
     messages = chat("Hi.", "Blue.", "And?", "Green.", "More?", "Blue.")
-    (document,) = data_chat.tokenize(tokenizer, [messages], THINKING, DataConfig(path=""))
+    ((document,), _) = data_chat.tokenize(
+        tokenizer, [record(messages)], THINKING, DataConfig(path="")
+    )
     shown = tokenizer.decode(document.tokens[document.target], clean_up_tokenization_spaces=False)
     assert shown == "Blue.<|eot|>Green.<|eot|><think>\n\n</think>\n\nBlue.<|eot|>"
 
 
 def test_system_message_is_kept_and_not_trained_on(tokenizer):
     messages = chat("Be brief.", "Name it.", "Blue.", roles="sua")
-    (document,) = data_chat.tokenize(tokenizer, [messages], tiny.TEMPLATE, DataConfig(path=""))
+    ((document,), _) = data_chat.tokenize(
+        tokenizer, [record(messages)], tiny.TEMPLATE, DataConfig(path="")
+    )
     assert "Be brief." in tokenizer.decode(document.tokens)
     assert "Be brief." not in tokenizer.decode(document.tokens[document.target])
 
@@ -147,7 +155,7 @@ NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}
 def test_template_that_hides_where_answers_lie_is_refused(template, roles, said, tokenizer):
     messages = chat(*["Q.", "A.", "Q2.", "A2."][: len(roles)], roles=roles)
     with pytest.raises(UserError) as caught:
-        data_chat.tokenize(tokenizer, [messages], template, DataConfig(path=""))
+        data_chat.tokenize(tokenizer, [record(messages)], template, DataConfig(path=""))
     assert str(caught.value).startswith("data.chat-template: ") and said in str(caught.value)
 
 
@@ -176,14 +184,14 @@ def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, mo
     assert template.startswith("\n") == texts[0].startswith("\n")
     there = dataclasses.replace(config, date="01 Jan 2030")
     assert not same_rows(rows[0], rows_of(there, tokenizer, template))
-    shown, _ = data_chat.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    shown, _ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
     assert shown == texts[0]
 
 
 @pytest.mark.parametrize("date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
 def test_template_shows_the_configured_date(date, tokenizer):
     template = date + tiny.TEMPLATE.replace("strftime_now('%d %b %Y')", "'05 May 2020'")
-    shown, _ = data_chat.render(tokenizer, chat("Q.", "A."), template, "01 Jan 2030")
+    shown, _ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
     assert shown.startswith("01 Jan 2030<|begin|>") and "Today: 01 Jan 2030<|eot|>" in shown
 
 
@@ -290,7 +298,7 @@ GOOD = json.dumps(ALPACA[0])
 def refused(path: Path, content: str, limit: int | None = None) -> list[str]:
     path.write_text(content)
     with pytest.raises(UserError) as caught:
-        data_records.read_conversations(str(path), "", limit)
+        data_records.read_records(str(path), "", limit)
     return str(caught.value).splitlines()
 
 
@@ -333,7 +341,19 @@ def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache)
     records = [ALPACA[0], {**ALPACA[1], "output": None}]
     path = str(write_parquet(tmp_path / "x.parquet", records))
     with pytest.raises(UserError, match=r"x\.parquet, record 2: turn 2: expected text, got None"):
-        data_records.read_conversations(path, "", None)
+        data_records.read_records(path, "", None)
+
+
+def test_bad_records_are_skipped_and_named_on_request(tokenizer, config, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join([GOOD, "{", GOOD, *["3"] * 30]))
+    config = dataclasses.replace(config, path=str(file), on_bad_record="skip")
+    for _ in range(2):  # made, and from the store
+        rows = rows_of(config, tokenizer)
+        assert rows.counts["conversations"] == 2
+        assert len(rows.notes) == data_records.MAX_SHOWN + 2 and "31 bad records" in rows.notes[0]
+        assert rows.notes[1].startswith(f"{file}:2: expected JSON, got '{{'")
+        assert rows.notes[-1] == "and 11 more"
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
@@ -346,7 +366,7 @@ def test_file_without_records_is_refused(content, tmp_path):
 def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
-    assert [len(data_records.read_conversations(str(file), "", limit)) for limit in (1, 2)] == [
+    assert [len(data_records.read_records(str(file), "", limit)[0]) for limit in (1, 2)] == [
         1,
         2,
     ]
@@ -358,13 +378,13 @@ def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     with pytest.raises(UserError, match=f"data: expected .*, got {name}, which"):
-        data_records.read_conversations(name, "train", None)
+        data_records.read_records(name, "train", None)
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "\xff"}')
     with pytest.raises(UserError, match=r"x\.jsonl: cannot be read"):
-        data_records.read_conversations(str(tmp_path / "x.jsonl"), "", None)
+        data_records.read_records(str(tmp_path / "x.jsonl"), "", None)
 
 
 # Fitting and packing.

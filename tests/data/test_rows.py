@@ -81,8 +81,8 @@ def test_describe_says_what_became_of_the_conversations(tokenizer, config):
 
 
 def tokenized(config: DataConfig, tokenizer: Any) -> list[Document]:
-    conversations = records.read_conversations(config.path, "", None)
-    return chat.tokenize(tokenizer, conversations, tiny.TEMPLATE, config)
+    some, _ = records.read_records(config.path, "", None)
+    return chat.tokenize(tokenizer, some, tiny.TEMPLATE, config)[0]
 
 
 def unpack(rows: dict[str, np.ndarray]) -> list[tuple[list[int], list[bool]]]:
@@ -185,6 +185,7 @@ OPTIONS = {
     "pack": False,
     "date": "27 Jul 2024",
     "max_conversations": 24,
+    "on_bad_record": "skip",
 }
 NOT_IN_ROWS = {"path", "split", "batch_size", "chat_template", "cache_dir"}
 
