@@ -23,8 +23,8 @@ FLOORS = [
     },
     {
         "models": [
-            "architecture", "weight_table", "known", "attention", "matmul", "embedding", "decoder",
-            "lora",
+            "config_keys", "architecture", "weight_table", "known", "attention", "matmul",
+            "embedding", "decoder", "lora",
         ],
     },
     {

@@ -246,7 +246,7 @@ def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, caps
     flags += ("--loss.temperature-end", "3", "--loss.schedule-steps", "5")
     flags += ("--loss.divergence", "jsd", "--loss.jsd-beta", "0.97")
     assert run_train(tmp_path / "whole", *flags) == 0
-    assert "warning: loss.jsd-beta 0.97 is near 1" in capsys.readouterr().out
+    assert "warning: loss.jsd-beta 0.97 is near 1" in capsys.readouterr().err
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "6")
     assert run_train(copy, *flags) == 0

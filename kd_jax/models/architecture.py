@@ -7,30 +7,36 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import UserError
+from kd_jax.models.config_keys import is_number, show, sort_keys
+from kd_jax.parallel.processes import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), with Llama 3's scaling where factor is set."""
+    """Rotary position embedding (arXiv 2104.09864)."""
 
     theta: float
-    factor: float | None = None
+    rope_type: str = "default"
+    """default; linear: all frequencies are divided by `factor`; llama3: the low ones are."""
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: float = 8192.0
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Returns radians per position, [H / 2] float32.
 
-        Scaling multiplies wavelengths above original / low_freq_factor by `factor`, keeps those
-        below original / high_freq_factor, and interpolates between.
+        Llama 3's scaling multiplies wavelengths above original / low_freq_factor by `factor`, keeps
+        those below original / high_freq_factor, and interpolates between.
         """
         # Rounded to float32 in the same places as the models' training code: at position 10,000
         # the last bit of a frequency is a thousandth of a radian.
         exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         frequency = np.float32(1) / power
-        if self.factor is not None:
+        if self.rope_type == "linear":
+            frequency = frequency / np.float32(self.factor)
+        if self.rope_type == "llama3":
             turns = self.original_max_position_embeddings * frequency / np.float32(2 * math.pi)
             blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             blend = np.clip(blend, 0.0, 1.0)
@@ -75,100 +81,96 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Keys of config.json that do not change what the decoder computes.
-_IGNORED = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "max_position_embeddings", "name_or_path", "_name_or_path", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache", "unsloth_fixed", "unsloth_version",
+# Sizes, and the greatest of each; a table of weights has entries for each layer.
+_SIZES = {
+    "vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1,
+    "num_hidden_layers": 10_000, "num_attention_heads": 2**31 - 1,
 }  # fmt: skip
-
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-
-# Keys that change the computation, with the values that the decoder implements.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": tuple(FAMILIES),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "attention_dropout": (0.0, None),
-    "mlp_bias": (False,),
-    "quantization_config": (None,),
-    "add_cross_attention": (False,),
-    "partial_rotary_factor": (None, 1.0),
-}
+_OPTIONAL_SIZES = {"num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 1}
 _WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# rope_type -> its parameters beside rope_theta.
+_ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}
+_UNUSED = {"rope_type", "type", "original_max_position_embeddings"}
+_LARGEST = float(np.finfo(np.float32).max)
+_ROPE = (
+    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+)  # fmt: skip
+# Keys that are read by every family; all others are sorted by config_keys.
+_READ = {*_SIZES, *_OPTIONAL_SIZES, *_WINDOW, *_ROPE}
+_READ |= {"model_type", "rms_norm_eps", "tie_word_embeddings"}
 
 
 def read_architecture(config: dict[str, Any], source: str) -> Architecture:
-    """Returns the architecture in a parsed config.json; `source` is its path in errors.
+    """Returns the architecture in a parsed config.json; `source` is its path in messages.
+
+    Keys that are left out have transformers' defaults. Unknown keys are named in a warning.
 
     Raises:
-      UserError: a key is missing, invalid, unknown, or set to what the decoder does not implement;
-        all such keys are listed.
+      UserError: a key is missing, invalid, or set to what the decoder does not implement; all such
+        keys are listed.
     """
     family = config.get("model_type")
-    config = _DEFAULTS.get(family, {}) | config if isinstance(family, str) else config
-    problems = _key_problems(config) + _window_problems(config)
-    rope = _read_rope(config, problems)
+    defaults = _DEFAULTS.get(family, {}) if isinstance(family, str) else {}
+    config = {"rms_norm_eps": 1e-6} | defaults | config
+    key_problems, warnings = sort_keys(config, _READ)
+    problems = _size_problems(config) + key_problems + _window_problems(config)
+    rope = _read_rope(config, problems, warnings)
     if problems:
         lines = "\n  ".join(problems)
         raise UserError(f"{source}: this model cannot be run as configured:\n  {lines}")
     assert rope is not None
+    for warning in warnings:
+        say(f"warning: {source}: {warning}")
     kv_heads, head_dim = _head_sizes(config)
     return Architecture(
         **{key: config[key] for key in _SIZES},
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=config["rms_norm_eps"],
+        rms_norm_eps=float(config["rms_norm_eps"]),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rope=rope,
         **FAMILIES[config["model_type"]],
     )
 
 
-def _key_problems(config: dict[str, Any]) -> list[str]:
-    """Returns an error for each key outside RoPE and sliding windows that cannot be used."""
+def _size_problems(config: dict[str, Any]) -> list[str]:
+    """Returns an error for the family, each size and each plain number that cannot be used."""
     problems = []
-    for key in (*_SIZES, *_OPTIONAL_SIZES):
+    for key, most in {**_SIZES, **_OPTIONAL_SIZES}.items():
         value = config.get(key)
         optional = key in _OPTIONAL_SIZES and value is None
-        if not optional and (type(value) is not int or value < 1):
-            got = repr(value) if key in config else "none"
-            problems.append(f"{key}: expected a whole number of at least 1, got {got}")
+        if not optional and (type(value) is not int or not 1 <= value <= most):
+            got = show(value) if key in config else "none"
+            problems.append(f"{key}: expected a whole number from 1 to {most:,}, got {got}")
     if not problems:
-        heads, (kv_heads, head_dim) = config["num_attention_heads"], _head_sizes(config)
-        if heads % kv_heads:
-            problems.append(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
-        if config.get("head_dim") is None and config["hidden_size"] % heads:
-            problems.append(
-                f"hidden_size: expected a multiple of num_attention_heads ({heads}), "
-                f"got {config['hidden_size']}"
-            )
-        if head_dim % 2:
-            problems.append(f"head_dim: expected an even number, got {head_dim}")
-    if not _is_positive(config.get("rms_norm_eps")):
+        problems += _head_problems(config)
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        problems.append(f"model_type: expected {'|'.join(FAMILIES)}, got {show(family)}")
+    if not _is_positive(config["rms_norm_eps"]):
+        got = show(config["rms_norm_eps"])
+        problems.append(f"rms_norm_eps: expected a finite number above 0, got {got}")
+    if not isinstance(config.get("tie_word_embeddings"), bool | None):
+        got = show(config["tie_word_embeddings"])
+        problems.append(f"tie_word_embeddings: expected true or false, got {got}")
+    return problems
+
+
+def _head_problems(config: dict[str, Any]) -> list[str]:
+    """Returns an error for numbers of heads that do not divide what they share."""
+    problems = []
+    heads, (kv_heads, head_dim) = config["num_attention_heads"], _head_sizes(config)
+    if heads % kv_heads:
+        problems.append(f"num_key_value_heads: expected a divisor of {heads}, got {kv_heads}")
+    if config.get("head_dim") is None and config["hidden_size"] % heads:
         problems.append(
-            f"rms_norm_eps: expected a number above 0, got {config.get('rms_norm_eps')!r}"
+            f"hidden_size: expected a multiple of num_attention_heads ({heads}), "
+            f"got {config['hidden_size']}"
         )
-    if config.get("tie_word_embeddings") not in (True, False, None):
-        got = config["tie_word_embeddings"]
-        problems.append(f"tie_word_embeddings: expected true or false, got {got!r}")
-    for key, values in _FIXED.items():
-        if (key in config or key == "model_type") and config.get(key) not in values:
-            wanted = "|".join(values) if key == "model_type" else repr(values[0])
-            problems.append(f"{key}: expected {wanted}, got {config.get(key)!r}")
-    read = {*_SIZES, *_OPTIONAL_SIZES, *_FIXED, *_IGNORED, *_WINDOW, "rms_norm_eps"}
-    read |= {"tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
-    return problems + [
-        f"{key}: unknown, got {value!r}"
-        for key, value in config.items()
-        if key not in read and not (value is None or value is False or value in ([], {}))
-    ]
+    if head_dim % 2 or not head_dim:
+        problems.append(f"head_dim: expected an even number, got {head_dim}")
+    return problems
 
 
 def _window_problems(config: dict[str, Any]) -> list[str]:
@@ -199,35 +201,45 @@ def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """Returns True for a number above 0 that is finite in float32."""
+    return is_number(value) and 0 < value <= _LARGEST
 
 
-def _read_rope(config: dict[str, Any], problems: list[str]) -> Rope | None:
+def _read_rope(config: dict[str, Any], problems: list[str], warnings: list[str]) -> Rope | None:
     """Reads rope_theta with rope_scaling, or transformers 5's rope_parameters."""
-    parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
-        problems.append("rope_scaling, rope_parameters: expected an object or null")
+    part = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(part, dict):
+        problems.append(f"rope_scaling, rope_parameters: expected an object, got {show(part)}")
         return None
-    fields = {"rope_theta": config.get("rope_theta", 10000.0)} | parts[0] | parts[1]
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
-    if kind not in ("default", "llama3"):
-        problems.append(f"rope_type: expected 'default' or 'llama3', got {kind!r}")
-    if fields.pop("partial_rotary_factor", None) not in (None, 1.0):
-        problems.append("partial_rotary_factor: expected 1.0")
-    wanted = ("rope_theta", *(_SCALING if kind == "llama3" else ()))
+    fields = {"rope_theta": config.get("rope_theta", 10000.0)} | part
+    kind = part.get("rope_type") or part.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        problems.append(f"rope_type: expected {'|'.join(_ROPE_FIELDS)}, got {show(kind)}")
+        return None
+    if kind == "llama3":
+        length = config.get("max_position_embeddings")
+        fields.setdefault("original_max_position_embeddings", length)
+    if kind == "llama3" and config.get("original_max_position_embeddings") is not None:
+        fields["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    wanted = ("rope_theta", *_ROPE_FIELDS[kind])
     for key in wanted:
         if not _is_positive(fields.get(key)):
-            got = repr(fields[key]) if key in fields else "none"
-            problems.append(f"rope parameter {key}: expected a number above 0, got {got}")
+            got = show(fields[key]) if key in fields else "none"
+            problems.append(f"rope parameter {key}: expected a finite number above 0, got {got}")
     if kind == "llama3" and fields.get("low_freq_factor") == fields.get("high_freq_factor"):
         problems.append("rope parameter high_freq_factor: expected another than low_freq_factor")
-    known = wanted if kind == "default" else ("rope_theta", *_SCALING)
-    unknown = sorted(fields.keys() - set(known))
-    problems += [f"rope parameter {key}: unknown, got {fields[key]!r}" for key in unknown]
+    rest = {f"rope parameter {x}": fields[x] for x in fields.keys() - {*wanted, *_UNUSED}}
+    rope_problems, rope_warnings = sort_keys(rest, ())
+    problems += rope_problems
+    warnings += rope_warnings
     if problems:
         return None
-    return Rope(
-        theta=float(fields["rope_theta"]),
-        **{key: fields[key] for key in _SCALING if kind == "llama3"},
-    )
+    if kind == "dynamic":
+        warnings.append(
+            "rope_type dynamic: computed without its scaling, as in transformers for texts of at "
+            f"most {config.get('max_position_embeddings')} tokens (max_position_embeddings)"
+        )
+    if kind in ("default", "dynamic") or (kind == "linear" and fields["factor"] == 1):
+        return Rope(theta=float(fields["rope_theta"]))
+    scaling = {key: float(fields[key]) for key in _ROPE_FIELDS[kind]}
+    return Rope(theta=float(fields["rope_theta"]), rope_type=kind, **scaling)

@@ -170,16 +170,15 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 
 
 def is_first() -> bool:
-    """Returns True on process 0, the only one that writes and prints."""
-    import jax
-
-    return jax.process_index() == 0
+    """Returns True on process 0, the only one that writes and prints; looks for no devices."""
+    return "jax" not in sys.modules or _state().process_id == 0
 
 
 def say(text: str) -> None:
-    """Prints a line, on process 0 only."""
+    """Prints a line, on process 0 only; a warning goes to stderr."""
     if is_first():
-        print(text, flush=True)
+        stream = sys.stderr if text.startswith("warning: ") else sys.stdout
+        print(text, file=stream, flush=True)
 
 
 def together(

@@ -1,18 +1,22 @@
 """config.json: every key is honoured, refused by name, or ignored for a listed reason."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import tiny
 from num_weights import NUM_WEIGHTS
 
 from kd_jax.config import UserError
-from kd_jax.models import architecture as architecture_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.models.weight_table import weights
 
 CONFIG = tiny.make_config()
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
 
 
 def architecture(family="llama", **changes):
@@ -33,8 +37,8 @@ OTHER_VALUES = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 123.0},
     "tie_word_embeddings": False,
     "attention_bias": True,
-    "attention_dropout": 0.1,
     "mlp_bias": True,
+    "is_encoder_decoder": True,
     "layer_types": ["sliding_attention"] * 3,
 }
 # Keys of a sliding window, which have tests of their own below.
@@ -42,19 +46,32 @@ WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_that_transformers_writes_is_honoured_refused_or_listed_as_ignored(family):
+def test_every_key_that_transformers_writes_is_honoured_refused_or_ignored(family, capsys):
     from transformers import AutoConfig
 
     plain = architecture(family)
-    for key in AutoConfig.for_model(family).to_dict().keys() - WINDOW:
+    for key in AutoConfig.for_model(family).to_dict().keys() - WINDOW - {"attention_dropout"}:
         if key in OTHER_VALUES:
             try:
                 assert architecture(family, **{key: OTHER_VALUES[key]}) != plain, key
             except UserError as error:
                 assert f"{key}: expected" in str(error)
         else:
-            assert key in architecture_module._IGNORED, key
             assert architecture(family, **{key: "anything"}) == plain, key
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_defaults_are_read_without_a_warning(family, capsys):
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family, sliding_window=None).to_dict()
+    arch = read_architecture(theirs, "theirs")
+    assert (arch.rms_norm_eps, arch.rope.theta) == (theirs["rms_norm_eps"], 10000.0)
+    sizes = {key: theirs[key] for key in tiny.SHAPE if key in SIZES}
+    written = sizes | {"model_type": family, "sliding_window": None}
+    assert read_architecture(written, "sizes alone") == arch
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("hub_id", KNOWN_MODELS)
@@ -127,14 +144,14 @@ def test_everything_that_the_decoder_does_not_do_is_refused_at_once():
     assert len(lines) == len(REFUSED) + 1
 
 
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "mrope", ["linear"], 8])
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
 def test_other_rotary_scalings_are_refused_by_name(kind, spelling):
-    with pytest.raises(UserError, match=f"rope_type: expected .* got '{kind}'"):
+    with pytest.raises(UserError, match="rope_type: expected .* got " + re.escape(repr(kind))):
         architecture(rope_parameters=None, rope_scaling={spelling: kind})
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "rms_norm_eps", "model_type"])
+@pytest.mark.parametrize("key", [*SIZES, "model_type"])
 def test_a_missing_key_is_named(key):
     config = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(UserError, match=f"{key}: "):
@@ -150,11 +167,23 @@ def test_a_missing_key_is_named(key):
         ("num_hidden_layers", -1),
         ("num_key_value_heads", 2.0),
         ("head_dim", 15),
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", 4096.0),
+        ("vocab_size", True),
+        ("intermediate_size", 2**40),
+        ("tie_word_embeddings", 1),
         ("rms_norm_eps", None),
+        ("rms_norm_eps", math.inf),
+        ("rms_norm_eps", math.nan),
+        ("rms_norm_eps", 10**400),
+        ("rms_norm_eps", True),
+        ("model_type", ["llama"]),
         ("rms_norm_eps", "1e-5"),
         ("tie_word_embeddings", "yes"),
         ("hidden_size", 66),
-        ("attention_dropout", 0.1),
+        ("attention_dropout", "0.1"),
+        ("attention_dropout", math.nan),
+        ("hidden_dropout", 2.0),
     ],
 )
 def test_a_value_of_no_use_is_named(key, value):
@@ -167,6 +196,15 @@ def test_a_value_of_no_use_is_named(key, value):
     [
         {"rope_type": "default", "rope_theta": None},
         {"rope_type": "default", "rope_theta": "big"},
+        {"rope_type": "default", "rope_theta": math.inf},
+        {"rope_type": "default", "rope_theta": math.nan},
+        {"rope_type": "default", "rope_theta": 10**400},
+        {"rope_type": "default", "rope_theta": True},
+        {"rope_type": "linear", "rope_theta": 1e4},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 0},
+        {**tiny.LLAMA3, "factor": math.inf},
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         {"rope_type": "llama3", "rope_theta": 1e4, "factor": None},
         {**tiny.LLAMA3, "low_freq_factor": 0},
         {**tiny.LLAMA3, "low_freq_factor": 4.0},
@@ -216,7 +254,7 @@ def test_a_sliding_window_that_no_layer_has_changes_nothing(family, change):
         ("llama", {"layer_types": SLIDING}, "layer_types"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
-        ("qwen2", {"attention_dropout": 0.1}, "attention_dropout"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
     ],
     ids=str,
 )
@@ -235,3 +273,96 @@ def test_an_older_mistral_without_the_key_has_a_window():
 def test_another_model_type_is_told_which_there_are():
     with pytest.raises(UserError, match=r"model_type: expected llama\|mistral\|qwen2\|qwen3, got"):
         architecture(model_type="gemma3_text")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "swish"},
+        {"hidden_activation": "silu", "activation_function": None},
+        {"partial_rotary_factor": 1},
+        {"pretraining_tp": 2, "pruned_heads": {}, "is_causal": True, "num_experts": 0},
+        {"logits_scaling": 1.0, "attn_logit_softcapping": None, "rope_interleaved": False},
+        {"unk_token_id": 0, "_anything": [1], "_attn_implementation_autoset": True},
+        {"unsloth_anything": 1, "transformers.js_config": {"dtype": "q4"}, "tokenizer_class": "x"},
+        {"rope_parameters": {**tiny.LLAMA3, "type": "linear"}},
+        {"attention_dropout": 0.0, "resid_pdrop": None},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_is_ignored_without_a_word(change, capsys):
+    assert architecture(**change) == architecture()
+    assert capsys.readouterr().err == ""
+
+
+def test_generation_defaults_of_old_configs_are_ignored_without_a_word(capsys):
+    from transformers import GenerationConfig
+
+    old = {"max_length": 4096, "do_sample": True, "temperature": 0.7, "bad_words_ids": [[1]]}
+    old |= {"use_bfloat16": True, "torchscript": True, "finetuning_task": "x", "num_beams": 4}
+    new = {key: 1 for key in GenerationConfig().to_dict()}
+    for key, value in {**old, **new}.items():
+        assert architecture(**{key: value}) == architecture()
+        assert capsys.readouterr().err == "", key
+
+
+def test_an_unknown_key_is_one_warning_that_names_it(capsys):
+    assert architecture(foo=3, my_note="x" * 200, bar=None, attention_dropout=0.1) == architecture()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: config.json: unknown keys: foo 3, my_note 'xxx")
+    assert lines[0].endswith("Assumed not to change what the model computes")
+    assert len(lines[0]) < 250
+    assert lines[1].endswith(
+        "attention_dropout 0.1: dropout is not applied, not in training either"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"final_logit_softcapping": 30.0},
+        {"use_qk_norm": True},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"quantization": {"bits": 4}},
+        {"embedding_multiplier": 12.0},
+        {"logit_scale": 0.0625},
+        {"clip_qkv": 8.0},
+        {"num_local_experts": 8},
+        {"is_causal": False},
+        {"rope_interleaved": True},
+        {"partial_rotary_factor": math.nan},
+        {"hidden_activation": "gelu"},
+        {"hidden_act": None},
+        {"rotary_pct": True},
+        {"add_cross_attention": True},
+    ],
+    ids=str,
+)
+def test_a_key_known_to_change_the_computation_is_refused_by_name(change):
+    with pytest.raises(UserError, match=f"\n  {next(iter(change))}: expected"):
+        architecture(**change)
+
+
+@pytest.mark.parametrize(
+    "rope, most",
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"type": "linear", "factor": 1.0}, 2048),
+        ({"type": "dynamic", "factor": 2.0}, 256),
+        ({**tiny.LLAMA3, "factor": 8.0}, 2048),
+        ({k: v for k, v in tiny.LLAMA3.items() if k != "original_max_position_embeddings"}, 2048),
+    ],
+    ids=str,
+)
+def test_frequencies_are_transformers(rope, most, capsys):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = {key: value for key, value in CONFIG.items() if key != "rope_parameters"}
+    config |= {"rope_scaling": dict(rope), "rope_theta": 1e4, "max_position_embeddings": most}
+    ours = read_architecture(config, "config.json")
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.numpy()
+    np.testing.assert_array_max_ulp(ours.rope.inverse_frequencies(ours.head_dim), theirs, 2)
+    dynamic = "texts of at most 256 tokens" in capsys.readouterr().err
+    assert dynamic == (rope.get("type") == "dynamic")
