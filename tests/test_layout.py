@@ -33,7 +33,8 @@ FLOORS = [
             "schedules",
         ],
         "weights": [
-            "files", "hashes", "safetensors", "folder", "orbax", "adapters", "load", "export",
+            "files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters", "load",
+            "export",
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
     },

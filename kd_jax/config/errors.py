@@ -22,3 +22,9 @@ def did_you_mean(name: str, known: Iterable[str], flag: str = "") -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def first_lines(lines: Sequence[str], most: int = 20) -> list[str]:
+    """Returns the first lines, and one that counts the others."""
+    more = len(lines) - most
+    return [*lines[:most], f"and {more:,} more"] if more > 0 else list(lines)

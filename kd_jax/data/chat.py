@@ -16,13 +16,25 @@ FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the fast tokenizer of a Hugging Face folder."""
+    """Returns the fast tokenizer of a Hugging Face folder; code of the folder is never run."""
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        limit = tokenizer.model_max_length
+        if not isinstance(limit, int | float) or isinstance(limit, bool):
+            raise ValueError(f"model_max_length: expected a number, got {limit!r:.80}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust code is no Exception
         reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it asks to run Python code of the folder, which is never done. Without auto_map "
+                "in tokenizer_config.json, tokenizer.json is read"
+            )
         raise UserError(
             f"{folder}: expected tokenizer files, which do not load ({reason})"
         ) from None

@@ -1,7 +1,7 @@
 """Keys of config.json beside the decoder's constants: refused, ignored or warned about."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def _words(text: str) -> frozenset[str]:
@@ -143,7 +143,7 @@ def sort_keys(config: Mapping[str, Any], read: Collection[str]) -> tuple[list[st
     return problems, warnings
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,20 +1,26 @@
 """PEFT's LoRA adapters: tensor names, adapter_config.json and factors."""
 
 import math
-import re
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from kd_jax.config import LoraConfig, UserError
+from kd_jax.config.errors import first_lines
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
+from kd_jax.models.config_keys import is_number, show
 from kd_jax.models.weight_table import FACTORS, adapter_weights, hf_names, shape_problems
-from kd_jax.weights.files import read_json
+from kd_jax.weights.files import is_there, read_json
+from kd_jax.weights.kinds import describe_folder
 from kd_jax.weights.safetensors import open_folder
+
+MATCH_SECONDS = 2.0  # for all names; an expression can take for ever
 
 
 def peft_name(name: str) -> str:
@@ -31,7 +37,6 @@ _IGNORED = {
 
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern",
 }  # fmt: skip
 
 # Keys that change the computation, with the values that mean plain LoRA. The initialisations left
@@ -41,6 +46,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
+    "layers_pattern": (None, "layers", ["layers"], [], ""),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "fan_in_fan_out": (False, None),
@@ -51,20 +57,22 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 def peft_problems(config: Mapping[str, Any]) -> list[str]:
     """Returns an error for each key of adapter_config.json that asks for more than plain LoRA."""
     problems = [
-        f"{key}: expected {values[0]!r}, got {config.get(key)!r}"
+        f"{key}: expected {values[0]!r}, got {show(config.get(key))}"
         for key, values in _FIXED.items()
         if config.get(key) not in values
     ]
     problems += [
-        f"{key}: unknown, got {value!r}"
+        f"{key}: unknown, got {show(value)}"
         for key, value in config.items()
         if key not in _FIXED.keys() | _IGNORED | _READ and value not in (None, False, [], {})
     ]
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        problems.append(f"r: expected a whole number of at least 1, got {rank!r}")
-    if not isinstance(alpha, int | float) or alpha <= 0:
-        problems.append(f"lora_alpha: expected a number above 0, got {alpha!r}")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        problems.append(f"r: expected a whole number of at least 1, got {show(rank)}")
+    if not is_number(alpha) or not 0 < alpha < math.inf:
+        problems.append(f"lora_alpha: expected a finite number above 0, got {show(alpha)}")
+    if config.get("use_rslora") not in (None, False, True):
+        problems.append(f"use_rslora: expected true or false, got {show(config['use_rslora'])}")
     return problems
 
 
@@ -74,23 +82,45 @@ def peft_targets(
     """Returns the `model.layers.N...` modules that PEFT adapts; adds errors to `problems`."""
     wanted, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
     layers = config.get("layers_to_transform")
-    chosen = {layers} if isinstance(layers, int) else set(layers or [])
+    chosen = {layers} if type(layers) is int else layers or []
+    for key, value, kind in (
+        ("target_modules", wanted, str),
+        ("exclude_modules", excluded, str),
+        ("layers_to_transform", chosen, int),
+    ):
+        if isinstance(value, str) and kind is str:
+            continue
+        if not isinstance(value, list | set) or not all(type(x) is kind for x in value):
+            expected = "names or a regular expression" if kind is str else "whole numbers"
+            problems.append(f"{key}: expected {expected}, got {config[key]!r:.80}")
+            return set()
+    end = time.monotonic() + MATCH_SECONDS
     try:
         for part in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
-            if not any(_is_named(module, part) for module in modules):
+            if not any(_is_named(module, part, end) for module in modules):
                 known = ", ".join(LINEAR_NAMES)
-                problems.append(f"target_modules: expected some of {known}, got {part}")
-        found = {m for m in modules if _is_named(m, wanted) and not _is_named(m, excluded)}
-    except re.error as error:
-        problems.append(f"target_modules, exclude_modules: not a regular expression ({error})")
+                problems.append(f"target_modules: expected some of {known}, got {part!s:.80}")
+        found = {m for m in modules if _is_named(m, wanted, end)}
+        found = {m for m in found if not _is_named(m, excluded, end)}
+    except (regex.error, TimeoutError, RecursionError, MemoryError) as error:
+        what = f"target_modules, exclude_modules: {wanted!s:.80}, {excluded!s:.80}"
+        reason = f"not matched in {MATCH_SECONDS} s" if isinstance(error, TimeoutError) else error
+        problems.append(f"{what}: not a usable regular expression ({reason})")
         return set()
     return {m for m in found if not chosen or int(m.split(".")[2]) in chosen}
 
 
-def _is_named(module: str, names: str | list[str]) -> bool:
-    """Returns True if a module matches PEFT's regular expression or list of name endings."""
+def _is_named(module: str, names: str | list[str], end: float) -> bool:
+    """Returns True if a module matches PEFT's regular expression or list of name endings.
+
+    Raises:
+      TimeoutError: matching took until `end`, a time.monotonic().
+    """
     if isinstance(names, str):
-        return names == "all-linear" or re.fullmatch(names, module) is not None
+        if names == "all-linear":
+            return True
+        left = max(end - time.monotonic(), 0.01)
+        return regex.fullmatch(names, module, timeout=left) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
@@ -122,10 +152,12 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
       UserError: it is not plain LoRA on projections of this architecture; all reasons are listed.
     """
     path = folder / "adapter_config.json"
+    if not is_there(path):
+        raise UserError(f"{path}: expected a PEFT adapter, {describe_folder(folder)}")
     config = read_json(path)
     tensors = open_folder(folder, single="adapter_model.safetensors")
     problems = peft_problems(config)
-    rank = config["r"] if type(config.get("r")) is int else 0
+    rank = config["r"] if type(config.get("r")) is int and 0 < config["r"] < 2**31 else 0
     every = LoraConfig(rank=rank, target_modules=LINEAR_NAMES)
     shapes = {
         name: weight.layer_shape
@@ -140,7 +172,8 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
     if not modules:
         problems.append("target_modules, layers_to_transform: no projection is left to adapt")
     if problems:
-        raise UserError(f"{path}: this adapter cannot be loaded:\n  " + "\n  ".join(problems))
+        shown = "\n  ".join(first_lines(problems))
+        raise UserError(f"{path}: this adapter cannot be loaded:\n  {shown}")
     factors = {name: tensors[peft_name(name)].read().astype(np.float32) for name in names}
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
     targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(f".{n}") for m in modules))

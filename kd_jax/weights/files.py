@@ -1,9 +1,10 @@
-"""Small files: JSON with one clear error, atomic writes, locks."""
+"""Files: regular ones alone, JSON with one clear error, atomic writes, locks."""
 
 import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,13 +12,55 @@ from typing import Any
 
 from kd_jax.config import UserError
 
+_LFS = b"version https://git-lfs"
+_SPECIAL = {
+    stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
+}  # fmt: skip
+
+
+def check_file(path: Path, kind: str = "a file") -> None:
+    """Raises UserError unless a path leads to a regular file that holds its own content.
+
+    Special files are not opened: reading a pipe waits for ever.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            got = _SPECIAL.get(stat.S_IFMT(mode), "a special file")
+            raise UserError(f"{path}: expected {kind}, got {got}")
+        with open(path, "rb") as stream:
+            head = stream.read(len(_LFS))
+    except FileNotFoundError:
+        if path.is_symlink():
+            target = os.readlink(path)
+            raise UserError(
+                f"{path}: expected {kind}, got a link to {target}, which is not there. Download "
+                "the folder again"
+            ) from None
+        raise UserError(f"{path}: expected {kind}, which is not there") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected {kind}, got {error}") from None
+    if head == _LFS:
+        raise UserError(
+            f"{path}: expected {kind}, got a Git LFS pointer, which stands for a file that was "
+            "not downloaded. Run `git lfs pull` in its folder, or download the model again"
+        )
+
+
+def is_there(path: Path) -> bool:
+    """Returns True if a path names anything but a folder, False too where it cannot be a path."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; raises UserError for anything else."""
+    check_file(path, "a JSON file")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, which is not there") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(tree, dict):

@@ -9,8 +9,9 @@ import xxhash
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.models.architecture import Architecture, read_architecture
-from kd_jax.weights.files import read_json
+from kd_jax.weights.files import check_file, is_there, read_json
 from kd_jax.weights.hashes import hash_files
+from kd_jax.weights.kinds import describe_file, describe_folder
 from kd_jax.weights.safetensors import INDEX
 
 ORBAX = "orbax"
@@ -25,28 +26,42 @@ def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
       files: patterns of the files to download.
     """
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is a file")
+    if os.path.isdir(folder):  # False for a name that is too long, which Path.is_dir raises for
+        return check_files(folder, files)
+    if is_there(folder):
+        got = describe_file(folder)
+        raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is {got}")
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"{field}: expected a folder or a hub id, got {path}, which is not there")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(files)))
+        folder = Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:
         raise UserError(
             f"{field}: {path} is no local folder, and fetching it from the hub failed "
             f"({type(error).__name__}: {first_line(error)}). "
             "Check the name, the network and your token (HF_TOKEN), or give a folder"
         ) from error
+    return check_files(folder, files)
+
+
+def check_files(folder: Path, patterns: Sequence[str]) -> Path:
+    """Returns the folder; raises UserError if a file is a pipe, a Git LFS pointer or the like."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if is_there(path):
+                check_file(path)
+    return folder
 
 
 def load_architecture(folder: Path) -> Architecture:
     """Returns the architecture that config.json describes."""
     path = folder / "config.json"
-    return read_architecture(read_json(path), str(path))
+    config = read_json(path) if is_there(path) else {}
+    if not {"model_type", "hidden_size"} & config.keys():
+        raise UserError(f"{path}: expected a model's config.json, {describe_folder(folder)}")
+    return read_architecture(config, str(path))
 
 
 def fingerprint(folder: Path) -> str:
@@ -57,7 +72,7 @@ def fingerprint(folder: Path) -> str:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if isinstance(weight_map, dict):
             files |= {folder / str(name) for name in weight_map.values()}
-    found = sorted(path for path in files if path.is_file())
+    found = sorted(path for path in files if is_there(path))
     digest = xxhash.xxh3_128()
     for path, value in zip(found, hash_files(found), strict=True):
         digest.update(f"{path.relative_to(folder)} {value}\n".encode())

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.config import UserError
-from kd_jax.config.errors import first_line
+from kd_jax.config.errors import first_line, first_lines
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
 from kd_jax.models.weight_table import HEAD, hf_names, shape_problems, weights
+from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
 from kd_jax.weights.orbax import OrbaxArrays
@@ -24,6 +25,8 @@ from kd_jax.weights.safetensors import Tensor, open_folder
 
 BLOCK_BYTES = 16 * 2**20  # read at a time by one thread
 EMBEDDING = "model.embed_tokens.weight"
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ANCHOR = "layers.0.self_attn.o_proj.weight"  # in every family
 
 
 def check_shapes(
@@ -33,18 +36,24 @@ def check_shapes(
     problems: Sequence[str] = (),
 ) -> None:
     """Raises UserError with every array that does not fit the table, and with `problems`."""
-    lines = [*shape_problems(found, expected), *problems]
+    lines = [*problems, *shape_problems(found, expected)]
     if lines:
-        raise UserError(f"{place}: the tensors do not fit config.json:\n  " + "\n  ".join(lines))
+        shown = "\n  ".join(first_lines(lines))
+        raise UserError(f"{place}: the tensors do not fit config.json:\n  {shown}")
 
 
-def open_tensors(folder: Path, arch: Architecture) -> dict[str, Tensor]:
+def open_tensors(folder: Path, arch: Architecture, *, tell: bool = False) -> dict[str, Tensor]:
     """Returns the architecture's tensors in a Hugging Face folder, which must hold no others.
+
+    Args:
+      tell: warn of names that are read as others.
 
     Raises:
       UserError: tensors are missing, unexpected or misshapen; all are listed.
     """
-    tensors = open_folder(folder)
+    tensors = _unwrapped(open_folder(folder), folder, tell)
+    if arch.tie_word_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        tensors[EMBEDDING] = tensors[HEAD]  # as transformers reads a model that stores only this
     table = {
         name: weight.layer_shape
         for path, weight in weights(arch).items()
@@ -58,6 +67,33 @@ def open_tensors(folder: Path, arch: Architecture) -> dict[str, Tensor]:
     }
     check_shapes(shapes, table, folder, _head_problems(tensors, arch))
     return {name: tensors[name] for name in table}
+
+
+def _unwrapped(tensors: dict[str, Tensor], folder: Path, tell: bool) -> dict[str, Tensor]:
+    """Returns the tensors by Hugging Face name, without what wrappers add to the names.
+
+    torch.compile and distributed wrappers add parts such as `_orig_mod`. PEFT, models of several
+    modalities and bare decoders have another prefix before `layers`.
+    """
+    names = {name: ".".join(x for x in name.split(".") if x not in _WRAPPERS) for name in tensors}
+    prefixes = {name.removesuffix(_ANCHOR) for name in names.values() if name.endswith(_ANCHOR)}
+    if len(prefixes) == 1:
+        (prefix,) = prefixes
+        outer = prefix.removesuffix("model.")
+        for name, plain in names.items():
+            if plain == f"{outer}{HEAD}":
+                names[name] = HEAD
+            elif plain.startswith(prefix):
+                names[name] = f"model.{plain.removeprefix(prefix)}"
+    changed = [name for name, plain in names.items() if name != plain]
+    if not changed or len(set(names.values())) < len(names):
+        return tensors
+    if tell:
+        say(
+            f"warning: {folder}: {len(changed)} tensors have names such as {changed[0]}, which is "
+            f"read as {names[changed[0]]}"
+        )
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[str]:
@@ -103,7 +139,10 @@ def open_orbax(folder: Path, arch: Architecture) -> OrbaxArrays:
 
 def check_source(folder: Path, arch: Architecture) -> None:
     """Raises UserError unless the folder holds exactly this architecture's tensors."""
-    (open_orbax if (folder / ORBAX).is_dir() else open_tensors)(folder, arch)
+    if (folder / ORBAX).is_dir():
+        open_orbax(folder, arch)
+    else:
+        open_tensors(folder, arch, tell=True)
 
 
 def stored_dtypes(folder: Path, arch: Architecture) -> dict[str, np.dtype]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from kd_jax.config import UserError
-from kd_jax.weights.files import read_json
+from kd_jax.weights.files import check_file, is_there, read_json
+from kd_jax.weights.kinds import describe_folder
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -18,7 +20,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 INDEX = "model.safetensors.index.json"
-HEADER_BYTES = 100_000_000  # the format's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,48 +57,43 @@ class Tensor:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
-# Raised while a malformed header is parsed.
-_MALFORMED = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError,
-)  # fmt: skip
-
-
 def read_header(file: Path) -> dict[str, Tensor]:
-    """Returns a file's tensors by name, once its header and length are checked."""
+    """Returns a file's tensors by name, once the safetensors library has accepted the file."""
+    check_file(file, "a safetensors file")
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
+        with safe_open(file, framework="numpy"), open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size - 8, HEADER_BYTES):
-                raise ValueError(f"its header is said to have {length} bytes")
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        end = 0
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {known}")
-            begin, stop = entry["data_offsets"]
-            tensor = Tensor(file, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            if begin < 0 or stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
-                raise ValueError(f"{name} does not fill its bytes")
-            tensors[name] = tensor
-            end = max(end, stop)
-        if size < 8 + length + end:
-            raise ValueError(f"truncated: expected {8 + length + end} bytes, got {size}")
-    except FileNotFoundError:
-        raise UserError(f"{file}: expected a safetensors file, which is not there") from None
-    except _MALFORMED as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: expected a whole safetensors file ({error})") from None
-    return tensors
+    header.pop("__metadata__", None)
+    others = [
+        f"{name} ({entry['dtype']})"
+        for name, entry in header.items()
+        if entry["dtype"] not in DTYPES
+    ]
+    if others:
+        shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        raise UserError(
+            f"{file}: expected dtypes {', '.join(DTYPES)}, got {shown}. Quantized weights are not "
+            "read: give the model in one of these dtypes"
+        )
+    return {
+        name: Tensor(
+            file,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            DTYPES[entry["dtype"]],
+        )
+        for name, entry in header.items()
+    }
 
 
 def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Tensor]:
     """Returns a Hugging Face folder's tensors by name, from one file or from shards."""
-    if (folder / single).is_file():  # before an index, as in transformers
+    if is_there(folder / single):  # before an index, as in transformers
         return read_header(folder / single)
-    if (folder / INDEX).is_file():
+    if is_there(folder / INDEX):
         return _open_shards(folder)
     pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickles:
@@ -106,8 +102,7 @@ def open_folder(folder: Path, single: str = "model.safetensors") -> dict[str, Te
             "which can run any code and are never loaded. Save them with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    others = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "neither"
-    raise UserError(f"{folder}: expected {single} or {INDEX}, got {others}")
+    raise UserError(f"{folder}: expected {single} or {INDEX}, {describe_folder(folder)}")
 
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
@@ -117,9 +112,12 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f"{path}: expected weight_map to give each tensor's file")
     files = sorted(set(weight_map.values()))
-    absent = [name for name in files if not (folder / name).is_file()]
+    outside = [name for name in files if name.startswith("/") or ".." in name.split("/")]
+    if outside:
+        raise UserError(f"{path}: expected files of this folder, got {', '.join(outside)}")
+    absent = [name for name in files if not is_there(folder / name)]
     if absent:
-        raise UserError(f"{path}: names files that are not there: {', '.join(absent)}")
+        raise UserError(f"{path}: names files that are not there: {', '.join(absent):.500}")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = read_header(folder / file).items()

@@ -357,7 +357,17 @@ UNFIT = {
     "lora_bias": ({"lora_bias": True}, "lora_bias: unknown, got True"),
     "activated": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: unknown"),
     "no rank": ({"r": None}, "r: expected a whole number of at least 1, got None"),
-    "no alpha": ({"lora_alpha": "x"}, "lora_alpha: expected a number above 0, got 'x'"),
+    "no alpha": ({"lora_alpha": "x"}, "lora_alpha: expected a finite number above 0, got 'x'"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
+    "huge rank": ({"r": 10**30}, "r: expected a whole number"),
+    "layers_pattern": ({"layers_pattern": "h"}, "layers_pattern: expected None, got 'h'"),
+    "number": ({"target_modules": 8}, "target_modules: expected names or a regular expression"),
+    "numbers": ({"exclude_modules": [8]}, "exclude_modules: expected names or a regular"),
+    "no layers": ({"layers_to_transform": ["a"]}, "layers_to_transform: expected whole numbers"),
+    "endless expression": (
+        {"target_modules": r"(\w|\.|_|[a-z])*[XYZ]"},
+        "not a usable regular expression (not matched in",
+    ),
     "rank": ({"r": 2}, f"misshapen: {FIRST_A}: expected [2, 64], got [4, 64]"),
     "shape": (
         {"add": {FIRST_B: np.ones((32, 4), np.float32)}},
@@ -379,7 +389,7 @@ UNFIT = {
         f"target_modules: expected some of {', '.join(LINEAR_NAMES)}, got ['lm_head']",
     ),
     "no match": ({"target_modules": "query"}, "got query"),
-    "bad expression": ({"target_modules": "(q"}, "not a regular expression"),
+    "bad expression": ({"target_modules": "(q"}, "not a usable regular expression"),
     "no targets": ({"target_modules": None}, "no projection is left to adapt"),
 }  # fmt: skip
 
@@ -441,5 +451,7 @@ def test_a_folder_without_an_adapter_is_refused(adapter):
     with pytest.raises(UserError, match="pickled weights"):
         adapters.load_adapter(adapter, ARCH)
     (adapter / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"adapter_config.json: expected a JSON file"):
+    with pytest.raises(
+        UserError, match=r"adapter_config.json: expected a PEFT adapter, got adapter_model.bin"
+    ):
         adapters.load_adapter(adapter, ARCH)

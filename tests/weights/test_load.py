@@ -319,6 +319,7 @@ def set_dtype(dtype):
 def float8(folder):
     entry = {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}
     write_raw({UP_PROJ: entry})(folder)
+    append(b"xx")(folder)
 
 
 def lose_shard(folder):
@@ -344,9 +345,60 @@ def only(*names):
     return spoil
 
 
+def append(data):
+    def spoil(folder):
+        with open(folder / WEIGHTS, "ab") as stream:
+            stream.write(data)
+
+    return spoil
+
+
+def edit_header(change):
+    def spoil(folder):
+        raw = (folder / WEIGHTS).read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    return spoil
+
+
+def overlap(header):
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qo"]
+    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+
+
+def floats(header):
+    header[UP_PROJ]["shape"] = [float(n) for n in header[UP_PROJ]["shape"]]
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def pipe(*names):
+    def spoil(folder):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / names[-1])
+
+    return spoil
+
+
+def link_to_nothing(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("../../blobs/0123")
+
+
 WEIGHTS = "model.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2471645608\n"
 BROKEN = {
-    "truncated": (truncate(-10), WEIGHTS, "truncated: expected"),
+    "truncated": (truncate(-10), WEIGHTS, "whole safetensors file"),
+    "trailing bytes": (append(bytes(4096)), WEIGHTS, "whole safetensors file"),
+    "overlap": (edit_header(overlap), WEIGHTS, "whole safetensors file"),
+    "shape of floats": (edit_header(floats), WEIGHTS, "whole safetensors file"),
     "cut header": (truncate(100), WEIGHTS, "header"),
     "no header": (truncate(4), WEIGHTS, "whole safetensors file"),
     "empty": (truncate(0), WEIGHTS, "whole safetensors file"),
@@ -357,10 +409,10 @@ BROKEN = {
     "negative offsets": (
         write_raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]}}),
         WEIGHTS,
-        "does not fill its bytes",
+        "whole safetensors file",
     ),
-    "float8": (float8, WEIGHTS, f"{UP_PROJ} has dtype F8_E4M3, expected one of F32, F16, BF16"),
-    "int8": (set_dtype(np.int8), WEIGHTS, f"{UP_PROJ} has dtype I8, expected one of F32"),
+    "float8": (float8, WEIGHTS, f"expected dtypes F32, F16, BF16, got {UP_PROJ} (F8_E4M3)"),
+    "int8": (set_dtype(np.int8), WEIGHTS, f"expected dtypes F32, F16, BF16, got {UP_PROJ} (I8)"),
     "absent shard": (lose_shard, safetensors.INDEX, "files that are not there: b.safetensors"),
     "tensor in no file": (
         edit_index(lambda index: index["weight_map"].update(extra="a.safetensors")),
@@ -377,17 +429,45 @@ BROKEN = {
         safetensors.INDEX,
         "expected weight_map to give each tensor's file",
     ),
+    "index to outside": (
+        edit_index(lambda index: index["weight_map"].update(extra="../../etc/passwd")),
+        safetensors.INDEX,
+        "expected files of this folder, got ../../etc/passwd",
+    ),
+    "index with a long name": (
+        edit_index(lambda index: index["weight_map"].update(extra="x" * 300)),
+        safetensors.INDEX,
+        "names files that are not there: xxx",
+    ),
+    "pointer": (write(WEIGHTS, POINTER), WEIGHTS, "got a Git LFS pointer"),
+    "pointer of a shard": (
+        lambda folder: (shard(folder), (folder / "b.safetensors").write_text(POINTER)),
+        "b.safetensors",
+        "got a Git LFS pointer",
+    ),
+    "pointer as config": (write("config.json", POINTER), "config.json", "got a Git LFS pointer"),
+    "pipe": (pipe(WEIGHTS), WEIGHTS, "got a pipe (FIFO)"),
+    "pipe as config": (pipe("config.json"), "config.json", "got a pipe (FIFO)"),
+    "pipe as index": (pipe(WEIGHTS, safetensors.INDEX), safetensors.INDEX, "got a pipe (FIFO)"),
+    "link to nothing": (link_to_nothing, WEIGHTS, "which is not there. Download the folder again"),
+    "gguf": (only("model-q4.gguf"), "", "got GGUF files"),
+    "adapter": (only("adapter_config.json"), "", "got a PEFT adapter"),
     "pickle": (only("pytorch_model.bin"), "", "got pickled weights (pytorch_model.bin)"),
     "no weights": (only(), "", "expected model.safetensors or model.safetensors.index.json"),
     "shards without an index": (
         only("model-00001-of-00002.safetensors"),
         "",
-        "got model-00001-of-00002.safetensors",
+        "got config.json, model-00001-of-00002.safetensors",
     ),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
         "config.json",
-        "expected a JSON file, which is not there",
+        "expected a model's config.json, got model.safetensors",
+    ),
+    "config of a run": (
+        write("config.json", json.dumps({"workdir": "w", "student": {}})),
+        "config.json",
+        "got the workdir of a run. Export its student with python -m convert.to_hf",
     ),
     "config not JSON": (
         lambda folder: (folder / "config.json").write_text("{'a': 1}"),
@@ -451,6 +531,56 @@ def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(case, folder):
 
 
 @pytest.mark.fast
+def test_a_tied_model_may_store_the_head_alone(folder, tmp_path_factory):
+    from transformers import AutoModelForCausalLM
+
+    want = load(folder)
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(EMBEDDING)}))
+    got = load(folder)
+    assert got.keys() == want.keys()
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path])
+    theirs = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    np.testing.assert_array_equal(got["embed_tokens.weight"], theirs.detach().numpy())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"language_model.{name}",
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp.", 1),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_that_wrappers_write_are_read_and_said(rename, tied, folder, capsys):
+    config = tiny.make_config(tie_word_embeddings=tied)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = tiny.random_tensors(config)
+    save_file(tensors, folder / WEIGHTS)
+    want = load(folder)
+    save_file({rename(name): x for name, x in tensors.items()}, folder / WEIGHTS)
+    got = load(folder)
+    assert capsys.readouterr().err == ""
+    weights_load.check_source(folder, weights_folder.load_architecture(folder))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path])
+
+
+@pytest.mark.fast
+def test_a_wrapped_name_beside_the_plain_one_is_unexpected(folder):
+    edit(folder, lambda tensors: tensors.update({f"_orig_mod.{UP_PROJ}": tensors[UP_PROJ] * 2}))
+    with pytest.raises(UserError, match=f"unexpected: _orig_mod.{UP_PROJ}"):
+        load(folder)
+
+
+@pytest.mark.fast
 def test_one_file_comes_before_an_index_as_in_transformers(folder):
     tensors = tiny.random_tensors(CONFIG)
     shard(folder)
@@ -508,7 +638,8 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
         ("/absent", "expected a folder or a hub id"),
         ("absent", "expected a folder or a hub id"),
         ("a/b/c", "expected a folder or a hub id"),
-        (__file__, "which is a file"),
+        (__file__, "which is a file. Give its folder"),
+        ("x" * 5000, "expected a folder or a hub id"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_refused(path, message, hub_cache):
