@@ -81,6 +81,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from kd_jax.inference.load import load_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
+    from kd_jax.setup.sources import describe_context
 
     student, teacher, against = _open(args)
     start_jax(student.config.compilation_cache)
@@ -89,6 +90,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
     template = chat_template_of(config.data, *tokenizers)
     rows = make_rows(config.data, tokenizers[0], template)
+    context = describe_context(student.source, config.data.seq_len, "model")
+    for line in filter(None, [context, *rows.notes]):
+        print(line, file=sys.stderr)
     loaded = load_model(teacher, mesh) if teacher else None
     documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
     values = scores.whole(documents)

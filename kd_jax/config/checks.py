@@ -4,6 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -75,8 +76,21 @@ class Checks:
         if hasattr(part, "check"):
             part.check(self)
 
+    def require_date(self, text: str, name: str) -> None:
+        self.require(parse_date(text) is not None, name, "26 Jul 2024 or 2024-07-26", text)
+
     def finish(self) -> None:
         raise_all(self.problems)
+
+
+def parse_date(text: str) -> datetime | None:
+    """Returns the day of `26 Jul 2024`, `26 July 2024` or `2024-07-26`, or None."""
+    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
+        try:
+            return datetime.strptime(text, form)
+        except ValueError:
+            continue
+    return None
 
 
 def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:

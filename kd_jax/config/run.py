@@ -115,13 +115,16 @@ class DataConfig:
     """Pack several conversations into a row, with attention masked between them; otherwise one
     conversation a row, padded."""
     date: str = "26 Jul 2024"
-    """Date for chat templates that print today's, as day month year."""
+    """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     max_conversations: Annotated[int | None, AtLeast1] = None
     """Use only the first conversations of the data; None uses all."""
     cache_dir: str = "~/.cache/kd_jax/rows"
     """Folder of tokenized rows, keyed by tokenizer, source and options."""
+
+    def check(self, checks: Checks) -> None:
+        checks.require_date(self.date, "data.date")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

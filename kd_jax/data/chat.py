@@ -9,10 +9,16 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
+from kd_jax.data.answers import check_learnable, form_of, render
 from kd_jax.data.records import Conversation, Record
-
-# A macro, because transformers passes no functions to templates; +%} preserves the line break.
-FIXED_DATE = "{% macro strftime_now(format) %}{{ fixed_date }}{% endmacro +%}"
+from kd_jax.data.templates import (
+    Template,
+    apply_template,
+    check_template,
+    choose,
+    need_template,
+    read_template,
+)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -77,81 +83,31 @@ def _merges(tokenizer: Any) -> Any:
 
 def chat_template_of(
     data: DataConfig, student_tokenizer: Any, teacher_tokenizer: Any = None
-) -> str:
+) -> Template | None:
     """Returns data.chat_template's text, else the student's template, else the teacher's."""
     if data.chat_template is not None:
-        file = Path(data.chat_template).expanduser()
-        if not file.is_file():
-            raise UserError(f"data.chat-template: expected a Jinja file, got {file}")
-        return file.read_text(encoding="utf-8")
+        return read_template(Path(data.chat_template).expanduser())
     for tokenizer in (student_tokenizer, teacher_tokenizer):
         if tokenizer is not None and tokenizer.chat_template is not None:
-            return tokenizer.get_chat_template()
-    raise UserError("data.chat-template: neither tokenizer has a template. Set a Jinja file")
+            return check_template(tokenizer.chat_template, str(tokenizer.name_or_path))
+    return None
 
 
-def render(
-    tokenizer: Any, record: Record, template: str, date: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the record as text, and each learned answer's (begin, end), end-of-turn included.
-
-    An answer begins after the generation prompt. White space after the end-of-turn is excluded.
-    """
-    if record.text is not None:
-        return record.text, list(record.answers)
-    messages = record.messages
-
-    def apply(turns, **options):
-        return _apply_template(tokenizer, turns, template, date, tools=record.tools, **options)
-
-    text = apply(messages)
-    spans = []
-    for i, turn in enumerate(messages):
-        if turn["role"] != "assistant" or not record.learn[i]:
-            continue
-        after = text if i + 1 == len(messages) else apply(messages[: i + 1])
-        if i:
-            before = apply(messages[:i], add_generation_prompt=True)
-        else:  # templates may reject an empty conversation
-            prompt = apply(messages[:1], add_generation_prompt=True)[len(after) :]
-            begin = after.find(prompt)
-            before = after[: begin + len(prompt)] if prompt and begin >= 0 else ""
-        answer = after[len(before) :].rstrip()
-        if before and after.startswith(before) and not text.startswith(before + answer):
-            # Qwen3's template writes an empty thought only before the last answer.
-            content = turn["content"].strip()
-            answer = answer[max(answer.rfind(content), 0) :]
-        if not (before and after.startswith(before) and text.startswith(before + answer)):
-            raise UserError(
-                "data.chat-template: the template rewrites earlier turns, so the position of an "
-                "answer is undefined. Use another template"
-            )
-        spans.append((len(before), len(before) + len(answer)))
-    return text, spans
-
-
-def render_prompt(tokenizer: Any, messages: Conversation, template: str, date: str) -> str:
-    """Returns the conversation as text, up to the start of the assistant's next answer."""
-    return _apply_template(tokenizer, messages, template, date, add_generation_prompt=True)
-
-
-def _apply_template(
-    tokenizer: Any, turns: Conversation, template: str, date: str, **options: Any
+def render_prompt(
+    tokenizer: Any, messages: Conversation, template: Template | None, date: str
 ) -> str:
+    """Returns the conversation as text, up to the start of the assistant's next answer."""
+    chosen, special = choose(need_template(template), None), tokenizer.special_tokens_map
     try:
-        return tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            chat_template=FIXED_DATE + template,
-            date_string=date,
-            fixed_date=date,
-            **options,
-        )
-    except Exception as error:  # templates may raise anything
-        raise UserError(
-            f"data.chat-template: the template rejects the conversation that starts with "
-            f"{turns[0]['content']!r:.60} ({error})"
-        ) from None
+        return apply_template(special, messages, chosen, date, prompt=True)[0]
+    except ValueError as error:
+        raise UserError(f"data.chat-template: {error}") from None
+
+
+def describe_template(tokenizer: Any, template: Template, date: str) -> list[str]:
+    """Returns a warning for each part of an answer that the student will not learn."""
+    form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
+    return [f"warning: the chat template: {text}" for text in form.warnings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +116,19 @@ class Document:
 
     tokens: np.ndarray
     target: np.ndarray
+    hidden: frozenset[str] = frozenset()
+    """Keys of answers.HIDDEN: what the record has and the template does not show."""
 
 
 def tokenize(
-    tokenizer: Any, records: list[Record], template: str, data: DataConfig
+    tokenizer: Any, records: list[Record], template: Template | None, data: DataConfig
 ) -> tuple[list[Document], list[str]]:
     """Returns one document per record, tokenized as one text, and the problems of bad records.
 
-    A token is a target if it begins inside an answer. A document's first token is never one.
-    A record for which `render` raises ValueError is a problem, `place: why`, without a document.
+    A token is a target if any of its characters is in an answer, as in transformers' mask of
+    {% generation %}: some tokenizers' first token holds the blank before. A document's first token
+    is never one. A record for which `render` raises ValueError is a problem, `place: why`, without
+    a document.
     """
     documents = []
     problems: list[str] = []
@@ -176,24 +136,28 @@ def tokenize(
         rendered = []
         for record in records[first : first + 512]:
             try:
-                rendered.append(render(tokenizer, record, template, data.date))
+                one = render(tokenizer, record, template, data.date)
+                if data.train_on == "assistant":
+                    check_learnable(one, record)
+                rendered.append(one)
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
         if not rendered:
             continue
         encoded = tokenizer(
-            [text for text, _ in rendered],
+            [one.text for one in rendered],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        for (_, spans), ids, offsets in zip(
+        for one, ids, offsets in zip(
             rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            start = np.array([begin for begin, _ in offsets], np.int64)
+            start, stop = np.array(offsets, np.int64).reshape(-1, 2).T
             target = np.full(len(ids), data.train_on == "all")
-            for begin, end in spans:
-                target |= (start >= begin) & (start < end)
+            for begin, end in one.spans:
+                target |= (stop > begin) & (start < end)
             target[:1] = False
-            documents.append(Document(np.array(ids, np.int32), target))
+            hidden = frozenset(one.hidden)
+            documents.append(Document(np.array(ids, np.int32), target, hidden))
     return documents, problems

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import DataConfig, UserError
-from kd_jax.data.chat import Document, tokenize
+from kd_jax.data.answers import describe_hidden
+from kd_jax.data.chat import Document, describe_template, tokenize
 from kd_jax.data.records import MAX_SHOWN, first_of, read_records
+from kd_jax.data.templates import Template
 
 Batch = dict[str, np.ndarray]
 
@@ -116,7 +119,7 @@ class Rows:
 def make_rows(
     data: DataConfig,
     tokenizer: Any,
-    template: str,
+    template: Template | None,
     *,
     path: str | None = None,
     split: str | None = None,
@@ -140,7 +143,10 @@ def make_rows(
     documents, unplaced = tokenize(tokenizer, records, template, data)
     if unplaced and data.on_bad_record == "error":
         raise UserError("\n".join(first_of(unplaced)))
-    notes = _skipped(path, bad + unplaced)
+    hidden = Counter(key for document in documents for key in sorted(document.hidden))
+    notes = (*_skipped(path, bad + unplaced), *describe_hidden(hidden, path))
+    if template is not None and any(record.messages for record in records):
+        notes = (*describe_template(tokenizer, template, data.date), *notes)
     documents, counts = fit(documents, data, path)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     columns = fill_rows(documents, data, pad)

@@ -21,7 +21,7 @@ from kd_jax.parallel.rules import mesh_sizes
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
-from kd_jax.setup.sources import Source, open_source
+from kd_jax.setup.sources import Source, describe_context, open_source
 
 BatchSource = Callable[[int, Any], Arrays]
 """Maps (step, state before it) to the step's batch, [A, B, S] on the mesh."""
@@ -39,6 +39,7 @@ def open_inputs(
       UserError: lists all problems of models, data and mesh.
     """
     problems: list[str] = []
+    seq_len = config.data.seq_len
 
     def attempt(check, *arguments):
         try:
@@ -59,6 +60,9 @@ def open_inputs(
         attempt(check_path, config.eval.path, "eval.path")
     if problems:
         raise UserError("\n".join(problems))
+    for source, field in ((student, "student"), (teacher, "teacher")):
+        if source is not None and (warning := describe_context(source, seq_len, field)):
+            say(warning)
     return student, teacher, mesh
 
 
@@ -98,7 +102,9 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
         split=config.eval.split,
         max_conversations=config.eval.max_conversations,
     )
-    say(f"{config.eval.path}: {describe_rows(held_out)}")
+    notes = tuple(note for note in held_out.notes if note not in rows.notes)
+    said = dataclasses.replace(held_out, notes=notes)
+    say(f"{config.eval.path}: {describe_rows(said)}")
     return rows, held_out
 
 

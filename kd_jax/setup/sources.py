@@ -9,6 +9,7 @@ from kd_jax.config import LoraConfig, UserError
 from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
 from kd_jax.models.architecture import Architecture
 from kd_jax.weights.adapters import Adapter, load_adapter
+from kd_jax.weights.files import read_json
 from kd_jax.weights.folder import fingerprint, load_architecture, resolve
 from kd_jax.weights.load import check_source
 
@@ -52,6 +53,18 @@ def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
     future = pool.submit(lambda: {k: v for source in given for k, v in source.hashes.items()})
     pool.shutdown(wait=False)
     return future
+
+
+def describe_context(source: Source, seq_len: int, field: str) -> str:
+    """Returns a warning if rows are longer than the model's context, else ""."""
+    context = read_json(source.folder / "config.json").get("max_position_embeddings")
+    if not isinstance(context, int) or seq_len <= context:
+        return ""
+    return (
+        f"warning: data.seq-len: rows of {seq_len:,} tokens exceed the {field}'s context "
+        f"(max_position_embeddings {context:,}). A longer document is read at positions that the "
+        "model has not seen"
+    )
 
 
 def without_tokenizer(source: Source) -> Source:

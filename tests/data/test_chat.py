@@ -136,27 +136,23 @@ def test_system_message_is_kept_and_not_trained_on(tokenizer):
     assert "Be brief." not in tokenizer.decode(document.tokens[document.target])
 
 
-EARLIER = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
-LATEST = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
-NEITHER = "{% for m in messages %}{{ m.role }}{{ m.content }}<|eot|>{% endfor %}"
-
-
 @pytest.mark.parametrize(
-    "template, roles, said",
+    "template",
     [
-        (EARLIER, "ua", "rewrites earlier turns"),
-        (LATEST + "{% endfor %}", "uaua", "rewrites earlier turns"),
-        (NEITHER, "auau", "rewrites earlier turns"),
-        ("{{ raise_exception('roles must alternate') }}", "ua", "'Q.' (roles must alternate)"),
-        ("{% for m in messages %}", "ua", "rejects"),
-        ("{{ messages[0].content + 1 }}", "ua", "rejects"),
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content }}",
+        "{{ unknown_function() }}",
+        "{% for i in range(10**12) %}{% endfor %}",
+        "{{ 'a' * 10**12 }}",
+        "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
     ],
 )
-def test_template_that_hides_where_answers_lie_is_refused(template, roles, said, tokenizer):
-    messages = chat(*["Q.", "A.", "Q2.", "A2."][: len(roles)], roles=roles)
-    with pytest.raises(UserError) as caught:
-        data_chat.tokenize(tokenizer, [record(messages)], template, DataConfig(path=""))
-    assert str(caught.value).startswith("data.chat-template: ") and said in str(caught.value)
+def test_template_that_rejects_every_conversation_is_refused_once(template, tokenizer):
+    some = [record(chat("Q.", "A."))] * 3
+    with pytest.raises(UserError, match=r"^data\.chat-template: expected a template that .*"):
+        data_chat.tokenize(tokenizer, some, template, DataConfig(path=""))
 
 
 def freeze(monkeypatch, day: int) -> None:
@@ -184,28 +180,31 @@ def test_rows_do_not_depend_on_the_day(template, tokenizer, config, tmp_path, mo
     assert template.startswith("\n") == texts[0].startswith("\n")
     there = dataclasses.replace(config, date="01 Jan 2030")
     assert not same_rows(rows[0], rows_of(there, tokenizer, template))
-    shown, _ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
+    shown, *_ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
     assert shown == texts[0]
 
 
 @pytest.mark.parametrize("date", ["{{ date_string }}", "{{ strftime_now('%d %b %Y') }}"])
 def test_template_shows_the_configured_date(date, tokenizer):
     template = date + tiny.TEMPLATE.replace("strftime_now('%d %b %Y')", "'05 May 2020'")
-    shown, _ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
+    shown, *_ = data_chat.render(tokenizer, record(chat("Q.", "A.")), template, "01 Jan 2030")
     assert shown.startswith("01 Jan 2030<|begin|>") and "Today: 01 Jan 2030<|eot|>" in shown
 
 
 def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path):
     def having(template):
-        return SimpleNamespace(chat_template=template, get_chat_template=lambda: template)
+        return SimpleNamespace(chat_template=template, name_or_path="model")
 
     config = DataConfig(path="")
     assert data_chat.chat_template_of(config, having("s"), having("t")) == "s"
     assert data_chat.chat_template_of(config, having(None), having("t")) == "t"
-    with pytest.raises(UserError, match=r"data\.chat-template: neither tokenizer"):
-        data_chat.chat_template_of(config, having(None))
+    assert data_chat.chat_template_of(config, having(None)) is None
+    with pytest.raises(UserError, match=r"data\.chat-template: no tokenizer has a template"):
+        data_chat.render_prompt(None, chat("Hi.", roles="u"), None, "26 Jul 2024")
     config = DataConfig(path="", chat_template=str(tmp_path / "file.jinja"))
-    with pytest.raises(UserError, match=r"data\.chat-template: expected a Jinja file, got .*file"):
+    with pytest.raises(
+        UserError, match=r"data\.chat-template: expected a Jinja file in UTF-8, got .*f"
+    ):
         data_chat.chat_template_of(config, having("s"))
     (tmp_path / "file.jinja").write_text("ü", encoding="utf-8")
     assert data_chat.chat_template_of(config, having("s")) == "ü"
