@@ -149,9 +149,10 @@ def _limit_seconds() -> Iterator[None]:
         first.append(_memory_bytes())
         if time.process_time() - began > MAX_SECONDS or first[-1] - first[0] > MAX_BYTES:
             raise TimeoutError
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.1)
 
     before = signal.signal(signal.SIGVTALRM, check)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0.1, 0.1)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.1)
     try:
         yield
     finally:
