@@ -81,7 +81,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from kd_jax.inference.load import load_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
-    from kd_jax.setup.sources import describe_context
+    from kd_jax.setup.sources import check_shared, describe_context
 
     student, teacher, against = _open(args)
     start_jax(student.config.compilation_cache)
@@ -93,6 +93,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     context = describe_context(student.source, config.data.seq_len, "model")
     for line in filter(None, [context, *rows.notes]):
         print(line, file=sys.stderr)
+    for other in (teacher, against):
+        check_shared(student.source, other and other.source, rows, "--data")
     loaded = load_model(teacher, mesh) if teacher else None
     documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
     values = scores.whole(documents)
@@ -110,7 +112,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
 def _open(args: EvaluateArgs):
     """Returns the checked student, teacher and model to compare with; None where not given."""
-    from kd_jax.data.chat import check_same_tokenizer
+    from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
 
     student = open_model(args.model, args.dtype, args.step)
@@ -124,7 +126,7 @@ def _open(args: EvaluateArgs):
     for flag, other in (("--teacher", teacher), ("--against", against)):
         if other is not None:
             ours, theirs = student.source, other.source
-            check_same_tokenizer(
+            share_vocab(
                 ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder, f"--model, {flag}"
             )
     return student, teacher, against

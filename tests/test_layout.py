@@ -19,7 +19,7 @@ FLOORS = [
     {"config": ["errors", "checks", "loss", "run", "record", "command"]},
     {
         "parallel": ["rules", "platforms", "experimental", "processes", "mesh", "placement"],
-        "data": ["records", "templates", "answers", "chat", "rows", "batches"],
+        "data": ["records", "templates", "answers", "chat", "vocabulary", "rows", "batches"],
     },
     {
         "models": [

@@ -1,6 +1,5 @@
 """Conversations to tokens: tokenizers, chat templates and target tokens."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,36 +48,6 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer.backend_tokenizer.no_truncation()  # calls set both; fixed for the rows' key
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-def check_same_tokenizer(
-    student: Any,
-    teacher: Any,
-    student_path: Any,
-    teacher_path: Any,
-    fields: str = "student.path, teacher.path",
-) -> int:
-    """Returns the vocabulary size that both tokenizers share; chat templates may differ.
-
-    Raises:
-      UserError: token ids or merges differ, so logits cannot be compared entry by entry.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if student.backend_tokenizer.to_str() == teacher.backend_tokenizer.to_str():
-        return max(ours.values()) + 1  # parsing both takes half a gigabyte
-    differ = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
-    if differ or _merges(student) != _merges(teacher):
-        shown = [f"{t!r} is {ours.get(t)} and {theirs.get(t)}" for t in sorted(differ)[:3]]
-        what = f"{len(differ)} tokens ({'; '.join(shown)})" if differ else "the merges"
-        raise UserError(
-            f"{fields}: expected one tokenizer, got {student_path} and {teacher_path}, which "
-            f"differ in {what}. Use models of one family"
-        )
-    return max(ours.values()) + 1
-
-
-def _merges(tokenizer: Any) -> Any:
-    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges")
 
 
 def chat_template_of(

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.config import LoraConfig, UserError
-from kd_jax.data.chat import check_same_tokenizer, load_tokenizer
+from kd_jax.data.chat import load_tokenizer
+from kd_jax.data.rows import Rows
+from kd_jax.data.vocabulary import SharedVocab, check_tokens, share_vocab
 from kd_jax.models.architecture import Architecture
+from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter, load_adapter
 from kd_jax.weights.files import read_json
 from kd_jax.weights.folder import fingerprint, load_architecture, resolve
@@ -75,20 +78,38 @@ def without_tokenizer(source: Source) -> Source:
 def shared_vocab_size(student: Source, teacher: Source | None) -> int:
     """Returns the number of vocabulary entries to compare; raises if tokenizers differ.
 
-    Heads of equal size are compared whole, others up to the tokenizer's size.
+    Heads of equal size are compared whole, others up to the tokenizer's size. Tokens that only one
+    of two tokenizers has are said.
     """
-    sources, fields = [student], "student.path"
-    if teacher is not None:
-        sources, fields = [student, teacher], "student.path, teacher.path"
-        check_same_tokenizer(student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
-    true_size = max(student.tokenizer.get_vocab().values()) + 1
+    fields = "student.path" if teacher is None else "student.path, teacher.path"
+    sources = [student] if teacher is None else [student, teacher]
+    shared = _share_vocab(student, teacher)
+    if shared.differ:
+        say(f"warning: {fields}: the models do not share these tokens: {shared.describe()}")
     sizes = [source.arch.vocab_size for source in sources]
-    if min(sizes) < true_size:
+    if min(sizes) < shared.size:
         raise UserError(
-            f"{fields}: expected at least {true_size} vocabulary entries (the tokenizer's), got "
+            f"{fields}: expected at least {shared.size} vocabulary entries (the tokenizer's), got "
             + " and ".join(map(str, sizes))
         )
-    return sizes[0] if len(set(sizes)) == 1 else true_size
+    true_sizes = {max(source.tokenizer.get_vocab().values()) + 1 for source in sources}
+    return sizes[0] if len(set(sizes)) == len(true_sizes) == 1 else shared.size
+
+
+def _share_vocab(student: Source, teacher: Source | None) -> SharedVocab:
+    if teacher is None:
+        return SharedVocab(max(student.tokenizer.get_vocab().values()) + 1, {})
+    return share_vocab(student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
+
+
+def check_shared(student: Source, teacher: Source | None, rows: Rows | None, field: str) -> None:
+    """Raises UserError if targets of the rows are tokens that the models do not share."""
+    if teacher is None or rows is None:
+        return
+    least = min(student.arch.vocab_size, teacher.arch.vocab_size)
+    shared = _share_vocab(student, teacher)
+    if warning := check_tokens(shared, rows.tokens, rows.loss_mask, least, field):
+        say(f"warning: {warning}")
 
 
 def check_adapter(source: Source, config: LoraConfig) -> None:

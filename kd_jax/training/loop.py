@@ -25,6 +25,7 @@ from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.sources import (
     Source,
     check_adapter,
+    check_shared,
     shared_vocab_size,
     start_hashing,
     without_tokenizer,
@@ -95,6 +96,8 @@ def _open_run(config: Config) -> _Run:
         check_adapter(student, config.lora)
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
     rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
+    check_shared(student, teacher, rows, "data.path")
+    check_shared(student, teacher, eval_rows, "eval.path")
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()

@@ -1,0 +1,107 @@
+"""Two tokenizers side by side: the ids that name the same token in both."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd_jax.config import UserError
+
+_PART = 4096  # rows looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class SharedVocab:
+    """The ids that can be compared: those below `size` that are not in `differ`."""
+
+    size: int
+    differ: dict[int, tuple[str | None, str | None]]
+    """Added tokens, such as reserved ones, that have another name, or none, in the other."""
+
+    def describe(self) -> str:
+        """Returns the tokens that are not shared; "" if there are none."""
+        shown = [f"{i} is {ours!r} and {theirs!r}" for i, (ours, theirs) in self.differ.items()]
+        more = f" and {len(shown) - 3:,} more" if len(shown) > 3 else ""
+        return "; ".join(shown[:3]) + more
+
+
+def share_vocab(
+    student: Any,
+    teacher: Any,
+    student_path: Any,
+    teacher_path: Any,
+    fields: str = "student.path, teacher.path",
+) -> SharedVocab:
+    """Returns the ids that both tokenizers share; chat templates may differ.
+
+    Added tokens may differ. They do not change which ids a text without them has.
+
+    Raises:
+      UserError: other tokens or the merges differ, so that logits cannot be compared.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    size = min(max(ours.values()), max(theirs.values())) + 1
+    if student.backend_tokenizer.to_str() == teacher.backend_tokenizer.to_str():
+        return SharedVocab(size, {})  # parsing both takes half a gigabyte
+    own, other = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    differ = {
+        i: (own.get(i), other.get(i))
+        for i in sorted(own.keys() | other.keys())
+        if own.get(i) != other.get(i)
+    }
+    added = [{*x.get_added_vocab(), None} for x in (student, teacher)]
+    wrong = SharedVocab(
+        size, {i: pair for i, pair in differ.items() if not _are_added(pair, added)}
+    )
+    if wrong.differ or _merges(student) != _merges(teacher):
+        what = f"{len(wrong.differ)} tokens ({wrong.describe()})" if wrong.differ else "the merges"
+        raise UserError(
+            f"{fields}: expected one tokenizer, got {student_path} and {teacher_path}, which "
+            f"differ in {what}. Use models of one family"
+        )
+    return SharedVocab(size, differ)
+
+
+def _are_added(pair: tuple[str | None, str | None], added: list[set[str | None]]) -> bool:
+    return all(token in some for token, some in zip(pair, added, strict=True))
+
+
+def _merges(tokenizer: Any) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges")
+
+
+def check_tokens(
+    shared: SharedVocab, tokens: np.ndarray, loss_mask: np.ndarray, rows: int, source: str
+) -> str:
+    """Returns a warning about prompt tokens that one model does not know; "" if there are none.
+
+    Args:
+      tokens: [R, S] integers, the student's ids.
+      loss_mask: [R, S] bool, True for targets.
+      rows: entries of the smaller embedding.
+
+    Raises:
+      UserError: such a token is a target, or one of the models has no embedding for it.
+    """
+    if not shared.differ:
+        return ""
+    ids = np.array([*shared.differ])
+    prompts, targets = set[int](), set[int]()
+    for first in range(0, len(tokens), _PART):
+        some, mask = tokens[first : first + _PART], loss_mask[first : first + _PART]
+        here = np.isin(some, ids)
+        prompts |= {*map(int, np.unique(some[here]))}
+        targets |= {*map(int, np.unique(some[here & mask]))}
+    wrong = targets | {i for i in prompts if i >= rows}
+    if wrong:
+        named = SharedVocab(shared.size, {i: shared.differ[i] for i in sorted(wrong)})
+        raise UserError(
+            f"{source}: has tokens that the student and the teacher do not share: "
+            f"{named.describe()}. Set data.chat-template to one whose tokens both have, such as "
+            "the teacher's"
+        )
+    if not prompts:
+        return ""
+    named = SharedVocab(shared.size, {i: shared.differ[i] for i in sorted(prompts)})
+    return f"{source}: prompts have tokens that are not shared: {named.describe()}"
