@@ -60,7 +60,7 @@ _OFF = _words(
     use_post_norm use_sandwich_norm post_norm use_pre_norm norm_after sandwich_norm
     apply_residual_connection_post_layernorm use_layernorm zero_centered_gamma add_unit_offset
     clip_qkv alibi use_alibi rope_interleaved rope_interleave interleaved_rope rotary_interleaved
-    no_rope_layers no_rope_layer_interval nope_layer_interval
+    no_rope_layers no_rope_layer_interval nope_layer_interval use_mrope
     use_dynamic_ntk use_logn_attn log_n_scaling attn_temperature_tuning floor_scale attn_scale
     attention_chunk_size sliding_window_pattern sliding_window_size window_size attention_window
     local_attention local_attention_window global_attn_every_n_layers attention_sink

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from num_weights import NUM_WEIGHTS
+from published_configs import PUBLISHED, PUBLISHED_REFUSED, WARNED
 
 from kd_jax.config import UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture
@@ -92,6 +93,32 @@ def test_the_hubs_spelling_and_that_of_transformers_5_give_one_architecture(hub_
     new = AutoConfig.for_model(**config).to_dict()
     assert "rope_parameters" in new and "rope_theta" not in new
     assert read_architecture(new, "new") == read_architecture(config, "old")
+
+
+@pytest.mark.parametrize("hub_id", PUBLISHED)
+def test_a_published_config_is_read_as_transformers_reads_it(hub_id, capsys):
+    from transformers import AutoConfig
+
+    config = PUBLISHED[hub_id]
+    arch = read_architecture(config, hub_id)
+    warning = WARNED.get(hub_id, "")
+    assert capsys.readouterr().err.count("\n") == (1 if warning else 0)
+    assert read_architecture(AutoConfig.for_model(**config).to_dict(), "theirs") == arch
+    assert warning in capsys.readouterr().err
+    size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", hub_id.lower().replace("_", "-"))
+    if size:
+        count = float(size[1]) * {"b": 1e9, "m": 1e6}[size[2]]
+        found = sum(math.prod(w.shape) for w in weights(arch).values())
+        assert found == pytest.approx(count, rel=0.25)
+
+
+@pytest.mark.parametrize("hub_id", PUBLISHED_REFUSED)
+def test_a_published_config_is_refused_for_the_right_reasons_alone(hub_id):
+    config, reasons = PUBLISHED_REFUSED[hub_id]
+    with pytest.raises(UserError) as error:
+        read_architecture(config, hub_id)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == reasons
 
 
 @pytest.mark.parametrize("family", FAMILIES)
