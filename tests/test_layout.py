@@ -23,8 +23,8 @@ FLOORS = [
     },
     {
         "models": [
-            "config_keys", "architecture", "weight_table", "known", "attention", "matmul",
-            "embedding", "decoder", "lora",
+            "config_keys", "layer_types", "architecture", "weight_table", "known", "attention",
+            "matmul", "embedding", "decoder", "lora",
         ],
     },
     {

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.models.attention import attention
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.models.weight_table import FACTORS, is_adapter
 from kd_jax.parallel.placement import Arrays
@@ -136,11 +135,14 @@ def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
     x, rope = model.embed(tokens, jnp.maximum(place - start[:, None], 0))
     room = ((0, 0), (0, length - P), (0, 0), (0, 0))
 
-    def attend(q, k, v):
-        out = attention(q, k, v, segment_ids, implementation=spec.attention, layout=spec.layout)
+    def attend(q, k, v, window):
+        out = model.attend(q, k, v, segment_ids, place, window)
         return out, (jnp.pad(k, room), jnp.pad(v, room))
 
-    x, cache = model.over_layers(lambda x, layer, _: layer(x, rope, attend), x, None)
+    def run_layer(x, layer, kind, _):
+        return layer(x, rope, attend, kind)
+
+    x, cache = model.over_layers(run_layer, x, None, P)
     return cache, _next_tokens(fixed, model, x[:, -1], jax.random.fold_in(key, P))
 
 
@@ -148,22 +150,24 @@ def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
 def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
     """Returns the cache with `tokens` [B] written at `index`, and the next tokens [B]."""
     model = Decoder(fixed[0], arrays)
-    place = jnp.arange(jax.tree.leaves(cache)[0].shape[-3])[None]
+    length = jax.tree.leaves(cache)[0].shape[-3]
+    place = jnp.arange(length)[None]
     seen = (place >= start[:, None]) & (place <= index)  # [B, T]
     x, rope = model.embed(tokens[:, None], (index - start)[:, None])
 
-    def run_layer(x, layer, pair):
-        def attend(q, k, v):
+    def run_layer(x, layer, kind, pair):
+        def attend(q, k, v, window):
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
                 for old, new in zip(pair, (k, v), strict=True)
             )
-            mask = seen[:, None, None]
+            recent = seen if window is None else seen & (index - place < window)
+            mask = recent[:, None, None]
             return jax.nn.dot_product_attention(q, keys, values, mask=mask), (keys, values)
 
-        return layer(x, rope, attend)
+        return layer(x, rope, attend, kind)
 
-    x, cache = model.over_layers(run_layer, x, cache)
+    x, cache = model.over_layers(run_layer, x, cache, length)
     return cache, _next_tokens(fixed, model, x[:, 0], jax.random.fold_in(key, index + 1))
 
 

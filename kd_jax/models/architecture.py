@@ -8,6 +8,7 @@ import numpy as np
 
 from kd_jax.config import UserError
 from kd_jax.models.config_keys import is_number, show, sort_keys
+from kd_jax.models.layer_types import MOST_LAYERS, WINDOW_KEYS, read_windows
 from kd_jax.parallel.processes import say
 
 
@@ -62,6 +63,9 @@ class Architecture:
     """q_proj, k_proj and v_proj have a bias; o_proj never has one. From model_type."""
     qk_norm: bool = False
     """RMSNorm on each query and key head before RoPE. From model_type."""
+    layer_windows: tuple[int | None, ...] = ()
+    """Tokens that each layer attends to, its own included; None: all before it. (): all in every
+    layer."""
 
 
 # model_type -> fields of Architecture that differ from Llama's.
@@ -81,13 +85,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Sizes, and the greatest of each; a table of weights has entries for each layer.
+# Sizes, and the greatest of each.
 _SIZES = {
     "vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1,
-    "num_hidden_layers": 10_000, "num_attention_heads": 2**31 - 1,
+    "num_hidden_layers": MOST_LAYERS, "num_attention_heads": 2**31 - 1,
 }  # fmt: skip
 _OPTIONAL_SIZES = {"num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 1}
-_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # rope_type -> its parameters beside rope_theta.
 _ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}
@@ -97,7 +100,7 @@ _ROPE = (
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings",
 )  # fmt: skip
 # Keys that are read by every family; all others are sorted by config_keys.
-_READ = {*_SIZES, *_OPTIONAL_SIZES, *_WINDOW, *_ROPE}
+_READ = {*_SIZES, *_OPTIONAL_SIZES, *WINDOW_KEYS, *_ROPE}
 _READ |= {"model_type", "rms_norm_eps", "tie_word_embeddings"}
 
 
@@ -114,7 +117,8 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
     defaults = _DEFAULTS.get(family, {}) if isinstance(family, str) else {}
     config = {"rms_norm_eps": 1e-6} | defaults | config
     key_problems, warnings = sort_keys(config, _READ)
-    problems = _size_problems(config) + key_problems + _window_problems(config)
+    problems = _size_problems(config) + key_problems
+    windows = read_windows(config, problems)
     rope = _read_rope(config, problems, warnings)
     if problems:
         lines = "\n  ".join(problems)
@@ -130,6 +134,7 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
         rms_norm_eps=float(config["rms_norm_eps"]),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rope=rope,
+        layer_windows=windows,
         **FAMILIES[config["model_type"]],
     )
 
@@ -170,26 +175,6 @@ def _head_problems(config: dict[str, Any]) -> list[str]:
         )
     if head_dim % 2 or not head_dim:
         problems.append(f"head_dim: expected an even number, got {head_dim}")
-    return problems
-
-
-def _window_problems(config: dict[str, Any]) -> list[str]:
-    """Returns an error for each key that turns on a sliding window in some layer."""
-    depth, window = config.get("num_hidden_layers"), config.get("sliding_window")
-    switch = config.get("use_sliding_window")
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        first = config["max_window_layers"]
-        if not switch or window is None or (isinstance(first, int) and first >= (depth or 0)):
-            window = switch = None
-    keys = {"sliding_window": (window, None), "use_sliding_window": (switch, False)}
-    problems = [
-        f"{key}: expected {wanted}, got {got!r}"
-        for key, (got, wanted) in keys.items()
-        if got is not None and got is not wanted
-    ]
-    types = config.get("layer_types")
-    if types is not None and types != ["full_attention"] * (depth or 0):
-        problems.append(f"layer_types: expected full_attention for each layer, got {types!r:.80}")
     return problems
 
 

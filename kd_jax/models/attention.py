@@ -1,6 +1,7 @@
 """Causal attention within documents: one function, several kernels, one mask."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,38 @@ NEGATIVE = -1e30
 """Logit of a masked key; finite, so that no difference of two is NaN."""
 
 
+class Window(NamedTuple):
+    """Sliding window: a token attends to positions less than `size` before its own."""
+
+    positions: jax.Array
+    """[B, S] int32, of the tokens in their documents."""
+    size: jax.Array
+    """Scalar int32, so that layers of one scan can differ in it."""
+
+
+class Mask(NamedTuple):
+    """The keys that a query attends to, besides that they do not come after it."""
+
+    documents: tuple[jax.Array, ...]
+    """[B, S] int32 each: the query's own document is the first; a key's must be one of them."""
+    window: Window | None = None
+
+
+class Scores(NamedTuple):
+    """Constants of the attention logits; static under jit."""
+
+    scale: float | None = None
+    """Factor of q kᵀ; None: 1 / sqrt(H)."""
+    cap: float | None = None
+    """Soft cap: logits become cap * tanh(logits / cap)."""
+
+    def scale_of(self, q: jax.Array) -> float:
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+PLAIN = Scores()
+
+
 def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
     """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
     if wanted != "auto":
@@ -33,10 +66,12 @@ def attention(
     v: jax.Array,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array],
     *,
+    window: Window | None = None,
+    scores: Scores = PLAIN,
     implementation: Implementation = "xla",
     layout: Layout | None = None,
 ) -> jax.Array:
-    """Returns softmax(q kᵀ / sqrt(H)) v, where a token attends to its document up to itself.
+    """Returns softmax(scale q kᵀ) v, where a token attends to its document up to itself.
 
     Args:
       q: [B, S, N, H].
@@ -44,6 +79,7 @@ def attention(
       v: [B, S, K, H].
       segment_ids: [B, S] int32, the document of each token. A second such array names another
         document that the token attends to: a prompt that several answers share.
+      window: None: a token attends to its whole past.
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
       layout: of the model on the mesh; rows and query heads are sharded.
 
@@ -58,9 +94,11 @@ def attention(
             f"attention: expected bfloat16 for cudnn, got {q.dtype}. Use attention=xla"
         )
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
-    run: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
+    mask = Mask(documents, window)
+    kernel: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
+    run: Any = partial(kernel, scores)
     if layout is None or layout.mesh.size == 1:
-        return run(q, k, v, documents)
+        return run(q, k, v, mask)
     tensor = _axis_of_heads(layout, q.shape[2], k.shape[2])
     if tensor is not None:
         # A device needs at least one key head.
@@ -68,14 +106,15 @@ def attention(
         k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
     rows = layout.row_axes(q.shape[0])
     heads = P(rows, None, tensor)
+    masks = Mask(P(rows), None if window is None else Window(P(rows), P()))  # type: ignore[arg-type]
     run = jax.shard_map(
         run,
         mesh=layout.mesh,
-        in_specs=(heads, heads, heads, P(rows)),
+        in_specs=(heads, heads, heads, masks),
         out_specs=heads,
         check_vma=False,
     )
-    return run(q, k, v, documents)
+    return run(q, k, v, mask)
 
 
 def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | None:
@@ -86,39 +125,41 @@ def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | N
     return axis if fits else None
 
 
-def _cudnn(q, k, v, documents):
+def _cudnn(scores, q, k, v, mask):
     S = q.shape[1]
-    (q, k, v), documents = _padded(2, (q, k, v), documents)
-    seen = _same_document(documents, slice(None), slice(None))
-    return _cudnn_kernel(q, k, v, seen[:, None])[:, :S]
+    (q, k, v), mask = _padded(2, (q, k, v), mask)
+    seen = _visible(mask, slice(None), slice(None))
+    return _cudnn_kernel(scores.scale, q, k, v, seen[:, None])[:, :S]
 
 
-def _cudnn_plain(q, k, v, seen):
-    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, implementation="cudnn")
+def _cudnn_plain(scale, q, k, v, seen):
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=seen, scale=scale, is_causal=True, implementation="cudnn"
+    )
 
 
-_cudnn_kernel = jax.custom_vjp(_cudnn_plain)
+_cudnn_kernel = jax.custom_vjp(_cudnn_plain, nondiff_argnums=(0,))
 
 
-def _cudnn_forward(q, k, v, seen):
-    return _with_named_residuals(lambda *x: _cudnn_plain(*x, seen), (q, k, v), seen)
+def _cudnn_forward(scale, q, k, v, seen):
+    return _with_named_residuals(lambda *x: _cudnn_plain(scale, *x, seen), (q, k, v), seen)
 
 
-def _cudnn_backward(backward, d_output):
+def _cudnn_backward(scale, backward, d_output):
     return *backward(d_output), None
 
 
 _cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
 
 
-def _splash(q, k, v, documents):
+def _splash(scores, q, k, v, mask):
     """Attention by jax's TPU kernel, which skips blocks that are masked."""
-    if len(documents) > 1:  # it has no mask for a second document
-        return _blockwise(q, k, v, documents)
+    if len(mask.documents) > 1 or mask.window is not None:  # it has no mask for these
+        return _blockwise(scores, q, k, v, mask)
     S = q.shape[1]
-    (q, k, v), (segments,) = _padded(128, (q, k, v), documents)
-    q, k, v = (_heads_first(x) for x in (q * q.shape[-1] ** -0.5, k, v))
-    out = _splash_kernel(q, k, v, segments)
+    (q, k, v), mask = _padded(128, (q, k, v), mask)
+    q, k, v = (_heads_first(x) for x in (q * scores.scale_of(q), k, v))
+    out = _splash_kernel(q, k, v, *mask.documents)
     return _heads_first(out)[:, :S].astype(q.dtype)
 
 
@@ -171,39 +212,42 @@ def _with_named_residuals(run, heads: tuple, seen: jax.Array):
     return named, jax.tree.map(name, backward)
 
 
-def _padded(unit: int, heads: tuple, documents: tuple) -> tuple[tuple, tuple]:
+def _padded(unit: int, heads: tuple, mask: Mask) -> tuple[tuple, Mask]:
     """Returns arrays [B, S, ...] padded to a multiple of `unit`; padding is its own document."""
     room = ((0, 0), (0, -heads[0].shape[1] % unit))
-    return tuple(jnp.pad(x, (*room, (0, 0), (0, 0))) for x in heads), tuple(
-        jnp.pad(x, room, constant_values=-1) for x in documents
-    )
+    rows = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.pad(x, room, constant_values=-1), mask)
+    return tuple(jnp.pad(x, (*room, (0, 0), (0, 0))) for x in heads), rows
 
 
-def _same_document(documents, queries: slice, keys: slice) -> jax.Array:
-    """Returns whether a query attends to a key's document, [B, S, T]."""
-    own, *_ = documents
-    seen = [x[:, queries, None] == own[:, None, keys] for x in documents]
-    return jnp.any(jnp.stack(seen), axis=0) if len(seen) > 1 else seen[0]
+def _visible(mask: Mask, queries: slice, keys: slice) -> jax.Array:
+    """Returns whether a query attends to a key if it does not come after it, [B, S, T]."""
+    own, *_ = mask.documents
+    each = [x[:, queries, None] == own[:, None, keys] for x in mask.documents]
+    seen = jnp.any(jnp.stack(each), axis=0) if len(each) > 1 else each[0]
+    if mask.window is not None:
+        place = mask.window.positions
+        seen &= place[:, queries, None] - place[:, None, keys] < mask.window.size
+    return seen
 
 
-@jax.custom_vjp
-def _blockwise(q, k, v, documents):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(scores, q, k, v, mask):
     """Attention by blocks of queries, each with the keys up to its end.
 
     No array of queries x keys outlives its block: the backward pass recomputes the weights from
     each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
     """
-    return _forward(q, k, v, documents)[0]
+    return _forward(scores, q, k, v, mask)[0]
 
 
-def _forward(q, k, v, documents):
+def _forward(scores, q, k, v, mask):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     values = jnp.concatenate(
         [values, jnp.ones_like(values[..., :1])], axis=-1
     )  # the sum of weights
     outputs, logsumexps = [], []
     for block in _blocks(q.shape[1]):
-        z = _block_logits(queries, keys, documents, block)
+        z = _block_logits(scores, queries, keys, mask, block)
         highest = jnp.max(z, axis=-1, keepdims=True)
         weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
         sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, : block.stop])
@@ -212,11 +256,11 @@ def _forward(q, k, v, documents):
         logsumexps.append(highest + jnp.log(sums[..., -1:]))
     output = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_ATTENTION)
     logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=3), SAVED_ATTENTION)
-    return output, (q, k, v, documents, output, logsumexp)
+    return output, (q, k, v, mask, output, logsumexp)
 
 
-def _backward(residuals, d_output):
-    q, k, v, documents, output, logsumexp = residuals
+def _backward(scores, residuals, d_output):
+    q, k, v, mask, output, logsumexp = residuals
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
     inner = _grouped(jnp.sum(d_output32 * output32, axis=-1, keepdims=True), k)
@@ -226,16 +270,19 @@ def _backward(residuals, d_output):
     for block in _blocks(q.shape[1]):
         seen = slice(0, block.stop)
         d_block, q_block = d_outputs[:, :, :, block], queries[:, :, :, block]
-        weights = jnp.exp(
-            _block_logits(queries, keys, documents, block) - logsumexp[:, :, :, block]
-        )
+        z = _block_logits(scores, queries, keys, mask, block)
+        weights = jnp.exp(z - logsumexp[:, :, :, block])
         d_weights = _product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
-        d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
+        d_logits = weights * (d_weights - inner[:, :, :, block])
+        if scores.cap is not None:
+            tanh = jnp.maximum(z, -scores.cap) / scores.cap  # finite where masked
+            d_logits *= 1 - tanh * tanh
+        d_logits = d_logits.astype(q.dtype)
         weights = weights.astype(v.dtype)
         d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
         d_keys = _add_to_first(d_keys, _product("BKGST,BKGSH->BKTH", d_logits, q_block))
         d_values = _add_to_first(d_values, _product("BKGST,BKGSH->BKTH", weights, d_block))
-    scale = q.shape[-1] ** -0.5
+    scale = scores.scale_of(q)
     dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * scale
     dk, dv = _heads_first(d_keys) * scale, _heads_first(d_values)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
@@ -259,15 +306,22 @@ def _blocks(num_tokens: int) -> list[slice]:
     return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
 
 
-def _block_logits(queries, keys, documents, block):
+def _block_logits(scores, queries, keys, mask, block):
     """Returns logits of a block's queries and the keys up to its end, [B, K, G, S, T] float32."""
     queries = queries[:, :, :, block]
     z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, : block.stop])
     z = z.reshape(*queries.shape[:4], -1)
-    seen = _same_document(documents, block, slice(0, block.stop))
+    seen = _visible(mask, block, slice(0, block.stop))
     place = jnp.arange(block.stop)
     seen &= place[None, block, None] >= place[None, None]
-    return jnp.where(seen[:, None, None], z * queries.shape[-1] ** -0.5, NEGATIVE)
+    return jnp.where(
+        seen[:, None, None], soft_cap(z * scores.scale_of(queries), scores.cap), NEGATIVE
+    )
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Returns cap * tanh(logits / cap); without a cap the logits."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _product(product: str, a: jax.Array, b: jax.Array) -> jax.Array:

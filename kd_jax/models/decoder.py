@@ -7,7 +7,7 @@ a leading L and run by a scan; for decoding they may be unstacked.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kd_jax.models.architecture import Architecture, Rope
-from kd_jax.models.attention import SAVED_ATTENTION, Implementation, attention
+from kd_jax.models.attention import SAVED_ATTENTION, Implementation, Window, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.matmul import project
 from kd_jax.models.weight_table import layer_weights
@@ -25,8 +25,16 @@ from kd_jax.parallel.mesh import Layout, constrain
 SAVED_PRODUCT = "product"
 """Name of a projection's output; gradient checkpointing can save it."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Maps q [B, S, N, H], k and v [B, S, K, H] to (output [B, S, N, H], anything else)."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+"""Maps q [B, S, N, H], k and v [B, S, K, H] and the layer's window, None or a scalar, to (output
+[B, S, N, H], anything else)."""
+
+
+class Kind(NamedTuple):
+    """Numbers in which layers differ, as data of one scan: [L] int32, scalars within a layer."""
+
+    window: Any = None
+    """Tokens that a layer attends to; None: all in every layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +124,7 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(_head_norm(spec, arrays, "k_norm"))
         self.head_dim = spec.arch.head_dim
 
-    def __call__(self, x, rope, attend: Attend, keys):
+    def __call__(self, x, rope, attend: Attend, kind: Kind, keys):
         """Maps [B, S, D] to [B, S, D]; also returns the second output of `attend`."""
         B, S, _ = x.shape
         q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
@@ -124,7 +132,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, extra = attend(rotate(q, *rope), rotate(k, *rope), v)
+        out, extra = attend(rotate(q, *rope), rotate(k, *rope), v, kind.window)
         return self.o_proj(out.reshape(B, S, -1), keys[3]), extra
 
 
@@ -152,10 +160,10 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(arrays["post_attention_layernorm.weight"], eps)
         self.mlp = MLP(spec, arrays)
 
-    def __call__(self, x, rope, attend: Attend, key: jax.Array | None = None):
+    def __call__(self, x, rope, attend: Attend, kind: Kind, key: jax.Array | None = None):
         """Returns the residual stream [B, S, D] after the layer, and attend's second output."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        added, extra = self.self_attn(self.input_layernorm(x), rope, attend, keys[:4])
+        added, extra = self.self_attn(self.input_layernorm(x), rope, attend, kind, keys[:4])
         x = x + added
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
 
@@ -209,19 +217,18 @@ class Decoder(nnx.Module):
         """
         x, rope = self.embed(tokens, positions)
 
-        def attend(q, k, v):
-            kernel, layout = self.spec.attention, self.spec.layout
-            return attention(q, k, v, segment_ids, implementation=kernel, layout=layout), None
+        def attend(q, k, v, window):
+            return self.attend(q, k, v, segment_ids, positions, window), None
 
-        def run_layer(x, layer, key):
-            return self.on_rows(layer(x, rope, attend, key)[0])
+        def run_layer(x, layer, kind, key):
+            return self.on_rows(layer(x, rope, attend, kind, key)[0])
 
         run_layer = _with_remat(run_layer, self.spec.remat)
 
-        def run_and_store(carry, layer, key_and_slot):
+        def run_and_store(carry, layer, kind, key_and_slot):
             x, outputs = carry
             key, slot = key_and_slot
-            x = run_layer(x, layer, key)
+            x = run_layer(x, layer, kind, key)
             if outputs is not None:  # outside gradient checkpointing: no residual of it is needed
                 outputs = jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)
             return (x, outputs), None
@@ -231,7 +238,7 @@ class Decoder(nnx.Module):
         slots, order = _slots(layers, depth)
         outputs = jnp.zeros((slots[-1] + 1, *x.shape), x.dtype) if layers else None
         xs = (keys, slots if layers else None)
-        (x, outputs), _ = self.over_layers(run_and_store, (x, outputs), xs)
+        (x, outputs), _ = self.over_layers(run_and_store, (x, outputs), xs, tokens.shape[1])
         if outputs is not None:
             in_order = order == sorted(set(order))
             outputs = outputs[: len(order)] if in_order else outputs[np.array(order)]
@@ -244,18 +251,30 @@ class Decoder(nnx.Module):
         arch = self.spec.arch
         return x, rope_tables(positions, arch.rope, arch.head_dim, self.spec.dtype)
 
-    def over_layers(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """Scans `step(carry, layer, x) -> (carry, y)` over the layers; returns (carry, ys).
+    def attend(self, q, k, v, segment_ids, positions, size: jax.Array | None) -> jax.Array:
+        """Returns attention of whole rows, [B, S, N, H], with a sliding window of `size`."""
+        window = None if size is None else Window(positions, size)
+        kernel, layout = self.spec.attention, self.spec.layout
+        return attention(
+            q, k, v, segment_ids, window=window, implementation=kernel, layout=layout
+        )  # fmt: skip
+
+    def over_layers(self, step: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
+        """Scans `step(carry, layer, kind, x) -> (carry, y)` over the layers; returns (carry, ys).
 
         Args:
           xs: arrays [L, ...]; for unstacked layers, optionally a list of length L.
+          length: of the rows, or of the cache, tokens.
         """
+        kinds = _kinds(self.spec.arch, length)
         if isinstance(self.layers, Layer):
-            return jax.lax.scan(lambda carry, pair: step(carry, *pair), carry, (self.layers, xs))
+            return jax.lax.scan(lambda carry, x: step(carry, *x), carry, (self.layers, kinds, xs))
         ys = []
         for i, layer in enumerate(self.layers):
-            x = xs[i] if isinstance(xs, list) else jax.tree.map(lambda x, i=i: x[i], xs)
-            carry, y = step(carry, layer, x)
+            kind, x = jax.tree.map(
+                lambda x, i=i: x[i], (kinds, None if isinstance(xs, list) else xs)
+            )
+            carry, y = step(carry, layer, kind, xs[i] if isinstance(xs, list) else x)
             ys.append(y)
         return carry, ys
 
@@ -268,6 +287,12 @@ class Decoder(nnx.Module):
         """Returns the lm_head, [V, D]."""
         source = self.embed_tokens if self.lm_head is None else self.lm_head
         return source.weight[...]
+
+
+def _kinds(arch: Architecture, length: int) -> Kind:
+    """Returns the kinds of the layers, [L] each, for rows of `length` tokens."""
+    sizes = [length if size is None else size for size in arch.layer_windows]
+    return Kind(window=np.array(sizes, np.int32) if any(x < length for x in sizes) else None)
 
 
 def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:

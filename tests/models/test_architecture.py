@@ -270,13 +270,36 @@ def test_a_sliding_window_that_no_layer_has_changes_nothing(family, change):
 
 
 @pytest.mark.parametrize(
+    "family, change",
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {**ON, "max_window_layers": 2}),
+        ("qwen2", {**ON, "max_window_layers": 0}),
+        ("qwen3", {**ON, "layer_types": SLIDING}),
+    ],
+    ids=str,
+)
+def test_windows_are_those_of_transformers(family, change):
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(**tiny.make_config(family, **change))
+    types = getattr(theirs, "layer_types", [SLIDING[1]] * 3)
+    want = tuple(theirs.sliding_window if name == SLIDING[1] else None for name in types)
+    assert architecture(family, **change).layer_windows == want
+    assert read_architecture(theirs.to_dict(), "theirs") == architecture(family, **change)
+
+
+@pytest.mark.parametrize(
     "family, change, named",
     [
-        ("qwen2", {**ON, "max_window_layers": 2}, "use_sliding_window"),
-        ("qwen3", {**ON, "max_window_layers": None}, "sliding_window"),
+        ("qwen3", {**ON, "max_window_layers": None}, "max_window_layers"),
+        ("qwen3", {**ON, "sliding_window": 0}, "sliding_window"),
+        ("qwen3", {**ON, "layer_types": ["sliding"] * 3}, "layer_types"),
         ("qwen3", {"layer_types": SLIDING}, "layer_types"),
         ("qwen2", {"layer_types": FULL[:2]}, "layer_types"),
-        ("mistral", {"sliding_window": 4096}, "sliding_window"),
+        ("mistral", {"sliding_window": "4096"}, "sliding_window"),
+        ("mistral", {"sliding_window": 4096, "layer_types": SLIDING}, "layer_types"),
+        ("mistral", {"use_sliding_window": True}, "use_sliding_window"),
         ("llama", {"sliding_window": 4096}, "sliding_window"),
         ("llama", {"layer_types": SLIDING}, "layer_types"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window"),
@@ -293,8 +316,7 @@ def test_what_would_change_the_computation_is_refused_by_name(family, change, na
 def test_an_older_mistral_without_the_key_has_a_window():
     config = tiny.make_config("mistral")
     del config["sliding_window"]
-    with pytest.raises(UserError, match="sliding_window: expected None, got 4096"):
-        read_architecture(config, "config.json")
+    assert read_architecture(config, "config.json").layer_windows == (4096,) * 3
 
 
 def test_another_model_type_is_told_which_there_are():

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kd_jax.config import MeshConfig
 from kd_jax.models import attention as module
-from kd_jax.models.attention import attention
+from kd_jax.models.attention import Scores, Window, attention
 from kd_jax.models.matmul import project
+from kd_jax.parallel.mesh import Layout, make_mesh
 
 pytestmark = pytest.mark.fast
 
@@ -27,13 +29,28 @@ def make_inputs(S, dtype=np.float32):
     return q, k, v, segments, d
 
 
-def expected(q, k, v, segments):
+PLAIN = Scores(scale=1 / H**0.5)
+
+
+def positions_of(segments):
+    """Returns each token's place in its document."""
+    rows = [
+        np.concatenate([np.arange(n) for n in np.unique(s, return_counts=True)[1]])
+        for s in segments
+    ]
+    return np.stack(rows).astype(np.int32)
+
+
+def expected(q, k, v, segments, window=2**30, scores=PLAIN):
     """Returns attention in float64 NumPy, written out token by token."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for b, s, n in np.ndindex(q.shape[:3]):
-        seen = np.flatnonzero(segments[b, : s + 1] == segments[b, s])
-        z = k[b, seen, n * K // N] @ q[b, s, n] / H**0.5
+        first = max(0, s + 1 - window)
+        seen = first + np.flatnonzero(segments[b, first : s + 1] == segments[b, s])
+        z = k[b, seen, n * K // N] @ q[b, s, n] * scores.scale
+        if scores.cap is not None:
+            z = scores.cap * np.tanh(z / scores.cap)
         weights = np.exp(z - z.max())
         out[b, s, n] = weights @ v[b, seen, n * K // N] / weights.sum()
     return out
@@ -59,6 +76,58 @@ def test_attention_equals_float64(S):
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
+CAPPED = Scores(scale=0.25, cap=3.0)  # the logits reach 9
+
+
+@pytest.mark.parametrize("size, scores", [(7, PLAIN), (90, CAPPED), (1, CAPPED)])
+def test_windows_scales_and_caps_equal_float64(size, scores):
+    q, k, v, segments, _ = make_inputs(300)
+    window = Window(positions_of(segments), np.int32(size))
+    got = jax.jit(partial(attention, scores=scores))(q, k, v, segments, window=window)
+    want = expected(q, k, v, segments, size, scores)
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+    for other in (size + 1, 2**30):
+        assert np.abs(got - expected(q, k, v, segments, other, scores)).max() > 1e-3
+
+
+def windowed(q, k, v, segments, size=9, scores=CAPPED, **options):
+    window = Window(positions_of(segments), jnp.int32(size))
+    return attention(q, k, v, segments, window=window, scores=scores, **options)
+
+
+def plainly_windowed(q, k, v, segments, size=9, scores=CAPPED):
+    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    z = jnp.einsum("BSNH,BTNH->BNST", q, k) * scores.scale
+    z = z if scores.cap is None else scores.cap * jnp.tanh(z / scores.cap)
+    place = np.arange(q.shape[1])
+    behind = place[:, None] - place[None]
+    seen = (segments[:, :, None] == segments[:, None]) & (behind >= 0) & (behind < size)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], z, -1e30))
+    return jnp.einsum("BNST,BTNH->BSNH", weights, v)
+
+
+def test_gradients_of_windows_and_caps_equal_those_of_autodiff():
+    inputs = make_inputs(300)
+    ours, theirs = (with_gradients(run, *inputs) for run in (windowed, plainly_windowed))
+    for got, want in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_gradient_without_the_caps_slope_is_seen(monkeypatch):
+    monkeypatch.setattr(module.jnp, "maximum", lambda x, y: 0 * x)  # the slope becomes 1
+    inputs = make_inputs(60)
+    ours, theirs = (with_gradients(run, *inputs)[1] for run in (windowed, plainly_windowed))
+    assert np.abs(ours - theirs).max() > 1e-2 * np.abs(theirs).max()
+
+
+def test_windows_on_a_mesh_are_those_of_one_device():
+    layout = Layout(make_mesh(MeshConfig(data=2, fsdp=1, tensor=4), 8))
+    inputs = make_inputs(60)
+    ours = with_gradients(partial(windowed, layout=layout), *inputs)
+    for got, want in zip(ours, with_gradients(windowed, *inputs), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("S", [60, 300])
 def test_gradients_equal_those_of_jaxs_own(S):
     inputs = make_inputs(S)
@@ -81,7 +150,8 @@ def test_splash_equals_the_blocks(S):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(abs(theirs).max()))
 
 
-def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(monkeypatch):
+@pytest.mark.parametrize("has_window", [False, True])
+def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, monkeypatch):
     """Its padding, mask and residuals; the kernel itself needs a GPU."""
     plain = jax.nn.dot_product_attention
 
@@ -91,8 +161,9 @@ def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
     inputs = make_inputs(61, jnp.bfloat16)
-    got = with_gradients(partial(attention, implementation="cudnn"), *inputs)
-    for ours, theirs in zip(got, with_gradients(attention, *inputs), strict=True):
+    run = partial(windowed, scores=Scores(0.25)) if has_window else attention
+    got = with_gradients(partial(run, implementation="cudnn"), *inputs)
+    for ours, theirs in zip(got, with_gradients(run, *inputs), strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, atol=2e-2 * np.abs(theirs).max())  # of bfloat16
 
@@ -103,7 +174,7 @@ def test_no_attribute_of_jaxs_custom_vjp_is_used(monkeypatch):
     monkeypatch.setattr(module, "_cudnn_kernel", object())
     q, k, v, segments, _ = make_inputs(8)
     seen = segments[:, None, :, None] == segments[:, None, None, :]
-    out, _ = module._cudnn_forward(q, k, v, seen)
+    out, _ = module._cudnn_forward(None, q, k, v, seen)
     assert (out == q).all()
 
 

@@ -35,6 +35,14 @@ SHAPES = {
     "no groups": {"num_key_value_heads": 4},
 }
 
+ON = {"use_sliding_window": True, "sliding_window": 7}
+WINDOWS = [
+    ("mistral", {"sliding_window": 12}),
+    ("qwen2", {**ON, "max_window_layers": 2}),
+    ("qwen3", {**ON, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+]
+PLACES = (np.zeros((2, 48), np.int32),) * 3
+
 
 def port(torch_model, **options):
     """Returns our decoder with a transformers model's weights, float32."""
@@ -78,6 +86,8 @@ def our_logits(decoder, tokens, positions, segment_ids=None):
 def distance(torch_model, decoder):
     """Returns the largest difference of any logit, relative to the largest logit."""
     tokens, positions = some_tokens()
+    if decoder.spec.arch.layer_windows:  # transformers measures windows in places
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     theirs = torch_logits(torch_model, tokens, positions)
     assert theirs.std() > 1
     return np.abs(our_logits(decoder, tokens, positions) - theirs).max() / np.abs(theirs).max()
@@ -88,6 +98,27 @@ def distance(torch_model, decoder):
 def test_logits_equal_transformers(shape, family):
     theirs = tiny.make_torch_model(family, 3, **SHAPES[shape])
     assert distance(theirs, port(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family, change", WINDOWS)
+def test_windows_equal_transformers(family, change):
+    theirs = tiny.make_torch_model(family, 3, **change)
+    ours = port(theirs)
+    assert distance(theirs, ours) < TOLERANCE
+    windows = ours.spec.arch.layer_windows
+    for wrong in ((), tuple(x and x + 1 for x in windows), tuple(reversed(windows))):
+        if wrong != windows:
+            arch = dataclasses.replace(ours.spec.arch, layer_windows=wrong)
+            model = Decoder(dataclasses.replace(ours.spec, arch=arch), tiny.arrays_of(ours))
+            assert distance(theirs, model) > 10 * TOLERANCE
+
+
+def test_a_window_as_long_as_the_rows_leaves_the_program_as_it_is():
+    texts = [
+        jax.jit(logits).lower(port(tiny.make_torch_model("mistral", 3, sliding_window=w)), *PLACES)
+        for w in (None, 48, 47)
+    ]
+    assert texts[0].as_text() == texts[1].as_text() != texts[2].as_text()
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
