@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kd_jax.config import Config, MeshConfig, UserError
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
+
+if TYPE_CHECKING:
+    from kd_jax.inference.scores import Sums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,18 +69,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
-    """Returns the object that --json prints.
+    """Returns the object that --json prints: `summarise` of what `measure` measures."""
+    return summarise(args, *measure(args))
 
-    Returns:
-      scores.NAMES: means over target tokens, nats; `by_position`: the same for target tokens at
-      positions `start` to below `stop` of their documents; `against`: {name: {value, difference,
-      low, high}}; `arguments`: model, data and options.
+
+def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
+    """Returns the model's sums by document and by position, and --against's by document.
+
+    Documents are in the same order for every model.
     """
     import jax  # takes seconds, which --help avoids
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
-    from kd_jax.inference import scores
     from kd_jax.inference.load import load_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
@@ -97,12 +101,27 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         check_shared(student.source, other and other.source, rows, "--data")
     loaded = load_model(teacher, mesh) if teacher else None
     documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
+    theirs = against and _measure(args, config, against, teacher, loaded, rows, mesh)[0]
+    return documents, positions, theirs
+
+
+def summarise(
+    args: EvaluateArgs, documents: "Sums", positions: "Sums", theirs: "Sums | None" = None
+) -> dict[str, Any]:
+    """Returns the object that --json prints.
+
+    Returns:
+      scores.NAMES: means over target tokens, nats; `by_position`: the same for target tokens at
+      positions `start` to below `stop` of their documents; `against`: {name: {value, difference,
+      low, high}}; `arguments`: model, data and options.
+    """
+    from kd_jax.inference import scores
+
     values = scores.whole(documents)
     result: dict[str, Any] = {name: values[name] for name in scores.NAMES if name in values}
     _check_finite(args.model, result)
     result["by_position"] = scores.by_position(positions)
-    if against:
-        theirs, _ = _measure(args, config, against, teacher, loaded, rows, mesh)
+    if theirs is not None:
         _check_finite(args.against, scores.whole(theirs))
         result["against"] = scores.compare(documents, theirs, args.bootstrap_samples, args.seed)
     shown = ("model", "teacher", "against", "data", "split", "dtype", "step", "top_k")
