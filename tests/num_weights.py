@@ -15,5 +15,6 @@ NUM_WEIGHTS = {
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-14B": 14_768_307_200,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
 }

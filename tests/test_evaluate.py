@@ -1,6 +1,8 @@
 """Evaluation reports against float64 NumPy, scipy and closed forms."""
 
 import json
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -244,3 +246,24 @@ def test_models_of_different_tokenizers_are_refused(flag, root, capsys):
 def test_mistakes_are_answered(flags, said, root, capsys):
     assert command(root, "--teacher", root / "teacher", *flags) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif("KD_JAX_REAL_MODEL" not in os.environ, reason="KD_JAX_REAL_MODEL names no pair")
+def test_a_trained_pair_has_torchs_values(real_data):
+    """The pair and reference.json are those of shared/real_model/README.md."""
+    pair = Path(os.environ["KD_JAX_REAL_MODEL"])
+    want = json.loads((real_data.parent / "real_model" / "reference.json").read_text())
+    args = evaluate.EvaluateArgs(
+        model=str(pair / "student"),
+        teacher=str(pair / "teacher"),
+        data=str(real_data / "gsm8k_alpaca.json"),
+        dtype="float32",
+        seq_len=512,
+        max_conversations=100,
+    )
+    got = evaluate.evaluate(args)
+    assert got["target_tokens"] == want["target_tokens"]
+    names = {"ce": "student_ce", "teacher_ce": "teacher_ce", "kl_forward": "kl_teacher_student"}
+    for ours, theirs in names.items():
+        assert got[ours] == pytest.approx(want[theirs], abs=0, rel=1e-6), ours
