@@ -106,6 +106,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "unsloth/Llama-3.2-1B-Instruct": llama3(
         2048, 8192, 16, 32, 8, **LLAMA31, **TIED, head_dim=64, unsloth_fixed=True
     ),
+    "mistralai/Mistral-7B-v0.1": mistral(*EIGHT, window=4096),
+    "HuggingFaceH4/zephyr-7b-beta": mistral(*EIGHT, window=4096),
+    "openchat/openchat-3.5-0106": mistral(*EIGHT, 32002, window=4096),
     "mistralai/Mistral-7B-Instruct-v0.2": mistral(*EIGHT, rope_theta=1000000.0),
     "mistralai/Mistral-Nemo-Instruct-2407": mistral(
         5120, 14336, 40, 32, 8, 131072, head_dim=128, rope_theta=1000000.0
@@ -139,9 +142,6 @@ WARNED = {"Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config"}
 
 QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 PUBLISHED_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "mistralai/Mistral-7B-v0.1": (mistral(*EIGHT, window=4096), ["sliding_window"]),
-    "HuggingFaceH4/zephyr-7b-beta": (mistral(*EIGHT, window=4096), ["sliding_window"]),
-    "openchat/openchat-3.5-0106": (mistral(*EIGHT, 32002, window=4096), ["sliding_window"]),
     "TheBloke/Llama-2-7B-Chat-GPTQ": (llama(*SEVEN, 32) | QUANTIZED, ["quantization_config"]),
     "Qwen/Qwen2.5-7B-Instruct-AWQ": (
         qwen2(3584, 18944, 28, 28, 4, V=152064) | QUANTIZED, ["quantization_config"],
