@@ -13,6 +13,7 @@ from kd_jax.config import Config, MeshConfig, UserError
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
+from kd_jax.workdir.history import is_run
 
 if TYPE_CHECKING:
     from kd_jax.inference.scores import Sums
@@ -52,15 +53,14 @@ class EvaluateArgs(ModelArgs):
     """Use only the first conversations of the data; None uses all."""
 
     def check(self, checks: Checks) -> None:
-        is_run = (Path(self.model).expanduser() / "checkpoints").is_dir()
-        checks.require(is_run or not self.save, "--save", "a workdir as --model", self.model)
+        ours = not self.save or is_run(Path(self.model).expanduser())
+        checks.require(ours, "--save", "a workdir as --model", self.model)
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(EvaluateArgs, argv, __doc__)
-    files = [] if args.out is None else [check_out_file(args.out, "--out")]
-    if args.save:
-        files.append(Path(args.model).expanduser() / "evaluation.json")
+    places = {"--out": args.out, "--save": f"{args.model}/evaluation.json" if args.save else None}
+    files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
     result = evaluate(args)
     text = json.dumps(result)
     for file in files:

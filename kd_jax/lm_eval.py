@@ -59,7 +59,7 @@ class LmEvalArgs(ModelArgs):
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(LmEvalArgs, argv, __doc__)
-    file = None if args.out is None else check_out_file(args.out, "--out")
+    file = None if args.out is None else check_out_file(args.out, "--out", "results")
     result = run_tasks(args)
     text = json.dumps(result, default=str)
     if file is not None:

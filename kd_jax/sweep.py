@@ -28,7 +28,7 @@ from kd_jax.config.command import (
 from kd_jax.config.errors import raise_all
 from kd_jax.config.record import differences, dump
 from kd_jax.reporting.arms import short_names
-from kd_jax.workdir.history import completion, read_record
+from kd_jax.workdir.history import check_workdir, completion, is_workdir, read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,12 +184,13 @@ def _check_workdirs(plans: Sequence[Plan]) -> None:
     """Raises UserError for folders that hold a run with another configuration."""
     problems = []
     root = plans[0].folder.parent
-    if (root / "config.json").exists():
-        problems.append(f"--workdir: expected a folder for many runs, got {root}, which is one run")
+    if other := _other_content(root):
+        problems.append(f"--workdir: expected a folder for many runs, got {root}, {other}")
     for plan in plans:
-        if not any(plan.folder.glob("checkpoints/[0-9]*")):
-            continue
         try:
+            check_workdir(plan.folder)
+            if not any(plan.folder.glob("checkpoints/[0-9]*")):
+                continue
             old = read_record(plan.folder / "config.json")["config"]
         except UserError as error:
             problems.append(str(error))
@@ -200,6 +201,17 @@ def _check_workdirs(plans: Sequence[Plan]) -> None:
             )
     if problems:
         raise UserError("\n".join([*problems, "Give another --workdir, or the old values"]))
+
+
+def _other_content(root: Path) -> str:
+    """Returns what a folder is, "" if it is absent, empty, or holds workdirs."""
+    if not root.is_dir():
+        return "which is a file" if root.exists() else ""
+    if is_workdir(root):
+        return "which is one run"
+    if not any(root.iterdir()) or any(map(is_workdir, root.iterdir())):
+        return ""
+    return "which holds other files and no run"
 
 
 def _run(command: Sequence[str]) -> tuple[int, bool]:

@@ -14,7 +14,12 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.workdir.claim import lock_workdir
 
     start_jax(config.compilation_cache)  # before `joined`, which starts jax
-    with joined(config.distributed), lock_workdir(Path(config.workdir).expanduser()):
+    workdir, *caches = (
+        Path(path).expanduser()
+        for path in (config.workdir, config.data.cache_dir, config.compilation_cache)
+        if path is not None
+    )
+    with joined(config.distributed), lock_workdir(workdir, caches):
         from kd_jax.training.loop import train
 
         train(config)

@@ -41,7 +41,7 @@ FLOORS = [
     {"teachers": ["live"]},
     {
         "setup": ["runtime", "sources", "models", "program", "inputs"],
-        "workdir": ["history", "claim", "checkpoints", "metrics"],
+        "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
     },
     {
         "inference": [

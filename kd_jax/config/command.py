@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import io
+import json
 import os
 import re
 import sys
@@ -306,9 +307,25 @@ def report_error(error: BaseException) -> int:
     return 1
 
 
-def check_out_file(path: str, flag: str) -> Path:
-    """Returns the path of a file to write; raises UserError if its folder does not exist."""
+def check_out_file(path: str, flag: str, field: str) -> Path:
+    """Returns the path of a JSON file to write.
+
+    Args:
+      field: a field of the object; a file that is there must have it to be replaced.
+
+    Raises:
+      UserError: the folder does not exist, or the path is something else than an earlier result.
+    """
     file = Path(path).expanduser()
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"{flag}: expected a file in an existing folder, got {path}")
+    try:
+        earlier = not file.exists() or (file.is_file() and field in json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        earlier = False
+    if not earlier:
+        raise UserError(
+            f"{flag}: expected a new file, or an earlier result to replace, got {path}, which is "
+            "another file. Give another name"
+        )
     return file

@@ -11,7 +11,8 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
 from kd_jax.workdir.checkpoints import open_trained
-from kd_jax.workdir.claim import check_inputs, is_run, read_run
+from kd_jax.workdir.claim import check_inputs, read_run
+from kd_jax.workdir.history import is_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from kd_jax.setup.sources import (
     without_tokenizer,
 )
 from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
-from kd_jax.workdir import checkpoints, claim
+from kd_jax.workdir import checkpoints, claim, integrity
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
 
@@ -101,7 +101,7 @@ def _open_run(config: Config) -> _Run:
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
-    together("workdir", lambda: (is_first() and claim.check_config(config, workdir), {}))
+    together("workdir", lambda: _check_workdir(config, workdir))
     return _Run(
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
@@ -113,6 +113,22 @@ def _open_run(config: Config) -> _Run:
         workdir=workdir,
         hashing=hashing,
     )
+
+
+def _check_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]:
+    """Compares the workdir's configuration, and renames damaged checkpoints after the whole one."""
+    if not is_first():
+        return None, {}
+    claim.check_config(config, workdir)
+    if not integrity.find_checkpoints(workdir):
+        return None, {}
+    step, damaged = integrity.choose_checkpoint(workdir)
+    for name, wrong in zip(integrity.set_aside(workdir, damaged), damaged.values(), strict=True):
+        say(
+            f"warning: {workdir}: the checkpoint after step {step} is damaged ({wrong}): it is now "
+            f"checkpoints/{name}, and its steps are trained again"
+        )
+    return None, {}
 
 
 def _load(

@@ -69,9 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old content or the new."""
+    """Writes a file atomically: a reader sees the old content or the new, after a power cut too."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(beside, file)
 
 

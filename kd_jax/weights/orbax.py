@@ -67,7 +67,10 @@ class OrbaxArrays:
 @contextmanager
 def absl_silent() -> Iterator[None]:
     """Keeps Orbax from printing the traceback of an error that it also raises."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     yield
-    logger.disabled = before  # not after an error: threads of the failed call still print
+    for logger, disabled in zip(loggers, before, strict=True):
+        logger.disabled = disabled  # not after an error: threads of the failed call still print

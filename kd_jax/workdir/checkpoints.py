@@ -1,6 +1,7 @@
 """Checkpoints through Orbax v1: trained arrays, optimizer state and step; no frozen weights."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
+from kd_jax.parallel.processes import is_first
 from kd_jax.weights.orbax import OrbaxArrays, absl_silent
+from kd_jax.workdir.integrity import choose_checkpoint, find_checkpoints, seal
 
 
 @contextmanager
@@ -41,6 +45,9 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
             ) as checkpointer,
         ):
             yield checkpointer
+            checkpointer.wait()
+            if checkpointer.latest is not None and is_first():
+                seal(folder / str(checkpointer.latest.step))
     except ValueError as error:  # tensorstore's form of a full disk
         if "No space left on device" not in str(error):
             raise
@@ -63,7 +70,9 @@ def save(
             f"{last_good(checkpointer)}. Lower optim.learning-rate, or check the data"
         )
     metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-    checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
+    response = checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
+    if response is not None and is_first():
+        response.on_complete(lambda _: seal(Path(checkpointer.directory) / str(step)))
 
 
 @jax.jit
@@ -83,7 +92,16 @@ def last_good(checkpointer: ocp.training.Checkpointer) -> str:
 def restore(checkpointer: ocp.training.Checkpointer, abstract: Any) -> Any:
     """Returns the latest state, with the type, dtypes and shardings of `abstract`."""
     assert checkpointer.latest is not None
-    saved = checkpointer.load(checkpointer.latest.step, abstract._asdict())
+    step = checkpointer.latest.step
+    try:
+        with absl_silent():
+            saved = checkpointer.load(step, abstract._asdict())
+    except Exception as error:  # Orbax raises no narrower class for a damaged file
+        reason = first_line(error.__cause__ or error)
+        place = checkpointer.directory / str(step)
+        raise UserError(
+            f"{place}: cannot be read ({reason}). Rename it to resume from the checkpoint before it"
+        ) from error
     return type(abstract)(**saved)
 
 
@@ -101,20 +119,19 @@ def open_trained(workdir: Path, step: int | None = None) -> Trained:
     """Opens a run's checkpoint, the latest for None, without reading its arrays.
 
     Raises:
-      UserError: the workdir has no finished checkpoint, or none of this step.
+      UserError: the workdir has no whole checkpoint, or none of this step.
     """
-    folder = workdir.absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{workdir}: expected a workdir of kd_jax.train, got no checkpoints in it")
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        places = {found.step: found.path for found in checkpointer.checkpoints}
-    if not places:
-        raise UserError(f"{folder}: holds no finished checkpoint")
-    step = max(places) if step is None else step
-    if step not in places:
-        known = ", ".join(map(str, sorted(places)))
-        raise UserError(f"--step: expected one of {known} (those in {folder}), got {step}")
-    saved = ocp.metadata(places[step]).metadata
-    for key in STUDENT:
-        saved = saved[key]
-    return Trained(place=places[step], saved=saved, parents=STUDENT, step=step)
+    step, damaged = choose_checkpoint(workdir, step)
+    for later, wrong in damaged.items():
+        print(
+            f"warning: {workdir}: checkpoint {later} is damaged ({wrong}): step {step} is used",
+            file=sys.stderr,
+        )
+    place = find_checkpoints(workdir)[step]
+    try:
+        saved = ocp.metadata(place).metadata
+        for key in STUDENT:
+            saved = saved[key]
+    except Exception as error:  # Orbax raises no narrower class for a damaged file
+        raise UserError(f"{place}: cannot be read ({first_line(error)})") from error
+    return Trained(place=place, saved=saved, parents=STUDENT, step=step)

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.parallel.processes import is_first, together
 from kd_jax.weights.files import locked, write_whole
-from kd_jax.workdir.history import read_record
+from kd_jax.workdir.history import check_workdir, read_record
 
 PACKAGES = (
     "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",
@@ -24,16 +24,19 @@ PACKAGES = (
 
 
 @contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path, own: Sequence[Path] = ()) -> Iterator[None]:
     """Makes the folder and keeps other commands from training in it; process 0 holds the lock.
 
+    Args:
+      own: folders of the run that may be inside a workdir without config.json.
+
     Raises:
-      UserError: another command trains in the folder, the folder cannot be written, or other
-        processes of this run do not see it.
+      UserError: the folder is not empty and no workdir, another command trains in it, it cannot be
+        written, or other processes of this run do not see it.
     """
     made = is_first() and not workdir.exists()
     with ExitStack() as stack:
-        together("lock", lambda: _lock(workdir, stack), first_alone=True)
+        together("lock", lambda: _lock(workdir, stack, own), first_alone=True)
         try:
             yield
         finally:
@@ -43,7 +46,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
                     workdir.rmdir()
 
 
-def _lock(workdir: Path, stack: ExitStack) -> tuple[None, dict[str, str]]:
+def _lock(workdir: Path, stack: ExitStack, own: Sequence[Path]) -> tuple[None, dict[str, str]]:
     path = workdir / "lock"
     if not is_first():
         if not path.is_file():
@@ -52,6 +55,7 @@ def _lock(workdir: Path, stack: ExitStack) -> tuple[None, dict[str, str]]:
                 f"process {jax.process_index()} does not find the file of process 0"
             )
         return None, {}
+    check_workdir(workdir, own)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         descriptor = stack.enter_context(locked(path, wait=False))
@@ -76,13 +80,8 @@ def check_config(config: Config, workdir: Path) -> dict[str, str]:
     """
     if not any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*")):
         return {}
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{workdir}: holds checkpoints but no config.json, so their configuration is unknown. "
-            "Give another --workdir, or restore the file"
-        )
-    old = read_record(path)
+    check_workdir(workdir)
+    old = read_record(workdir / "config.json")
     _refuse(workdir, differences(old["config"], dump(config)))
     return old["inputs"]
 
@@ -149,11 +148,6 @@ def read_run(workdir: Path) -> Config:
         return from_json(record["config"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
-
-
-def is_run(folder: Path) -> bool:
-    """Returns True for the workdir of a run, False for a model."""
-    return (folder / "checkpoints").is_dir()
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Finished and unfinished runs, read from their workdirs. Needs no jax."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from kd_jax.weights.files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# What a run leaves that was killed before it wrote config.json, and what a file system makes.
+_STARTED = re.compile(
+    r"lock|checkpoints(/\d+\.orbax-checkpoint-tmp.*)?|\.config\.json\..*\.tmp|lost\+found"
+)
 
 NEEDED = {
     "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",
@@ -153,6 +159,60 @@ def read_record(path: Path) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in parts) or not fields <= record["config"].keys():
         raise UserError(f"{path}: not written by kd_jax.train; {path.parent} is no workdir")
     return record
+
+
+def check_workdir(folder: Path, own: Sequence[Path] = ()) -> None:
+    """Raises UserError unless the folder is absent, empty, or a workdir of kd_jax.train.
+
+    Args:
+      own: folders of the run that may be inside, such as the row cache.
+    """
+    wanted = "--workdir: expected a new or empty folder, or a workdir of kd_jax.train"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{wanted}, got {folder}, which is a file. Give another --workdir")
+    try:
+        if (folder / "config.json").exists():
+            read_record(folder / "config.json")
+            return
+        others = _others(folder, own)
+    except UserError as error:
+        raise UserError(f"{error}. Give another --workdir, or restore the file") from None
+    except OSError as error:
+        raise UserError(f"--workdir: {folder} cannot be read ({error})") from None
+    if any(name.removeprefix("checkpoints/").isdecimal() for name in others):
+        raise UserError(
+            f"{folder}: holds checkpoints but no config.json, so their configuration is unknown. "
+            "Give another --workdir, or restore the file"
+        )
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(f"{wanted}, got {folder}, which holds {shown}. Give another --workdir")
+
+
+def _others(folder: Path, own: Sequence[Path]) -> list[str]:
+    """Returns names in a folder that a run, killed before it wrote config.json, did not leave."""
+    kept = {part for path in own for part in (path.resolve(), *path.resolve().parents)}
+    found = [*folder.iterdir(), *folder.glob("checkpoints/*")]
+    names = {str(x.relative_to(folder)) for x in found if x.resolve() not in kept}
+    return sorted(name for name in names if not _STARTED.fullmatch(name))
+
+
+def is_workdir(folder: Path) -> bool:
+    """Returns True for a folder of kd_jax.train's that is not empty."""
+    try:
+        check_workdir(folder)
+    except UserError:
+        return False
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def is_run(folder: Path) -> bool:
+    """Returns True for the workdir of a run, also a damaged one; False for a model."""
+    if (folder / "checkpoints").is_dir():
+        return not any(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and is_workdir(folder)
 
 
 def _read_metrics(path: Path) -> tuple["pd.DataFrame", "pd.DataFrame"]:

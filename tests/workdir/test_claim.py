@@ -11,6 +11,7 @@ from paths import ROOT
 from kd_jax.config import Config, DataConfig, StudentConfig, UserError
 from kd_jax.weights import files
 from kd_jax.workdir import claim
+from kd_jax.workdir.history import is_workdir
 
 pytestmark = pytest.mark.fast
 
@@ -106,3 +107,51 @@ def test_a_record_of_something_else_is_one_error(content, tmp_path):
     for use in (claim.read_run, lambda folder: claim.check_config(CONFIG, folder)):
         with pytest.raises(UserError, match=r"config\.json: "):
             use(tmp_path)
+
+
+FOREIGN = {
+    "a model": ("config.json", '{"model_type": "llama"}'),
+    "an adapter": ("adapter_config.json", "{}"),
+    "data": ("train.jsonl", "{}"),
+    "checkpoints alone": ("checkpoints/4/state/_METADATA", "{}"),
+    "a home": (".bashrc", ""),
+    "checkpoints of another program": ("checkpoints/best/weights.pt", ""),
+    "a record that is damaged": ("config.json", ""),
+    "a folder in a folder": ("more/file", ""),
+}
+
+
+@pytest.mark.parametrize("name, content", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_with_other_content_is_never_claimed(name, content, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(content)
+    before = [(x, x.stat().st_mtime_ns) for x in sorted(folder.rglob("*"))]
+    message = r"mine.*Give another --workdir"
+    with pytest.raises(UserError, match=message), claim.lock_workdir(folder):
+        pass
+    assert [(x, x.stat().st_mtime_ns) for x in sorted(folder.rglob("*"))] == before
+    assert not is_workdir(folder)
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="which is a file"), claim.lock_workdir(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_a_kill_before_the_first_step_leaves_is_claimed_again(tmp_path):
+    cache = tmp_path / "run" / "caches" / "rows"
+    for name in (
+        "checkpoints/2.orbax-checkpoint-tmp/x",
+        "lock",
+        ".config.json.7.tmp",
+        "caches/rows/x",
+    ):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    with claim.lock_workdir(tmp_path / "run", [cache]):
+        claim.claim_workdir(CONFIG, tmp_path / "run", {}, num_steps=1)
+    with claim.lock_workdir(tmp_path / "run"):
+        assert is_workdir(tmp_path / "run")

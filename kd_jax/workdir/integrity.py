@@ -1,0 +1,129 @@
+"""Whole and damaged checkpoints: a file in each has the hashes of all others. Needs no jax."""
+
+import json
+import os
+import threading
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import xxhash
+
+from kd_jax.config import UserError
+from kd_jax.config.record import RESUMABLE, flatten
+from kd_jax.weights.files import read_json, write_whole
+from kd_jax.weights.hashes import hash_files
+from kd_jax.workdir.history import identity, read_record
+
+SEAL = "kd_jax.json"
+
+_sealing = threading.Lock()
+
+
+def find_checkpoints(workdir: Path) -> dict[int, Path]:
+    """Returns the folders of the finished checkpoints by step, the latest last."""
+    found = [x for x in workdir.absolute().glob("checkpoints/*") if x.name.isdecimal()]
+    return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name)) if x.is_dir()}
+
+
+def seal(checkpoint: Path) -> None:
+    """Writes the hashes of a finished checkpoint's files and of its run's record, once."""
+    with (
+        _sealing,
+        suppress(OSError, UserError),
+    ):  # retention may delete it; without a seal it is valid too
+        if not (checkpoint / SEAL).is_file():
+            tree = {"files": _hashes(checkpoint), "record": _record_key(checkpoint.parents[1])}
+            write_whole(checkpoint / SEAL, json.dumps(tree))
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    files = sorted(x for x in checkpoint.rglob("*") if x.is_file() and x.parent / SEAL != x)
+    names = [str(x.relative_to(checkpoint)) for x in files]
+    return dict(zip(names, hash_files(files), strict=True))
+
+
+def _record_key(workdir: Path) -> str:
+    """Returns a hash of what config.json says of a run's results; "" without that file."""
+    if not (workdir / "config.json").exists():
+        return ""
+    record = read_record(workdir / "config.json")
+    fields = {
+        name: identity(value)
+        for name, value in flatten(record["config"]).items()
+        if value is not None and not RESUMABLE.fullmatch(name)
+    }
+    text = json.dumps([fields, record["inputs"]], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def damage(checkpoint: Path) -> str:
+    """Returns what is wrong with a checkpoint's files, "" if they are those that were written."""
+    try:
+        read_json(checkpoint / "state" / "_METADATA")
+    except UserError:
+        return "state/_METADATA cannot be read"
+    if not (checkpoint / SEAL).exists():  # killed before it was sealed, or of an older version
+        return ""
+    try:
+        written = read_json(checkpoint / SEAL).get("files")
+        assert isinstance(written, dict)
+        found = _hashes(checkpoint)
+    except (UserError, OSError, AssertionError):
+        return f"{SEAL} cannot be read"
+    wrong = sorted(name for name in written if found.get(name) != written[name])
+    return "" if not wrong else f"{wrong[0]} is {'changed' if wrong[0] in found else 'missing'}"
+
+
+def choose_checkpoint(workdir: Path, step: int | None = None) -> tuple[int, dict[int, str]]:
+    """Returns the step of the latest whole checkpoint, and the damage of each later one.
+
+    Args:
+      step: the wanted one; None: the latest.
+
+    Raises:
+      UserError: there is none, none of this step or none whole, or it is of another run than
+        config.json describes.
+    """
+    found = find_checkpoints(workdir)
+    place = f"{workdir}/checkpoints"
+    if not found:
+        raise UserError(f"{place}: expected a finished checkpoint, got none")
+    if step is not None and step not in found:
+        known = ", ".join(map(str, found))
+        raise UserError(f"--step: expected one of {known} (those in {place}), got {step}")
+    damaged: dict[int, str] = {}
+    for candidate in [step] if step is not None else reversed(found):
+        if wrong := damage(found[candidate]):
+            damaged[candidate] = wrong
+            continue
+        _check_record(workdir, found[candidate])
+        return candidate, damaged
+    named = "; ".join(f"{x} ({wrong})" for x, wrong in damaged.items())
+    raise UserError(
+        f"{place}: expected a whole checkpoint, got a damaged one: {named}. Restore the files"
+        + (", or give another --step" if step is not None and len(found) > 1 else "")
+    )
+
+
+def _check_record(workdir: Path, checkpoint: Path) -> None:
+    """Raises UserError if config.json is of another run than a checkpoint."""
+    if (checkpoint / SEAL).exists():
+        key = read_json(checkpoint / SEAL).get("record")
+        if key and key != _record_key(workdir):
+            raise UserError(
+                f"{workdir / 'config.json'}: expected the record of the run that wrote "
+                f"{checkpoint}, got another. Restore the file, or give another --workdir"
+            )
+
+
+def set_aside(workdir: Path, damaged: dict[int, str]) -> list[str]:
+    """Renames damaged checkpoints, so that their steps can be saved again; returns the names."""
+    names: list[str] = []
+    for step in damaged:
+        folder = find_checkpoints(workdir)[step]
+        free = (folder.with_name(f"{step}.damaged{i}") for i in count(1))
+        aside = next(x for x in free if not x.exists())
+        os.rename(folder, aside)
+        names.append(aside.name)
+    return names
