@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import convert
@@ -31,18 +32,23 @@ def describe(module: str) -> str:
     return docstring.partition("\n")[0].partition(": ")[2]
 
 
+def list_commands(argv: Sequence[str]) -> None:
+    print("kd-jax NAME [FLAGS], where NAME --help lists the flags:\n")
+    for name, module in find_commands().items():
+        print(f"  {name:10}{describe(module)}")
+
+
 def main() -> int:
     """Runs the command that the first argument names; returns the exit status."""
-    commands = find_commands()
     name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
-        print("kd-jax NAME [FLAGS], where NAME --help lists the flags:\n")
-        print("\n".join(f"  {name:10}{describe(module)}" for name, module in commands.items()))
-        return 0
+        return run_command(list_commands, [])
+    commands = find_commands()
     if name not in commands:
         hint = did_you_mean(name, commands) or f" There are {', '.join(commands)}"
         return report_error(UserError(f"kd-jax {sys.argv[1]}: no such command.{hint}"))
-    return run_command(importlib.import_module(commands[name]).main, sys.argv[2:])
+    sys.argv[1:] = sys.argv[2:]
+    return run_command(importlib.import_module(commands[name]).main)
 
 
 if __name__ == "__main__":

@@ -217,9 +217,10 @@ def train(stage: Stage, name: str, workdir: Path, paths: dict[str, Path], seed: 
     for field, value in fields.items():
         if str(reduce(getattr, field.split("."), config)) != str(value):
             words += [f"--{field}", str(value)]
-    seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir) or False)
-    if not completion(workdir):
-        raise KeyboardInterrupt  # after SIGTERM training saves and returns
+    try:
+        seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir) or False)
+    except SystemExit:  # a signal: training has saved
+        raise KeyboardInterrupt from None
     if seconds:
         stage.console.print(f"  {config.steps} steps in {seconds:.0f} s")
 

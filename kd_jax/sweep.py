@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -27,8 +26,12 @@ from kd_jax.config.command import (
 )
 from kd_jax.config.errors import raise_all
 from kd_jax.config.record import differences, dump
+from kd_jax.config.streams import outlive_readers
+from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
 from kd_jax.workdir.history import check_workdir, completion, is_workdir, read_record
+
+_RESUMES = "the same command resumes the unfinished runs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,11 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> None:
+    with outlive_readers():
+        sweep(argv)
+
+
+def sweep(argv: Sequence[str]) -> None:
     own, common, grid = _split(argv)
     description = f"{__doc__}\n\nEvery run gets all other flags, which are those of kd_jax.train."
     args = parse_args(SweepArgs, own, description)
@@ -74,12 +82,15 @@ def main(argv: Sequence[str]) -> None:
         if args.dry_run:
             continue
         status, stopped = _run(command)
+        if stopped:
+            print(_RESUMES, file=sys.stderr)
+            raise KeyboardInterrupt
         if status == 0 and completion(plan.folder) is False:
-            status = 1  # a run stopped by SIGTERM saves and exits with 0
+            status = 1  # a run that itself got a SIGTERM saves and exits with 0
         if status:
             failed[plan.folder] = status
-        if stopped or (status and not args.keep_going):
-            break
+            if not args.keep_going:
+                break
     _conclude(plans, failed)
 
 
@@ -215,23 +226,19 @@ def _other_content(root: Path) -> str:
 
 
 def _run(command: Sequence[str]) -> tuple[int, bool]:
-    """Returns a run's exit status, and True if a SIGTERM arrived and was forwarded to the run."""
-    child = subprocess.Popen([sys.executable, *command])
+    """Returns a run's exit status, and True if a signal arrived, which the run got as well.
+
+    The run has a process group of its own: Ctrl-C reaches it once, and it saves.
+    """
+    child = subprocess.Popen([sys.executable, *command], process_group=0)
     received: list[int] = []
 
     def forward(number: int, _: Any) -> None:
         received.append(number)
-        child.terminate()
+        child.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
+    with handled(stop_numbers(), forward):
         return child.wait(), bool(received)
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _conclude(plans: Sequence[Plan], failed: dict[Path, int]) -> None:
@@ -240,7 +247,7 @@ def _conclude(plans: Sequence[Plan], failed: dict[Path, int]) -> None:
         how = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
         print(f"{folder}: {how}", file=sys.stderr)
     if failed:
-        print("the same command resumes the unfinished runs", file=sys.stderr)
+        print(_RESUMES, file=sys.stderr)
     print(f"report: python -m kd_jax.report {shlex.quote(str(plans[0].folder.parent))}/*")
     if failed:
         raise SystemExit(max(next(iter(failed.values())), 1))

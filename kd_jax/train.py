@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.config.command import parse_config, run_command
+from kd_jax.config.streams import outlive_readers
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         for path in (config.workdir, config.data.cache_dir, config.compilation_cache)
         if path is not None
     )
-    with joined(config.distributed), lock_workdir(workdir, caches):
+    with outlive_readers(), joined(config.distributed), lock_workdir(workdir, caches):
         from kd_jax.training.loop import train
 
         train(config)

@@ -16,9 +16,11 @@ from kd_jax.config.command import flag_names
 # Floors from the bottom. A room imports only rooms of lower floors; within a room, a file imports
 # only files before it.
 FLOORS = [
-    {"config": ["errors", "checks", "loss", "run", "record", "command"]},
+    {"config": ["errors", "checks", "loss", "run", "record", "streams", "command"]},
     {
-        "parallel": ["rules", "platforms", "experimental", "processes", "mesh", "placement"],
+        "parallel": [
+            "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
+        ],
         "data": ["records", "templates", "answers", "chat", "vocabulary", "rows", "batches"],
     },
     {

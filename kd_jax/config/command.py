@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_origin
@@ -19,6 +19,7 @@ from kd_jax.config.checks import Checked, metadata, plain_type
 from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
 from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
+from kd_jax.config.streams import flush_streams, open_streams
 
 T = TypeVar("T")
 
@@ -261,20 +262,22 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """
     # Without torch transformers would print a warning first.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    open_streams()
+    status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except BaseException as error:
         status = report_error(error)
         if argv is None and status:
             exit_now(status)
-        return status
-    return 0
+    flush_streams()
+    return status
 
 
 def exit_now(status: int) -> NoReturn:
     """Ends the process without joining threads: after an error, Orbax's may wait for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     os._exit(status)
 
 
@@ -290,8 +293,16 @@ _ADVICE = {
 
 def report_error(error: BaseException) -> int:
     """Prints the exception that ended a command; returns the exit status."""
-    if isinstance(error, SystemExit):  # --help
+    if isinstance(error, SystemExit):  # --help, or a signal
         return int(error.code or 0)
+    with suppress(OSError):  # without a reader of stderr
+        return _print_error(error)
+    return 1
+
+
+def _print_error(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has enough
+        return 1
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return 2

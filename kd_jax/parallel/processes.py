@@ -7,7 +7,6 @@ coordinator, which needs no devices and reports the death of a process.
 import importlib.util
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -150,23 +149,6 @@ def _wait_for(coordinator: str, seconds: int) -> None:
                     f"{seconds} s, got {error}. Start it, or correct the address"
                 ) from None
         time.sleep(0.5)
-
-
-@contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields should_stop(step). With several processes, SIGTERM on any one stops all at the same
-    future step."""
-    import jax
-
-    if jax.process_count() > 1:  # jax's runtime receives the signal
-        yield experimental("jax.experimental.multihost_utils", "reached_preemption_sync_point")
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield lambda step: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def is_first() -> bool:

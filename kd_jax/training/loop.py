@@ -18,7 +18,8 @@ from kd_jax.data.rows import Rows
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.processes import is_first, say, stop_signal, together
+from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.inputs import load_rows, open_inputs, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
@@ -52,7 +53,11 @@ class _Run:
 
 
 def train(config: Config) -> None:
-    """Trains or resumes to the last step. SIGTERM saves a checkpoint and returns."""
+    """Trains or resumes to the last step.
+
+    Raises:
+      SystemExit: SIGTERM, SIGINT or SIGHUP stopped the run at a step, which is saved.
+    """
     run = _open_run(config)
     with (
         stop_signal() as should_stop,
@@ -65,7 +70,7 @@ def train(config: Config) -> None:
         loop = stack.enter_context(closing(_Loop(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
         source = row_source(config, run.rows, run.mesh, step)
-        while step < run.num_steps and not should_stop(step):
+        while step < run.num_steps and not (stop := should_stop(step)):
             loop.profile(step)
             state, metrics = run_step(program, state, *frozen, source(step, state))
             step += 1
@@ -82,8 +87,9 @@ def train(config: Config) -> None:
         loop.flush()
         if step < run.num_steps:
             checkpoints.save(checkpointer, state, step, None)
-            say(f"stopped by SIGTERM at step {step}; the same command resumes")
-            return
+            checkpointer.wait()
+            say(f"stopped by {stop} at step {step}; the same command resumes")
+            raise SystemExit(exit_status(stop))
     say(f"done: python -m convert.to_hf --workdir {run.workdir} --out FOLDER exports the student")
 
 
