@@ -56,7 +56,8 @@ _OFF = _words(
     attention_out_bias attention_output_bias norm_bias add_bias_linear add_qkv_bias
     attn_logit_softcapping final_logit_softcapping attention_logit_softcapping logit_softcapping
     logits_soft_cap attn_soft_cap final_logits_soft_cap router_logit_softcapping
-    qk_norm use_qk_norm qk_layernorm use_qk_layernorm q_norm k_norm query_key_norm qk_l2_norm
+    qk_norm use_qk_norm qk_layer_norms qk_layernorm use_qk_layernorm q_norm k_norm query_key_norm
+    qk_l2_norm
     use_post_norm use_sandwich_norm post_norm use_pre_norm norm_after sandwich_norm
     apply_residual_connection_post_layernorm use_layernorm zero_centered_gamma add_unit_offset
     clip_qkv alibi use_alibi rope_interleaved rope_interleave interleaved_rope rotary_interleaved

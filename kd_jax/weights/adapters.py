@@ -71,7 +71,7 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"r: expected a whole number of at least 1, got {show(rank)}")
     if not is_number(alpha) or not 0 < alpha < math.inf:
         problems.append(f"lora_alpha: expected a finite number above 0, got {show(alpha)}")
-    if config.get("use_rslora") not in (None, False, True):
+    if not isinstance(config.get("use_rslora"), bool | None):
         problems.append(f"use_rslora: expected true or false, got {show(config['use_rslora'])}")
     return problems
 

@@ -131,7 +131,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192},
     ),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": qwen2(1536, 8960, 28, 12, 2, **R1),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": qwen2(3584, 18944, 28, 28, 4, V=152064, **R1),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": qwen2(
+        3584, 18944, 28, 28, 4, V=152064, **R1 | {"max_window_layers": 28}
+    ),
     "Qwen/Qwen3-0.6B": qwen3(1024, 3072, 28, 16, 8, **TIED),
     "Qwen/Qwen3-1.7B": qwen3(2048, 6144, 28, 16, 8, **TIED),
     "Qwen/Qwen3-4B-Instruct-2507": qwen3(2560, 9728, 36, 32, 8, **TIED, rope_theta=5000000),
