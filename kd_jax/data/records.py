@@ -100,8 +100,8 @@ def _json_records(file: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            record = ValueError(f"expected JSON, got {line[:40]!r} ({error.msg})")
+        except (ValueError, RecursionError) as error:  # of a long number, of deep nesting
+            record = ValueError(f"expected JSON, got {line[:40]!r} ({first_line(error)})")
         yield f"{file}:{number}", record
 
 
@@ -109,8 +109,9 @@ def _array_records(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Yields (file:line, entry) for each entry of a JSON array."""
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: expected a JSON array ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{file}:{line}: expected a JSON array ({first_line(error)})") from None
     decoder = json.JSONDecoder()
     at, line, counted = text.index("[") + 1, 1, 0
     for record in records:
