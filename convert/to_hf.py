@@ -24,6 +24,7 @@ class ToHfArgs:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(ToHfArgs, argv, __doc__)
+    from kd_jax.data.chat import saved_template
     from kd_jax.setup.runtime import start_jax
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, resolve
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     check_inputs(workdir, {"student.path": fingerprint(source)})
     trained = open_trained(workdir, args.step)
     export = export_adapter if args.format == "adapter" else export_merged
-    export(source, config, trained, Path(args.out).expanduser())
+    template = saved_template(workdir, config.data)
+    export(source, config, trained, Path(args.out).expanduser(), template=template)
     print(f"wrote step {trained.step} of {args.workdir} to {args.out} ({args.format})")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from kd_jax.config import MeshConfig
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, parse_args, run_command
-from kd_jax.inference.prompts import TextWriter, check_length, encode, stop_tokens
+from kd_jax.inference.prompts import TextWriter, chat_stops, check_length, encode, stop_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,14 +33,16 @@ class GenerateArgs(ModelArgs):
     """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
-    date: str = "26 Jul 2024"
-    """Date for chat templates that print today's, as day month year."""
+    date: str | None = None
+    """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26; None: the run's, or
+    26 Jul 2024."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
 
     def check(self, checks: Checks) -> None:
         checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
         checks.require(all(self.stop), "--stop", "text", self.stop)
         greedy = self.temperature == 0 and (self.top_k or self.top_p)
+        checks.require_date(self.date or "26 Jul 2024", "--date")
         checks.require(not greedy, "--temperature", "above 0 with --top-k or --top-p", 0)
 
 
@@ -70,25 +72,27 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
 
     opened = open_model(args.model, args.dtype, args.step)
     tokenizer, folder = opened.source.tokenizer, opened.source.folder
+    date = args.date or opened.config.data.date
     prompts = encode(
         tokenizer,
         args.prompt,
         raw=args.raw,
         system=args.system,
         chat_template=args.chat_template,
-        date=args.date,
+        date=date,
     )
     room = check_length(prompts, args.max_new_tokens, folder)
     start_jax(opened.config.compilation_cache)
     models = load_model(opened, make_mesh(args.mesh, jax.device_count()))
     unstack_layers(models.student, models.frozen)
-    writers = [TextWriter(tokenizer, args.stop) for _ in prompts]
+    ends, texts = (set(), []) if args.raw else chat_stops(tokenizer, args.chat_template, date)
+    writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]
     steps = generate(
         models.student,
         models.frozen,
         prompts,
         max_new_tokens=room,
-        stop_tokens=stop_tokens(folder, tokenizer),
+        stop_tokens=ends | stop_tokens(folder, tokenizer),
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         seed=args.seed,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,

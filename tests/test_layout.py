@@ -35,8 +35,8 @@ FLOORS = [
             "schedules",
         ],
         "weights": [
-            "files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters", "load",
-            "export",
+            "files", "chat_files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters",
+            "load", "export",
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
     },

@@ -11,6 +11,7 @@ from kd_jax.config.errors import first_line
 from kd_jax.data.answers import check_learnable, form_of, render
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
+    TEMPLATE_FILE,
     Template,
     apply_template,
     check_template,
@@ -62,6 +63,14 @@ def chat_template_of(
     return None
 
 
+def saved_template(workdir: Path, data: DataConfig) -> Template | None:
+    """Returns the template that a run is trained with; None: as its student's tokenizer has it."""
+    file = workdir / TEMPLATE_FILE
+    if file.is_file():
+        return read_template(file, str(file))
+    return chat_template_of(data, None)
+
+
 def render_prompt(
     tokenizer: Any, messages: Conversation, template: Template | None, date: str
 ) -> str:
@@ -77,6 +86,13 @@ def describe_template(tokenizer: Any, template: Template, date: str) -> list[str
     """Returns a warning for each part of an answer that the student will not learn."""
     form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
     return [f"warning: the chat template: {text}" for text in form.warnings]
+
+
+def end_of_turn(tokenizer: Any, template: Template, date: str) -> tuple[list[int], str]:
+    """Returns what ends an answer, as tokens and as text; neither if nothing does."""
+    form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
+    text = (form.end or form.last_end).strip()
+    return tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 @dataclass(frozen=True, slots=True)

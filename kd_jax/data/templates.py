@@ -18,6 +18,8 @@ from kd_jax.config.errors import first_line
 Template = str | dict[str, str]
 """Jinja text, or texts by name: `default`, and perhaps `tool_use` for records with tools."""
 
+TEMPLATE_FILE = "chat_template.json"
+"""A workdir's copy of the template that the run is trained with."""
 MAX_SECONDS = 10
 """CPU seconds for one conversation."""
 MAX_BYTES = 2**31

@@ -25,7 +25,7 @@ from kd_jax.config import MeshConfig, UserError
 from kd_jax.inference.decoding import Sampling, generate, unstack_layers
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import load_model, open_model
-from kd_jax.inference.prompts import stop_tokens
+from kd_jax.inference.prompts import chat_stops, stop_tokens
 from kd_jax.parallel.mesh import make_mesh, traits
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, shared_vocab_size
@@ -74,7 +74,10 @@ class KdJaxLM(TemplateLM):
         mesh = make_mesh(MeshConfig(), jax.device_count())
         models = load_model(model, mesh)
         self.tokenizer = _tokenizer(model.source, add_bos_token)
+        self.tokenizer.chat_template = model.source.tokenizer.chat_template  # the run's
         self.stop_tokens = stop_tokens(folder, self.tokenizer)
+        if model.workdir is not None:
+            self.stop_tokens |= chat_stops(self.tokenizer, None, model.config.data.date)[0]
         self.max_length = max_length or _max_length(folder, self.tokenizer)
         self.add_bos_token = add_bos_token
         self.custom_prefix_token_id = prefix_token_id

@@ -7,6 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
+from kd_jax.data.chat import saved_template
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
@@ -58,6 +59,8 @@ def open_model(
     source = open_source(config.student.path, config.student.adapter, field)
     if workdir is not None:
         check_inputs(workdir, source.hashes)
+        if (template := saved_template(workdir, config.data)) is not None:
+            source.tokenizer.chat_template = template
     return OpenModel(config=config, source=source, workdir=workdir, step=step)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.config import DataConfig, UserError
+from kd_jax.data.chat import chat_template_of, end_of_turn, render_prompt
 from kd_jax.weights.files import read_json
 
 
@@ -25,15 +26,17 @@ def encode(
       chat_template: Jinja file to use instead of the tokenizer's own template.
       date: date for templates that print today's.
     """
-    from kd_jax.data.chat import chat_template_of, render_prompt
-
     if raw:
         return [tokenizer(text)["input_ids"] for text in prompts]
-    template = chat_template_of(DataConfig(path="unused", chat_template=chat_template), tokenizer)
+    template = chat_template_of(_data(chat_template), tokenizer)
     before = [] if system is None else [{"role": "system", "content": system}]
     turns = [[*before, {"role": "user", "content": text}] for text in prompts]
     texts = [render_prompt(tokenizer, some, template, date) for some in turns]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def _data(chat_template: str | None) -> DataConfig:
+    return DataConfig(path="unused", chat_template=chat_template)
 
 
 def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) -> int:
@@ -53,6 +56,15 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     if room < max_new_tokens:
         print(f"note: the context has room for {room} new tokens", file=sys.stderr)
     return room
+
+
+def chat_stops(tokenizer: Any, chat_template: str | None, date: str) -> tuple[set[int], list[str]]:
+    """Returns the template's end of turn as a token or, if it is several tokens, as a text."""
+    template = chat_template_of(_data(chat_template), tokenizer)
+    if template is None:
+        return set(), []
+    ids, text = end_of_turn(tokenizer, template, date)
+    return (set(ids), []) if len(ids) < 2 else (set(), [text])
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:

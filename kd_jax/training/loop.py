@@ -1,5 +1,6 @@
 """The training loop: opens a run, steps, evaluates, logs and saves."""
 
+import json
 import math
 import time
 from concurrent.futures import Future
@@ -14,7 +15,9 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
 from kd_jax.data.batches import count_steps
+from kd_jax.data.chat import chat_template_of
 from kd_jax.data.rows import Rows
+from kd_jax.data.templates import TEMPLATE_FILE, Template
 from kd_jax.inference import scores
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.parallel.placement import Arrays
@@ -32,6 +35,7 @@ from kd_jax.setup.sources import (
     without_tokenizer,
 )
 from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
+from kd_jax.weights.files import write_whole
 from kd_jax.workdir import checkpoints, claim, integrity
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
@@ -46,6 +50,7 @@ class _Run:
     vocab_size: int
     rows: Rows
     eval_rows: Rows | None
+    template: Template | None
     num_steps: int
     workdir: Path
     hashing: Future[dict[str, str]]
@@ -115,6 +120,7 @@ def _open_run(config: Config) -> _Run:
         vocab_size=vocab_size,
         rows=rows,
         eval_rows=eval_rows,
+        template=chat_template_of(config.data, *tokenizers),
         num_steps=num_steps,
         workdir=workdir,
         hashing=hashing,
@@ -198,6 +204,9 @@ def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
     inputs = {"data.path": run.rows.key} | run.hashing.result()
     if is_first():
         claim.claim_workdir(config, run.workdir, inputs, run.num_steps)
+        if run.template is not None:
+            text = json.dumps({"chat_template": run.template}, ensure_ascii=False)
+            write_whole(run.workdir / TEMPLATE_FILE, text + "\n")
     return None, inputs
 
 

@@ -16,11 +16,13 @@ from safetensors import SafetensorError
 
 from kd_jax.config import Config, MeshConfig, UserError
 from kd_jax.config.errors import first_line
+from kd_jax.data.templates import Template
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
 from kd_jax.models.weight_table import FACTORS, abstract_weights, hf_names, trained_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.adapters import peft_name
+from kd_jax.weights.chat_files import OTHERS, save_chat
 from kd_jax.weights.folder import ORBAX, load_architecture
 from kd_jax.weights.load import (
     check_shapes,
@@ -85,6 +87,8 @@ def copy_extra_files(source: Path, out: Path) -> None:
     for name in EXTRA_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, out / name)
+    if (source / OTHERS).is_dir():
+        shutil.copytree(source / OTHERS, out / OTHERS)
 
 
 def copy_config(source: Path, out: Path) -> None:
@@ -127,11 +131,13 @@ def export_merged(
     out: Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    template: Template | None = None,
 ) -> None:
     """Writes the source model with the trained weights, in Hugging Face form and its dtypes.
 
     Args:
       config: of the run.
+      template: the run's chat template; None: the source's files.
       trained: the run's LoRA factors, which are merged, or whole weights.
     """
     arch = load_architecture(source)
@@ -157,6 +163,8 @@ def export_merged(
     with new_folder(out) as folder:
         save_model(folder, sizes, get, max_shard_bytes)
         copy_config(source, folder)
+        if template is not None:
+            save_chat(source, folder, template, config.data.date)
 
 
 def _merged(trained: OrbaxArrays, scale: float) -> Callable[[str, int, np.ndarray], np.ndarray]:
@@ -207,7 +215,14 @@ def _keep_last(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return get
 
 
-def export_adapter(source: Path, config: Config, trained: OrbaxArrays, out: Path) -> None:
+def export_adapter(
+    source: Path,
+    config: Config,
+    trained: OrbaxArrays,
+    out: Path,
+    *,
+    template: Template | None = None,
+) -> None:
     """Writes a run's LoRA factors as a folder that `peft.PeftModel.from_pretrained` loads."""
     from safetensors.numpy import save_file
 
@@ -234,3 +249,5 @@ def export_adapter(source: Path, config: Config, trained: OrbaxArrays, out: Path
         text = json.dumps(adapter_config, indent=2) + "\n"
         (folder / "adapter_config.json").write_text(text)
         copy_extra_files(source, folder)
+        if template is not None:
+            save_chat(source, folder, template, config.data.date)
