@@ -247,14 +247,18 @@ def _tokenizer(source: Source, add_bos_token: bool | None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
-        source.folder, local_files_only=True, add_bos_token=add_bos_token
+        source.folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        add_bos_token=add_bos_token,
     )
 
 
 def _max_length(folder: Path, tokenizer: Any) -> int:
     from transformers import AutoConfig
 
-    return resolve_max_length(AutoConfig.from_pretrained(folder, local_files_only=True), tokenizer)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return resolve_max_length(config, tokenizer)
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -12,7 +12,19 @@ from typing import Any
 
 from kd_jax.config import UserError
 
-_LFS = b"version https://git-lfs"
+_AGAIN = "Download it again"
+# First bytes of files that hold something else.
+_CONTENTS = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for a file that was not "
+    "downloaded. Run `git lfs pull` in its folder, or download the model again",
+    b"# xet version": f"a Git Xet pointer, which stands for a file. {_AGAIN}",
+    b"/annex/objects/": "a git-annex pointer, which stands for a file. Run `git annex get`",
+    b"<!doctype html": f"a web page. {_AGAIN}",
+    b"<html": f"a web page. {_AGAIN}",
+    b"entry not found": f"the hub's message for a missing file. {_AGAIN}",
+    b"gguf": "a GGUF file (llama.cpp). Give the original safetensors model",
+    b"pk\x03\x04": "a zip archive, such as pickled weights. Give safetensors",
+}
 _SPECIAL = {
     stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",
@@ -30,7 +42,7 @@ def check_file(path: Path, kind: str = "a file") -> None:
             got = _SPECIAL.get(stat.S_IFMT(mode), "a special file")
             raise UserError(f"{path}: expected {kind}, got {got}")
         with open(path, "rb") as stream:
-            head = stream.read(len(_LFS))
+            head = stream.read(max(map(len, _CONTENTS))).lower()
     except FileNotFoundError:
         if path.is_symlink():
             target = os.readlink(path)
@@ -41,11 +53,9 @@ def check_file(path: Path, kind: str = "a file") -> None:
         raise UserError(f"{path}: expected {kind}, which is not there") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected {kind}, got {error}") from None
-    if head == _LFS:
-        raise UserError(
-            f"{path}: expected {kind}, got a Git LFS pointer, which stands for a file that was "
-            "not downloaded. Run `git lfs pull` in its folder, or download the model again"
-        )
+    for start, what in _CONTENTS.items():
+        if head.startswith(start):
+            raise UserError(f"{path}: expected {kind}, got {what}")
 
 
 def is_there(path: Path) -> bool:

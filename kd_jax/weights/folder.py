@@ -58,7 +58,7 @@ def check_files(folder: Path, patterns: Sequence[str]) -> Path:
 def load_architecture(folder: Path) -> Architecture:
     """Returns the architecture that config.json describes."""
     path = folder / "config.json"
-    config = read_json(path) if is_there(path) else {}
+    config = read_json(path) if os.path.lexists(path) else {}
     if not {"model_type", "hidden_size"} & config.keys():
         raise UserError(f"{path}: expected a model's config.json, {describe_folder(folder)}")
     return read_architecture(config, str(path))
@@ -73,6 +73,8 @@ def fingerprint(folder: Path) -> str:
         if isinstance(weight_map, dict):
             files |= {folder / str(name) for name in weight_map.values()}
     found = sorted(path for path in files if is_there(path))
+    for path in found:
+        check_file(path)
     digest = xxhash.xxh3_128()
     for path, value in zip(found, hash_files(found), strict=True):
         digest.update(f"{path.relative_to(folder)} {value}\n".encode())

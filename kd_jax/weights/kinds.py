@@ -9,7 +9,10 @@ from kd_jax.weights.files import read_json
 
 def describe_folder(folder: Path) -> str:
     """Returns what a folder without a usable model holds instead, and what to do."""
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"got {error}"
     suffixes = {Path(name).suffix for name in names}
     inner = [name for name in names if (folder / name / "config.json").is_file()]
     if "adapter_config.json" in names:
@@ -50,7 +53,7 @@ def _base_of(folder: Path) -> str:
 
 
 def _is_workdir(folder: Path) -> bool:
-    return {"workdir", "student"} <= _read(folder / "config.json").keys()
+    return {"config", "inputs", "versions"} <= _read(folder / "config.json").keys()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def open_tensors(folder: Path, arch: Architecture, *, tell: bool = False) -> dic
     shapes = {
         name: tensor.shape
         for name, tensor in tensors.items()
-        if not name.endswith("rotary_emb.inv_freq")  # saved by old versions; computed here
+        if ".rotary_emb." not in name  # saved by old versions; computed here
         and not (arch.tie_word_embeddings and name == HEAD)
     }
     check_shapes(shapes, table, folder, _head_problems(tensors, arch))

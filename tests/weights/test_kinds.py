@@ -13,7 +13,7 @@ from kd_jax.weights.folder import load_architecture, resolve
 
 pytestmark = pytest.mark.fast
 
-RUN = json.dumps({"workdir": "w", "student": {"path": "s"}})
+RUN = json.dumps({"config": {}, "inputs": {}, "versions": {}})
 ADAPTER = json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})
 FOLDERS = {
     "adapter": ({"adapter_config.json": ADAPTER}, "got a PEFT adapter of meta-llama/Llama-3.2-1B"),
@@ -70,6 +70,22 @@ def test_special_files_are_refused_without_being_read(name, tmp_path, monkeypatc
 def test_a_git_lfs_pointer_is_named_in_any_file(name, tmp_path):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match=rf"{name}: expected a file, got a Git LFS pointer"):
+        resolve(str(tmp_path), "student.path")
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"<!DOCTYPE html>\n<html>", "a web page"),
+        (b"Entry not found", "the hub's message for a missing file"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"PK\x03\x04...", "a zip archive"),
+        (b"/annex/objects/MD5-s1", "a git-annex pointer"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(content, what, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"model.safetensors: expected a file, got {what}"):
         resolve(str(tmp_path), "student.path")
 
 

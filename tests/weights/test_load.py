@@ -464,8 +464,13 @@ BROKEN = {
         "config.json",
         "expected a model's config.json, got model.safetensors",
     ),
+    "config a folder": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+        "config.json",
+        "expected a JSON file, got a folder",
+    ),
     "config of a run": (
-        write("config.json", json.dumps({"workdir": "w", "student": {}})),
+        write("config.json", json.dumps({"config": {}, "inputs": {}, "versions": {}})),
         "config.json",
         "got the workdir of a run. Export its student with python -m convert.to_hf",
     ),
