@@ -133,12 +133,20 @@ def _open(args: EvaluateArgs):
     """Returns the checked student, teacher and model to compare with; None where not given."""
     from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
+    from kd_jax.parallel.processes import say
+    from kd_jax.weights.folder import same_path
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None
     if args.teacher is not None:
-        own = student.config.teacher  # a run's teacher adapter
-        adapter = own.adapter if own is not None and own.path == args.teacher else None
+        own = student.config.teacher
+        adapter = None if own is None else own.adapter
+        if own is not None and adapter is not None and not same_path(own.path, args.teacher):
+            say(
+                f"warning: --teacher {args.teacher} is not the run's teacher {own.path}, so the "
+                f"run's teacher.adapter {adapter} is not used"
+            )
+            adapter = None
         teacher = open_model(args.teacher, args.dtype, adapter=adapter, field="teacher")
     if args.against is not None:
         against = open_model(args.against, args.dtype)

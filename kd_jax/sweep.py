@@ -25,7 +25,7 @@ from kd_jax.config.command import (
     split_flags,
 )
 from kd_jax.config.errors import raise_all
-from kd_jax.config.record import differences, dump
+from kd_jax.config.record import differences, dump, flatten, is_path
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
@@ -184,7 +184,11 @@ def _check_distinct(plans: Sequence[Plan]) -> None:
     first: dict[str, str] = {}
     problems = []
     for plan in plans:
-        key = json.dumps({**dump(plan.config), "workdir": ""}, sort_keys=True)
+        fields = flatten(dump(plan.config)) | {"workdir": ""}
+        places = {
+            x: str(Path(y).expanduser().resolve()) for x, y in fields.items() if is_path(x, y)
+        }
+        key = json.dumps(fields | places, sort_keys=True)
         name = plan.folder.name
         if (other := first.setdefault(key, name)) != name:
             problems.append(f"--set: expected different runs, got {other} and {name}, one run")

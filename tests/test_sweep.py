@@ -118,6 +118,7 @@ def test_the_default_folder_is_beside_the_files_own(file, capsys):
         ("--set optim.learning-rate 1e-3 fast", ["--optim.learning-rate", "'fast'"]),
         ("--set data.pack maybe true", ["--set data.pack: expected true or false, got maybe"]),
         ("--set loss.kd-ratio 0.5 .5", ["kd-ratio=0.5", "kd-ratio=.5"]),
+        ("--set data.path a.json ./b/../a.json", ["expected different runs"]),
         ("--set loss.kd-ratio 0.5 0.5", ["--set loss.kd-ratio: 0.5 is given twice"]),
         ("--set loss.kd-ratio 0 --set loss.kd-ratio 1", ["--set loss.kd-ratio: given twice"]),
         ("--set loss.kd-ratio 0 --loss.kd-ratio 1", ["--set loss.kd-ratio", "all runs"]),

@@ -38,7 +38,7 @@ class ModelArgs(Checked):
 
 def load_config(path: str | Path) -> Config:
     """Returns `get_config()` of a Python file."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         near = (file.name for file in path.parent.glob("*.py"))
         hint = did_you_mean(path.name, near, f"{path.parent}/")
@@ -83,6 +83,7 @@ def parse_args(
     """
     import tyro  # takes 0.3 s
 
+    argv = _switches(cls, argv)
     _check_flags(cls, argv)
     command = re.search(r"python (-m )?[\w./]+", description)
     message = io.StringIO()
@@ -130,6 +131,28 @@ def _help_with_ranges() -> Any:
         return dataclasses.replace(entry, type=Annotated[plain_type(entry.type), hint])
 
     return registry
+
+
+def _switches(cls: type, argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with `--data.pack False` and `--data.pack=False` as --data.no-pack."""
+    opposite: dict[str, str] = {}
+    for name in flag_names(cls, only=bool):
+        part, dot, last = name.rpartition(".")
+        off = f"{part}{dot}no-{last}"
+        opposite |= {name: off, off: name}
+    words: list[str] = []
+    for group in flag_groups(argv):
+        name, value, rest = flag_name(group[0]), group[0].partition("=")[2], group[1:]
+        given = [value, *rest] if value else rest
+        if name not in opposite or not given:
+            words += group
+        elif len(given) == 1 and given[0].lower() in ("true", "false"):
+            words.append(f"--{name if given[0].lower() == 'true' else opposite[name]}")
+        else:
+            raise UserError(
+                f"--{name}: expected --{name} or --{opposite[name]}, got {' '.join(group)}"
+            )
+    return words
 
 
 def _check_flags(cls: type, argv: Sequence[str]) -> None:
@@ -287,7 +310,7 @@ _ADVICE = {
     errno.EACCES: "Make it writable",
     errno.EPERM: "Make it writable",
     errno.EROFS: "Make it writable",
-    errno.ENOTDIR: "Restore the folder",
+    errno.EFBIG: "Raise the limit of file sizes",
 }
 
 
@@ -308,11 +331,9 @@ def _print_error(error: BaseException) -> int:
         return 2
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in _ADVICE:
-        print(
-            f"error: {error}. {_ADVICE[error.errno]}; then run the same command to resume",
-            file=sys.stderr,
-        )
+    elif isinstance(error, OSError) and (error.errno in _ADVICE or error.filename is not None):
+        how = _ADVICE.get(error.errno or 0, "Restore the file or folder")
+        print(f"error: {error}. {how}; then run the same command to resume", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1

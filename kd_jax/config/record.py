@@ -10,7 +10,7 @@ from kd_jax.config.run import Config
 # Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
 # are compared by content (workdir.record).
 RESUMABLE = re.compile(
-    r"workdir|(teacher|student)\.(path|adapter|shard_over)|data\.(path|cache_dir)"
+    r"workdir|(teacher|student)\.(path|adapter|shard_over)|data\.(path|cache_dir|chat_template)"
     r"|compilation_cache|remat|attention|loss\.chunk_tokens"
     r"|(log|mesh|distributed|checkpoint|eval)\..*"
 )
@@ -50,6 +50,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if before != after and not RESUMABLE.fullmatch(name):
             changed.append(f"{name}: {before!r} -> {after!r}")
     return changed
+
+
+def is_path(name: str, value: Any) -> bool:
+    """Returns True for the value of a field that is a path or hub id, and has spellings."""
+    ends = ("path", "adapter", "chat_template", "cache_dir", "compilation_cache")
+    return isinstance(value, str) and name.endswith(ends)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

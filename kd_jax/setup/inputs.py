@@ -105,6 +105,8 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     notes = tuple(note for note in held_out.notes if note not in rows.notes)
     said = dataclasses.replace(held_out, notes=notes)
     say(f"{config.eval.path}: {describe_rows(said)}")
+    if held_out.key == rows.key:
+        say("warning: eval.path has the rows of data.path: the evaluation is on training data")
     return rows, held_out
 
 

@@ -55,6 +55,12 @@ def check_files(folder: Path, patterns: Sequence[str]) -> Path:
     return folder
 
 
+def same_path(one: str, other: str) -> bool:
+    """Returns True for two spellings of one folder, such as `t` and `x/../t/`, or of one hub id."""
+    first, second = (Path(path).expanduser().resolve() for path in (one, other))
+    return first == second
+
+
 def load_architecture(folder: Path) -> Architecture:
     """Returns the architecture that config.json describes."""
     path = folder / "config.json"

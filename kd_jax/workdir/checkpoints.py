@@ -1,7 +1,6 @@
 """Checkpoints through Orbax v1: trained arrays, optimizer state and step; no frozen weights."""
 
 import errno
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
-from kd_jax.parallel.processes import is_first
+from kd_jax.parallel.processes import is_first, say
 from kd_jax.weights.orbax import OrbaxArrays, absl_silent
 from kd_jax.workdir.integrity import choose_checkpoint, find_checkpoints, seal
 
@@ -123,10 +122,7 @@ def open_trained(workdir: Path, step: int | None = None) -> Trained:
     """
     step, damaged = choose_checkpoint(workdir, step)
     for later, wrong in damaged.items():
-        print(
-            f"warning: {workdir}: checkpoint {later} is damaged ({wrong}): step {step} is used",
-            file=sys.stderr,
-        )
+        say(f"warning: {workdir}: checkpoint {later} is damaged ({wrong}): step {step} is used")
     place = find_checkpoints(workdir)[step]
     try:
         saved = ocp.metadata(place).metadata

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from kd_jax.config import LogConfig
+from kd_jax.parallel.processes import say
 from kd_jax.weights.files import write_whole
 
 SHOWN = (
@@ -86,17 +87,24 @@ def _make_event(step: int, values: dict[str, Any]) -> Any:
 
 
 def _keep_until(path: Path, last_step: int) -> None:
-    """Drops the lines of metrics.jsonl after `last_step`, and a line that a kill cut off."""
+    """Drops the lines of metrics.jsonl after `last_step`, and damaged ones."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    steps = [_step_of(line) for line in lines if line]
+    if None in steps:
+        say(f"warning: {path}: {steps.count(None)} damaged lines were dropped")
+    kept = [f"{x}\n" for x in lines if (step := _step_of(x)) is not None and step <= last_step]
     write_whole(path, "".join(kept))
+
+
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of metrics.jsonl; None for a damaged line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _progress_bar(start_step: int, num_steps: int):

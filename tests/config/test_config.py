@@ -301,6 +301,28 @@ def test_flags_lie_over_the_file():
     assert changed == want
 
 
+@pytest.mark.parametrize(
+    "words, pack",
+    [
+        (["--data.pack", "False"], False),
+        (["--data.pack=false"], False),
+        (["--data.pack", "True"], True),
+        (["--data.no-pack", "true"], False),
+        (["--data.no-pack"], False),
+    ],
+)
+def test_a_switch_takes_true_and_false(words, pack):
+    changed = parse(f"--config={EXAMPLE}", *words, "--seed", "3")
+    assert changed.data.pack is pack and changed.seed == 3
+
+
+def test_a_switch_with_another_value_names_its_forms(capsys):
+    assert run_command(parse_config, [f"--config={EXAMPLE}", "--data.pack", "maybe"]) == 2
+    assert (
+        "expected --data.pack or --data.no-pack, got --data.pack maybe" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("given", ["steps=9", "epochs=9"])
 @pytest.mark.parametrize(
     "flags, want",
@@ -427,7 +449,8 @@ def set_leaf(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 PARTS = ("log", "mesh", "distributed", "checkpoint", "eval")
 FREE = {
-    "workdir", "compilation_cache", "data.cache_dir", "remat", "attention", "loss.chunk_tokens",
+    "workdir", "compilation_cache", "data.cache_dir", "data.chat_template", "remat", "attention",
+    "loss.chunk_tokens",
     "teacher.path", "teacher.adapter", "teacher.shard_over", "data.path",
     "student.path", "student.adapter", "student.shard_over",
 }  # fmt: skip
@@ -481,6 +504,7 @@ def test_config_files_are_lab_records(path):
         (UserError("seed: no"), 2, "error: seed: no\n"),
         (SystemExit(0), 0, ""),
         (KeyboardInterrupt(), 1, "interrupted\n"),
+        (IsADirectoryError(21, "Is a directory", "a"), 1, "then run the same command to resume\n"),
         (KeyError("bug"), 1, "KeyError: 'bug'\n"),
     ],
 )

@@ -1,0 +1,31 @@
+"""metrics.jsonl of a resumed run: the steps until its checkpoint, without damaged lines."""
+
+import json
+
+import pytest
+
+from kd_jax.config import LogConfig
+from kd_jax.workdir.metrics import Writer
+
+pytestmark = pytest.mark.fast
+
+DAMAGED = ["5", "[1]", "null", '{"loss": 1.0}', '{"step": "3"}', '{"step": 3, "lo', "\0" * 40]
+
+
+def resume(workdir, step):
+    writer = Writer(workdir, LogConfig(tensorboard=False), step, 9)
+    writer.write(step + 1, {"loss": 1.0})
+    writer.close()
+    return [json.loads(x)["step"] for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
+@pytest.mark.parametrize("place", [1, 4])
+def test_a_damaged_line_is_dropped_and_said(damaged, place, tmp_path, capsys):
+    lines = [json.dumps({"step": step, "loss": 0.0}) for step in (1, 2, 3, 4)]
+    lines.insert(place, damaged)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert resume(tmp_path, 3) == [1, 2, 3, 4]
+    assert "metrics.jsonl: 1 damaged lines were dropped" in capsys.readouterr().err
+    assert resume(tmp_path, 2) == [1, 2, 3]
+    assert "damaged" not in capsys.readouterr().err
