@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.command import parse_config, run_command
+from kd_jax.config.command import flag_name, parse_config, run_command
 from kd_jax.evaluate import EvaluateArgs, measure, summarise
 from kd_jax.inference.scores import Sums, compare, whole
 from kd_jax.planning.cost import step_flops
@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
     args.teacher = str(resolve(args.teacher, "TEACHER"))
     if not args.student.exists():
         drop_layers(Path(args.teacher), args.student)
+    claim(args)
     split_records(args)
     table = make_table(compare_arms(args, flags))
     runs = sorted(path.parent for path in args.out.glob("runs/*/evaluation.json"))
@@ -96,9 +97,8 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the benchmark's own arguments, and the flags for every run of kd_jax.train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("teacher", help="folder or hub id")
     parser.add_argument("student", type=Path)
     parser.add_argument("data", type=Path)
@@ -139,6 +139,21 @@ def drop_layers(teacher: Path, student: Path, every: int = 2) -> None:
         copy_extra_files(teacher, place)
 
 
+def claim(args: argparse.Namespace) -> None:
+    """Makes OUT, or checks that it holds results of the same models, records and dtype."""
+    names = ("teacher", "student", "data", "held_out", "validation", "dtype")
+    wanted = {name: str(getattr(args, name)) for name in names}
+    file = args.out / "quality.json"
+    before = read_json(file) if file.is_file() else wanted
+    for name in (name for name in names if before.get(name) != wanted[name]):
+        raise UserError(
+            f"OUT: expected {args.out} to be new or of {name} {wanted[name]}, got results of "
+            f"{before.get(name)}. Give another OUT"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(wanted) + "\n")
+
+
 def split_records(args: argparse.Namespace) -> None:
     """Writes OUT/{held_out,validation,train}.json: disjoint records in an order drawn once."""
     records = {record["instruction"]: record for record in json.loads(args.data.read_text())}
@@ -146,7 +161,6 @@ def split_records(args: argparse.Namespace) -> None:
     random.Random(0).shuffle(found)
     first, second = args.held_out, args.held_out + args.validation
     parts = {"held_out": found[:first], "validation": found[first:second], "train": found[second:]}
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if not part:
             raise UserError(f"DATA: expected more than {second} records, got {len(found)}")
@@ -220,7 +234,11 @@ def step_cost(
 def arm_words(
     args: argparse.Namespace, flags: Sequence[str], arm: Arm, seed: int, workdir: Path
 ) -> list[str]:
-    """Returns the flags of kd_jax.train for a run."""
+    """Returns the flags of kd_jax.train for a run.
+
+    Raises:
+      UserError: the user's flags set what an arm sets.
+    """
     values = {
         "config": args.config,
         "teacher.path": args.teacher,
@@ -235,6 +253,8 @@ def arm_words(
         "steps": arm.steps,
         "seed": seed,
     }
+    for name in values.keys() & set(map(flag_name, flags)):
+        raise UserError(f"--{name}: expected the value of each arm, got one for all. Leave it out")
     return [word for name, x in values.items() for word in (f"--{name}", str(x))] + [*flags]
 
 

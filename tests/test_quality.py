@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from benchmarks import quality
+from kd_jax.config import UserError
 from kd_jax.config.command import parse_config
 from kd_jax.inference import scores
 
@@ -64,7 +65,18 @@ def bench(tmp_path, monkeypatch):
     return SimpleNamespace(args=args, flags=flags, runs=runs, measured=measured, out=args.out)
 
 
+def test_results_of_other_records_and_flags_that_arms_set_are_refused(bench):
+    quality.claim(bench.args)
+    quality.claim(bench.args)
+    bench.args.held_out += 1
+    with pytest.raises(UserError, match=r"OUT: expected .* held_out 6, got results of 5"):
+        quality.claim(bench.args)
+    with pytest.raises(UserError, match=r"--loss.kd-ratio: expected the value of each arm"):
+        quality.make_arms(bench.args, [*bench.flags, "--loss.kd_ratio", "0.3"], "full")
+
+
 def test_parts_are_disjoint_and_a_question_stands_once(bench):
+    quality.claim(bench.args)
     quality.split_records(bench.args)
     parts = [
         [x["instruction"] for x in json.loads((bench.out / f"{name}.json").read_text())]
