@@ -50,6 +50,7 @@ NOTE = (
 )
 TASK = Metric("Four answers", "%", 1, scale=100)
 KINDS = {"full": "all weights", "lora": "LoRA"}
+DOCUMENTS = "documents.npz"
 CONTROL = "fine-tuned, equal compute"
 LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 
@@ -114,6 +115,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--validation", type=int, default=50, help="records")
     parser.add_argument("--examples", type=int, default=50, help="of the lm-eval task; 0: no task")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--finished-only", action="store_true", help="leave out unfinished arms")
     return parser.parse_known_args(argv)
 
 
@@ -179,6 +181,8 @@ def compare_arms(args: argparse.Namespace, flags: Sequence[str]) -> list[Row]:
         arms = make_arms(args, flags, kind) if num_seeds else []
         for seed, arm in itertools.product(range(num_seeds), arms):
             workdir = args.out / "runs" / f"{arm.folder}-seed{seed}"
+            if args.finished_only and not (workdir / DOCUMENTS).is_file():
+                continue
             train(arm_words(args, flags, arm, seed, workdir), workdir)
             row = rows.setdefault(arm.folder, Row(arm=arm, name=arm.name))
             row.sums[seed] = evaluate(args, flags, workdir, workdir)
@@ -274,7 +278,7 @@ def train(words: Sequence[str], workdir: Path) -> None:
 
 def evaluate(args: argparse.Namespace, flags: Sequence[str], model: Path, folder: Path) -> Sums:
     """Returns a model's sums over the held-out documents, which FOLDER/documents.npz keeps."""
-    file = folder / "documents.npz"
+    file = folder / DOCUMENTS
     if not file.is_file():
         config = parse_config(["--config", args.config, *flags])
         options = EvaluateArgs(
@@ -329,12 +333,14 @@ def make_table(rows: Sequence[Row]) -> Table:
     metrics = [METRICS[name] for name in SCORES]
     cells = []
     for row in rows:
-        control = controls[row.arm.kind] if row.arm and row.arm.name != CONTROL else None
+        control = controls.get(row.arm.kind) if row.arm and row.arm.name != CONTROL else None
         cells.append([*describe(row), *score_cells(row), *difference_cells(row, control)])
     names = ["student", "trained", "learning rate", "steps", "TFLOP", "seeds"]
     names += [metric.heading for metric in (*metrics, TASK)]
     names += [f"{METRICS[name].label} less control" for name in COMPARED]
-    return Table(title="Held-out records", header=names, rows=cells, note=NOTE)
+    used = [i for i in range(len(names)) if any(line[i] != "–" for line in cells)]
+    header, *lines = ([line[i] for i in used] for line in (names, *cells))
+    return Table(title="Held-out records", header=header, rows=lines, note=NOTE)
 
 
 def describe(row: Row) -> list[str]:

@@ -113,6 +113,10 @@ def test_the_same_command_repeats_nothing(bench):
     again = quality.compare_arms(bench.args, bench.flags)
     assert (len(bench.runs), len(bench.measured)) == counts
     assert quality.make_table(again) == quality.make_table(rows)
+    (bench.out / "runs" / "full-distilled-kd_ratio-1-seed1" / quality.DOCUMENTS).unlink()
+    bench.args.finished_only = True
+    some = {row.name: len(row.sums) for row in quality.compare_arms(bench.args, bench.flags)[:5]}
+    assert list(some.values()) == [1, 2, 2, 2, 1] and len(bench.measured) == counts[1]
 
 
 def test_cells_are_means_over_seeds_and_intervals_of_the_paired_bootstrap():
