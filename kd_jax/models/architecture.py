@@ -85,12 +85,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Sizes, and the greatest of each.
+# Sizes, and a limit of each far above those of known models.
 _SIZES = {
-    "vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1,
-    "num_hidden_layers": MOST_LAYERS, "num_attention_heads": 2**31 - 1,
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**20,
+    "num_hidden_layers": MOST_LAYERS, "num_attention_heads": 2**16,
 }  # fmt: skip
-_OPTIONAL_SIZES = {"num_key_value_heads": 2**31 - 1, "head_dim": 2**31 - 1}
+_OPTIONAL_SIZES = {"num_key_value_heads": 2**16, "head_dim": 2**16}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # rope_type -> its parameters beside rope_theta.
 _ROPE_FIELDS = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": _LLAMA3}
