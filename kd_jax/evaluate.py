@@ -28,8 +28,8 @@ class EvaluateArgs(ModelArgs):
     with 95 % confidence intervals."""
     data: str
     """Conversations, in any form that data.path of a run takes."""
-    split: str = "test"
-    """Split to read when data is a hub id."""
+    split: str | None = None
+    """Split or slice of it, as data.split of a run; None: all of files, test of a hub dataset."""
     top_k: Annotated[int, Range(least=1)] = 10
     """Most likely tokens of student and teacher whose overlap is measured."""
     bootstrap_samples: Annotated[int, Range(least=1)] = 2000
@@ -189,6 +189,8 @@ def _check_finite(model: str | None, values: dict[str, float]) -> None:
 
 def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
     """Returns the run's configuration, changed by the arguments."""
+    from kd_jax.data.files import default_split
+
     return dataclasses.replace(
         run,
         mesh=args.mesh,
@@ -196,7 +198,7 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
         data=dataclasses.replace(
             run.data,
             path=args.data,
-            split=args.split,
+            split=default_split(args.data) if args.split is None else args.split,
             seq_len=run.data.seq_len if args.seq_len is None else args.seq_len,
             batch_size=num_devices if args.batch_size is None else args.batch_size,
             chat_template=args.chat_template,

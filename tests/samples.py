@@ -11,7 +11,8 @@ import tiny
 from kd_jax.config import DataConfig
 from kd_jax.data import chat as data_chat
 from kd_jax.data import rows
-from kd_jax.data.records import Record
+from kd_jax.data.files import read_raw
+from kd_jax.data.records import Record, make_record
 from kd_jax.data.rows import Rows, make_rows
 
 
@@ -23,6 +24,10 @@ def chat(*contents: str, roles: str = "ua") -> list[dict[str, str]]:
 
 def record(messages: list[dict[str, Any]]) -> Record:
     return Record("d:1", messages, (True,) * len(messages))
+
+
+def records_of(path: Path | str, split: str = "train") -> list[Record]:
+    return [make_record(*raw) for raw in read_raw(str(path), split, 0, None)]
 
 
 ALPACA = [

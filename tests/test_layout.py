@@ -21,7 +21,10 @@ FLOORS = [
         "parallel": [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
         ],
-        "data": ["records", "templates", "answers", "chat", "vocabulary", "rows", "batches"],
+        "data": [
+            "readers", "files", "records", "templates", "answers", "chat", "vocabulary", "prepare",
+            "store", "rows", "batches",
+        ],
     },
     {
         "models": [

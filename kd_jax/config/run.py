@@ -98,9 +98,12 @@ class HiddenConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     path: str
-    """Training data: .json (array or lines), .jsonl, .parquet, or a dataset id on the hub."""
+    """Training data: a file (.json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet, .arrow; also .gz
+    or .zst), a folder or glob of such files, an address such as s3://bucket/file.jsonl, or a
+    dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision."""
     split: str = "train"
-    """Split to read when path is a hub id."""
+    """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. Files have only train; those
+    of a folder have the splits that their names tell."""
     seq_len: Annotated[int, Range(least=2)] = 2048
     """Tokens in a row."""
     batch_size: Annotated[int, AtLeast1] = 8
@@ -215,8 +218,8 @@ class CheckpointConfig:
 class EvalConfig:
     path: str | None = None
     """Held-out data, in any form that data.path takes; None disables evaluation."""
-    split: str = "test"
-    """Split to read when path is a hub id."""
+    split: str | None = None
+    """Split or slice of it, as data.split; None: all of files, test of a folder or hub dataset."""
     every_steps: Annotated[int, AtLeast1] = 200
     """Optimizer steps between evaluations; the last step is always evaluated."""
     max_conversations: Annotated[int | None, AtLeast1] = None

@@ -103,6 +103,8 @@ class Document:
     target: np.ndarray
     hidden: frozenset[str] = frozenset()
     """Keys of answers.HIDDEN: what the record has and the template does not show."""
+    record: Record | None = None
+    """Where it comes from."""
 
 
 def tokenize(
@@ -119,12 +121,14 @@ def tokenize(
     problems: list[str] = []
     for first in range(0, len(records), 512):
         rendered = []
+        placed = []
         for record in records[first : first + 512]:
             try:
                 one = render(tokenizer, record, template, data.date)
                 if data.train_on == "assistant":
                     check_learnable(one, record)
                 rendered.append(one)
+                placed.append(record)
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
         if not rendered:
@@ -135,8 +139,8 @@ def tokenize(
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        for one, ids, offsets in zip(
-            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        for record, one, ids, offsets in zip(
+            placed, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             start, stop = np.array(offsets, np.int64).reshape(-1, 2).T
             target = np.full(len(ids), data.train_on == "all")
@@ -144,5 +148,5 @@ def tokenize(
                 target |= (stop > begin) & (start < end)
             target[:1] = False
             hidden = frozenset(one.hidden)
-            documents.append(Document(np.array(ids, np.int32), target, hidden))
+            documents.append(Document(np.array(ids, np.int32), target, hidden, record))
     return documents, problems

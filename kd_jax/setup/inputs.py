@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.batches import train_batches
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.records import check_path
+from kd_jax.data.files import default_split, list_files
 from kd_jax.data.rows import Rows, describe_rows, make_rows
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
@@ -55,9 +55,9 @@ def open_inputs(
         attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
     archs = (student and student.arch, teacher and teacher.arch)
     mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
-    attempt(check_path, config.data.path, "data.path")
-    if config.eval.path is not None:
-        attempt(check_path, config.eval.path, "eval.path")
+    attempt(list_files, config.data.path, config.data.split)
+    if (held_out := held_out_data(config)) is not None:
+        attempt(list_files, held_out.path, held_out.split, "eval.path")
     if problems:
         raise UserError("\n".join(problems))
     for source, field in ((student, "student"), (teacher, "teacher")):
@@ -92,22 +92,25 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     template = chat_template_of(config.data, *tokenizers)
     rows = make_rows(config.data, tokenizers[0], template)
     say(f"{config.data.path}: {describe_rows(rows)}")
-    if config.eval.path is None:
+    if (data := held_out_data(config)) is None:
         return rows, None
-    held_out = make_rows(
-        config.data,
-        tokenizers[0],
-        template,
-        path=config.eval.path,
-        split=config.eval.split,
-        max_conversations=config.eval.max_conversations,
-    )
+    held_out = make_rows(data, tokenizers[0], template)
     notes = tuple(note for note in held_out.notes if note not in rows.notes)
-    said = dataclasses.replace(held_out, notes=notes)
-    say(f"{config.eval.path}: {describe_rows(said)}")
+    say(f"{data.path}: {describe_rows(dataclasses.replace(held_out, notes=notes))}")
     if held_out.key == rows.key:
         say("warning: eval.path has the rows of data.path: the evaluation is on training data")
     return rows, held_out
+
+
+def held_out_data(config: Config) -> DataConfig | None:
+    """Returns the data of evaluations in training, or None."""
+    path = config.eval.path
+    if path is None:
+        return None
+    split = default_split(path) if config.eval.split is None else config.eval.split
+    return dataclasses.replace(
+        config.data, path=path, split=split, max_conversations=config.eval.max_conversations
+    )
 
 
 def row_source(config: Config, rows: Rows, mesh: Mesh, start_step: int) -> BatchSource:

@@ -2,28 +2,21 @@
 
 import dataclasses
 import datetime
-import json
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 from samples import (
-    ALPACA,
-    CHATS,
     chat,
     record,
+    records_of,
     rows_of,
     same_rows,
-    write_folder,
-    write_lines,
 )
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat as data_chat
-from kd_jax.data import records as data_records
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +82,7 @@ def test_loss_covers_exactly_answers_and_their_end_with_llama3(llama3):
 
 @pytest.mark.parametrize("name", ["gsm8k_alpaca.json", "roleplay_chat.jsonl"])
 def test_loss_covers_exactly_answers_and_their_end_on_real_data(name, llama3, real_data):
-    records, _ = data_records.read_records(str(real_data / name), "", None)
-    conversations = [one.messages for one in records[::10]]
+    conversations = [one.messages for one in records_of(real_data / name)[::10]]
     check_mask(llama3, conversations, llama3.get_chat_template(), "<|eot_id|>")
 
 
@@ -213,156 +205,3 @@ def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path
 def test_unusable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected tokenizer files"):
         data_chat.load_tokenizer(tmp_path)
-
-
-# Reading.
-
-
-def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    return path
-
-
-def write_array(path: Path, encoding: str = "utf-8", indent: int | None = 1) -> Path:
-    path.write_text(json.dumps(ALPACA, indent=indent, ensure_ascii=False), encoding=encoding)
-    return path
-
-
-FORMS: dict[str, Callable[[Path], Path]] = {
-    "alpaca array": lambda folder: write_array(folder / "a.json"),
-    "array on one line": lambda folder: write_array(folder / "o.json", indent=None),
-    "byte-order mark": lambda folder: write_array(folder / "b.json", "utf-8-sig"),
-    "alpaca lines": lambda folder: write_lines(folder / "l.json", ALPACA),
-    "chat lines": lambda folder: write_lines(folder / "c.jsonl", CHATS),
-    "alpaca parquet": lambda folder: write_parquet(folder / "a.parquet", ALPACA),
-    "chat parquet": lambda folder: write_parquet(folder / "c.parquet", CHATS),
-    "folder": lambda folder: write_folder(folder / "hub"),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_rows(form, tokenizer, config, tmp_path, datasets_cache):
-    rows = rows_of(dataclasses.replace(config, path=str(FORMS[form](tmp_path))), tokenizer)
-    plain = write_lines(tmp_path / "plain.jsonl", CHATS)
-    assert same_rows(rows, rows_of(dataclasses.replace(config, path=str(plain)), tokenizer))
-    assert rows.counts["conversations"] == len(CHATS)
-
-
-BAD = {
-    "{": "expected JSON, got '{'",
-    "3": "expected an object, got int",
-    "{}": "expected messages, or instruction and output, got no fields",
-    '{"text": "x"}': "expected messages, or instruction and output, got text",
-    '{"instruction": "x"}': "expected messages, or instruction and output, got instruction",
-    '{"instruction": "x", "output": " "}': "turn 2: expected an answer, got an empty one",
-    '{"instruction": "x", "output": 3}': "turn 2: expected text, got 3",
-    '{"instruction": null, "output": "x"}': "instruction: expected text, got None",
-    '{"instruction": "x", "input": [1], "output": "x"}': "input: expected text, got [1]",
-    '{"messages": []}': "messages: expected a list of turns, got []",
-    '{"messages": "x"}': "messages: expected a list of turns, got 'x'",
-    '{"messages": ["x"]}': "turn 1: expected role and content, got 'x'",
-    '{"messages": [{"role": "user"}]}': "turn 1: expected role and content, got {'role'",
-    '{"messages": [{"role": "bot", "content": "x"}]}': "turn 1: expected role system|user|",
-    '{"messages": [{"role": [], "content": "x"}]}': "turn 1: expected role system|user|",
-    '{"messages": [{"role": "user", "content": [1]}]}': "turn 1: expected text, got [1]",
-    '{"messages": [{"role": "user", "content": "x"}]}': "expected a turn of the assistant",
-}
-GOOD = json.dumps(ALPACA[0])
-
-
-def refused(path: Path, content: str, limit: int | None = None) -> list[str]:
-    path.write_text(content)
-    with pytest.raises(UserError) as caught:
-        data_records.read_records(str(path), "", limit)
-    return str(caught.value).splitlines()
-
-
-@pytest.mark.parametrize("record", BAD)
-def test_bad_record_is_refused_with_its_line(record, tmp_path):
-    file = tmp_path / "x.json"
-    (problem,) = refused(file, f"{GOOD}\n\n{record}\n{GOOD}\n")
-    assert problem.startswith(f"{file}:3: {BAD[record]}")
-    if record != "{":
-        (problem,) = refused(file, f"[\n{GOOD},\n{record}\n, {GOOD}]")
-        assert problem.startswith(f"{file}:3: {BAD[record]}")
-
-
-def test_all_problems_of_a_file_are_one_message(tmp_path):
-    file = tmp_path / "x.jsonl"
-    problems = refused(file, "\n".join([GOOD, *BAD]))
-    assert [line.split(": ")[0] for line in problems] == [
-        f"{file}:{i + 2}" for i in range(len(BAD))
-    ]
-    problems = refused(file, "3\n" * (data_records.MAX_SHOWN + 5))
-    assert len(problems) == data_records.MAX_SHOWN + 1 and problems[-1] == "and 5 more"
-
-
-@pytest.mark.parametrize(
-    "content, line",
-    [
-        (f"[{GOOD},\n{GOOD}", 2),
-        (f"[{GOOD},\n{GOOD[:-1]}\n]", 3),
-        (f"[{GOOD}\n{GOOD}]", 2),
-        (f"[{GOOD},\n,{GOOD}]", 2),
-        (f"[{GOOD}]\n[{GOOD}]", 2),
-    ],
-)
-def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
-    (problem,) = refused(tmp_path / "x.json", content)
-    assert problem.startswith(f"{tmp_path / 'x.json'}:{line}: expected a JSON array")
-
-
-def test_bad_parquet_record_is_refused_with_its_number(tmp_path, datasets_cache):
-    records = [ALPACA[0], {**ALPACA[1], "output": None}]
-    path = str(write_parquet(tmp_path / "x.parquet", records))
-    with pytest.raises(UserError, match=r"x\.parquet, record 2: turn 2: expected text, got None"):
-        data_records.read_records(path, "", None)
-
-
-def test_bad_records_are_skipped_and_named_on_request(tokenizer, config, tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join([GOOD, "{", GOOD, *["3"] * 30]))
-    config = dataclasses.replace(config, path=str(file), on_bad_record="skip")
-    for _ in range(2):  # made, and from the store
-        rows = rows_of(config, tokenizer)
-        assert rows.counts["conversations"] == 2
-        assert len(rows.notes) == data_records.MAX_SHOWN + 2 and "31 bad records" in rows.notes[0]
-        assert rows.notes[1].startswith(f"{file}:2: expected JSON, got '{{'")
-        assert rows.notes[-1] == "and 11 more"
-
-
-@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
-def test_file_without_records_is_refused(content, tmp_path):
-    assert refused(tmp_path / "x.json", content) == [
-        f"{tmp_path / 'x.json'}: expected records, got none"
-    ]
-
-
-def test_limit_takes_the_first_records_and_reads_no_further(tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
-    assert [len(data_records.read_records(str(file), "", limit)[0]) for limit in (1, 2)] == [
-        1,
-        2,
-    ]
-    assert len(refused(file, f"{GOOD}\nbroken\nbroken\n", limit=2)) == 1
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet", "nobody/nothing", "folder"])
-def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    with pytest.raises(UserError, match=f"data: expected .*, got {name}, which"):
-        data_records.read_records(name, "train", None)
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'{"instruction": "\xff"}')
-    with pytest.raises(UserError, match=r"x\.jsonl: cannot be read"):
-        data_records.read_records(str(tmp_path / "x.jsonl"), "", None)
-
-
-# Fitting and packing.

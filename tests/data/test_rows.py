@@ -12,6 +12,7 @@ import tiny
 from samples import (
     CHATS,
     edited,
+    records_of,
     rows_of,
     same_rows,
     swap_merges,
@@ -20,11 +21,12 @@ from samples import (
 )
 
 from kd_jax.config import Config, DataConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.data import chat, records
+from kd_jax.data import chat, prepare
 from kd_jax.data import rows as data_rows
 from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
-from kd_jax.data.rows import Rows, make_rows
+from kd_jax.data.records import Record
+from kd_jax.data.rows import Rows
 
 
 def document(length: int, start: int = 0, first_target: int = 1) -> Document:
@@ -42,26 +44,36 @@ def document(length: int, start: int = 0, first_target: int = 1) -> Document:
 def test_overlong_conversations_are_cut_or_dropped_and_counted(overlong, lengths, counts):
     documents = [document(4), document(8), document(9), document(30, first_target=8)]
     config = DataConfig(path="d", seq_len=8, overlong=overlong)
-    kept, got = data_rows.fit(documents, config, "d")
-    assert [len(d.tokens) for d in kept] == lengths == [len(d.target) for d in kept]
-    assert got == {"conversations": 4, **counts}
+    fitted = prepare.fit(documents, config)
+    assert fitted.lengths.tolist() == lengths and len(fitted.tokens) == len(fitted.target)
+    assert len(fitted.tokens) == sum(lengths)
+    assert {name: fitted.counts[name] for name in counts} == counts
 
 
-def test_overlong_error_lists_the_conversations():
-    config = DataConfig(path="d", seq_len=8, overlong="error")
-    with pytest.raises(UserError, match=r"d: 2 conv.* data\.seq-len 8: 2 \(9\), 4 \(10\) \("):
-        data_rows.fit([document(8), document(9), document(1), document(10)], config, "d")
-    with pytest.raises(UserError, match=r", 20 \(9\) and 5 more \("):
-        data_rows.fit([document(9)] * (records.MAX_SHOWN + 5), config, "d")
+def test_long_text_is_cut_into_consecutive_rows():
+    text = Record("d:1", [], text="x", answers=((0, 1),))
+    long = dataclasses.replace(document(20), record=text)
+    fitted = prepare.fit([long], DataConfig(path="d", seq_len=8))
+    assert fitted.tokens.tolist() == list(range(20)) and fitted.lengths.tolist() == [8, 8, 4]
+    assert np.flatnonzero(~fitted.target).tolist() == [0, 8, 16]
+    assert fitted.counts["cut"] == 1 and not fitted.long
+
+
+def test_overlong_error_lists_the_conversations(tokenizer, config):
+    config = dataclasses.replace(config, seq_len=8, overlong="error")
+    with pytest.raises(UserError) as caught:
+        rows_of(config, tokenizer)
+    assert "24 conversations are longer than data.seq-len 8: " in str(caught.value)
+    assert f"{config.path}:20 (" in str(caught.value) and " and 4 more (" in str(caught.value)
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop"])
-def test_rows_without_any_loss_are_refused(overlong):
-    config = DataConfig(path="d", seq_len=8, overlong=overlong)
+def test_rows_without_any_loss_are_refused(overlong, tokenizer, config):
+    config = dataclasses.replace(config, seq_len=2, overlong=overlong)
     with pytest.raises(
-        UserError, match=r"d: no token with a loss .* \(2 of 2 .*Raise data\.seq-len"
+        UserError, match=r": no token with a loss .* \(24 of 24 .*Raise data\.seq-len"
     ):
-        data_rows.fit([document(9, first_target=8)] * 2, config, "d")
+        rows_of(config, tokenizer)
 
 
 def test_describe_says_what_became_of_the_conversations(tokenizer, config):
@@ -81,8 +93,7 @@ def test_describe_says_what_became_of_the_conversations(tokenizer, config):
 
 
 def tokenized(config: DataConfig, tokenizer: Any) -> list[Document]:
-    some, _ = records.read_records(config.path, "", None)
-    return chat.tokenize(tokenizer, some, tiny.TEMPLATE, config)[0]
+    return chat.tokenize(tokenizer, records_of(config.path), tiny.TEMPLATE, config)[0]
 
 
 def unpack(rows: dict[str, np.ndarray]) -> list[tuple[list[int], list[bool]]]:
@@ -123,12 +134,14 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     starts = np.cumsum([0, *lengths])
     documents = [document(n, int(start)) for n, start in zip(lengths, starts, strict=False)]
     config = DataConfig(path="", seq_len=size)
-    rows = data_rows.fill_rows(documents, config, pad=-1)
+    tokens = np.concatenate([one.tokens for one in documents])
+    flat = (tokens, np.concatenate([one.target for one in documents]), np.array(lengths))
+    rows = data_rows.fill_rows(*flat, config, pad=-1)
     want = sorted((d.tokens.tolist(), d.target.tolist()) for d in documents)
     assert sorted(unpack(rows)) == want
     assert {name: x.dtype for name, x in rows.items()} == data_rows.COLUMNS
     assert len(rows["tokens"]) <= first_fit(lengths, size)
-    apart = data_rows.fill_rows(documents, dataclasses.replace(config, pack=False), pad=-1)
+    apart = data_rows.fill_rows(*flat, dataclasses.replace(config, pack=False), pad=-1)
     assert unpack(apart) == [(d.tokens.tolist(), d.target.tolist()) for d in documents]
     assert apart["segment_ids"].max() == 1
 
@@ -144,7 +157,7 @@ def stored(tokenizer, config, monkeypatch):
     def fail(*_):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(data_rows, "tokenize", fail)
+    monkeypatch.setattr(prepare, "tokenize", fail)
     return rows
 
 
@@ -152,13 +165,18 @@ def test_second_use_reads_the_store(stored, tokenizer, config):
     again = rows_of(config, tokenizer)
     assert same_rows(stored, again) and again.counts == stored.counts and again.key == stored.key
     assert isinstance(again.tokens, np.memmap)
+    assert data_rows.describe_rows(again) == data_rows.describe_rows(stored)
     assert same_rows(stored, rows_of(dataclasses.replace(config, batch_size=3), tokenizer))
+
+
+def in_memory(rows: Rows) -> Rows:
+    return dataclasses.replace(rows, **{n: np.array(getattr(rows, n)) for n in data_rows.COLUMNS})
 
 
 @pytest.mark.parametrize("name", [*(f"{column}.npy" for column in data_rows.COLUMNS), "meta.json"])
 @pytest.mark.parametrize("keep", [None, 0, 0.5, -1])
 def test_damaged_store_is_made_anew(name, keep, tokenizer, config):
-    rows = rows_of(config, tokenizer)
+    rows = in_memory(rows_of(config, tokenizer))
     (folder,) = Path(config.cache_dir).iterdir()
     if keep is None:
         (folder / name).unlink()
@@ -171,8 +189,30 @@ def test_damaged_store_is_made_anew(name, keep, tokenizer, config):
     assert isinstance(rows_of(config, tokenizer).tokens, np.memmap)
 
 
+@pytest.mark.parametrize("name", data_rows.COLUMNS)
+def test_store_with_zeroed_or_flipped_bytes_is_made_anew(name, tokenizer, config):
+    rows = in_memory(rows_of(config, tokenizer))
+    (folder,) = Path(config.cache_dir).iterdir()
+    column = np.load(folder / f"{name}.npy")
+    flipped = column.copy()
+    flipped.view(np.uint8)[-1, -1] ^= 1
+    for damage in (np.zeros_like(column), flipped):
+        np.save(folder / f"{name}.npy", damage)
+        again = rows_of(config, tokenizer)
+        assert same_rows(rows, again) and "damaged: the rows are made again" in again.notes[0]
+    assert not rows_of(config, tokenizer).notes
+
+
+@pytest.mark.parametrize("meta", ["{}", "[]", "3", "null", '{"xxh3": 3}'])
+def test_store_with_other_metadata_is_made_anew(meta, tokenizer, config):
+    rows = in_memory(rows_of(config, tokenizer))
+    (folder,) = Path(config.cache_dir).iterdir()
+    (folder / "meta.json").write_text(meta)
+    assert same_rows(rows, rows_of(config, tokenizer))
+
+
 def test_store_whose_columns_disagree_is_made_anew(tokenizer, config):
-    rows = rows_of(config, tokenizer)
+    rows = in_memory(rows_of(config, tokenizer))
     (folder,) = Path(config.cache_dir).iterdir()
     np.save(folder / "positions.npy", rows.positions[1:])
     assert same_rows(rows, rows_of(config, tokenizer))
@@ -241,10 +281,8 @@ def test_unwritable_store_is_the_users_mistake(tokenizer, config, tmp_path):
 
 def test_held_out_rows_come_from_their_own_path(tokenizer, config, tmp_path):
     path = write_lines(tmp_path / "held_out.jsonl", CHATS)
-    held_out = make_rows(config, tokenizer, tiny.TEMPLATE, path=str(path), max_conversations=2)
-    assert held_out.counts["conversations"] == 2
-    same = make_rows(config, tokenizer, tiny.TEMPLATE, path=config.path)
-    assert same_rows(same, rows_of(config, tokenizer))
+    held_out = dataclasses.replace(config, path=str(path), max_conversations=2)
+    assert rows_of(held_out, tokenizer).counts["conversations"] == 2
 
 
 # Batches.

@@ -1,0 +1,243 @@
+"""Paths to raw records: files, globs, folders, object stores and the hub, and splits of them."""
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
+from kd_jax.data.readers import Raw, is_data, kind_of, read_file, suffixes
+
+# org/name:subset@revision; all but the name may be missing.
+_HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
+)
+# Words of file and folder names that tell the split, as in `datasets`.
+_SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files behind a path."""
+
+    files: tuple[str, ...] = ()
+    """In the order in which they are read; () where `datasets` reads the path."""
+    unread: tuple[str, ...] = ()
+    """Files of a folder that are of another split, or no data."""
+
+
+def list_files(path: str, split: str, field: str = "data.path") -> Listing:
+    """Returns the files behind a path; hub ids are not looked up.
+
+    Args:
+      split: name of a split, or a slice of it; files that are not in a folder have only `train`.
+
+    Raises:
+      UserError: nothing is there, a suffix is unknown, or there is no such split.
+    """
+    place = Path(path).expanduser()
+    split_field = field.replace("path", "split")
+    if "://" in path:
+        files = _remote_files(path, field)
+    elif place.is_dir():
+        return _list_folder(place, split, field, split_field)
+    elif glob.has_magic(path) and not place.exists():
+        found = sorted(glob.glob(str(place), recursive=True))
+        files = [file for file in found if os.path.isfile(file)]
+    elif place.is_file():
+        files = [str(place)]
+    elif place.exists():
+        raise UserError(f"{field}: expected a file, got {path}, a pipe or device")
+    elif is_data(path) or not _HUB_ID.fullmatch(path):
+        raise UserError(f"{field}: expected a file, got {path}, which is not there")
+    else:
+        return Listing()
+    if not files:
+        raise UserError(f"{field}: expected a file, got {path}, which is not there")
+    for file in files:
+        if not is_data(file):
+            raise UserError(f"{field}: expected a file ending in {suffixes()}, got {file}")
+    if _name_of(split) != "train":
+        raise UserError(
+            f"{split_field}: expected train or a slice of it, such as train[98%:], got {split!r}. "
+            f"{path} has no other split"
+        )
+    return Listing(tuple(files))
+
+
+def _name_of(split: str) -> str:
+    return split.partition("[")[0].strip()
+
+
+def _remote_files(path: str, field: str) -> list[str]:
+    import fsspec
+
+    try:
+        system, root = fsspec.url_to_fs(path)
+        if glob.has_magic(root):
+            found = system.glob(root)
+        elif system.isdir(root):
+            found = [file for file in system.find(root) if is_data(file)]
+        else:
+            found = [root] if system.exists(root) else []
+        return [system.unstrip_protocol(file) for file in sorted(found)]
+    except Exception as error:  # any library of an object store
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{field}: {path} cannot be read ({reason})") from None
+
+
+def _list_folder(folder: Path, split: str, field: str, split_field: str) -> Listing:
+    """Returns the files of a split, which names of files and folders tell, as in `datasets`."""
+    if is_dataset_folder(folder):
+        return Listing()
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    splits = {name: _split_of(str(name)) for name in names if is_data(name.name)}
+    there = {found for found in splits.values() if found} or {"train"}
+    if not splits:
+        raise UserError(f"{field}: expected files ending in {suffixes()} in {folder}, got none")
+    if _name_of(split) not in there:
+        expected = " or ".join(sorted(there))
+        raise UserError(
+            f"{split_field}: expected {expected}, the splits of {folder}, got {split!r}"
+        )
+    named = any(splits.values())
+    chosen = [name for name in splits if not named or splits[name] == _name_of(split)]
+    unread = tuple(str(name) for name in names if name not in chosen)
+    return Listing(tuple(str(folder / name) for name in chosen), unread)
+
+
+def _split_of(name: str) -> str | None:
+    for split, words in _SPLIT_WORDS.items():
+        if re.search(rf"(?<![a-z])({words})(?![a-z])", name.lower()):
+            return split
+    return None
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Returns True for a folder of `save_to_disk`, or one whose card lists its files."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return True
+    card = folder / "README.md"
+    return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def default_split(path: str) -> str:
+    """Returns the split of held-out data where none is given: test, or all of files."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return "test"
+    return "train" if "://" in path or glob.has_magic(path) or is_data(path) else "test"
+
+
+def hash_files(path: str, split: str) -> str:
+    """Returns the content hash of the files behind a path, or the name of a hub dataset."""
+    files = list_files(path, split).files
+    place = Path(path).expanduser()
+    if not files and place.is_dir():
+        files = tuple(str(file) for file in sorted(place.rglob("*")) if file.is_file())
+    return " ".join([split, *(map(_hash_file, files) if files else [path])])
+
+
+def _hash_file(file: str) -> str:
+    if "://" in file:
+        import fsspec
+
+        system, root = fsspec.url_to_fs(file)
+        return f"{file} {system.ukey(root)}"
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, xxhash.xxh3_128)
+    return f"{''.join(kind_of(file))} {digest.hexdigest()}"
+
+
+def read_raw(path: str, split: str, begin: int, end: int | None) -> Iterator[tuple[str, Raw]]:
+    """Yields (place, raw record) of the records [begin, end) of a path.
+
+    Args:
+      split: a slice is of use for hub datasets alone; `slice_of` returns that of files.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    files = list_files(path, split).files
+    if files:
+        yield from islice(_read_files(files), begin, end)
+        return
+    for number, record in enumerate(islice(_load_dataset(path, split), begin, end), start=1):
+        yield f"{path}, record {number}", record
+
+
+def _read_files(files: tuple[str, ...]) -> Iterator[tuple[str, Raw]]:
+    for file in files:
+        yield from read_file(file)
+
+
+def slice_of(path: str, split: str) -> tuple[int, int | None]:
+    """Returns [begin, end) of the records of files that a split names; end None: all.
+
+    Raises:
+      UserError: the slice is none of `datasets`' forms, or begins after the last record.
+    """
+    files = list_files(path, split).files
+    if not files or "[" not in split:
+        return 0, None
+    count = sum(1 for _ in _read_files(files))
+    begin, end = to_range(split, count)
+    if begin >= end:
+        raise UserError(f"data.split: {split!r} of {path} is empty ({count:,} records)")
+    return begin, end
+
+
+def to_range(split: str, count: int) -> tuple[int, int]:
+    """Returns [begin, end) of a slice of `count` records, as `datasets` rounds it."""
+    import datasets  # takes seconds to import
+
+    try:
+        name = _name_of(split)
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: count})
+    except Exception as error:
+        raise UserError(
+            "data.split: expected one slice such as train[98%:] or train[:1000], got "
+            f"{split!r} of {count:,} records ({first_line(error)})"
+        ) from None
+    return part.from_ or 0, count if part.to is None else part.to
+
+
+def _load_dataset(path: str, split: str) -> Any:
+    import datasets  # takes seconds to import
+
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            if isinstance(saved, datasets.Dataset):
+                saved = {"train": saved}
+            dataset = saved[_name_of(split)]
+            return dataset.select(range(*to_range(split, len(dataset))))
+        if folder.is_dir():
+            return datasets.load_dataset(str(folder), split=split)
+        hub = _HUB_ID.fullmatch(path)
+        assert hub is not None
+        return datasets.load_dataset(
+            hub["name"], hub["subset"], split=split, revision=hub["revision"]
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"data: expected a file ending in {suffixes()}, a folder or glob of such files, or a "
+            f"hub dataset, got {path}, which cannot be read ({reason})"
+        ) from None

@@ -1,0 +1,127 @@
+"""Raw records to tokenized documents of at most seq_len tokens."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kd_jax.config import DataConfig
+from kd_jax.data.chat import Document, tokenize
+from kd_jax.data.readers import Raw
+from kd_jax.data.records import Record, make_record
+
+EMPTY = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
+_CHUNK_RECORDS = 512
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What records are prepared with."""
+
+    tokenizer: Any
+    template: Any
+    data: DataConfig
+    fraction: float = 0.0
+    """Share of the records that are held out, by the hash of their content."""
+    held_out: bool = False
+    """Take the held-out records; otherwise the others."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Documents, one after the other, and what became of the records."""
+
+    tokens: np.ndarray
+    target: np.ndarray
+    lengths: np.ndarray
+    counts: Counter[str] = field(default_factory=Counter)
+    """`conversations`, and the `truncated`, `dropped` and `cut` ones, and `without_target`."""
+    ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Records by (key, reason) of what is not used."""
+    hidden: Counter[str] = field(default_factory=Counter)
+    """Records by key of answers.HIDDEN: what the template does not show."""
+    problems: list[str] = field(default_factory=list)
+    """`place: why` of each bad record."""
+    long: list[str] = field(default_factory=list)
+    """`place (tokens)` of each document that is longer than a row."""
+
+
+def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[list[tuple[str, Raw]]]:
+    """Yields the raw records in lists of bounded size."""
+    chunk: list[tuple[str, Raw]] = []
+    size = 0
+    for place, record in raw:
+        chunk.append((place, record))
+        size += len(record) if isinstance(record, bytes) else _CHUNK_BYTES // _CHUNK_RECORDS
+        if len(chunk) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def prepare(job: Job, chunk: list[tuple[str, Raw]]) -> Prepared:
+    """Returns a chunk's records as documents; bad records are problems."""
+    records: list[Record] = []
+    problems: list[str] = []
+    num_held_out = 0
+    for place, raw in chunk:
+        try:
+            record = make_record(place, raw)
+            if job.fraction and is_held_out(record, job.fraction) != job.held_out:
+                num_held_out += 1
+                continue
+            records.append(record)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+    documents, unplaced = tokenize(job.tokenizer, records, job.template, job.data)
+    out = fit(documents, job.data)
+    out.problems = problems + unplaced
+    out.counts["conversations"] = len(chunk) - num_held_out - len(out.problems)
+    out.counts["chats"] = sum(bool(record.messages) for record in records)
+    out.hidden = Counter(chain.from_iterable(document.hidden for document in documents))
+    out.ignored = Counter(chain.from_iterable(record.ignored for record in records))
+    if job.data.train_on == "all":
+        why = "data.train-on all gives every token a loss"
+        out.ignored["weight", why] = sum(not all(record.learn) for record in records)
+    return out
+
+
+def is_held_out(record: Record, fraction: float) -> bool:
+    """Returns whether a record is held out; its content decides, so that equal ones go together."""
+    content = json.dumps([record.messages, record.tools, record.text], sort_keys=True)
+    return xxhash.xxh3_64_intdigest(content.encode()) < fraction * 2**64
+
+
+def fit(documents: list[Document], data: DataConfig) -> Prepared:
+    """Returns the documents for rows of seq_len; long ones truncated or dropped, text cut."""
+    S = data.seq_len
+    counts: Counter[str] = Counter()
+    long: list[str] = []
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    for document in documents:
+        size, record = len(document.tokens), document.record
+        is_plain = record is not None and record.answers[:1] == ((0, len(record.text or "")),)
+        if size > S and not is_plain:
+            long.append(f"{record.place if record else '?'} ({size:,})")
+            counts["dropped" if data.overlong == "drop" else "truncated"] += 1
+            if data.overlong == "drop":
+                continue
+        elif size > S:
+            counts["cut"] += 1
+        stop = size if is_plain else min(size, S)
+        pieces = [slice(start, min(start + S, stop)) for start in range(0, stop, S)]
+        document.target[:stop:S] = False  # nothing precedes the first token of a piece
+        useful = [x for x in pieces if document.target[x].any()]
+        counts["without_target"] += not useful
+        kept += [(document.tokens[x], document.target[x]) for x in useful]
+    if not kept:
+        return Prepared(*EMPTY, counts, long=long)
+    tokens, target = (np.concatenate(column) for column in zip(*kept, strict=True))
+    return Prepared(tokens, target, np.array([len(x) for x, _ in kept]), counts, long=long)

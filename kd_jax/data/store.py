@@ -1,0 +1,118 @@
+"""The row store: columns on disk, written in parts, with checksums."""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kd_jax.config import UserError
+
+Batch = dict[str, np.ndarray]
+
+COLUMNS = {
+    "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
+}  # fmt: skip
+_BLOCK_BYTES = 2**22
+_STALE_SECONDS = 24 * 3600
+
+
+def open_store(folder: Path) -> tuple[Batch, dict[str, Any]] | None:
+    """Returns the memory-mapped columns [R, S] and the metadata; None if absent or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+        with ThreadPoolExecutor(len(columns)) as pool:
+            sums = dict(zip(COLUMNS, pool.map(_hash_column, columns.values()), strict=True))
+        whole = sums == meta["xxh3"] and [columns["tokens"].shape] * len(COLUMNS) == [
+            column.shape for column in columns.values()
+        ]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+        return None
+    return (columns, meta) if whole else None
+
+
+def _hash_column(column: Any) -> str:
+    """Returns the hash of a column's bytes, read without mapping them all."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    with open(column.filename, "rb", buffering=0) as stream:
+        stream.seek(column.offset)
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+class StoreWriter:
+    """Writes columns a part at a time; `finish` makes the store appear as a whole."""
+
+    def __init__(self, folder: Path, seq_len: int) -> None:
+        self.folder, self.seq_len, self.num_rows = folder, seq_len, 0
+        self.beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+        self.beside.mkdir(parents=True)
+        self.files = {name: (self.beside / f"{name}.npy").open("wb") for name in COLUMNS}
+        self.sums = {name: xxhash.xxh3_128() for name in COLUMNS}
+        for name in COLUMNS:
+            self._write_header(name)
+
+    def _write_header(self, name: str) -> None:
+        """Writes the header for the rows so far; its size does not depend on their number."""
+        self.files[name].seek(0)
+        shape, descr = (self.num_rows, self.seq_len), np.dtype(COLUMNS[name]).str
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.files[name], header)
+
+    def append(self, columns: Batch) -> None:
+        """Writes rows, [R, S] columns, after those so far."""
+        self.num_rows += len(columns["tokens"])
+        for name, file in self.files.items():
+            data = np.ascontiguousarray(columns[name]).data
+            file.write(data)
+            self.sums[name].update(data)
+
+    def finish(self, meta: dict[str, Any]) -> tuple[Batch, dict[str, Any]]:
+        """Writes the metadata and renames the folder; returns what `open_store` would."""
+        for name, file in self.files.items():
+            self._write_header(name)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        meta = {**meta, "xxh3": {name: digest.hexdigest() for name, digest in self.sums.items()}}
+        (self.beside / "meta.json").write_text(json.dumps(meta))
+        if (found := open_store(self.folder)) is not None:  # another process was first
+            return found
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.rename(self.beside, self.folder)
+        files = {name: self.folder / f"{name}.npy" for name in COLUMNS}
+        return {name: np.load(file, mmap_mode="r") for name, file in files.items()}, meta
+
+
+@contextmanager
+def writing(folder: Path, seq_len: int) -> Iterator[StoreWriter]:
+    """Yields a writer of a store, and removes what it left if it did not finish.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    writer = None
+    try:
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a killed process
+            if left.stat().st_mtime < time.time() - _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        writer = StoreWriter(folder, seq_len)
+        yield writer
+    except OSError as error:
+        raise UserError(f"data.cache-dir: {folder} cannot be written ({error})") from None
+    finally:
+        if writer is not None:
+            for file in writer.files.values():
+                file.close()
+            shutil.rmtree(writer.beside, ignore_errors=True)

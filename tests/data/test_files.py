@@ -1,0 +1,311 @@
+"""Laws of the files: forms, splits, and what cannot be read."""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import ALPACA, CHATS, records_of, rows_of, same_rows, write_folder, write_lines
+
+from kd_jax.config import UserError
+from kd_jax.data import files, readers
+from kd_jax.data.records import MAX_SHOWN
+
+
+def table(records: list[dict[str, Any]]) -> Any:
+    import pyarrow
+
+    return pyarrow.Table.from_pylist(records)
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
+    from pyarrow import parquet
+
+    parquet.write_table(table(records), path)
+    return path
+
+
+def write_array(path: Path, encoding: str = "utf-8", indent: int | None = 1) -> Path:
+    path.write_text(json.dumps(ALPACA, indent=indent, ensure_ascii=False), encoding=encoding)
+    return path
+
+
+def write_cells(path: Path, delimiter: str) -> Path:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:
+        rows = csv.DictWriter(stream, ALPACA[0], delimiter=delimiter)
+        rows.writeheader()
+        rows.writerows(ALPACA)
+    return path
+
+
+def write_arrow(path: Path, kind: str) -> Path:
+    import pyarrow
+
+    made = table(CHATS)
+    with getattr(pyarrow.ipc, f"new_{kind}")(str(path), made.schema) as writer:
+        writer.write_table(made)
+    return path
+
+
+def packed(path: Path) -> Path:
+    """Returns the file compressed, as its suffix says, in two parts."""
+    import pyarrow
+
+    plain = path.with_suffix("").read_bytes()
+    parts = (plain[:100], plain[100:])
+    if path.suffix.lower() == ".gz":
+        path.write_bytes(b"".join(map(gzip.compress, parts)))
+    else:
+        path.write_bytes(b"".join(pyarrow.compress(x, "zstd", asbytes=True) for x in parts))
+    return path
+
+
+def save_to_disk(folder: Path, split: str | None = None) -> Path:
+    import datasets
+
+    made = datasets.Dataset.from_list(CHATS)
+    (made if split is None else datasets.DatasetDict({split: made})).save_to_disk(folder)
+    return folder
+
+
+def write_remote(path: Path) -> str:
+    import fsspec
+
+    address = f"memory:/{path}/x.jsonl.gz"
+    with fsspec.open(address, "wb") as stream:
+        stream.write(gzip.compress(write_lines(path / "x.jsonl", CHATS).read_bytes()))
+    return address
+
+
+FORMS: dict[str, Callable[[Path], Path | str]] = {
+    "alpaca array": lambda folder: write_array(folder / "a.json"),
+    "array on one line": lambda folder: write_array(folder / "o.json", indent=None),
+    "byte-order mark": lambda folder: write_array(folder / "b.json", "utf-8-sig"),
+    "alpaca lines": lambda folder: write_lines(folder / "l.json", ALPACA),
+    "chat lines": lambda folder: write_lines(folder / "c.jsonl", CHATS),
+    "upper case": lambda folder: write_lines(folder / "C.NDJSON", CHATS),
+    "CSV": lambda folder: write_cells(folder / "c.csv", ","),
+    "TSV": lambda folder: write_cells(folder / "c.tsv", "\t"),
+    "alpaca parquet": lambda folder: write_parquet(folder / "a.parquet", ALPACA),
+    "chat parquet": lambda folder: write_parquet(folder / "c.parquet", CHATS),
+    "arrow stream": lambda folder: write_arrow(folder / "s.arrow", "stream"),
+    "arrow file": lambda folder: write_arrow(folder / "f.arrow", "file"),
+    "gzip": lambda folder: packed(write_lines(folder / "c.jsonl", CHATS).with_suffix(".jsonl.gz")),
+    "zstd": lambda folder: packed(write_array(folder / "c.json").with_suffix(".json.ZST")),
+    "gzip parquet": lambda folder: packed(
+        write_parquet(folder / "c.parquet", CHATS).with_suffix(".parquet.gz")
+    ),
+    "folder": lambda folder: write_folder(folder / "hub"),
+    "saved": lambda folder: save_to_disk(folder / "saved"),
+    "saved splits": lambda folder: save_to_disk(folder / "saved", "train"),
+    "object store": write_remote,
+    "glob": lambda folder: (
+        write_lines(folder / "g1.jsonl", CHATS[:2]).parent
+        / write_lines(folder / "g2.jsonl", CHATS[2:]).name.replace("2", "*")
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_records(form, tmp_path, datasets_cache):
+    records = records_of(FORMS[form](tmp_path))
+    assert [record.messages for record in records] == [chat["messages"] for chat in CHATS]
+
+
+def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
+    """Windows of 7 characters cut texts, escapes and numbers."""
+    monkeypatch.setattr(readers, "_CHUNK_CHARACTERS", 7)
+    values = [*ALPACA, {"a": [1.5e3, None, "\u00e9\n\\"]}, {"b": 123456789012}, {}]
+    for indent in (None, 2):
+        (tmp_path / "x.json").write_text(json.dumps(values, indent=indent))
+        assert [x for _, x in readers.read_file(str(tmp_path / "x.json"))] == values
+
+
+GOOD = json.dumps(ALPACA[0])
+
+
+def refused(path: Path, content: str | bytes) -> list[str]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        records_of(path)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (f"[{GOOD},\n{GOOD}", 2),
+        (f"[{GOOD},\n{GOOD[:-1]}\n]", 3),
+        (f"[{GOOD}\n{GOOD}]", 2),
+        (f"[{GOOD},\n,{GOOD}]", 2),
+        (f"[{GOOD},\n]", 2),
+        (f"[{GOOD}]\n[{GOOD}]", 2),
+        (f"[{GOOD},\n{'[' * 100_000}", 2),
+        (f"[{GOOD},\n{'9' * 5000}]", 2),
+    ],
+)
+def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
+    (problem,) = refused(tmp_path / "x.json", content)
+    assert problem.startswith(f"{tmp_path / 'x.json'}:{line}: expected a JSON array")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.jsonl", gzip.compress(b"{}"), "gzip data. Name it .gz"),
+        ("x.json", GOOD.encode("utf-16"), "UTF-16 text"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read (EOFError"),
+        ("x.jsonl.zst", b"plain", "cannot be read (OSError"),
+        ("x.parquet", b"plain", "cannot be read (ArrowInvalid"),
+        ("x.arrow", b"plain", "cannot be read (ArrowInvalid"),
+        ("x.txt", b"\xff\xfa", "cannot be read (UnicodeDecodeError"),
+        ("x.json", json.dumps({"version": 1, "data": ALPACA}, indent=1), "(version, data). Write"),
+        ("x.xml", b"<a/>", "expected a file ending in .json, .jsonl"),
+    ],
+)
+def test_unreadable_file_is_refused_in_one_line(name, content, said, tmp_path):
+    (problem,) = refused(tmp_path / name, content)
+    assert said in problem and str(tmp_path / name) in problem
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "*.jsonl", "nobody/nothing", "folder"])
+def test_missing_data_is_refused(name, tmp_path, monkeypatch, datasets_cache):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match=r"^data.*: expected .*(nobody|folder|x\.|\*)"):
+        records_of(name)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="a pipe or device"):
+        records_of(tmp_path / "x.jsonl")
+
+
+# Splits.
+
+
+@pytest.mark.parametrize(
+    "split", ["train", "train[98%:]", "train[:98%]", "train[:3]", "train[-5:]", "train[10%:20%]"]
+)
+@pytest.mark.parametrize("count", [3, 101])
+def test_slice_of_a_file_is_that_of_datasets(split, count, tmp_path, datasets_cache):
+    import datasets
+
+    file = write_lines(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(count)])
+    try:
+        want = datasets.load_dataset("json", data_files=str(file), split=split)["text"]
+    except ValueError:
+        with pytest.raises(UserError, match="is empty"):
+            files.slice_of(str(file), split)
+        return
+    begin, end = files.slice_of(str(file), split)
+    got = [raw for _, raw in files.read_raw(str(file), split, begin, end)]
+    assert [json.loads(line)["text"] for line in got] == list(want)
+
+
+@pytest.mark.parametrize(
+    "split", ["test", "no such split", "train[", "train[a:]", "train[:1]+train[2:]"]
+)
+def test_split_that_a_file_does_not_have_is_refused_by_name(split, tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", CHATS)
+    with pytest.raises(UserError, match=r"data\.split: expected .*train\[") as caught:
+        files.slice_of(str(file), split)
+    assert repr(split) in str(caught.value)
+
+
+def test_names_of_files_tell_a_folders_splits(tmp_path):
+    folder = write_folder(tmp_path / "hub")
+    (folder / "notes.md").touch()
+    assert len(records_of(folder)) == 3 and len(records_of(folder, "test")) == 1
+    assert files.list_files(str(folder), "train").unread == ("notes.md", "test.jsonl")
+    with pytest.raises(UserError, match=r"data\.split: expected test or train, the splits of"):
+        records_of(folder, "validation")
+    (folder / "test.jsonl").rename(folder / "contest.jsonl")
+    (folder / "train.jsonl").rename(folder / "part.jsonl")
+    assert len(records_of(folder)) == 4
+
+
+def test_hub_ids_have_a_subset_and_a_revision(monkeypatch, tmp_path):
+    import datasets
+
+    seen = []
+
+    def load(*words, **options):
+        seen.append((*words, options["revision"], options["split"]))
+        return [CHATS[0]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    for path in ("org/name", "org/name:main", "org/name@v1.0", "org/name:main@refs/pr/3"):
+        assert len(records_of(path, "test[:5]")) == 1
+    assert seen == [
+        ("org/name", None, None, "test[:5]"),
+        ("org/name", "main", None, "test[:5]"),
+        ("org/name", None, "v1.0", "test[:5]"),
+        ("org/name", "main", "refs/pr/3", "test[:5]"),
+    ]
+
+
+# Whole data sets.
+
+
+def test_all_problems_of_a_file_are_one_message(tokenizer, config, tmp_path):
+    file = tmp_path / "x.jsonl"
+    config = dataclasses.replace(config, path=str(file))
+    file.write_text("\n".join([GOOD, "{", GOOD, *["3"] * 30]))
+    with pytest.raises(UserError) as caught:
+        rows_of(config, tokenizer)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == MAX_SHOWN + 1 and lines[-1] == "and 11 more"
+    assert lines[0].startswith(f"{file}:2: expected JSON, got '{{'")
+    skip = dataclasses.replace(config, on_bad_record="skip")
+    for _ in range(2):  # made, and from the store
+        rows = rows_of(skip, tokenizer)
+        assert rows.counts["conversations"] == 2 and "31 bad records" in rows.notes[0]
+        assert rows.notes[1:] == tuple(lines)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_file_without_records_is_refused(content, tokenizer, config, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    config = dataclasses.replace(config, path=str(tmp_path / "x.json"))
+    with pytest.raises(UserError, match=r"x\.json: expected records, got none"):
+        rows_of(config, tokenizer)
+
+
+def test_limit_takes_the_first_records_and_reads_no_further(tokenizer, config, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(f"{GOOD}\n{json.dumps(ALPACA[1])}\nbroken\n")
+    for limit in (1, 2):
+        some = dataclasses.replace(config, path=str(file), max_conversations=limit)
+        assert rows_of(some, tokenizer).counts["conversations"] == limit
+    with pytest.raises(UserError, match=r"x\.jsonl:3: expected JSON"):
+        rows_of(dataclasses.replace(config, path=str(file)), tokenizer)
+
+
+def test_a_slice_and_what_is_left_out_are_said(tokenizer, config, tmp_path):
+    records = [{**chat, "id": i, "rejected": "x", "extra": [i]} for i, chat in enumerate(CHATS)]
+    file = write_lines(tmp_path / "x.jsonl", records)
+    config = dataclasses.replace(config, path=str(file), split="train[1:]")
+    rows = rows_of(config, tokenizer)
+    assert rows.counts["conversations"] == 2
+    assert rows.notes == (
+        f"{file}: train[1:] is records 2 to 3",
+        f"warning: {file}: 2 records have `extra`: ignored, because records with messages have no "
+        "such key",
+        f"warning: {file}: 2 records have `rejected`: ignored, because only the chosen answer is "
+        "trained on",
+        f"warning: {file}: 2 records have `id`: ignored, as facts about them",
+    )
+    same = write_lines(tmp_path / "plain.jsonl", CHATS[1:])
+    plain = dataclasses.replace(config, path=str(same), split="train")
+    assert same_rows(rows, rows_of(plain, tokenizer))
