@@ -104,9 +104,13 @@ def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[st
     if not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return []
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
-    if head.shape and head.shape == embedding.shape and all(
-        np.array_equal(head.read(*rows), embedding.read(*rows), equal_nan=True)
-        for rows in _blocks(head, 0, head.shape[0])
+    if (
+        head.shape
+        and head.shape == embedding.shape
+        and all(
+            np.array_equal(head.read(*rows), embedding.read(*rows), equal_nan=True)
+            for rows in _blocks(head, 0, head.shape[0])
+        )
     ):
         return []
     return [
