@@ -25,6 +25,7 @@ TOLERANCE = 1e-4
 SCALINGS = {
     "factor 8": {**tiny.LLAMA3, "factor": 8.0},
     "factor 32": tiny.LLAMA3,
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "unscaled": tiny.DEFAULT_ROPE,
 }
 SHAPES = {
