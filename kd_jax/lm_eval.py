@@ -113,10 +113,14 @@ def make_manager(args: LmEvalArgs) -> Any:
                     f"--tasks: expected tasks whose data can be read, got {args.tasks} ({reason})"
                 ) from None
 
-    folder = args.include_path
-    manager = Manager(include_path=None if folder is None else str(Path(folder).expanduser()))
+    folder = None if args.include_path is None else str(Path(args.include_path).expanduser())
+    wanted = set(args.tasks.split(",")) - {""}
+    # Reading lm-eval's own tasks takes seconds.
+    manager = Manager(include_path=folder, include_defaults=folder is None)
+    if folder is not None and wanted - set(manager.all_tasks):
+        manager = Manager(include_path=folder)
     problems = []
-    for name in sorted(set(args.tasks.split(",")) - {"", *manager.all_tasks}):
+    for name in sorted(wanted - set(manager.all_tasks)):
         hint = did_you_mean(name, manager.all_tasks) or " --include-path adds your own tasks"
         problems.append(f"--tasks: expected tasks of lm-eval, got {name}.{hint}")
     raise_all(problems)

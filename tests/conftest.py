@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=100"  # then XLA aborts
 )
 os.environ.setdefault("NPROC", "32")  # threads of all fake devices; collectives block them
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin beside the other worker
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 

@@ -65,6 +65,8 @@ def tasks(tmp_path_factory):
     (root / "data.json").write_text(json.dumps(records))
     for name, text in (("tiny_choices", CHOICES), ("tiny_answers", ANSWERS)):
         (root / f"{name}.yaml").write_text(text.format(name=name, data=root / "data.json"))
+    text = CHOICES.format(name="tiny_broken", data=root / "not_there.json")
+    (root / "tiny_broken.yaml").write_text(text)
     return root
 
 
@@ -169,7 +171,7 @@ def test_an_unknown_option_of_generation_is_refused(folder):
 
 
 def evaluate(model, tasks, *names, **options):
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     options = {"bootstrap_iters": 0, **options}
     return lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, **options)
 
@@ -248,7 +250,7 @@ def get_config():
         (("--tasks", ","), "--tasks: expected names"),
         (("--tasks", "tiny_choices", "--limit", 0), "--limit: expected at least 1"),
         (("--tasks", "tiny_choices", "--out", "/not/there/x"), "--out: expected a file"),
-        (("--tasks", "hellaswag"), "expected tasks whose data can be read"),
+        (("--tasks", "tiny_broken"), "expected tasks whose data can be read"),
     ],
 )
 def test_mistakes_are_answered(flags, said, folder, tasks, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from children import environment
 from paths import ROOT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +53,7 @@ def get_config():
         student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
         lora=LoraConfig(rank=4, alpha=8.0),
         data=DataConfig(
-            path={str(tiny_data)!r}, seq_len=192, batch_size=8, cache_dir={str(folder / "rows")!r}
+            path={str(tiny_data)!r}, seq_len=128, batch_size=8, cache_dir={str(folder / "rows")!r}
         ),
         eval=EvalConfig(path={str(held_out)!r}, every_steps=3),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
@@ -188,10 +188,9 @@ def test_a_finished_run_does_nothing_more(lora_run, run_train, tmp_path):
 
 def start_process(config_file, workdir, *flags):
     command = [sys.executable, "-m", "kd_jax.train", "--config", str(config_file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, "--workdir", str(workdir), *flags],
-        env=environment,
+        env=environment(8),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -210,7 +209,8 @@ def wait_for_step(workdir, step, process):
     raise AssertionError(f"no step {step}: {process.communicate()[0]}")
 
 
-LONG = ("--steps", "40", "--eval.every-steps", "20")
+LONG_STEPS = 14
+LONG = ("--steps", str(LONG_STEPS), "--eval.every-steps", "7")
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +226,12 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(
     number, status, config_file, run_train, long_run, tmp_path
 ):
     process = start_process(config_file, tmp_path / "stopped", *LONG)
-    wait_for_step(tmp_path / "stopped", 5, process)
+    wait_for_step(tmp_path / "stopped", 3, process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == status, output
     reached = read_metrics(tmp_path / "stopped")[-1]["step"]
-    assert 5 <= reached < 40
+    assert 3 <= reached < LONG_STEPS
     if number == signal.SIGTERM:  # saved at once, regardless of every_steps
         assert checkpoints.open_trained(tmp_path / "stopped").step == reached
     assert run_train(tmp_path / "stopped", *LONG) == 0
@@ -327,6 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys):
 
 def test_the_profile_is_written(run_train, tmp_path):
     flags = ("--steps", "2", "--log.profile-start", "1", "--log.profile-steps", "5")
+    flags += ("--eval.path", "None")
     assert run_train(tmp_path / "run", *flags) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
@@ -390,7 +391,7 @@ def test_another_tokenizer_is_refused(run_train, tiny_teacher, tmp_path, capsys)
 
 
 def evaluated(capsys, model, teacher, rows, *flags):
-    argv = ["--model", str(model), "--data", str(rows), "--dtype", "float32", "--seq-len", "192"]
+    argv = ["--model", str(model), "--data", str(rows), "--dtype", "float32", "--seq-len", "128"]
     argv += ["--teacher", str(teacher)] if teacher else []
     capsys.readouterr()
     assert run_command(evaluate.main, [*argv, "--json", *flags]) == 0
@@ -551,9 +552,8 @@ def test_the_step_is_measured(config_file, tmp_path):
     out = tmp_path / "out.json"
     command = ["benchmarks/train_step.py", "--config", str(config_file), "--json", str(out)]
     command += ["--workdir", str(tmp_path / "unused"), "--rounds", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *command], env=environment(1), cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(out.read_text())

@@ -7,11 +7,12 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_run import Run, assert_near, make_run_config
+from tiny_run import Run, assert_near, flat, make_run_config
 
 from kd_jax.config import MeshConfig
 from kd_jax.losses import fused_head
@@ -19,7 +20,7 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training import hlo
 from kd_jax.training.step import jit_train_step
 
-STEPS = 10
+STEPS = 5
 CHUNK = 32  # tokens of the head's
 LAYOUTS = {
     "data": {"mesh": {"data": 8}},
@@ -57,27 +58,67 @@ def configs(tmp_path_factory, tiny_data):
         optim = {"learning_rate": 1e-3}
         return make_run_config(
             student, teacher, tiny_data, folder, trainable=trainable, steps=STEPS, optim=optim,
-            loss={"chunk_tokens": CHUNK}, **layout,
+            loss={"chunk_tokens": CHUNK}, seq_len=96, **layout,
         )  # fmt: skip
 
     return make
 
 
+def compile_step(run):
+    step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
+    traced = step.trace(run.program, *run.arguments(run.batch()))
+    return traced.lower().compile()
+
+
+def take_steps(run, compiled):
+    """Returns the losses of STEPS steps, and the first step's gradients by path.
+
+    Batches do not depend on the layout; the first moment after one step is a share of the gradient.
+    """
+    losses, gradients = [], {}
+    for seed in range(STEPS):
+        run.state, metrics = compiled(*run.arguments(run.batch(seed)))
+        losses.append(float(metrics["loss"]))
+        if seed == 0:
+            moments = flat(optax.tree.get(run.state.opt_state, "mu"))
+            gradients = {name: np.asarray(x) for name, x in moments.items()}
+    return losses, gradients
+
+
 @pytest.fixture(scope="module")
-def gradients_alone(configs):
-    """The gradients of every weight on one device."""
-    run = Run(configs("full", mesh={"data": 1}), jax.devices()[:1])
-    return run.gradients(run.batch())[0]
+def alone(configs):
+    """Returns the losses and gradients of a kind of training on one device."""
+
+    @cache
+    def train(trainable):
+        run = Run(configs(trainable, mesh={"data": 1}), jax.devices()[:1])
+        return take_steps(run, compile_step(run))
+
+    return train
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_has_the_gradients_of_one_device(configs, gradients_alone, layout):
-    run = Run(configs("full", **LAYOUTS[layout]))
+@pytest.fixture(
+    scope="module", params=[*((name, "full") for name in LAYOUTS), ("all", "lora")], ids="-".join
+)
+def trained(request, configs):
+    """A layout, the kind of training, take_steps' results, and the step's program."""
+    layout, trainable = request.param
+    run = Run(configs(trainable, **LAYOUTS[layout]))
     assert run.mesh.size == 8
-    assert_near(run.gradients(run.batch())[0], gradients_alone, 1e-4)
+    compiled = compile_step(run)
+    text = compiled.as_text()
+    return layout, trainable, take_steps(run, compiled), hlo.read_program(text)
 
 
-def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, gradients_alone, monkeypatch):
+def test_every_layout_trains_as_one_device_does(trained, alone):
+    _, trainable, (losses, gradients), _ = trained
+    want, want_gradients = alone(trainable)
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    assert want[-1] < want[0]
+    assert_near(gradients, want_gradients, 1e-4)
+
+
+def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, alone, monkeypatch):
     add_up = fused_head._add_up
 
     def leaves_out(config, sums, d_hidden, d_head):
@@ -88,53 +129,7 @@ def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, gradients_alone
     jax.clear_caches()  # of programs with the right sum
     run = Run(configs("full", **LAYOUTS["tensor"]))
     with pytest.raises(AssertionError):
-        assert_near(run.gradients(run.batch())[0], gradients_alone, 1e-4)
-
-
-def compile_step(run):
-    step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
-    traced = step.trace(run.program, *run.arguments(run.batch()))
-    return traced.lower().compile()
-
-
-def losses(run, compiled):
-    """Returns the losses of the run's steps on batches that do not depend on the layout."""
-    found = []
-    for seed in range(STEPS):
-        run.state, metrics = compiled(*run.arguments(run.batch(seed)))
-        found.append(float(metrics["loss"]))
-    return found
-
-
-@pytest.fixture(scope="module")
-def losses_alone(configs):
-    """Returns the losses of a kind of training on one device."""
-
-    @cache
-    def train(trainable):
-        run = Run(configs(trainable, mesh={"data": 1}), jax.devices()[:1])
-        return losses(run, compile_step(run))
-
-    return train
-
-
-@pytest.fixture(
-    scope="module", params=[*((name, "lora") for name in LAYOUTS), ("all", "full")], ids="-".join
-)
-def trained(request, configs):
-    """A layout, the kind of training, the losses of its steps, and the step's program."""
-    layout, trainable = request.param
-    run = Run(configs(trainable, **LAYOUTS[layout]))
-    compiled = compile_step(run)
-    text = compiled.as_text()
-    return layout, trainable, losses(run, compiled), hlo.read_program(text)
-
-
-def test_every_layout_trains_as_one_device_does(trained, losses_alone):
-    _, trainable, got, _ = trained
-    want = losses_alone(trainable)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert want[-1] < want[0]
+        assert_near(take_steps(run, compile_step(run))[1], alone("full")[1], 1e-4)
 
 
 def excesses(program, vocab_size, chunk, widths):
