@@ -85,7 +85,7 @@ def get_config():
         teacher=TeacherConfig(path={str(root / "teacher")!r}),
         student=StudentConfig(path={str(root / "student")!r}),
         lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=192, batch_size=8,
+        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=128, batch_size=8,
                         cache_dir={str(root / "rows")!r}),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2),
@@ -109,7 +109,7 @@ def read_losses(workdir):
 def ce_of(folders, model, capsys):
     capsys.readouterr()
     rows = folders / "train.jsonl"
-    assert run(evaluate.main, "--model", model, "--data", rows, "--seq-len", 192, "--json") == 0
+    assert run(evaluate.main, "--model", model, "--data", rows, "--seq-len", 128, "--json") == 0
     return json.loads(capsys.readouterr().out)["ce"]
 
 

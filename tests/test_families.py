@@ -44,7 +44,7 @@ def get_config():
         student=StudentConfig(path={str(student)!r}, dtype="float32"),
         trainable={trainable!r},
         lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(data)!r}, seq_len=192, batch_size=8,
+        data=DataConfig(path={str(data)!r}, seq_len=128, batch_size=8,
                         cache_dir={str(tmp_path / "rows")!r}),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1, schedule="constant"),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
@@ -60,14 +60,14 @@ def get_config():
 def values_of(model, teacher, data, capsys):
     capsys.readouterr()
     argv = ("--model", model, "--teacher", teacher, "--data", data, "--dtype", "float32")
-    run(evaluate.main, *argv, "--seq-len", 192, "--json")
+    run(evaluate.main, *argv, "--seq-len", 128, "--json")
     found = json.loads(capsys.readouterr().out)
     return {name: value for name, value in found.items() if not isinstance(value, list | dict)}
 
 
 @pytest.mark.parametrize(
     "family, trainable",
-    [("mistral", "lora"), ("qwen2", "lora"), ("qwen2", "full"), ("qwen3", "full")],
+    [("mistral", "lora"), ("qwen2", "full"), ("qwen3", "full")],
 )
 def test_a_run_of_each_family_learns_and_is_exported(family, trainable, pair, tmp_path, capsys):
     student, teacher = pair(family, trainable)

@@ -67,7 +67,7 @@ def get_config():
     return Config(
         workdir={str(tmp_path / "run")!r}, teacher=None, compilation_cache=None, steps=3,
         student=StudentConfig(path={str(folder)!r}, dtype="float32"),
-        data=DataConfig(path={str(data)!r}, seq_len=192, batch_size=8,
+        data=DataConfig(path={str(data)!r}, seq_len=128, batch_size=8,
                         cache_dir={str(tmp_path / "rows")!r}),
         lora=LoraConfig(rank=4), optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
     )

@@ -215,7 +215,7 @@ def get_config():
         teacher=None,
         student=StudentConfig(path={str(folder)!r}),
         lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(tmp_path / "train.jsonl")!r}, seq_len=192, batch_size=8,
+        data=DataConfig(path={str(tmp_path / "train.jsonl")!r}, seq_len=128, batch_size=8,
                         cache_dir={str(tmp_path / "rows")!r}),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
         compilation_cache=None,

@@ -44,7 +44,7 @@ def get_config():
         teacher=TeacherConfig(path={str(root / "teacher")!r}),
         student=StudentConfig(path={str(root / "student")!r}),
         lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=192, batch_size=8,
+        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=128, batch_size=8,
                         cache_dir={str(root / "rows")!r}),
         eval=EvalConfig(path={str(root / "train.jsonl")!r}, every_steps=2),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),

@@ -40,7 +40,7 @@ def small(tmp_path_factory):
     (folder / "configs").mkdir()
     for file in (ROOT / "configs").glob("*.py"):
         text = shrink(file.read_text(), folder)
-        for name, value in {"seq_len": 192, "batch_size": 8, "warmup_steps": 1, "rank": 4}.items():
+        for name, value in {"seq_len": 128, "batch_size": 8, "warmup_steps": 1, "rank": 4}.items():
             text = re.sub(rf"\b{name}=\d+", f"{name}={value}", text)
         text = text.replace("epochs=1", "steps=2, compilation_cache=None")
         (folder / "configs" / file.name).write_text(text)

@@ -45,7 +45,7 @@ def make_run_config(
     **rows,
 ) -> Config:
     """Returns the config of a float32 run; dicts override fields of its parts."""
-    options = {"seq_len": 192, "batch_size": 8, "cache_dir": str(cache_dir), **rows}
+    options = {"seq_len": 128, "batch_size": 8, "cache_dir": str(cache_dir), **rows}
     return Config(
         workdir="unused",
         teacher=TeacherConfig(path=str(teacher), dtype="float32", shard_over=teacher_axes),

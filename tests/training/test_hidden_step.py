@@ -250,7 +250,7 @@ def test_the_compiled_step_keeps_the_chosen_layers_of_its_own_rows_alone(make_co
         {tuple(map(int, x.split(","))) for x in re.findall(r"f32\[([\d,]+)\]", text)}
         for text in texts
     )
-    states = {x for x in on - plain if x[-2:] in ((192, 64), (192, 96))}
+    states = {x for x in on - plain if x[-2:] in ((128, 64), (128, 96))}
     assert states  # two layers of a device's two rows, and no more
     assert all(np.prod(x[:-2]) <= 2 * 2 for x in states), states
 
@@ -269,7 +269,7 @@ def get_config():
         student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
         lora=LoraConfig(rank=4, alpha=8.0),
         data=DataConfig(
-            path={str(tiny_data)!r}, seq_len=192, batch_size=8, cache_dir={str(folder / "rows")!r}
+            path={str(tiny_data)!r}, seq_len=128, batch_size=8, cache_dir={str(folder / "rows")!r}
         ),
         hidden=HiddenConfig(weight=0.5, student_layers=(0, -1), teacher_layers=(0, -1)),
         eval=EvalConfig(path={str(tiny_data)!r}, max_conversations=4),
@@ -355,7 +355,7 @@ def test_a_workdir_is_evaluated_and_generates_as_its_export_does(
     results, texts = [], []
     for model in (workdir, tmp_path / "out"):
         argv = ["--model", str(model), "--teacher", str(tiny_teacher), "--data", str(tiny_data)]
-        argv += ["--dtype", "float32", "--seq-len", "192", "--json"]
+        argv += ["--dtype", "float32", "--seq-len", "128", "--json"]
         capsys.readouterr()
         assert run_command(evaluate.main, argv) == 0
         result = json.loads(capsys.readouterr().out)
