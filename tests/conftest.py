@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(480))
 
 
+def pytest_configure(config):
+    """A worker that crashed is not started again: its test has failed and the run ends."""
+    if hasattr(config.option, "maxworkerrestart"):
+        config.option.maxworkerrestart = "0"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Assigns each file to one worker: its tests share fixtures and compiled programs."""
