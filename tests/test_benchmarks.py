@@ -11,8 +11,8 @@ from paths import ROOT
 pytestmark = pytest.mark.fast
 
 
-def run(*arguments):
-    command = [sys.executable, "benchmarks/kd_head.py", *map(str, arguments)]
+def run(*arguments, name="kd_head"):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
@@ -35,3 +35,9 @@ def test_a_wrong_shape_is_refused():
     done = run("--tokens", 0, "--masked", 1)
     assert done.returncode == 2
     assert "--tokens: expected at least 1" in done.stderr and "--masked" in done.stderr
+
+
+def test_a_run_that_is_killed_five_times_is_bit_equal_to_one_left_alone():
+    done = run("--kills", 5, "--steps", 60, name="kills")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "losses of 60 steps, 6 evaluations and the last weights bit-equal" in done.stdout

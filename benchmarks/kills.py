@@ -1,0 +1,180 @@
+"""Kills a tiny run by SIGKILL at random instants, and compares it with one that was left alone.
+
+python -m benchmarks.kills [--kills 50] [--seed 0] [--steps 400]
+
+A third of the kills falls anywhere in a start, a third between two steps, a third into a save.
+Every line of metrics.jsonl must be the same but for its times, and every bit of the last weights.
+Starts are forks of a process that has imported the modules, which saves most of their time.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+import numpy as np
+
+from kd_jax.config.command import exit_now, run_command
+from kd_jax.toy import grammar
+from kd_jax.toy.models import make_tokenizer, write_llama
+
+SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+CONFIG = """
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir="unset", teacher=TeacherConfig(path="{root}/teacher", dtype="float32"),
+        student=StudentConfig(path="{root}/student", dtype="float32"), trainable="full",
+        data=DataConfig(path="{root}/data.jsonl", seq_len=64, batch_size=2,
+                        cache_dir="{root}/rows"),
+        eval=EvalConfig(path="{root}/held_out.jsonl", every_steps=10), steps={steps},
+        checkpoint=CheckpointConfig(every_steps=7), log=LogConfig(tensorboard=False),
+        optim=OptimConfig(warmup_steps=5), compilation_cache="{root}/xla")
+"""
+CLOCKS = ("_seconds", "_per_second", "_bytes")
+
+
+def make_inputs(root: Path, steps: int) -> None:
+    tokenizer = make_tokenizer([(q.instruction, a) for q, a in grammar.draw(300, "words")], 300)
+    write_llama(root / "student", tokenizer, 1, hidden_size=16, intermediate_size=32, **SHAPE)
+    write_llama(root / "teacher", tokenizer, 2, hidden_size=32, intermediate_size=48, **SHAPE)
+    (root / "data.jsonl").write_text(grammar.to_lines(grammar.draw(60, "train")))
+    (root / "held_out.jsonl").write_text(grammar.to_lines(grammar.draw(10, "held out")))
+    (root / "config.py").write_text(CONFIG.format(root=root, steps=steps))
+
+
+def run(root: str, name: str) -> None:
+    """Trains in ROOT/NAME as the command does; its output goes to a file."""
+    from kd_jax.train import main
+
+    log = os.open(f"{root}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    argv = ["--config", f"{root}/config.py", "--workdir", f"{root}/{name}"]
+    exit_now(run_command(main, argv))
+
+
+def start(context: Any, root: Path, name: str) -> Any:
+    process = context.Process(target=run, args=(str(root), name))
+    process.start()
+    return process
+
+
+def last_step(workdir: Path) -> int:
+    """Returns the last step in metrics.jsonl, 0 if there is none."""
+    try:
+        with (workdir / "metrics.jsonl").open("rb") as stream:
+            stream.seek(-min(4096, stream.seek(0, os.SEEK_END)), os.SEEK_END)
+            return json.loads(stream.read().split(b"\n")[-2])["step"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def is_saving(workdir: Path) -> bool:
+    try:
+        return any("tmp" in name for name in os.listdir(workdir / "checkpoints"))
+    except FileNotFoundError:
+        return False
+
+
+def wait(process: Any, happened: Callable[[], bool]) -> None:
+    while process.exitcode is None and not happened():
+        time.sleep(0.0005)
+
+
+def kill_at_random(
+    context: Any, root: Path, kills: int, steps: int, start_seconds: float, rng: random.Random
+) -> Counter[str]:
+    """Starts and kills the run; returns the number of kills by kind."""
+    workdir, done = root / "killed", Counter[str]()
+    for number in range(kills):
+        kind = rng.choice(("start", "step", "save"))
+        goal = int(steps * (number + rng.random()) / (kills + 1))
+        process = start(context, root, "killed")
+        if kind == "start":
+            process.join(rng.random() * start_seconds)
+        else:
+            wait(process, lambda goal=goal: last_step(workdir) >= goal)
+            if kind == "save":
+                wait(process, lambda: is_saving(workdir))
+            process.join(rng.random() * 0.02)
+        process.kill()
+        process.join()
+        done[kind] += process.exitcode == -9
+    return done
+
+
+def trace(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl without what depends on time and machine."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.endswith(CLOCKS)} for line in lines]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Returns the steps whose lines differ, and the last checkpoint's arrays that do."""
+    from kd_jax.workdir.checkpoints import open_trained
+
+    first, second = trace(one), trace(other)
+    found = [f"step {x['step']}" for x, y in zip(first, second, strict=False) if x != y]
+    if len(first) != len(second):
+        found.append(f"{len(first)} and {len(second)} lines")
+    ours, theirs = open_trained(one), open_trained(other)
+    return found + [
+        name for name in theirs.shapes if not np.array_equal(ours.read(name), theirs.read(name))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kd_jax.training.loop", "kd_jax.train", "transformers"])
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_inputs(root, args.steps)
+        for name in ("first", "undisturbed"):  # the first compiles
+            began = time.monotonic()
+            process = start(context, root, name)
+            wait(process, lambda name=name: last_step(root / name) > 0)
+            start_seconds = time.monotonic() - began
+            if name == "first":
+                process.kill()
+            process.join()
+        rng = random.Random(args.seed)
+        done = kill_at_random(context, root, args.kills, args.steps, start_seconds, rng)
+        process = start(context, root, "killed")
+        process.join()
+        if process.exitcode != 0:
+            print((root / "killed.log").read_text()[-2000:])
+            return 1
+        wrong = differences(root / "killed", root / "undisturbed")
+        lines = trace(root / "undisturbed")
+    kinds = ", ".join(f"{done[kind]} in a {kind}" for kind in ("start", "step", "save"))
+    evaluations = sum("loss" not in line for line in lines)
+    verdict = f"differ: {', '.join(wrong[:5])}" if wrong else "bit-equal"
+    print(
+        f"{done.total()} SIGKILLs ({kinds}): losses of {len(lines) - evaluations} steps, "
+        f"{evaluations} evaluations and the last weights {verdict}"
+    )
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
