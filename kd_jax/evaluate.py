@@ -63,9 +63,11 @@ def main(argv: Sequence[str]) -> None:
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
     result = evaluate(args)
     text = json.dumps(result)
-    for file in files:
-        write_whole(file, text + "\n")
-    print(text if args.json else describe(result))
+    try:
+        for file in files:
+            write_whole(file, text + "\n")
+    finally:  # a full disk does not lose the numbers
+        print(text if args.json else describe(result))
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:

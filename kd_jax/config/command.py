@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, suppress
@@ -286,6 +287,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     # Without torch transformers would print a warning first.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     open_streams()
+    if argv is None:
+        threading.excepthook = _report_thread
     status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -296,6 +299,12 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             exit_now(status)
     flush_streams()
     return status
+
+
+def _report_thread(failed: Any) -> None:
+    """Prints a thread's error, unless a file caused it: the main thread meets that one as well."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def exit_now(status: int) -> NoReturn:

@@ -81,11 +81,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_whole(file: Path, text: str) -> None:
     """Writes a file atomically: a reader sees the old content or the new, after a power cut too."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 # Errors of file systems without locks.

@@ -54,6 +54,11 @@ class OrbaxArrays:
                 tree = ocp.load(self.place, tree)
         except Exception as error:  # Orbax raises no narrower class for a damaged file
             reason = first_line(error.__cause__ or error)
+            if not self.place.exists():
+                raise UserError(
+                    f"{self.place}: was deleted while it was read, by a run that trains there. "
+                    "Run the command again, or raise --checkpoint.keep of the run"
+                ) from error
             raise UserError(f"{self.place}: cannot be read ({reason})") from error
         for key in self.parents:
             tree = tree[key]

@@ -1,6 +1,7 @@
 """Checkpoints through Orbax v1: trained arrays, optimizer state and step; no frozen weights."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,10 +48,19 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
             checkpointer.wait()
             if checkpointer.latest is not None and is_first():
                 seal(folder / str(checkpointer.latest.step))
-    except ValueError as error:  # tensorstore's form of a full disk
-        if "No space left on device" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, "no space left for the next checkpoint", str(folder)) from error
+    except ValueError as error:  # tensorstore's form of a full disk and the like
+        for number in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EIO,
+        ):
+            if os.strerror(number) in str(error):
+                how = f"{os.strerror(number)}, for the next checkpoint"
+                raise OSError(number, how, str(folder)) from error
+        raise
 
 
 def save(

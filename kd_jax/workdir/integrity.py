@@ -94,7 +94,10 @@ def choose_checkpoint(workdir: Path, step: int | None = None) -> tuple[int, dict
         raise UserError(f"--step: expected one of {known} (those in {place}), got {step}")
     damaged: dict[int, str] = {}
     for candidate in [step] if step is not None else reversed(found):
-        if wrong := damage(found[candidate]):
+        wrong = damage(found[candidate])
+        if not found[candidate].is_dir():  # a run that trains here has deleted it
+            return choose_checkpoint(workdir, step)
+        if wrong:
             damaged[candidate] = wrong
             continue
         _check_record(workdir, found[candidate])

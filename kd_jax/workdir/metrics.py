@@ -52,8 +52,11 @@ class Writer:
         """Writes the values of `step`, the number of updates taken."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:  # which has no name of the file
+            raise OSError(error.errno, error.strerror, self.file.name) from error
         if self.events is not None:
             self.events.add_event(_make_event(step, values))
         self._show(step, values)

@@ -125,6 +125,22 @@ def test_damaged_checkpoints_alone_are_named(workdir):
         integrity.choose_checkpoint(workdir)
 
 
+def test_a_checkpoint_that_retention_deletes_meanwhile_is_not_damaged(workdir, monkeypatch, capsys):
+    measure = integrity.damage
+
+    def delete(checkpoint):
+        if checkpoint.name == "4":
+            shutil.rmtree(checkpoint)
+        return measure(checkpoint)
+
+    monkeypatch.setattr(integrity, "damage", delete)
+    trained = checkpoints.open_trained(workdir)
+    assert trained.step == 2 and not capsys.readouterr().err
+    shutil.rmtree(trained.place)
+    with pytest.raises(UserError, match="checkpoints/2: was deleted while it was read"):
+        trained.read("a")
+
+
 def test_a_step_that_is_asked_for_is_not_replaced_by_another(workdir):
     DAMAGES["zeroed"](workdir / "checkpoints" / "4" / "state" / "_sharding")
     assert checkpoints.open_trained(workdir, 2).step == 2

@@ -1,6 +1,7 @@
 """metrics.jsonl of a resumed run: the steps until its checkpoint, without damaged lines."""
 
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -17,6 +18,15 @@ def resume(workdir, step):
     writer.write(step + 1, {"loss": 1.0})
     writer.close()
     return [json.loads(x)["step"] for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = Writer(tmp_path, LogConfig(tensorboard=False), 0, 9)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        writer.write(1, {"loss": 1.0})
+    with suppress(OSError):
+        writer.close()
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
