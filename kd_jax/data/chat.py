@@ -8,7 +8,8 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.answers import check_learnable, form_of, render
+from kd_jax.data.answers import check_learnable, render
+from kd_jax.data.forms import form_of
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
     TEMPLATE_FILE,

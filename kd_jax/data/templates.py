@@ -20,7 +20,7 @@ Template = str | dict[str, str]
 
 TEMPLATE_FILE = "chat_template.json"
 """A workdir's copy of the template that the run is trained with."""
-MAX_SECONDS = 10
+MAX_SECONDS = 3
 """CPU seconds for one conversation."""
 MAX_BYTES = 2**31
 """Memory that rendering may add."""
