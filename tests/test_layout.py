@@ -22,8 +22,8 @@ FLOORS = [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
         ],
         "data": [
-            "readers", "files", "records", "templates", "forms", "turns", "answers", "chat",
-            "vocabulary", "prepare", "store", "rows", "batches",
+            "readers", "files", "records", "templates", "forms", "turns", "answers", "encode",
+            "chat", "vocabulary", "prepare", "pool", "store", "rows", "batches",
         ],
     },
     {

@@ -125,6 +125,8 @@ class DataConfig:
     """Use only the first conversations of the data; None uses all."""
     cache_dir: str = "~/.cache/kd_jax/rows"
     """Folder of tokenized rows, keyed by tokenizer, source and options."""
+    num_processes: Annotated[int | None, AtLeast1] = None
+    """Processes that tokenize; None: one per CPU core, at most 16. Changes speed, not results."""
 
     def check(self, checks: Checks) -> None:
         checks.require_date(self.date, "data.date")

@@ -9,6 +9,7 @@ import numpy as np
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.answers import check_learnable, render
+from kd_jax.data.encode import encode
 from kd_jax.data.forms import form_of
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
@@ -134,20 +135,9 @@ def tokenize(
                 problems.append(f"{record.place}: {error}")
         if not rendered:
             continue
-        encoded = tokenizer(
-            [one.text for one in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
-        for record, one, ids, offsets in zip(
-            placed, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            start, stop = np.array(offsets, np.int64).reshape(-1, 2).T
-            target = np.full(len(ids), data.train_on == "all")
-            for begin, end in one.spans:
-                target |= (stop > begin) & (start < end)
+        encoded = encode(tokenizer, [one.text for one in rendered], [one.spans for one in rendered])
+        for record, one, (ids, target) in zip(placed, rendered, encoded, strict=True):
+            target[:] |= data.train_on == "all"
             target[:1] = False
-            hidden = frozenset(one.hidden)
-            documents.append(Document(np.array(ids, np.int32), target, hidden, record))
+            documents.append(Document(ids, target, frozenset(one.hidden), record))
     return documents, problems

@@ -15,6 +15,9 @@ from kd_jax.data.chat import Document, tokenize
 from kd_jax.data.readers import Raw
 from kd_jax.data.records import Record, make_record
 
+Chunk = list[tuple[str, Raw]]
+"""Raw records with their places."""
+
 EMPTY = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
 _CHUNK_RECORDS = 512
 _CHUNK_BYTES = 2**20
@@ -52,9 +55,9 @@ class Prepared:
     """`place (tokens)` of each document that is longer than a row."""
 
 
-def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[list[tuple[str, Raw]]]:
+def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[Chunk]:
     """Yields the raw records in lists of bounded size."""
-    chunk: list[tuple[str, Raw]] = []
+    chunk: Chunk = []
     size = 0
     for place, record in raw:
         chunk.append((place, record))
@@ -66,7 +69,7 @@ def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[list[tuple[str, Raw]]]:
         yield chunk
 
 
-def prepare(job: Job, chunk: list[tuple[str, Raw]]) -> Prepared:
+def prepare(job: Job, chunk: Chunk) -> Prepared:
     """Returns a chunk's records as documents; bad records are problems."""
     records: list[Record] = []
     problems: list[str] = []

@@ -14,7 +14,8 @@ from kd_jax.config import DataConfig, UserError
 from kd_jax.data.answers import describe_hidden
 from kd_jax.data.chat import describe_template
 from kd_jax.data.files import hash_files, list_files, read_raw, slice_of
-from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks, prepare
+from kd_jax.data.pool import prepare_all
+from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
 from kd_jax.data.records import MAX_SHOWN, describe_ignored, first_of
 from kd_jax.data.store import COLUMNS, Batch, open_store, writing
 from kd_jax.data.templates import Template, need_template
@@ -160,7 +161,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[Batch, dict[str, Any]]:
     begin, end = slice_of(data.path, data.split)
     last = end if data.max_conversations is None else begin + data.max_conversations
     end = last if end is None or last is None else min(end, last)
-    parts = (prepare(job, chunk) for chunk in chunks(read_raw(data.path, data.split, begin, end)))
+    parts = prepare_all(job, chunks(read_raw(data.path, data.split, begin, end)))
     counts = {"tokens": 0, "target_tokens": 0}
     with writing(folder, data.seq_len) as writer:
         for window in _windows(parts, data, total):

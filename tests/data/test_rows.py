@@ -21,7 +21,7 @@ from samples import (
 )
 
 from kd_jax.config import Config, DataConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.data import chat, prepare
+from kd_jax.data import chat, pool, prepare
 from kd_jax.data import rows as data_rows
 from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
@@ -146,6 +146,37 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     assert apart["segment_ids"].max() == 1
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_windows_and_processes_bound_memory_and_change_no_document(
+    is_packed, tokenizer, config, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(data_rows, "WINDOW_TOKENS", 500)
+    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 5)
+    monkeypatch.setattr(pool, "_ALONE_CHUNKS", 1)
+    config = dataclasses.replace(config, pack=is_packed)
+    counts = (1, 2) if is_packed else (1,)
+    rows = [
+        rows_of(
+            dataclasses.replace(config, num_processes=n, cache_dir=str(tmp_path / str(n))),
+            tokenizer,
+        )
+        for n in counts
+    ]
+    assert all(same_rows(rows[0], other) for other in rows)
+    pad = {"tokens": np.where(rows[0].segment_ids > 0, rows[0].tokens, -1)}
+    found = unpack({name: np.array(getattr(rows[0], name)) for name in data_rows.COLUMNS} | pad)
+    want = [(d.tokens.tolist(), d.target.tolist()) for d in tokenized(config, tokenizer)]
+    assert sorted(found) == sorted(want)
+
+
+def test_a_process_that_dies_is_reported(tokenizer, config, monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 5)
+    monkeypatch.setattr(pool, "_ALONE_CHUNKS", 1)
+    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"data\.num-processes: .* ended \(status 1\)"):
+        rows_of(dataclasses.replace(config, num_processes=2), tokenizer)
+
+
 # The row store.
 
 
@@ -227,7 +258,7 @@ OPTIONS = {
     "max_conversations": 24,
     "on_bad_record": "skip",
 }
-NOT_IN_ROWS = {"path", "split", "batch_size", "chat_template", "cache_dir"}
+NOT_IN_ROWS = {"path", "split", "batch_size", "chat_template", "cache_dir", "num_processes"}
 
 
 def test_every_option_is_known_to_be_in_the_key_or_not():
