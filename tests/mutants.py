@@ -40,6 +40,17 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+RECORDS: list[dict[str, Any]] = [
+    {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER]},
+    {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    {"prompt": "Why?", "completion": " So."},
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]},
+    {"text": "The cat sat on the mat."},
+]
+
+
 def places(tree: Any, at: tuple = ()) -> list[tuple]:
     """Returns the paths of all values below the root."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -143,7 +154,9 @@ class Base:
             save_file(some, self.shards / file)
         (self.shards / INDEX).write_text(json.dumps({"weight_map": files}))
         self.write_adapter()
-        tiny.write_data(root / "data.jsonl", 8)
+        tiny.write_data(root / "data.jsonl", 6)
+        with open(root / "data.jsonl", "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in RECORDS)
         self.tokenizer = load_tokenizer(self.model)
         self.whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -195,8 +208,12 @@ class Base:
         assert given.get("rms_norm_eps", 1e-6) == arch.rms_norm_eps
 
     def tokenizer_files(self, rng: random.Random) -> None:
-        name = rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"])
-        mutate_json(rng, self.model / name)
+        name = rng.choice(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+        path = self.model / name
+        if path.suffix == ".json":
+            mutate_json(rng, path)
+        else:
+            path.write_bytes(mutate_bytes(rng, path.read_bytes(), 300))
         tokenizer = load_tokenizer(resolve(str(self.model), "student.path"))
         self.rows(tokenizer)
 
