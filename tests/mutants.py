@@ -33,10 +33,10 @@ SMALL = {
     "num_key_value_heads": 1, "head_dim": 8,
 }  # fmt: skip
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**30, 10**400, 0.5, 1.0, -0.0, 1e-30, 1e300,
-    math.inf, -math.inf, math.nan, "", "a", "nope", "x" * 5000, "\ud800", "\0", "../../etc/passwd",
-    "/dev/zero", "{% for i in range(9) %}x{% endfor %}", "(.*)*(.*)*x$", [], [None], [1, 2], ["q"],
-    [[[[[]]]]], {}, {"a": 1}, {"type": "linear", "factor": 2.0}, [1] * 1000,
+    None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 2**63, 10**30, 10**400, 0.5, 1.0, -0.0, 1e-30,
+    1e300, math.inf, -math.inf, math.nan, "", "a", "nope", "x" * 5000, "\ud800", "\0",
+    "../../etc/passwd", "/dev/zero", "{% for i in range(9) %}x{% endfor %}", "(.*)*(.*)*x$", [],
+    [None], [1, 2], ["q"], [[[[[]]]]], {}, {"a": 1}, {"type": "linear", "factor": 2.0}, [1] * 1000,
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
             holder[rng.choice(["", "x", "rope_scaling", str(key).upper()])] = holder.pop(key)
-        elif kind == 2 and isinstance(holder[key], int | float):
+        elif kind == 2 and isinstance(holder[key], int | float) and abs(holder[key]) < 2**64:
             holder[key] = holder[key] * rng.choice([2, -1, 0.5, 1.0]) + rng.choice([0, 1, -1])
         elif kind == 3:
             other = holder

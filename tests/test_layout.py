@@ -23,7 +23,7 @@ FLOORS = [
         ],
         "data": [
             "readers", "files", "records", "templates", "forms", "turns", "answers", "encode",
-            "chat", "vocabulary", "prepare", "pool", "store", "rows", "batches",
+            "vocabulary", "chat", "prepare", "pool", "store", "rows", "batches",
         ],
     },
     {

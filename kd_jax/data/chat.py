@@ -21,12 +21,14 @@ from kd_jax.data.templates import (
     need_template,
     read_template,
 )
+from kd_jax.data.vocabulary import check_ids, check_vocab
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Returns the fast tokenizer of a Hugging Face folder; code of the folder is never run."""
     from transformers import AutoTokenizer  # takes seconds to import
 
+    check_ids(folder / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -48,6 +50,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: expected a tokenizer.json (a fast tokenizer), got a slow one")
+    check_vocab(tokenizer, folder)
     tokenizer.backend_tokenizer.no_truncation()  # calls set both; fixed for the rows' key
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

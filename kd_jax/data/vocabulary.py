@@ -1,7 +1,9 @@
-"""Two tokenizers side by side: the ids that name the same token in both."""
+"""The ids of a tokenizer, and those that name the same token in two."""
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,29 @@ import numpy as np
 from kd_jax.config import UserError
 
 _PART = 4096  # rows looked at together
+_HOLES = 2**16  # ids without a token, beside as many as there are tokens
+
+
+def check_ids(file: Path) -> None:
+    """Raises UserError for huge token ids in tokenizer.json: memory is taken up to the largest."""
+    data = file.read_bytes() if file.is_file() else b""
+    if not re.search(rb"\d{8}", data):
+        return  # parsing takes ten times as long
+    try:
+        ids = json.loads(data)["model"]["vocab"].values()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # the tokenizers library says what is wrong
+    largest = max((i for i in ids if type(i) is int), default=0)
+    if largest >= 10**7:
+        raise UserError(f"{file}: expected token ids below 10,000,000, got {largest}")
+
+
+def check_vocab(tokenizer: Any, folder: Path) -> None:
+    """Raises UserError for a tokenizer without tokens, or with far larger ids than tokens."""
+    ids = tokenizer.get_vocab().values()
+    if not ids or max(ids) > 2 * len(ids) + _HOLES:
+        largest = f" up to {max(ids):,}" if ids else ""
+        raise UserError(f"{folder}: expected token ids without gaps, got {len(ids):,}{largest}")
 
 
 @dataclass(frozen=True, slots=True)

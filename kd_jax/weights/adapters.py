@@ -69,8 +69,8 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank < 2**31:
         problems.append(f"r: expected a whole number of at least 1, got {show(rank)}")
-    if not is_number(alpha) or not 0 < alpha < math.inf:
-        problems.append(f"lora_alpha: expected a finite number above 0, got {show(alpha)}")
+    if not is_number(alpha) or not 0 < alpha < 1e9:
+        problems.append(f"lora_alpha: expected a number above 0 and below 1e9, got {show(alpha)}")
     if not isinstance(config.get("use_rslora"), bool | None):
         problems.append(f"use_rslora: expected true or false, got {show(config['use_rslora'])}")
     return problems

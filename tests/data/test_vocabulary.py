@@ -1,12 +1,15 @@
 """Tokenizers that differ in added tokens alone share the others' ids."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
+import tiny
 from samples import edited, swap_merges
 
 from kd_jax.config import UserError
+from kd_jax.data.chat import load_tokenizer
 from kd_jax.data.vocabulary import SharedVocab, check_tokens, share_vocab
 
 
@@ -34,6 +37,29 @@ def rename(name):
         vocab[name] = vocab.pop("<|start|>")
 
     return change
+
+
+@pytest.mark.parametrize("largest", [100_000, 2**31, 2**62])
+def test_huge_ids_are_refused_before_memory_is_taken(largest, tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["vocab"]["a"] = largest
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"expected token ids (without gaps|below 10,000,000), got"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree |= {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    file.write_text(json.dumps(tree))
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="expected token ids without gaps, got 0"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizers_may_differ_in_the_template(tokenizer):
