@@ -60,6 +60,11 @@ def test_an_answer_ends_before_a_stop_text(folder, capsys):
 
 def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
     data = tiny.write_data(tmp_path / "train.jsonl")
+    template = tmp_path / "t.jinja"  # another than the folder's, with another end of turn
+    template.write_text(
+        "{% for m in messages %}{{ '<|start|>' + m.role + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
     (tmp_path / "config.py").write_text(f"""
 from kd_jax.config import *
 
@@ -68,13 +73,18 @@ def get_config():
         workdir={str(tmp_path / "run")!r}, teacher=None, compilation_cache=None, steps=3,
         student=StudentConfig(path={str(folder)!r}, dtype="float32"),
         data=DataConfig(path={str(data)!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(tmp_path / "rows")!r}),
+                        chat_template={str(template)!r}, cache_dir={str(tmp_path / "rows")!r}),
         lora=LoraConfig(rank=4), optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
     )
 """)
     assert run_command(train.main, ["--config", str(tmp_path / "config.py")]) == 0
+    text = template.read_text()
+    template.unlink()
     argv = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert run_command(to_hf.main, argv) == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text() == text
+    options = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert options["eos_token_id"] in (3, [2, 3])
     prompt = ("--prompt", "How many legs has a cat?")
     trained = answer(capsys, tmp_path / "run", *prompt)
     assert trained == answer(capsys, tmp_path / "out", *prompt)

@@ -51,6 +51,8 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: expected a tokenizer.json (a fast tokenizer), got a slow one")
     check_vocab(tokenizer, folder)
+    if tokenizer.chat_template is None and (folder / TEMPLATE_FILE).is_file():
+        tokenizer.chat_template = read_template(folder / TEMPLATE_FILE, str(folder))
     tokenizer.backend_tokenizer.no_truncation()  # calls set both; fixed for the rows' key
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.data.chat import end_of_turn, load_tokenizer
-from kd_jax.data.templates import Template
+from kd_jax.data.templates import TEMPLATE_FILE, Template
 from kd_jax.weights.files import read_json
 
 JINJA, OTHERS = "chat_template.jinja", "additional_chat_templates"
@@ -19,7 +19,7 @@ def save_chat(source: Path, folder: Path, template: Template, date: str) -> None
       date: data.date of the run.
     """
     tokenizer = load_tokenizer(source)
-    if tokenizer.chat_template != template:
+    if tokenizer.chat_template != template or (source / TEMPLATE_FILE).is_file():
         _write_template(folder, template)
     ids, _ = end_of_turn(tokenizer, template, date)
     if len(ids) != 1:
@@ -28,6 +28,7 @@ def save_chat(source: Path, folder: Path, template: Template, date: str) -> None
     ends = options.get("eos_token_id")
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if ids[0] not in known:
+        options.pop("_from_model_config", None)  # transformers would take config.json's end
         options["eos_token_id"] = [*known, *ids] if known else ids[0]
         _write_json(folder / "generation_config.json", options)
 

@@ -61,7 +61,9 @@ def test_transformers_renders_an_export_as_we_trained_it_and_stops_at_its_end(
 
 
 def test_an_export_that_has_template_and_end_is_left_alone(base, tmp_path):
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3], "x": 2}))
+    (base / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 3], "_from_model_config": True})
+    )
     (base / "chat_template.jinja").write_text(CHATML)
     out = tmp_path / "out"
     shutil.copytree(base, out)
@@ -70,7 +72,15 @@ def test_an_export_that_has_template_and_end_is_left_alone(base, tmp_path):
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     save_chat(base, out, CHATML.replace("<|end|>", "<|eot|>"), DAY)
     changed = json.loads((out / "generation_config.json").read_text())
-    assert changed == {"eos_token_id": [1, 3, 4], "x": 2}
+    assert changed == {"eos_token_id": [1, 3, 4]}
+
+
+def test_a_template_in_an_old_json_file_is_exported_as_jinja(base, tmp_path):
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert data_chat.load_tokenizer(base).chat_template == CHATML
+    (tmp_path / "out").mkdir()
+    save_chat(base, tmp_path / "out", CHATML, DAY)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == CHATML
 
 
 def test_an_end_of_several_tokens_or_none_is_no_end_token(base, tmp_path):
