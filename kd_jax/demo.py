@@ -23,7 +23,7 @@ from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.toy import grammar
 from kd_jax.toy.outcome import COLUMNS, make_table, show
 from kd_jax.weights.files import read_json, write_whole
-from kd_jax.workdir.history import completion
+from kd_jax.workdir.integrity import completion
 
 NUM_MANY, NUM_FEW, NUM_HELD_OUT = 16_000, 400, 600
 VOCAB_SIZE = 640

@@ -29,7 +29,8 @@ from kd_jax.config.record import differences, dump, flatten, is_path
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
-from kd_jax.workdir.history import check_workdir, completion, is_workdir, read_record
+from kd_jax.workdir.history import check_workdir, is_workdir, read_record
+from kd_jax.workdir.integrity import completion
 
 _RESUMES = "the same command resumes the unfinished runs"
 

@@ -48,6 +48,8 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         return
     try:
         yield
+    except SystemExit:  # a signal, at which all processes stop together
+        raise
     except BaseException as error:
         status = report_error(error)
         if status == 1:  # collectives and checkpoints fail so after the death of another process

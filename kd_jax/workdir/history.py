@@ -45,7 +45,7 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        return _num_steps(self.record)
+        return num_steps_of(self.record)
 
     @property
     def last_step(self) -> int:
@@ -130,21 +130,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder=folder, record=record, train=train, held_out=held_out, evaluation=evaluation)
 
 
-def completion(folder: Path) -> bool | None:
-    """Returns True for a run with its last metrics and checkpoint; None for an unknown length.
-
-    Raises:
-      UserError: kd_jax.train did not write the folder's files.
-    """
-    if not (folder / "config.json").is_file():
-        return False
-    num_steps = _num_steps(read_record(folder / "config.json"))
-    if num_steps is None:
-        return None
-    return (folder / "checkpoints" / str(num_steps)).is_dir() and read_run(folder).finished
-
-
-def _num_steps(record: dict[str, Any]) -> int | None:
+def num_steps_of(record: dict[str, Any]) -> int | None:
     """Returns the total steps of a run; None if they were not recorded."""
     return record.get("num_steps") or record["config"]["steps"]
 

@@ -13,7 +13,7 @@ from kd_jax.config import UserError
 from kd_jax.config.record import RESUMABLE, flatten
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.hashes import hash_files
-from kd_jax.workdir.history import identity, read_record
+from kd_jax.workdir.history import identity, num_steps_of, read_record, read_run
 
 SEAL = "kd_jax.json"
 
@@ -118,6 +118,21 @@ def _check_record(workdir: Path, checkpoint: Path) -> None:
                 f"{workdir / 'config.json'}: expected the record of the run that wrote "
                 f"{checkpoint}, got another. Restore the file, or give another --workdir"
             )
+
+
+def completion(workdir: Path) -> bool | None:
+    """Returns True for a run with its last metrics and whole checkpoint; None for unknown length.
+
+    Raises:
+      UserError: kd_jax.train did not write the folder's files.
+    """
+    if not (workdir / "config.json").is_file():
+        return False
+    num_steps = num_steps_of(read_record(workdir / "config.json"))
+    if num_steps is None:
+        return None
+    last = workdir / "checkpoints" / str(num_steps)
+    return last.is_dir() and not damage(last) and read_run(workdir).finished
 
 
 def set_aside(workdir: Path, damaged: dict[int, str]) -> list[str]:
