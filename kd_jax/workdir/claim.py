@@ -34,7 +34,7 @@ def lock_workdir(workdir: Path, own: Sequence[Path] = ()) -> Iterator[None]:
       UserError: the folder is not empty and no workdir, another command trains in it, it cannot be
         written, or other processes of this run do not see it.
     """
-    made = is_first() and not workdir.exists()
+    made = is_first() and not os.path.lexists(workdir)
     with ExitStack() as stack:
         together("lock", lambda: _lock(workdir, stack, own), first_alone=True)
         try:

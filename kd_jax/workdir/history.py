@@ -1,6 +1,7 @@
 """Finished and unfinished runs, read from their workdirs. Needs no jax."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import did_you_mean, raise_all
-from kd_jax.config.record import flatten
+from kd_jax.config.record import dump, flatten, from_json
 from kd_jax.weights.files import read_json
 
 if TYPE_CHECKING:
@@ -136,15 +137,24 @@ def num_steps_of(record: dict[str, Any]) -> int | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns config.json; raises UserError unless kd_jax.train wrote it."""
+    """Returns config.json with every field; raises UserError unless kd_jax.train wrote it."""
     if not path.is_file():
         raise UserError(f"{path.parent}: expected a workdir of kd_jax.train, got no config.json")
     record = read_json(path)
     parts = [record.get(part) for part in ("config", "inputs", "versions")]
-    fields = {"teacher", "student", "loss", "log", "steps", "seed"}
-    if not all(isinstance(part, dict) for part in parts) or not fields <= record["config"].keys():
-        raise UserError(f"{path}: not written by kd_jax.train; {path.parent} is no workdir")
-    return record
+    num_steps = record.get("num_steps")
+    try:
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError
+        if not isinstance(num_steps, int | None):
+            raise TypeError
+        config = dump(from_json(record["config"]))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        message = (
+            f"{path}: not written by kd_jax.train of this version; {path.parent} is no workdir"
+        )
+        raise UserError(message) from None
+    return record | {"config": config}
 
 
 def check_workdir(folder: Path, own: Sequence[Path] = ()) -> None:
@@ -154,7 +164,7 @@ def check_workdir(folder: Path, own: Sequence[Path] = ()) -> None:
       own: folders of the run that may be inside, such as the row cache.
     """
     wanted = "--workdir: expected a new or empty folder, or a workdir of kd_jax.train"
-    if not folder.exists():
+    if not os.path.exists(folder):
         return
     if not folder.is_dir():
         raise UserError(f"{wanted}, got {folder}, which is a file. Give another --workdir")

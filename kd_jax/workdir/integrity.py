@@ -6,14 +6,13 @@ import threading
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-
-import xxhash
+from typing import Any
 
 from kd_jax.config import UserError
 from kd_jax.config.record import RESUMABLE, flatten
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.hashes import hash_files
-from kd_jax.workdir.history import identity, num_steps_of, read_record, read_run
+from kd_jax.workdir.history import num_steps_of, read_record, read_run
 
 SEAL = "kd_jax.json"
 
@@ -33,7 +32,7 @@ def seal(checkpoint: Path) -> None:
         suppress(OSError, UserError),
     ):  # retention may delete it; without a seal it is valid too
         if not (checkpoint / SEAL).is_file():
-            tree = {"files": _hashes(checkpoint), "record": _record_key(checkpoint.parents[1])}
+            tree = {"files": _hashes(checkpoint), "record": _facts(checkpoint.parents[1])}
             write_whole(checkpoint / SEAL, json.dumps(tree))
 
 
@@ -43,18 +42,13 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     return dict(zip(names, hash_files(files), strict=True))
 
 
-def _record_key(workdir: Path) -> str:
-    """Returns a hash of what config.json says of a run's results; "" without that file."""
+def _facts(workdir: Path) -> dict[str, Any]:
+    """Returns what config.json says of a run's results, by name; {} without that file."""
     if not (workdir / "config.json").exists():
-        return ""
+        return {}
     record = read_record(workdir / "config.json")
-    fields = {
-        name: identity(value)
-        for name, value in flatten(record["config"]).items()
-        if value is not None and not RESUMABLE.fullmatch(name)
-    }
-    text = json.dumps([fields, record["inputs"]], sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    fields = {x: y for x, y in flatten(record["config"]).items() if not RESUMABLE.fullmatch(x)}
+    return fields | flatten(record["inputs"], "inputs.")
 
 
 def damage(checkpoint: Path) -> str:
@@ -111,13 +105,17 @@ def choose_checkpoint(workdir: Path, step: int | None = None) -> tuple[int, dict
 
 def _check_record(workdir: Path, checkpoint: Path) -> None:
     """Raises UserError if config.json is of another run than a checkpoint."""
-    if (checkpoint / SEAL).exists():
-        key = read_json(checkpoint / SEAL).get("record")
-        if key and key != _record_key(workdir):
-            raise UserError(
-                f"{workdir / 'config.json'}: expected the record of the run that wrote "
-                f"{checkpoint}, got another. Restore the file, or give another --workdir"
-            )
+    if not (checkpoint / SEAL).exists():
+        return
+    old, new = read_json(checkpoint / SEAL).get("record"), _facts(workdir)
+    sealed = old if isinstance(old, dict) else {}
+    common = sorted(sealed.keys() & new.keys())
+    changed = [f"{x}: {sealed[x]!r} -> {new[x]!r}" for x in common if sealed[x] != new[x]]
+    if changed:
+        raise UserError(
+            f"{workdir / 'config.json'}: expected the record of the run that wrote {checkpoint}, "
+            f"got another ({'; '.join(changed)}). Restore the file, or give another --workdir"
+        )
 
 
 def completion(workdir: Path) -> bool | None:

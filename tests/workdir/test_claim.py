@@ -1,9 +1,11 @@
 """A workdir belongs to one run and to one command at a time."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 from paths import ROOT
@@ -100,13 +102,32 @@ def test_checkpoints_without_their_configuration_are_refused(tmp_path):
         claim.check_config(CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe{}", b"{}", b'{"config": 3, "inputs": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff\xfe{}", b"{}", b'{"config": 3, "inputs": {}}', b"null"]
+)
 def test_a_record_of_something_else_is_one_error(content, tmp_path):
     finished(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     for use in (claim.read_run, lambda folder: claim.check_config(CONFIG, folder)):
         with pytest.raises(UserError, match=r"config\.json: "):
             use(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["seed", "loss", "data", "log", "log.every_steps", "steps"])
+@pytest.mark.parametrize("value", [None, -3, "x", [], {}, {"a": {}}], ids=str)
+def test_a_record_with_a_field_of_another_kind_is_one_error(name, value, tmp_path):
+    finished(tmp_path)
+    file = tmp_path / "config.json"
+    record = json.loads(file.read_text())
+    *outer, last = name.split(".")
+    place = reduce(dict.__getitem__, outer, record["config"])
+    place[last] = value
+    file.write_text(json.dumps(record))
+    if value == {} and name in ("log", "loss"):
+        assert claim.read_run(tmp_path) == CONFIG  # the defaults
+        return
+    with pytest.raises(UserError, match=r"config\.json: not written by kd_jax"):
+        claim.read_run(tmp_path)
 
 
 FOREIGN = {
