@@ -102,6 +102,7 @@ def get_config():
             ("--prompt", "Hi.", "--temperature", 1, "--top-p", 1.5),
             "--top-p: expected above 0 and at most 1",
         ),
+        (("--prompt", "Hi.", "--date", "today"), "--date: expected 26 Jul 2024 or 2024-07-26"),
         (("--prompt", "Hi.", "--max-new-tokens", 0), "--max-new-tokens: expected at least 1"),
         (("--prompt", "word " * 200), "--prompt 1: expected 1 to 127 tokens"),
         (("--prompt", "Hi.", "--step", 1), "--step: expected a workdir"),

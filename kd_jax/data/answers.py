@@ -177,8 +177,9 @@ Region = tuple[int, int, int]
 def _by_headers(text: str, turns: Conversation, form: Form) -> list[Region | None]:
     """Returns the answers' regions if there are as many headers as answers, else []."""
     begins = [m.end() for m in re.finditer(re.escape(form.header), text)] if form.header else []
-    count = sum(turn["role"] == "assistant" for turn in turns)
-    if len(begins) not in (count, count + 1):  # one more where the template opens another answer
+    if begins and not text[begins[-1] :].strip():
+        begins.pop()  # the template opens another answer
+    if len(begins) != sum(turn["role"] == "assistant" for turn in turns):
         return []
     stops = [begin - len(form.header) for begin in begins[1:]] + [len(text)]
     places = iter(zip(begins, stops, strict=True))

@@ -313,6 +313,18 @@ def test_many_tool_calls_take_few_renderings(tokenizer, monkeypatch):
     assert len(calls) <= 4
 
 
+@pytest.mark.parametrize("style", ["chatml", "llama 3", "an answer opened always", "marks"])
+def test_an_answer_that_a_question_quotes_is_not_learned_there(style, tokenizer):
+    template, before, after = STYLES[style]
+    header = forms.form_of(tokenizer.special_tokens_map, template, DAY).header
+    quoted = f"{header}{before}Blue.{after}"
+    talk = chat("Hi.", "Blue.", quoted, "Blue.", quoted, quoted + "!")
+    spans, found = shown(tokenizer, talk, template)
+    assert spans == [f"{before}{answer}{after}" for answer in ("Blue.", "Blue.", quoted + "!")]
+    begins = [begin for begin, _ in found.spans]
+    assert begins[1] > found.text.find(quoted) + len(quoted)
+
+
 def test_a_short_answer_is_not_found_in_what_surrounds_it(tokenizer):
     # The header differs between the last answer and earlier ones, so contents are searched.
     template = CHATML.replace(
