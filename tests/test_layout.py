@@ -22,8 +22,9 @@ FLOORS = [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
         ],
         "data": [
-            "readers", "files", "records", "templates", "forms", "turns", "answers", "encode",
-            "vocabulary", "chat", "prepare", "pool", "store", "rows", "batches",
+            "readers", "files", "fields", "records", "templates", "forms", "turns", "answers",
+            "encode", "vocabulary", "chat", "prepare", "pool", "store", "packing", "rows",
+            "batches",
         ],
     },
     {

@@ -12,7 +12,7 @@ from kd_jax.config.run import Config
 RESUMABLE = re.compile(
     r"workdir|(teacher|student)\.(path|adapter|shard_over)|data\.(path|cache_dir|chat_template)"
     r"|compilation_cache|remat|attention|loss\.chunk_tokens"
-    r"|(log|mesh|distributed|checkpoint|eval)\..*"
+    r"|(log|mesh|distributed|checkpoint)\..*|eval\.(?!fraction).*"
 )
 
 

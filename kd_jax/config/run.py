@@ -100,7 +100,9 @@ class DataConfig:
     path: str
     """Training data: a file (.json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet, .arrow; also .gz
     or .zst), a folder or glob of such files, an address such as s3://bucket/file.jsonl, or a
-    dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision."""
+    dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision.
+    Several with commas are one data set; with weights, as in a.jsonl:0.7,b.jsonl:0.3, batches draw
+    that share of their rows from each."""
     split: str = "train"
     """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. Files have only train; those
     of a folder have the splits that their names tell."""
@@ -222,10 +224,18 @@ class EvalConfig:
     """Held-out data, in any form that data.path takes; None disables evaluation."""
     split: str | None = None
     """Split or slice of it, as data.split; None: all of files, test of a folder or hub dataset."""
+    fraction: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Instead of path: hold out this share of the training data, by a hash of each record, so that
+    equal records are on one side whatever the seed."""
     every_steps: Annotated[int, AtLeast1] = 200
     """Optimizer steps between evaluations; the last step is always evaluated."""
     max_conversations: Annotated[int | None, AtLeast1] = None
-    """Use only the first conversations of the data; None uses all."""
+    """Use only the first conversations of path; None uses all."""
+
+    def check(self, checks: Checks) -> None:
+        alone = not self.fraction or (self.path is None and self.max_conversations is None)
+        expected = "0 with eval.path or eval.max-conversations"
+        checks.require(alone, "eval.fraction", expected, self.fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

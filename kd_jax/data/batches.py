@@ -7,7 +7,8 @@ import grain
 import numpy as np
 
 from kd_jax.config import Config
-from kd_jax.data.rows import COLUMNS, Batch, Rows
+from kd_jax.data.rows import Rows
+from kd_jax.data.store import COLUMNS, Batch
 
 
 def count_steps(rows: Rows, config: Config) -> int:
@@ -35,7 +36,7 @@ def train_batches(
       wanted: [B / A] bool, the rows of a micro-batch to read; the others are 0. None: all.
     """
     wanted = np.ones(batch_size // accumulation_steps, bool) if wanted is None else wanted
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    order = _order(rows, seed)
 
     def take(step: int) -> Batch:
         picked = [order[step * batch_size + i] for i in range(batch_size)]
@@ -43,6 +44,18 @@ def train_batches(
 
     steps = grain.MapDataset.range(start_step, 2**31).map(take)
     yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def _order(rows: Rows, seed: int) -> grain.MapDataset:
+    """Returns the endless order of row numbers; each source of a weighted blend has its own."""
+    weights = [weight for _, weight, _ in rows.sources if weight]
+    sizes = [size for *_, size in rows.sources] if weights else [len(rows)]
+    starts = np.cumsum([0, *sizes]).tolist()
+    orders = [
+        grain.MapDataset.range(start, start + size).seed(seed).shuffle().repeat()
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+    return grain.MapDataset.mix(orders, weights) if weights else orders[0]
 
 
 def _batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:

@@ -38,6 +38,32 @@ class Listing:
     """Files of a folder that are of another split, or no data."""
 
 
+def list_sources(path: str) -> list[tuple[str, float | None]]:
+    """Returns (path, weight) of each source of `a.jsonl:0.7,b.jsonl:0.3`; None without weights.
+
+    Raises:
+      UserError: some of the sources have a weight and others none, or one that is not above 0.
+    """
+    if "," not in path or Path(path).expanduser().exists():
+        return [(path, None)]
+    pairs = [re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", part.strip()) for part in path.split(",")]
+    sources = [(x[1], None if x[2] is None else float(x[2])) for x in pairs if x is not None]
+    weights = [weight for _, weight in sources if weight is not None]
+    whole = all(name for name, _ in sources) and len(weights) in (0, len(sources))
+    if not whole or 0 in weights:
+        raise UserError(
+            "data.path: expected sources such as a.jsonl,b.jsonl, or each with a weight above 0 "
+            f"such as a.jsonl:0.7,b.jsonl:0.3, got {path!r}"
+        )
+    return sources
+
+
+def check_source(path: str, split: str, field: str = "data.path") -> None:
+    """Raises UserError if a source of `path` is missing; hub ids are not looked up."""
+    for source, _ in list_sources(path):
+        list_files(source, split, field)
+
+
 def list_files(path: str, split: str, field: str = "data.path") -> Listing:
     """Returns the files behind a path; hub ids are not looked up.
 
@@ -136,6 +162,7 @@ def is_dataset_folder(folder: Path) -> bool:
 
 def default_split(path: str) -> str:
     """Returns the split of held-out data where none is given: test, or all of files."""
+    path = list_sources(path)[0][0]
     place = Path(path).expanduser()
     if place.is_dir():
         return "test"

@@ -44,7 +44,8 @@ class Prepared:
     target: np.ndarray
     lengths: np.ndarray
     counts: Counter[str] = field(default_factory=Counter)
-    """`conversations`, and the `truncated`, `dropped` and `cut` ones, and `without_target`."""
+    """`conversations` and, of these, `long` ones that were `truncated` or `dropped`, texts that
+    were `cut`, those `without_target`, and `chats`; and `bad` records."""
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Records by (key, reason) of what is not used."""
     hidden: Counter[str] = field(default_factory=Counter)
@@ -86,6 +87,7 @@ def prepare(job: Job, chunk: Chunk) -> Prepared:
     documents, unplaced = tokenize(job.tokenizer, records, job.template, job.data)
     out = fit(documents, job.data)
     out.problems = problems + unplaced
+    out.counts["bad"] = len(out.problems)
     out.counts["conversations"] = len(chunk) - num_held_out - len(out.problems)
     out.counts["chats"] = sum(bool(record.messages) for record in records)
     out.hidden = Counter(chain.from_iterable(document.hidden for document in documents))
@@ -113,6 +115,7 @@ def fit(documents: list[Document], data: DataConfig) -> Prepared:
         is_plain = record is not None and record.answers[:1] == ((0, len(record.text or "")),)
         if size > S and not is_plain:
             long.append(f"{record.place if record else '?'} ({size:,})")
+            counts["long"] += 1
             counts["dropped" if data.overlong == "drop" else "truncated"] += 1
             if data.overlong == "drop":
                 continue

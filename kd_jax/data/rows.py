@@ -1,9 +1,11 @@
 """Rows of fixed length: packing, the row store and a summary."""
 
-import bisect
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,45 @@ import numpy as np
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.answers import describe_hidden
 from kd_jax.data.chat import describe_template
-from kd_jax.data.files import hash_files, list_files, read_raw, slice_of
+from kd_jax.data.files import hash_files, list_files, list_sources, read_raw, slice_of
+from kd_jax.data.packing import fill_rows, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
-from kd_jax.data.records import MAX_SHOWN, describe_ignored, first_of
-from kd_jax.data.store import COLUMNS, Batch, open_store, writing
+from kd_jax.data.records import describe_ignored, first_of
+from kd_jax.data.store import COLUMNS, open_store, writing
 from kd_jax.data.templates import Template, need_template
 
 STORE_VERSION = 3
-WINDOW_TOKENS = 2**22
-"""Tokens that are packed together; they bound the memory."""
+
+
+class Joined:
+    """Columns [R, S] of several sources, one after the other, as one array to read from."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self.starts[-1]), parts[0].shape[1])
+        self.size, self.dtype = self.shape[0] * self.shape[1], parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns the rows of a slice or of an array of row numbers."""
+        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
+        out = np.empty((*np.shape(rows), self.shape[1]), self.dtype)
+        for part, start in zip(self.parts, self.starts, strict=False):
+            here = (rows >= start) & (rows < start + len(part))
+            out[here] = part[rows[here] - start]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A data set in rows, [R, S] memory-mapped arrays."""
+    """A data set in rows, [R, S] memory-mapped arrays, or several sources' one after the other."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -42,103 +68,46 @@ class Rows:
     """Hash of the source, the tokenizer and the options."""
     notes: tuple[str, ...] = ()
     """Lines to print before the rows are used."""
+    origins: tuple[tuple[tuple[str, ...], int, int | None], ...] = ()
+    """(files, begin, end) of each source: its records [begin, end)."""
+    sources: tuple[tuple[str, float, int], ...] = ()
+    """(path, weight, rows) of each source of a blend; () for one source."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-# Packing.
-
-
-def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
-    """Returns rows of document numbers, packed by best fit, longest document first."""
-    rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(open_rows, (lengths[i], -1))
-        if at == len(open_rows):
-            room, row = seq_len, len(rows)
-            rows.append([])
-        else:
-            room, row = open_rows.pop(at)
-        rows[row].append(i)
-        if room > lengths[i]:
-            bisect.insort(open_rows, (room - lengths[i], row))
-    return rows
-
-
-def fill_rows(
-    tokens: np.ndarray, target: np.ndarray, lengths: np.ndarray, data: DataConfig, pad: int
-) -> Batch:
-    """Returns the columns of the rows, [R, S] each; segment 0 is padding.
+def make_rows(
+    data: DataConfig,
+    tokenizer: Any,
+    template: Template | None,
+    *,
+    fraction: float = 0.0,
+    held_out: bool = False,
+) -> Rows:
+    """Returns the rows of data.path from the row store, which it fills if needed.
 
     Args:
-      tokens, target: [N] of all documents, one after the other; `lengths` [D] of each.
-    """
-    S = data.seq_len
-    rows = pack(lengths.tolist(), S) if data.pack else [[i] for i in range(len(lengths))]
-    order = np.concatenate(rows)
-    sizes, counts = lengths[order], np.array([len(row) for row in rows])
-    positions = _ranges(sizes)
-    source = np.repeat((np.cumsum(lengths) - lengths)[order], sizes) + positions
-    # Where each document begins in its row, and the row's number.
-    before = np.cumsum(sizes) - sizes
-    first = np.cumsum(counts) - counts
-    start = before - np.repeat(before[first], counts) + np.repeat(np.arange(len(rows)) * S, counts)
-    there = np.repeat(start, sizes) + positions
-    out: Batch = {name: np.zeros((len(rows), S), dtype) for name, dtype in COLUMNS.items()}
-    out["tokens"][:] = pad
-    out["tokens"].ravel()[there] = tokens[source]
-    out["segment_ids"].ravel()[there] = np.repeat(_ranges(counts) + 1, sizes)
-    out["positions"].ravel()[there] = positions
-    out["loss_mask"].ravel()[there] = target[source]
-    return out
-
-
-def _ranges(sizes: np.ndarray) -> np.ndarray:
-    """Returns 0, 1, ... below each size, one after the other."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-
-
-def _windows(parts: Iterable[Prepared], data: DataConfig, total: Prepared) -> Iterator[Prepared]:
-    """Yields documents in windows that are packed together, and adds up in `total` all else."""
-    window: list[Prepared] = []
-    size = 0
-    for part in parts:
-        total.counts += part.counts
-        total.ignored += part.ignored
-        total.hidden += part.hidden
-        total.problems += part.problems
-        total.long += part.long
-        if len(part.lengths):
-            window.append(part)
-            size += len(part.tokens) if data.pack else len(part.lengths) * data.seq_len
-        if size >= WINDOW_TOKENS:
-            yield _joined(window)
-            window, size = [], 0
-    if window:
-        yield _joined(window)
-
-
-def _joined(parts: list[Prepared]) -> Prepared:
-    names = ("tokens", "target", "lengths")
-    tokens, target, lengths = (np.concatenate([getattr(x, n) for x in parts]) for n in names)
-    return Prepared(tokens, target, lengths)
-
-
-# Rows.
-
-
-def make_rows(data: DataConfig, tokenizer: Any, template: Template | None) -> Rows:
-    """Returns the rows of data.path from the row store, which it fills if needed.
+      fraction: share of the records that are held out, by the hash of their content.
+      held_out: return the held-out records' rows; otherwise those of the others.
 
     Raises:
       UserError: lists file and line of each bad record, unless these are skipped.
     """
+    sources = list_sources(data.path)
+    if len(sources) > 1:
+        parts = [
+            make_rows(
+                dataclasses.replace(data, path=path), tokenizer, template,
+                fraction=fraction, held_out=held_out,
+            )
+            for path, _ in sources
+        ]  # fmt: skip
+        return blend_rows(parts, sources)
     vocabulary = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
     options = (
         data.seq_len, data.train_on, data.overlong, data.pack, data.date, data.max_conversations,
-        data.on_bad_record,
+        data.on_bad_record, fraction, held_out and fraction > 0,
     )  # fmt: skip
     source = hash_files(data.path, data.split)
     recipe = [STORE_VERSION, vocabulary, template, source, options]
@@ -149,13 +118,52 @@ def make_rows(data: DataConfig, tokenizer: Any, template: Template | None) -> Ro
     if stored is None:
         if folder.exists():
             notes = (f"warning: the row store {folder} is damaged: the rows are made again",)
-        stored = _fill_store(folder, Job(tokenizer, template, data))
+        stored = _fill_store(folder, Job(tokenizer, template, data, fraction, held_out))
     columns, meta = stored
     notes += tuple(meta["notes"])
-    return Rows(**columns, counts=meta["counts"], key=key, notes=notes)
+    begin, end = meta["records"]
+    files = list_files(data.path, data.split).files or (f"{data.path} {data.split}",)
+    origin = (tuple(map(os.path.realpath, files)), begin, end)
+    return Rows(**columns, counts=meta["counts"], key=key, notes=notes, origins=(origin,))
 
 
-def _fill_store(folder: Path, job: Job) -> tuple[Batch, dict[str, Any]]:
+def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]]) -> Rows:
+    """Returns the rows of several sources as one data set; without weights, all rows are alike."""
+    counts = sum((Counter(part.counts) for part in parts), Counter())
+    weights = [weight for _, weight in sources if weight is not None]
+    key = hashlib.sha256(json.dumps([[part.key for part in parts], weights]).encode())
+    lines = [f"{path}: {describe_rows(x)}" for (path, _), x in zip(sources, parts, strict=True)]
+    columns: dict[str, Any] = {
+        name: Joined([getattr(part, name) for part in parts]) for name in COLUMNS
+    }
+    return Rows(
+        **columns,
+        counts={name: counts[name] for name in parts[0].counts},
+        key=key.hexdigest()[:20],
+        notes=tuple(lines),
+        origins=tuple(origin for part in parts for origin in part.origins),
+        sources=tuple(
+            (path, 0.0 if weight is None else weight, len(part))
+            for (path, weight), part in zip(sources, parts, strict=True)
+        ),
+    )
+
+
+def overlap(rows: Rows, others: Rows) -> str:
+    """Returns the first file of which both have the same records, or ""."""
+    for files, begin, end in rows.origins:
+        for other_files, other_begin, other_end in others.origins:
+            shared = [file for file in files if file in other_files]
+            apart = files == other_files and (
+                (end is not None and end <= other_begin)
+                or (other_end is not None and other_end <= begin)
+            )
+            if shared and not apart:
+                return shared[0]
+    return ""
+
+
+def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     data, total = job.data, Prepared(*EMPTY)
     pad = job.tokenizer.pad_token_id
     begin, end = slice_of(data.path, data.split)
@@ -164,7 +172,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[Batch, dict[str, Any]]:
     parts = prepare_all(job, chunks(read_raw(data.path, data.split, begin, end)))
     counts = {"tokens": 0, "target_tokens": 0}
     with writing(folder, data.seq_len) as writer:
-        for window in _windows(parts, data, total):
+        for window in windows(parts, data, total):
             flat = (window.tokens, window.target, window.lengths)
             writer.append(fill_rows(*flat, data, 0 if pad is None else pad))
             counts["tokens"] += len(window.tokens)
@@ -178,22 +186,23 @@ def _fill_store(folder: Path, job: Job) -> tuple[Batch, dict[str, Any]]:
 
 def _check(total: Prepared, data: DataConfig, num_rows: int) -> None:
     """Raises UserError if records are bad or too long, or none is left."""
-    counts, bad = total.counts, first_of(total.problems)
+    counts = total.counts
+    bad = first_of(total.problems, counts["bad"])
     if bad and data.on_bad_record == "error":
         raise UserError("\n".join(bad))
     if not counts["conversations"]:
         raise UserError("\n".join([f"{data.path}: expected records, got none", *bad]))
     if total.long and data.overlong == "error":
-        more = f" and {len(total.long) - MAX_SHOWN} more" if len(total.long) > MAX_SHOWN else ""
+        shown = ", ".join(first_of(total.long, counts["long"])).replace(", and", " and")
         raise UserError(
-            f"{data.path}: {len(total.long)} conversations are longer than data.seq-len "
-            f"{data.seq_len}: {', '.join(total.long[:MAX_SHOWN])}{more} (place, tokens). Raise "
-            "data.seq-len, or set data.overlong to truncate or drop"
+            f"{data.path}: {counts['long']} conversations are longer than data.seq-len "
+            f"{data.seq_len}: {shown} (place, tokens). Raise data.seq-len, or set data.overlong to "
+            "truncate or drop"
         )
     if not num_rows:
         raise UserError(
             f"{data.path}: no token with a loss is left in rows of {data.seq_len} tokens "
-            f"({len(total.long)} of {counts['conversations']} conversations are longer). Raise "
+            f"({counts['long']} of {counts['conversations']} conversations are longer). Raise "
             "data.seq-len"
         )
 
@@ -210,9 +219,9 @@ def _notes(total: Prepared, job: Job, taken: tuple[int, int | None]) -> list[str
         notes.append(f"{data.path}: {len(unread):,} other files are not read ({shown})")
     notes += [f"warning: {data.path}: {line}" for line in describe_ignored(total.ignored)]
     notes += describe_hidden(total.hidden, data.path)
-    if count := len(total.problems):
+    if count := total.counts["bad"]:
         skipped = f"{count:,} bad records are skipped (data.on-bad-record skip):"
-        notes += [f"warning: {data.path}: {skipped}", *first_of(total.problems)]
+        notes += [f"warning: {data.path}: {skipped}", *first_of(total.problems, count)]
     return notes
 
 

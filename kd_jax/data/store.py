@@ -25,7 +25,7 @@ _BLOCK_BYTES = 2**22
 _STALE_SECONDS = 24 * 3600
 
 
-def open_store(folder: Path) -> tuple[Batch, dict[str, Any]] | None:
+def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Returns the memory-mapped columns [R, S] and the metadata; None if absent or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -78,7 +78,7 @@ class StoreWriter:
             file.write(data)
             self.sums[name].update(data)
 
-    def finish(self, meta: dict[str, Any]) -> tuple[Batch, dict[str, Any]]:
+    def finish(self, meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Writes the metadata and renames the folder; returns what `open_store` would."""
         for name, file in self.files.items():
             self._write_header(name)

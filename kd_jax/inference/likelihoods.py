@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.config import LossConfig
-from kd_jax.data.rows import pack
+from kd_jax.data.packing import pack
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.models.decoder import Decoder, DecoderSpec

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.batches import train_batches
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import default_split, list_files
-from kd_jax.data.rows import Rows, describe_rows, make_rows
+from kd_jax.data.files import check_source, default_split
+from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
 from kd_jax.parallel.mesh import make_mesh
@@ -55,9 +55,9 @@ def open_inputs(
         attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
     archs = (student and student.arch, teacher and teacher.arch)
     mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
-    attempt(list_files, config.data.path, config.data.split)
+    attempt(check_source, config.data.path, config.data.split)
     if (held_out := held_out_data(config)) is not None:
-        attempt(list_files, held_out.path, held_out.split, "eval.path")
+        attempt(check_source, held_out.path, held_out.split, "eval.path")
     if problems:
         raise UserError("\n".join(problems))
     for source, field in ((student, "student"), (teacher, "teacher")):
@@ -90,15 +90,20 @@ def open_mesh(
 def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     """Returns the training and held-out rows, and prints a summary of each."""
     template = chat_template_of(config.data, *tokenizers)
-    rows = make_rows(config.data, tokenizers[0], template)
+    fraction = config.eval.fraction
+    rows = make_rows(config.data, tokenizers[0], template, fraction=fraction)
     say(f"{config.data.path}: {describe_rows(rows)}")
     if (data := held_out_data(config)) is None:
         return rows, None
-    held_out = make_rows(data, tokenizers[0], template)
+    held_out = make_rows(data, tokenizers[0], template, fraction=fraction, held_out=True)
     notes = tuple(note for note in held_out.notes if note not in rows.notes)
-    say(f"{data.path}: {describe_rows(dataclasses.replace(held_out, notes=notes))}")
-    if held_out.key == rows.key:
-        say("warning: eval.path has the rows of data.path: the evaluation is on training data")
+    what = f" (held out, {fraction:.4g})" if fraction else ""
+    say(f"{data.path}{what}: {describe_rows(dataclasses.replace(held_out, notes=notes))}")
+    if not fraction and (shared := overlap(rows, held_out)):
+        say(
+            f"warning: eval.path: the evaluation has training data: both read {shared}. Set "
+            "data.split and eval.split to other parts of it, or eval.fraction"
+        )
     return rows, held_out
 
 
@@ -106,7 +111,7 @@ def held_out_data(config: Config) -> DataConfig | None:
     """Returns the data of evaluations in training, or None."""
     path = config.eval.path
     if path is None:
-        return None
+        return config.data if config.eval.fraction else None
     split = default_split(path) if config.eval.split is None else config.eval.split
     return dataclasses.replace(
         config.data, path=path, split=split, max_conversations=config.eval.max_conversations

@@ -21,12 +21,12 @@ from samples import (
 )
 
 from kd_jax.config import Config, DataConfig, StudentConfig, TeacherConfig, UserError
-from kd_jax.data import chat, pool, prepare
+from kd_jax.data import chat, packing, pool, prepare
 from kd_jax.data import rows as data_rows
 from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
 from kd_jax.data.records import Record
-from kd_jax.data.rows import Rows
+from kd_jax.data.rows import Rows, make_rows
 
 
 def document(length: int, start: int = 0, first_target: int = 1) -> Document:
@@ -136,12 +136,12 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     config = DataConfig(path="", seq_len=size)
     tokens = np.concatenate([one.tokens for one in documents])
     flat = (tokens, np.concatenate([one.target for one in documents]), np.array(lengths))
-    rows = data_rows.fill_rows(*flat, config, pad=-1)
+    rows = packing.fill_rows(*flat, config, pad=-1)
     want = sorted((d.tokens.tolist(), d.target.tolist()) for d in documents)
     assert sorted(unpack(rows)) == want
     assert {name: x.dtype for name, x in rows.items()} == data_rows.COLUMNS
     assert len(rows["tokens"]) <= first_fit(lengths, size)
-    apart = data_rows.fill_rows(*flat, dataclasses.replace(config, pack=False), pad=-1)
+    apart = packing.fill_rows(*flat, dataclasses.replace(config, pack=False), pad=-1)
     assert unpack(apart) == [(d.tokens.tolist(), d.target.tolist()) for d in documents]
     assert apart["segment_ids"].max() == 1
 
@@ -150,7 +150,7 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
 def test_windows_and_processes_bound_memory_and_change_no_document(
     is_packed, tokenizer, config, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(data_rows, "WINDOW_TOKENS", 500)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 500)
     monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 5)
     monkeypatch.setattr(pool, "_ALONE_CHUNKS", 1)
     config = dataclasses.replace(config, pack=is_packed)
@@ -316,6 +316,75 @@ def test_held_out_rows_come_from_their_own_path(tokenizer, config, tmp_path):
     assert rows_of(held_out, tokenizer).counts["conversations"] == 2
 
 
+# Held-out parts, and blends.
+
+
+def texts_of(rows: Rows, tokenizer: Any) -> set[str]:
+    columns = {name: np.array(getattr(rows, name)) for name in data_rows.COLUMNS}
+    columns["tokens"][columns["segment_ids"] == 0] = -1
+    return {tokenizer.decode(tokens) for tokens, _ in unpack(columns)}
+
+
+def test_held_out_fraction_and_the_rest_are_the_whole(tokenizer, config, tmp_path):
+    whole = texts_of(rows_of(config, tokenizer), tokenizer)
+    path = Path(config.path)
+    twice = write_lines(tmp_path / "twice.jsonl", [])
+    twice.write_text("".join(sorted(path.read_text().splitlines(keepends=True) * 2)))
+    for file in (path, twice):
+        there = dataclasses.replace(config, path=str(file))
+        part, rest = (
+            make_rows(there, tokenizer, tiny.TEMPLATE, fraction=0.3, held_out=held_out)
+            for held_out in (True, False)
+        )
+        found = [texts_of(one, tokenizer) for one in (part, rest)]
+        assert found[0] and found[1] and not found[0] & found[1] and found[0] | found[1] == whole
+        if file == path:
+            first = found
+    assert found == first
+
+
+def test_same_records_in_two_places_are_an_overlap(tokenizer, config, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(config.path)
+
+    def at(split, path=config.path):
+        return rows_of(dataclasses.replace(config, path=str(path), split=split), tokenizer)
+
+    whole, first, last = at("train"), at("train[:50%]"), at("train[50%:]")
+    assert data_rows.overlap(whole, last) == data_rows.overlap(at("train", link), first) != ""
+    assert data_rows.overlap(first, last) == data_rows.overlap(last, first) == ""
+    other = write_lines(tmp_path / "other.jsonl", CHATS)
+    assert data_rows.overlap(whole, at("train", other)) == ""
+    blend = at("train", f"{other},{config.path}")
+    assert data_rows.overlap(blend, whole) and not data_rows.overlap(at("train", other), whole)
+
+
+def test_a_blend_is_its_sources_one_after_the_other(tokenizer, config, tmp_path):
+    other = write_lines(tmp_path / "other.jsonl", CHATS)
+    one, two = (
+        rows_of(dataclasses.replace(config, path=str(path)), tokenizer)
+        for path in (config.path, other)
+    )
+    both = rows_of(dataclasses.replace(config, path=f"{config.path}, {other}"), tokenizer)
+    for name in data_rows.COLUMNS:
+        joined = np.concatenate([getattr(one, name), getattr(two, name)])
+        column = getattr(both, name)
+        assert np.array_equal(np.array(column), joined) and column.shape == joined.shape
+        pick = np.array([[len(joined) - 1, 0], [1, 1]])
+        assert np.array_equal(column[pick], joined[pick])
+        assert np.array_equal(column[1:-1], joined[1:-1])
+    assert both.counts["conversations"] == 27 and len(both) == len(one) + len(two)
+    weighted = rows_of(dataclasses.replace(config, path=f"{config.path}:3,{other}:1"), tokenizer)
+    assert len({one.key, two.key, both.key, weighted.key}) == 4
+    assert "3 conversations" in data_rows.describe_rows(both)
+
+
+@pytest.mark.parametrize("path", ["a.jsonl:0.5,b.jsonl", "a.jsonl:0,b.jsonl:1", "a.jsonl,"])
+def test_blend_with_a_missing_weight_is_refused(path, tokenizer, config):
+    with pytest.raises(UserError, match=r"data\.path: expected sources .*a\.jsonl:0\.7,b"):
+        rows_of(dataclasses.replace(config, path=path), tokenizer)
+
+
 # Batches.
 
 
@@ -346,6 +415,18 @@ def test_batch_is_a_function_of_seed_and_step(start):
     straight = take(start + 1, rows)[-1]
     assert resumed.keys() == data_rows.COLUMNS.keys()
     assert all(np.array_equal(resumed[name], straight[name]) for name in resumed)
+
+
+def test_a_weighted_blend_draws_its_shares_and_resumes_exactly():
+    rows = dataclasses.replace(numbered_rows(25), sources=(("a", 0.75, 5), ("b", 0.25, 20)))
+    drawn = numbers(take(50, rows))
+    assert abs((drawn < 5).mean() - 0.75) < 0.01
+    assert np.bincount(drawn)[:5].min() >= 29 and np.bincount(drawn)[5:].min() >= 2
+    for start in (1, 17):
+        assert np.array_equal(numbers(take(3, rows, start_step=start)), drawn[4 * start :][:12])
+    assert not np.array_equal(drawn, numbers(take(50, rows, seed=1)))
+    alike = dataclasses.replace(rows, sources=(("a", 0.0, 5), ("b", 0.0, 20)))
+    assert np.array_equal(numbers(take(9, alike)), numbers(take(9, numbered_rows(25))))
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order():

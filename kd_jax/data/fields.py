@@ -1,0 +1,163 @@
+"""Checked parts of records: JSON lines, text, turns, tool calls and tools."""
+
+import json
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# Names of speakers in ShareGPT's `from`.
+_SPEAKERS = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_TURN_KEYS = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id")
+_WEIGHTS = ("weight", "train", "training", "loss")
+# Facts about a record, and not a part of it.
+METADATA = {
+    "id", "idx", "index", "uuid", "_id", "source", "category", "categories", "dataset",
+    "dataset_name", "origin", "url", "title", "lang", "language", "topic", "tags", "meta",
+    "metadata", "created", "created_at", "timestamp", "date", "model", "model_name", "hash",
+    "prompt_id", "message_id", "conversation_id", "conversation_hash", "score", "rating",
+    "quality", "difficulty", "subset", "split", "type", "task", "task_type", "license",
+    "author", "user_id", "num_tokens", "token_count", "length", "turn", "turns",
+    "__index_level_0__",
+}  # fmt: skip
+IS_METADATA = "it says something about the record"
+
+
+def parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text, got byte {line[error.start]:#x}") from None
+    except json.JSONDecodeError as error:
+        shown = line.decode(errors="replace").strip()
+        raise ValueError(f"expected JSON, got {shown[:40]!r} ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"expected JSON, got {line[:20]!r}... nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"expected JSON, got {str(error).partition(';')[0]}") from None
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def text_of(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {value!r:.60}")
+    if not value.isascii():
+        check_unicode(value, name)
+    return value
+
+
+def check_unicode(value: str, name: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise ValueError(f"{name}: expected Unicode text, got half of a pair, {half}") from None
+
+
+def decoded(value: Any) -> Any:
+    """Returns a list or object that a table has as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def turn_of(
+    number: int, turn: Any, ignored: dict[tuple[str, str], None]
+) -> tuple[dict[str, Any], bool]:
+    """Returns a turn as chat templates take it, and whether it has a loss."""
+    at = f"turn {number}"
+    if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
+        turn = _from_sharegpt(turn)
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise ValueError(f"{at}: expected role and content, got {turn!r:.60}")
+    turn = {key: value for key, value in turn.items() if value is not None or key == "content"}
+    role = turn["role"]
+    if role not in ROLES:
+        raise ValueError(f"{at}: expected role {'|'.join(ROLES)}, got {role!r:.60}")
+    if not is_empty(call := turn.pop("function_call", None)):
+        turn["tool_calls"] = [*turn.get("tool_calls", []), call]
+    message = {"role": role}
+    if calls := turn.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(calls, at)
+    if "content" not in turn and not calls:
+        raise ValueError(f"{at}: expected role and content, got {turn!r:.60}")
+    message["content"] = "" if calls and not turn.get("content") else _content(turn["content"], at)
+    if role == "assistant" and not message["content"].strip() and not calls:
+        raise ValueError(f"{at}: expected an answer, got an empty one")
+    for key in ("reasoning_content", "thinking", "name", "tool_call_id"):
+        if not is_empty(turn.get(key)):
+            message[key] = text_of(turn[key], f"{at}: {key}")
+    learn = True
+    for key in (key for key in _WEIGHTS if key in turn):
+        if turn[key] not in (0, 1):
+            raise ValueError(f"{at}: {key}: expected 0 or 1, got {turn[key]!r:.60}")
+        if role == "assistant":
+            learn &= bool(turn[key])
+        elif turn[key]:
+            ignored[key, "only the assistant's turns have a loss"] = None
+    for key in turn.keys() - {"role", "content", *_TURN_KEYS, *_WEIGHTS}:
+        if not is_empty(turn[key]):
+            why = IS_METADATA if key in METADATA else "turns have no such key"
+            ignored[str(key), why] = None
+    return message, learn
+
+
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if turn["from"] == "function_call":
+        calls = decoded(turn["value"])
+        if isinstance(calls, str):
+            raise ValueError(f"function_call: expected JSON, got {calls!r:.60}")
+        calls = calls if isinstance(calls, list) else [calls]
+        return {**rest, "role": "assistant", "content": None, "tool_calls": calls}
+    speaker = turn["from"] if isinstance(turn["from"], str) else repr(turn["from"])
+    return {**rest, "role": _SPEAKERS.get(speaker.lower(), turn["from"]), "content": turn["value"]}
+
+
+def _content(value: Any, at: str) -> str:
+    """Returns text, or the text of a list of content parts."""
+    if not isinstance(value, list):
+        return text_of(value, at)
+    parts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise ValueError(f"{at}: expected text, got {value!r:.60}")
+        if part.get("type") not in ("text", "input_text", "output_text"):
+            raise ValueError(f"{at}: expected parts of type text, got {part.get('type')!r:.60}")
+        parts.append(text_of(part.get("text"), f"{at}: text"))
+    return "".join(parts)
+
+
+def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
+    """Returns tool calls with their arguments as objects, as chat templates take them."""
+    calls = decoded(calls)
+    if not isinstance(calls, list):
+        raise ValueError(f"{at}: tool_calls: expected a list, got {calls!r:.60}")
+    out = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{at}: tool_calls: expected name and arguments, got {call!r:.60}")
+        function = {**function, "arguments": decoded(function.get("arguments", {}))}
+        beside = call if "function" in call else {}
+        out.append({"type": "function", **beside, "function": function})
+    check_unicode(json.dumps(out, ensure_ascii=False), f"{at}: tool_calls")
+    return out
+
+
+def tools_of(tools: Any) -> list[Any] | None:
+    if is_empty(tools):
+        return None
+    tools = decoded(tools)
+    tools = [tools] if isinstance(tools, dict) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools: expected a list of objects, got {tools!r:.60}")
+    check_unicode(json.dumps(tools, ensure_ascii=False), "tools")
+    return tools or None
