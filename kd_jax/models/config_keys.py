@@ -136,8 +136,9 @@ def sort_keys(config: Mapping[str, Any], read: Collection[str]) -> tuple[list[st
             unknown.append(f"{key} {show(value)}")
     warnings = []
     if unknown:
+        more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
         warnings.append(
-            f"unknown keys: {', '.join(unknown)}. Assumed not to change what the model computes"
+            f"unknown keys: {', '.join(unknown[:20])}{more}. Assumed not to change what the model computes"
         )
     if dropouts:
         warnings.append(f"{', '.join(dropouts)}: dropout is not applied, not in training either")
