@@ -1,4 +1,4 @@
-"""Kills a tiny run by SIGKILL at random instants, and compares it with one that was left alone.
+"""Kills tiny runs by SIGKILL at random instants, and compares them with one that was left alone.
 
 python -m benchmarks.kills [--kills 50] [--seed 0] [--steps 400]
 
@@ -45,6 +45,7 @@ def get_config():
         checkpoint=CheckpointConfig(every_steps=7), log=LogConfig(tensorboard=False),
         optim=OptimConfig(warmup_steps=5), compilation_cache="{root}/xla")
 """
+KINDS = ("start", "step", "save")
 CLOCKS = ("_seconds", "_per_second", "_bytes")
 
 
@@ -98,24 +99,39 @@ def wait(process: Any, happened: Callable[[], bool]) -> None:
 
 def kill_at_random(
     context: Any, root: Path, kills: int, steps: int, start_seconds: float, rng: random.Random
-) -> Counter[str]:
-    """Starts and kills the run; returns the number of kills by kind."""
-    workdir, done = root / "killed", Counter[str]()
-    for number in range(kills):
-        kind = rng.choice(("start", "step", "save"))
-        goal = int(steps * (number + rng.random()) / (kills + 1))
-        process = start(context, root, "killed")
+) -> tuple[Counter[str], list[str]]:
+    """Starts and kills runs, the next one when one is done.
+
+    Returns:
+      the number of kills by kind, and the runs' names, of which the last is unfinished.
+    """
+    done, names = Counter[str](), ["killed0"]
+    while done.total() < kills:
+        workdir, kind = root / names[-1], rng.choice(KINDS)
+        goal = last_step(workdir) + rng.randint(1, max(2, 2 * steps // kills))
+        process = start(context, root, names[-1])
         if kind == "start":
             process.join(rng.random() * start_seconds)
         else:
-            wait(process, lambda goal=goal: last_step(workdir) >= goal)
+            wait(process, lambda goal=goal, workdir=workdir: last_step(workdir) >= goal)
             if kind == "save":
-                wait(process, lambda: is_saving(workdir))
+                wait(process, lambda workdir=workdir: is_saving(workdir))
             process.join(rng.random() * 0.02)
         process.kill()
         process.join()
-        done[kind] += process.exitcode == -9
-    return done
+        if process.exitcode == -9:
+            done[kind] += 1
+        else:
+            finish(process, root, names[-1])
+            names.append(f"killed{len(names)}")
+    return done, names
+
+
+def finish(process: Any, root: Path, name: str) -> None:
+    """Waits for the end of a run that is not killed; raises SystemExit if it fails."""
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"status {process.exitcode}: {(root / f'{name}.log').read_text()[-2000:]}")
 
 
 def trace(workdir: Path) -> list[dict[str, Any]]:
@@ -158,20 +174,17 @@ def main() -> int:
                 process.kill()
             process.join()
         rng = random.Random(args.seed)
-        done = kill_at_random(context, root, args.kills, args.steps, start_seconds, rng)
-        process = start(context, root, "killed")
-        process.join()
-        if process.exitcode != 0:
-            print((root / "killed.log").read_text()[-2000:])
-            return 1
-        wrong = differences(root / "killed", root / "undisturbed")
+        done, names = kill_at_random(context, root, args.kills, args.steps, start_seconds, rng)
+        finish(start(context, root, names[-1]), root, names[-1])
+        wrong = [x for name in names for x in differences(root / name, root / "undisturbed")]
         lines = trace(root / "undisturbed")
-    kinds = ", ".join(f"{done[kind]} in a {kind}" for kind in ("start", "step", "save"))
+    kinds = ", ".join(f"{done[kind]} in a {kind}" for kind in KINDS)
     evaluations = sum("loss" not in line for line in lines)
     verdict = f"differ: {', '.join(wrong[:5])}" if wrong else "bit-equal"
     print(
-        f"{done.total()} SIGKILLs ({kinds}): losses of {len(lines) - evaluations} steps, "
-        f"{evaluations} evaluations and the last weights {verdict}"
+        f"{done.total()} SIGKILLs ({kinds}) of {len(names)} runs: losses of "
+        f"{len(lines) - evaluations} steps, {evaluations} evaluations and the last weights "
+        f"{verdict}"
     )
     return int(bool(wrong))
 

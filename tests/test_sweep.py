@@ -141,6 +141,16 @@ def test_mistakes_are_told_before_anything_starts(file, tmp_path, capsys, argv, 
     assert streams.out == "" and not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "data/train.jsonl"])
+def test_a_folder_with_other_files_is_no_place_for_a_sweep(name, file, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    argv = ("--set", "loss.kd-ratio", 0, 1, "--workdir", tmp_path, "--dry-run")
+    assert run("--config", file, *argv) == 2
+    assert "which holds other files and no run" in capsys.readouterr().err
+    assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()] == [name]
+
+
 def test_a_sweep_without_a_file_says_so(capsys):
     assert run("--set", "loss.kd-ratio", 0, 1) == 2
     assert "--config" in capsys.readouterr().err

@@ -32,7 +32,7 @@ from kd_jax.config import (
     run,
 )
 from kd_jax.config.checks import Range, metadata, plain_type
-from kd_jax.config.command import load_config, parse_args, parse_config, run_command
+from kd_jax.config.command import check_out_file, load_config, parse_args, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.demo import DemoArgs
 from kd_jax.evaluate import EvaluateArgs
@@ -515,3 +515,26 @@ def test_exit_status(error, status, said, capsys):
 
     assert run_command(main, []) == status
     assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(
+    "content, free",
+    [(None, True), ('{"results": {}}', True), ('{"model_type": "llama"}', False), ("text", False),
+     ("[]", False), ("5", False), ("", False)],
+)  # fmt: skip
+def test_a_result_replaces_only_an_earlier_result(content, free, tmp_path):
+    file = tmp_path / "out.json"
+    if content is not None:
+        file.write_text(content)
+    if free:
+        assert check_out_file(str(file), "--out", "results") == file
+        return
+    with pytest.raises(UserError, match=r"--out: expected a new file, or an earlier result"):
+        check_out_file(str(file), "--out", "results")
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "{}", "{}/absent/out.json"])
+def test_a_result_needs_a_file_in_a_folder(path, tmp_path):
+    with pytest.raises(UserError, match=r"--out: expected a"):
+        check_out_file(path.format(tmp_path), "--out", "results")

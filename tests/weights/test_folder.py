@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from kd_jax.weights import hashes
-from kd_jax.weights.folder import fingerprint
+from kd_jax.weights.folder import fingerprint, same_path
 
 pytestmark = pytest.mark.fast
 
@@ -120,3 +120,13 @@ def test_several_starts_at_once_read_a_file_once(cached):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: hashes.hash_files([file])[0], range(4)))
     assert len(set(found)) == 1 and len(read) == 1
+
+
+def test_one_folder_has_many_spellings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "link").symlink_to("t")
+    for spelled in ("t/", "./t", "x/../t", "~/t", "link", str(tmp_path / "t"), "t//"):
+        assert same_path("t", spelled), spelled
+    assert not same_path("t", "u") and not same_path("org/name", "org/other")
