@@ -20,7 +20,7 @@ from kd_jax.config.checks import Checked, metadata, plain_type
 from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
 from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
-from kd_jax.config.streams import flush_streams, open_streams
+from kd_jax.config.streams import flush_streams, is_unread, open_streams
 
 T = TypeVar("T")
 
@@ -333,7 +333,7 @@ def report_error(error: BaseException) -> int:
 
 
 def _print_error(error: BaseException) -> int:
-    if isinstance(error, BrokenPipeError):  # the reader of stdout has enough
+    if isinstance(error, BrokenPipeError) and is_unread():  # not a broken connection
         return 1
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """stdout and stderr that a reader may close before a command ends."""
 
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -19,6 +20,14 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def is_unread() -> bool:
+    """Returns True if stdout is a pipe whose reader has ended."""
+    poll = select.poll()
+    with suppress(OSError, ValueError):  # no descriptor
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def flush_streams() -> None:
