@@ -138,7 +138,8 @@ def sort_keys(config: Mapping[str, Any], read: Collection[str]) -> tuple[list[st
     if unknown:
         more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
         warnings.append(
-            f"unknown keys: {', '.join(unknown[:20])}{more}. Assumed not to change what the model computes"
+            f"unknown keys: {', '.join(unknown[:20])}{more}. Assumed not to change what the model "
+            "computes"
         )
     if dropouts:
         warnings.append(f"{', '.join(dropouts)}: dropout is not applied, not in training either")
