@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.command import flag_name, parse_config, run_command
+from kd_jax.config.command import parse_config, run_command
+from kd_jax.config.flags import flag_name
 from kd_jax.evaluate import EvaluateArgs, measure, summarise
 from kd_jax.inference.scores import Sums, compare, whole
 from kd_jax.planning.cost import step_flops

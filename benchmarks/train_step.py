@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
+from kd_jax.config.command import parse_args, parse_config, run_command
+from kd_jax.config.flags import split_flags
 from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.parallel.placement import put_batch
 from kd_jax.planning.chips import chip_of

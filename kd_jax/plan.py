@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from kd_jax.config import UserError
 from kd_jax.config.checks import Checked, Range
-from kd_jax.config.command import parse_args, parse_config, run_command, split_flags
+from kd_jax.config.command import parse_args, parse_config, run_command
+from kd_jax.config.flags import split_flags
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology

@@ -15,16 +15,9 @@ from typing import Annotated, Any
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.checks import Checked, Range
-from kd_jax.config.command import (
-    flag_groups,
-    flag_name,
-    flag_names,
-    parse_args,
-    parse_config,
-    run_command,
-    split_flags,
-)
+from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.errors import raise_all
+from kd_jax.config.flags import flag_groups, flag_name, flag_names, split_flags
 from kd_jax.config.record import differences, dump, flatten, is_path
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers

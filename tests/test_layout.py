@@ -11,12 +11,12 @@ import pytest
 from paths import ROOT
 
 from kd_jax.config import Config
-from kd_jax.config.command import flag_names
+from kd_jax.config.flags import flag_names
 
 # Floors from the bottom. A room imports only rooms of lower floors; within a room, a file imports
 # only files before it.
 FLOORS = [
-    {"config": ["errors", "checks", "loss", "run", "record", "streams", "command"]},
+    {"config": ["errors", "checks", "loss", "run", "record", "flags", "streams", "command"]},
     {
         "parallel": [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",

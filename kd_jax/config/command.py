@@ -10,15 +10,15 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from kd_jax.config.checks import Checked, metadata, plain_type
-from kd_jax.config.errors import UserError, did_you_mean, raise_all
-from kd_jax.config.record import part_of
+from kd_jax.config.errors import UserError, did_you_mean
+from kd_jax.config.flags import check_flags, plain_switches
 from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
 from kd_jax.config.streams import flush_streams, is_unread, open_streams
 
@@ -84,8 +84,8 @@ def parse_args(
     """
     import tyro  # takes 0.3 s
 
-    argv = _switches(cls, argv)
-    _check_flags(cls, argv)
+    argv = plain_switches(cls, argv)
+    check_flags(cls, argv)
     command = re.search(r"python (-m )?[\w./]+", description)
     message = io.StringIO()
     try:
@@ -132,90 +132,6 @@ def _help_with_ranges() -> Any:
         return dataclasses.replace(entry, type=Annotated[plain_type(entry.type), hint])
 
     return registry
-
-
-def _switches(cls: type, argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with `--data.pack False` and `--data.pack=False` as --data.no-pack."""
-    opposite: dict[str, str] = {}
-    for name in flag_names(cls, only=bool):
-        part, dot, last = name.rpartition(".")
-        off = f"{part}{dot}no-{last}"
-        opposite |= {name: off, off: name}
-    words: list[str] = []
-    for group in flag_groups(argv):
-        name, value, rest = flag_name(group[0]), group[0].partition("=")[2], group[1:]
-        given = [value, *rest] if value else rest
-        if name not in opposite or not given:
-            words += group
-        elif len(given) == 1 and given[0].lower() in ("true", "false"):
-            words.append(f"--{name if given[0].lower() == 'true' else opposite[name]}")
-        else:
-            raise UserError(
-                f"--{name}: expected --{name} or --{opposite[name]}, got {' '.join(group)}"
-            )
-    return words
-
-
-def _check_flags(cls: type, argv: Sequence[str]) -> None:
-    """Raises UserError with every unknown flag and the nearest known ones."""
-    known = {"help", *flag_names(cls)}
-    problems = []
-    given = [flag_name(word) for word in argv if word.startswith("--")]
-    for name in flag_names(cls, only=tuple):  # tyro would keep only the last values
-        if given.count(name) > 1:
-            problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
-    for name in given:
-        if name in known:
-            continue
-        group = f"{name.split('.')[0]}."
-        others = ", ".join(f"--{flag}" for flag in sorted(known) if flag.startswith(group))
-        hint = f" There are {others}" if others else " --help lists the flags"
-        problems.append(f"--{name}: no such flag.{did_you_mean(name, known, '--') or hint}")
-    raise_all(problems)
-
-
-def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:
-    """Yields the names of a dataclass's flags, the `--no-` forms of switches included.
-
-    Args:
-      only: type of the fields to yield, such as tuple for flags of several values; None: all.
-    """
-    for entry in dataclasses.fields(cls):
-        name = entry.name.replace("_", "-")
-        if part := part_of(entry.type):
-            yield from flag_names(part, f"{prefix}{name}.", only)
-        elif only is None or only in (entry.type, get_origin(entry.type)):
-            yield prefix + name
-        if entry.type is bool and only is None:
-            yield f"{prefix}no-{name}"
-
-
-def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the words of `cls`'s flags and of --help, and the words of all other flags."""
-    names = set(flag_names(cls)) | {"help"}
-    own: list[str] = []
-    others: list[str] = []
-    for words in flag_groups(argv):
-        mine = flag_name(words[0]) in names or words[0] == "-h"
-        (own if mine else others).extend(words)
-    return own, others
-
-
-def flag_groups(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Yields each flag with the words up to the next one."""
-    group: list[str] = []
-    for word in argv:
-        if word.startswith("--") and group:
-            yield group
-            group = []
-        group.append(word)
-    if group:
-        yield group
-
-
-def flag_name(word: str) -> str:
-    """Returns the name of `--some_flag=value`, some-flag."""
-    return word.removeprefix("--").split("=")[0].replace("_", "-")
 
 
 def _plain(boxed: str) -> str:

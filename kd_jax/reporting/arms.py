@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.command import flag_names
 from kd_jax.config.errors import did_you_mean
+from kd_jax.config.flags import flag_names
 from kd_jax.config.record import flatten
 from kd_jax.workdir.history import Run, identity
 
