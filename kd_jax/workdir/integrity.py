@@ -20,9 +20,9 @@ _sealing = threading.Lock()
 
 
 def find_checkpoints(workdir: Path) -> dict[int, Path]:
-    """Returns the folders of the finished checkpoints by step, the latest last."""
+    """Returns the finished checkpoints by step, the latest last; also what only has such a name."""
     found = [x for x in workdir.absolute().glob("checkpoints/*") if x.name.isdecimal()]
-    return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name)) if x.is_dir()}
+    return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name))}
 
 
 def seal(checkpoint: Path) -> None:
@@ -89,7 +89,7 @@ def choose_checkpoint(workdir: Path, step: int | None = None) -> tuple[int, dict
     damaged: dict[int, str] = {}
     for candidate in [step] if step is not None else reversed(found):
         wrong = damage(found[candidate])
-        if not found[candidate].is_dir():  # a run that trains here has deleted it
+        if not found[candidate].exists():  # a run that trains here has deleted it
             return choose_checkpoint(workdir, step)
         if wrong:
             damaged[candidate] = wrong

@@ -38,7 +38,9 @@ class Writer:
         if jax.process_index() > 0:
             return
         path = workdir / "metrics.jsonl"
-        _keep_until(path, start_step)
+        last_logged = start_step // config.every_steps * config.every_steps
+        if _keep_until(path, start_step) < last_logged:
+            say(f"warning: {path}: lines of steps until {last_logged} are missing")
         self.file = path.open("a")
         if config.tensorboard:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -89,16 +91,17 @@ def _make_event(step: int, values: dict[str, Any]) -> Any:
     return Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
 
 
-def _keep_until(path: Path, last_step: int) -> None:
-    """Drops the lines of metrics.jsonl after `last_step`, and damaged ones."""
+def _keep_until(path: Path, last_step: int) -> int:
+    """Drops lines of metrics.jsonl after `last_step`, and damaged ones; returns the last step."""
     if not path.is_file():
-        return
+        return 0
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    steps = [_step_of(line) for line in lines if line]
-    if None in steps:
-        say(f"warning: {path}: {steps.count(None)} damaged lines were dropped")
-    kept = [f"{x}\n" for x in lines if (step := _step_of(x)) is not None and step <= last_step]
-    write_whole(path, "".join(kept))
+    steps = [(_step_of(line), line) for line in lines if line]
+    if torn := sum(step is None for step, _ in steps):
+        say(f"warning: {path}: {torn} damaged lines were dropped")
+    kept = [(step, line) for step, line in steps if step is not None and step <= last_step]
+    write_whole(path, "".join(f"{line}\n" for _, line in kept))
+    return max((step for step, _ in kept), default=0)
 
 
 def _step_of(line: str) -> int | None:

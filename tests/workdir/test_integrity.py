@@ -90,12 +90,13 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_kept(wo
     latest = workdir / "checkpoints" / "4"
     DAMAGES["truncated"](latest / "state" / "manifest.ocdbt")
     (workdir / "checkpoints" / "999").mkdir()
+    (workdir / "checkpoints" / "1000").write_text("")
     assert checkpoints.open_trained(workdir).step == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("is damaged" in x and "step 2 is used" in x for x in said)
+    assert len(said) == 3 and all("is damaged" in x and "step 2 is used" in x for x in said)
     assert restored_step(workdir) == 2
     kept = {x.name for x in (workdir / "checkpoints").iterdir()}
-    assert kept == {"2", "4", "4.damaged1", "999.damaged1"}
+    assert kept == {"2", "4", "4.damaged1", "999.damaged1", "1000.damaged1"}
     assert restored_step(workdir) == 4
 
 

@@ -20,6 +20,12 @@ def resume(workdir, step):
     return [json.loads(x)["step"] for x in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_missing_steps_are_said(tmp_path, capsys):
+    assert resume(tmp_path, 0) == [1] and not capsys.readouterr().err
+    assert resume(tmp_path, 4) == [1, 5]
+    assert "metrics.jsonl: lines of steps until 4 are missing" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = Writer(tmp_path, LogConfig(tensorboard=False), 0, 9)
