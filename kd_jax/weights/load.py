@@ -97,10 +97,15 @@ def _unwrapped(tensors: dict[str, Tensor], folder: Path, tell: bool) -> dict[str
 
 
 def _head_problems(tensors: Mapping[str, Tensor], arch: Architecture) -> list[str]:
-    """Returns an error where a tied lm_head is stored with other values than the embedding.
+    """Returns an error for an untied lm_head that is absent, or a tied one with other values.
 
-    transformers unties such a model with a warning.
+    transformers unties the second with a warning, and draws the first at random.
     """
+    if not arch.tie_word_embeddings and HEAD not in tensors and EMBEDDING in tensors:
+        return [
+            f"missing: {HEAD}, which config.json does not tie to {EMBEDDING}. If the model ties "
+            "them, set tie_word_embeddings to true there"
+        ]
     if not arch.tie_word_embeddings or not {HEAD, EMBEDDING} <= tensors.keys():
         return []
     head, embedding = tensors[HEAD], tensors[EMBEDDING]

@@ -550,6 +550,13 @@ def test_a_tied_model_may_store_the_head_alone(folder, tmp_path_factory):
 
 
 @pytest.mark.fast
+def test_an_untied_model_without_a_head_is_told_how_to_tie_it(folder):
+    (folder / "config.json").write_text(json.dumps(tiny.make_config(tie_word_embeddings=False)))
+    with pytest.raises(UserError, match=r"missing: lm_head.weight, .* tie_word_embeddings to true"):
+        load(folder)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "rename",
     [
