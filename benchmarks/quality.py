@@ -40,7 +40,8 @@ from kd_jax.weights.export import copy_extra_files, new_folder
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.folder import load_architecture, resolve
 from kd_jax.weights.safetensors import open_folder
-from kd_jax.workdir.history import completion, read_run
+from kd_jax.workdir.history import read_run
+from kd_jax.workdir.integrity import completion
 
 SCORES = ("ce", "kl_forward", "top1_agreement", "acceptance")
 COMPARED = ("ce", "kl_forward")

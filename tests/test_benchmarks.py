@@ -1,11 +1,11 @@
 """The benchmarks run, at sizes too small to measure speed."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from children import environment
 from paths import ROOT
 
 pytestmark = pytest.mark.fast
@@ -13,8 +13,7 @@ pytestmark = pytest.mark.fast
 
 def run(*arguments, name="kd_head"):
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, env=environment(1), cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_head_is_measured_beside_its_products(tmp_path):
