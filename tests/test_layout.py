@@ -29,8 +29,8 @@ FLOORS = [
     },
     {
         "models": [
-            "config_keys", "layer_types", "architecture", "weight_table", "known", "attention",
-            "matmul", "embedding", "decoder", "lora",
+            "config_keys", "rope", "families", "layer_types", "architecture", "weight_table",
+            "known", "attention", "matmul", "embedding", "modules", "decoder", "lora",
         ],
     },
     {

@@ -37,6 +37,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_window_layers": 3,
     },
     "qwen3": {"rope_parameters": {**DEFAULT_ROPE, "rope_theta": 1000000.0}, "head_dim": 32},
+    "granite": {
+        "rope_parameters": DEFAULT_ROPE,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.75,
+    },
+    "smollm3": {
+        "rope_parameters": DEFAULT_ROPE,
+        "no_rope_layer_interval": 2,
+        "pad_token_id": 0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "olmo2": {"rope_parameters": DEFAULT_ROPE},
+    "phi3": {
+        "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5},
+        "sliding_window": None,
+        "pad_token_id": 0,
+    },
+    "gemma3_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            "sliding_attention": DEFAULT_ROPE,
+        },
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 12,
+        "sliding_window_pattern": 2,
+    },
 }
 SPECIAL = ["<|begin|>", "<|pad|>", "<|start|>", "<|end|>", "<|eot|>"]
 # Llama 3's format. Like Llama 3.1's template it contains a date, by default today's.

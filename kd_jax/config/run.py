@@ -58,7 +58,8 @@ class LoraConfig:
     dropout: Annotated[float, Below1] = 0.0
     """Dropout probability of A's inputs in training."""
     target_modules: tuple[str, ...] = tuple(name for name in LINEAR_NAMES if name != "k_proj")
-    """Projections with an adapter, by Hugging Face name."""
+    """Projections with an adapter, by Hugging Face name; Phi's fused qkv_proj and gate_up_proj have
+    one if any of their parts is named."""
 
     def check(self, checks: Checks) -> None:
         checks.require(bool(self.target_modules), "lora.target-modules", "at least one name", ())

@@ -36,7 +36,7 @@ def unstack_layers(spec: DecoderSpec, arrays: Arrays) -> None:
     At most one stack is in memory twice. On a CPU, slicing the stacks takes longer than the
     matmuls of one token.
     """
-    stacked = "layers.input_layernorm.weight" in arrays
+    stacked = "layers.self_attn.o_proj.weight" in arrays
     for path in [path for path in arrays if not is_adapter(path)]:
         value = arrays.pop(path).astype(spec.dtype)
         if not stacked or not path.startswith("layers."):
@@ -163,7 +163,9 @@ def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
             )
             recent = seen if window is None else seen & (index - place < window)
             mask = recent[:, None, None]
-            return jax.nn.dot_product_attention(q, keys, values, mask=mask), (keys, values)
+            scale = model.scores.scale
+            out = jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale)
+            return out, (keys, values)
 
         return layer(x, rope, attend, kind)
 
@@ -174,7 +176,7 @@ def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
 def _next_tokens(fixed, model: Decoder, x, key) -> jax.Array:
     """Returns the next tokens [B] for the last layer's hidden states x [B, D]."""
     _, sampling, vocab_size = fixed
-    hidden = model.norm(x[:, None])[:, 0]
+    hidden = model.final_norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)
     # Head first, as in matmul.project; the barrier keeps XLA from reordering the operands.
     z = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)

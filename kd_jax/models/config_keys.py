@@ -11,7 +11,8 @@ def _words(text: str) -> frozenset[str]:
 # Metadata, training, old defaults of generation, numerics and speed.
 _HARMLESS = _words(
     """
-    architectures attn_implementation auto_map base_model chunk_size_feed_forward
+    architectures attn_implementation auto_map base_model cache_implementation
+    chunk_size_feed_forward
     cross_attention_hidden_size dtype finetuning_task fused_linear_cross_entropy
     gradient_checkpointing id2label init_std initializer_factor initializer_range is_decoder
     is_llama_config label2id language library_name license max_position_embeddings max_seq_len

@@ -6,24 +6,31 @@ a leading L and run by a scan; for decoding they may be unstacked.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from kd_jax.models.architecture import Architecture, Rope
-from kd_jax.models.attention import SAVED_ATTENTION, Implementation, Window, attention
+from kd_jax.models.architecture import Architecture
+from kd_jax.models.attention import SAVED_ATTENTION, Scores, Window, attention
 from kd_jax.models.embedding import embed
-from kd_jax.models.matmul import project
-from kd_jax.models.weight_table import layer_weights
-from kd_jax.parallel.mesh import Layout, constrain
+from kd_jax.models.modules import (
+    SAVED_PRODUCT,
+    DecoderSpec,
+    Linear,
+    RMSNorm,
+    Table,
+    optional_linear,
+    optional_norm,
+    rope_tables,
+    rotate,
+)
+from kd_jax.parallel.mesh import constrain
 
-SAVED_PRODUCT = "product"
-"""Name of a projection's output; gradient checkpointing can save it."""
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """Maps q [B, S, N, H], k and v [B, S, K, H] and the layer's window, None or a scalar, to (output
@@ -35,144 +42,92 @@ class Kind(NamedTuple):
 
     window: Any = None
     """Tokens that a layer attends to; None: all in every layer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderSpec:
-    """Static description of a decoder: architecture, dtype, sharding; a static argument of jit."""
-
-    arch: Architecture
-    dtype: Any
-    """Dtype of activations and matmuls."""
-    attention: Implementation = "xla"
-    layout: Layout | None = None
-    """Shardings of weights and rows; None: one device."""
-    remat: Literal["none", "dots", "attention", "layer"] = "none"
-    lora_scale: float = 0.0
-    """alpha / rank of the adapters."""
-    dropout: float = 0.0
-    """Dropout probability of the adapters' input in training."""
-
-
-class LoraParam(nnx.Param):
-    """A trainable low-rank factor."""
-
-
-class Linear(nnx.Module):
-    """y = x Wᵀ (+ b) (+ lora_scale (x Aᵀ) Bᵀ), by the arrays present."""
-
-    def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any], path: str):
-        """Takes `path`.weight [out, in], and bias and LoRA factors if present."""
-
-        def optional(name: str, kind: type[nnx.Param]) -> Any:
-            value = arrays.get(f"{path}.{name}")
-            return nnx.data(None if value is None else kind(value))
-
-        self.weight = nnx.Param(arrays[f"{path}.weight"])
-        self.bias = optional("bias", nnx.Param)
-        self.lora_A = optional("lora_A", LoraParam)
-        self.lora_B = optional("lora_B", LoraParam)
-        self.dims = layer_weights(spec.arch)[f"{path}.weight"].dims
-        self.spec = spec
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Maps [B, S, in] to [B, S, out] in the model's dtype; a `key` enables dropout."""
-        out, into = self.dims
-        y = self._project(x, self.weight[...], out, into)
-        if self.bias is not None:
-            bias = self.bias[...].astype(self.spec.dtype)  # like weights in project
-            y = y + bias[None, None]
-        if self.lora_A is not None:
-            dropout = self.spec.dropout
-            if key is not None and dropout > 0:
-                keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
-                x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
-            low = self._project(x, self.lora_A[...], "rank", into)
-            low = checkpoint_name(low, SAVED_PRODUCT)
-            y = y + self.spec.lora_scale * self._project(low, self.lora_B[...], out, "rank")
-        return checkpoint_name(y, SAVED_PRODUCT)  # the backward pass needs only the sum
-
-    def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
-        layout, in_use = self.spec.layout, None
-        if layout is not None and layout.mesh.size > 1:
-            in_use = layout.in_use(dims, weight.shape)
-        return project(x, weight, self.spec.dtype, in_use)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight (arXiv 1910.07467)."""
-
-    def __init__(self, weight: Any, eps: float):
-        self.weight = nnx.Param(weight)
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)  # squares lose precision in bfloat16
-        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        normed = (x32 * scale).astype(x.dtype)  # before the weight, as in transformers
-        weight = self.weight[...].astype(x.dtype)
-        return normed * jnp.expand_dims(weight, range(x.ndim - 1))
+    rope: Any = None
+    """1 for the architecture's other RoPE, else 0; None: there is one RoPE."""
 
 
 class Attention(nnx.Module):
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        self.q_proj = Linear(spec, arrays, "self_attn.q_proj")
-        self.k_proj = Linear(spec, arrays, "self_attn.k_proj")
-        self.v_proj = Linear(spec, arrays, "self_attn.v_proj")
+        self.qkv_proj = optional_linear(spec, arrays, "self_attn.qkv_proj")
+        self.q_proj = optional_linear(spec, arrays, "self_attn.q_proj")
+        self.k_proj = optional_linear(spec, arrays, "self_attn.k_proj")
+        self.v_proj = optional_linear(spec, arrays, "self_attn.v_proj")
         self.o_proj = Linear(spec, arrays, "self_attn.o_proj")
-        self.q_norm = nnx.data(_head_norm(spec, arrays, "q_norm"))
-        self.k_norm = nnx.data(_head_norm(spec, arrays, "k_norm"))
-        self.head_dim = spec.arch.head_dim
+        self.q_norm = optional_norm(spec, arrays, "self_attn.q_norm")
+        self.k_norm = optional_norm(spec, arrays, "self_attn.k_norm")
+        self.arch = spec.arch
 
     def __call__(self, x, rope, attend: Attend, kind: Kind, keys):
         """Maps [B, S, D] to [B, S, D]; also returns the second output of `attend`."""
-        B, S, _ = x.shape
-        q = self.q_proj(x, keys[0]).reshape(B, S, -1, self.head_dim)
-        k = self.k_proj(x, keys[1]).reshape(B, S, -1, self.head_dim)
-        v = self.v_proj(x, keys[2]).reshape(B, S, -1, self.head_dim)
+        q, k, v = self._project(x, keys)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _norm_parts(self.q_norm, q), _norm_parts(self.k_norm, k)
+        if kind.rope is not None:
+            rope = [tables[kind.rope] for tables in rope]
         out, extra = attend(rotate(q, *rope), rotate(k, *rope), v, kind.window)
-        return self.o_proj(out.reshape(B, S, -1), keys[3]), extra
+        return self.o_proj(out.reshape(*out.shape[:2], -1), keys[3]), extra
+
+    def _project(self, x, keys):
+        """Returns queries [B, S, N, H], keys and values [B, S, K, H]."""
+        N, K, H = self.arch.num_attention_heads, self.arch.num_key_value_heads, self.arch.head_dim
+        heads = (*x.shape[:2], -1, H)
+        if self.qkv_proj is None:
+            each = zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=False)
+            return [proj(x, key).reshape(heads) for proj, key in each]
+        parts = jnp.split(self.qkv_proj(x, keys[0]), (N * H, (N + K) * H), axis=-1)
+        return [part.reshape(heads) for part in parts]
 
 
-def _head_norm(spec: DecoderSpec, arrays: Mapping[str, Any], name: str) -> RMSNorm | None:
-    weight = arrays.get(f"self_attn.{name}.weight")
-    return None if weight is None else RMSNorm(weight, spec.arch.rms_norm_eps)
+def _norm_parts(norm: RMSNorm, x: jax.Array) -> jax.Array:
+    """Returns x [B, S, heads, H], each head normed or all together, by the width of the weight."""
+    return norm(x.reshape(*x.shape[:2], -1, norm.weight[...].shape[-1])).reshape(x.shape)
 
 
 class MLP(nnx.Module):
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        self.gate_proj = Linear(spec, arrays, "mlp.gate_proj")
-        self.up_proj = Linear(spec, arrays, "mlp.up_proj")
+        self.gate_up_proj = optional_linear(spec, arrays, "mlp.gate_up_proj")
+        self.gate_proj = optional_linear(spec, arrays, "mlp.gate_proj")
+        self.up_proj = optional_linear(spec, arrays, "mlp.up_proj")
         self.down_proj = Linear(spec, arrays, "mlp.down_proj")
+        self.hidden_act = spec.arch.hidden_act
 
     def __call__(self, x, keys):
-        gate = jax.nn.silu(self.gate_proj(x, keys[0]))
-        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+        if self.gate_up_proj is None:
+            gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x, keys[0]))
+            return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+        gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, keys[2])
 
 
 class Layer(nnx.Module):
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
-        eps = spec.arch.rms_norm_eps
-        self.input_layernorm = RMSNorm(arrays["input_layernorm.weight"], eps)
+        self.input_layernorm = optional_norm(spec, arrays, "input_layernorm")
         self.self_attn = Attention(spec, arrays)
-        self.post_attention_layernorm = RMSNorm(arrays["post_attention_layernorm.weight"], eps)
+        self.post_attention_layernorm = optional_norm(spec, arrays, "post_attention_layernorm")
+        self.pre_feedforward_layernorm = optional_norm(spec, arrays, "pre_feedforward_layernorm")
         self.mlp = MLP(spec, arrays)
+        self.post_feedforward_layernorm = optional_norm(spec, arrays, "post_feedforward_layernorm")
+        self.arch = spec.arch
 
     def __call__(self, x, rope, attend: Attend, kind: Kind, key: jax.Array | None = None):
         """Returns the residual stream [B, S, D] after the layer, and attend's second output."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
-        added, extra = self.self_attn(self.input_layernorm(x), rope, attend, kind, keys[:4])
-        x = x + added
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
+        before, after, before_mlp, after_mlp = self._norms()
+        added, extra = self.self_attn(before(x), rope, attend, kind, keys[:4])
+        x = x + self._weighted(after(added))
+        return x + self._weighted(after_mlp(self.mlp(before_mlp(x), keys[4:]))), extra
 
+    def _norms(self) -> list[Callable[[jax.Array], jax.Array]]:
+        """Returns the norms before and after attention, before and after the MLP."""
+        middle, last = self.post_attention_layernorm, self.post_feedforward_layernorm
+        four = [self.input_layernorm, middle, self.pre_feedforward_layernorm, last]
+        if self.arch.norms == "before":  # there, the one named after attention precedes the MLP
+            four = [self.input_layernorm, None, middle, None]
+        return [norm or (lambda x: x) for norm in four]
 
-class Table(nnx.Module):
-    """A weight [V, D]: the embedding or the lm_head."""
-
-    def __init__(self, weight: Any):
-        self.weight = nnx.Param(weight)
+    def _weighted(self, added: jax.Array) -> jax.Array:
+        weight = self.arch.residual_multiplier
+        return added if weight == 1 else added * weight
 
 
 class Decoder(nnx.Module):
@@ -182,15 +137,16 @@ class Decoder(nnx.Module):
         """Takes arrays by path of the weight table; unstacked layers are layers.0.NAME, ..."""
         self.embed_tokens = Table(arrays["embed_tokens.weight"])
         self.layers: Any
-        if "layers.input_layernorm.weight" in arrays:
+        if "layers.self_attn.o_proj.weight" in arrays:
             self.layers = Layer(spec, _below(arrays, "layers."))
         else:
             every = range(spec.arch.num_hidden_layers)
             self.layers = nnx.List([Layer(spec, _below(arrays, f"layers.{i}.")) for i in every])
-        self.norm = RMSNorm(arrays["norm.weight"], spec.arch.rms_norm_eps)
+        self.norm = RMSNorm(arrays["norm.weight"], spec.arch)
         tied = spec.arch.tie_word_embeddings
         self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
         self.spec = spec
+        self.scores = Scores(spec.arch.attention_scale)
 
     def __call__(
         self,
@@ -242,21 +198,35 @@ class Decoder(nnx.Module):
         if outputs is not None:
             in_order = order == sorted(set(order))
             outputs = outputs[: len(order)] if in_order else outputs[np.array(order)]
-        return self.norm(x), outputs
+        return self.final_norm(x), outputs
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Returns what the head multiplies, of the last layer's hidden states [B, S, D]."""
+        x, scaling = self.norm(x), self.spec.arch.logits_scaling
+        return x if scaling == 1 else x / scaling
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns the embeddings [B, S, D] of tokens [B, S], and the positions' RoPE tables."""
+        """Returns the embeddings [B, S, D] of tokens [B, S], and the positions' RoPE tables.
+
+        Tables of two RoPEs are stacked on a leading axis.
+        """
         x = embed(self.embed_tokens.weight[...], tokens, self.spec.layout)
         x = self.on_rows(x).astype(self.spec.dtype)
-        arch = self.spec.arch
-        return x, rope_tables(positions, arch.rope, arch.head_dim, self.spec.dtype)
+        arch, dtype = self.spec.arch, self.spec.dtype
+        if arch.embedding_multiplier != 1:
+            x = x * arch.embedding_multiplier
+        tables = rope_tables(positions, arch.rope, arch.head_dim, dtype)
+        if arch.other_rope is None:
+            return x, tables
+        other = rope_tables(positions, arch.other_rope, arch.head_dim, dtype)
+        return x, [jnp.stack(pair) for pair in zip(tables, other, strict=True)]
 
     def attend(self, q, k, v, segment_ids, positions, size: jax.Array | None) -> jax.Array:
         """Returns attention of whole rows, [B, S, N, H], with a sliding window of `size`."""
         window = None if size is None else Window(positions, size)
-        kernel, layout = self.spec.attention, self.spec.layout
         return attention(
-            q, k, v, segment_ids, window=window, implementation=kernel, layout=layout
+            q, k, v, segment_ids, window=window, scores=self.scores,
+            implementation=self.spec.attention, layout=self.spec.layout,
         )  # fmt: skip
 
     def over_layers(self, step: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
@@ -292,7 +262,10 @@ class Decoder(nnx.Module):
 def _kinds(arch: Architecture, length: int) -> Kind:
     """Returns the kinds of the layers, [L] each, for rows of `length` tokens."""
     sizes = [length if size is None else size for size in arch.layer_windows]
-    return Kind(window=np.array(sizes, np.int32) if any(x < length for x in sizes) else None)
+    return Kind(
+        window=np.array(sizes, np.int32) if any(x < length for x in sizes) else None,
+        rope=np.array(arch.other_rope_layers, np.int32) if arch.other_rope_layers else None,
+    )
 
 
 def _slots(layers: tuple[int, ...], depth: int) -> tuple[np.ndarray, list[int]]:
@@ -320,21 +293,6 @@ def _with_remat(run_layer, policy: str):
 
 def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): v for name, v in tree.items() if name.startswith(prefix)}
-
-
-def rope_tables(
-    positions: jax.Array, rope: Rope, head_dim: int, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of the RoPE angles, [B, S, 1, H / 2] each."""
-    frequency = jnp.asarray(rope.inverse_frequencies(head_dim))
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies RoPE to x [B, S, heads, H], pairing entries i and i + H / 2."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def logits(model: Decoder, tokens, positions, segment_ids) -> jax.Array:

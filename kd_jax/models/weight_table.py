@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head.weight"
 FACTORS = ("lora_A", "lora_B")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Projections that some families store as one, parts one after the other along `out`."""
+NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm", "post_attention_layernorm",
+        "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
+"""A layer's norms by Architecture.norms, in order of use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +55,32 @@ def layer_weights(arch: Architecture) -> dict[str, Weight]:
     """Returns the weights of one layer by Hugging Face name without `model.layers.N.`."""
     D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
     NH, KH = arch.num_attention_heads * H, arch.num_key_value_heads * H
-    table = {
-        "input_layernorm.weight": Weight((D,), ("norm",)),
-        "self_attn.q_proj.weight": Weight((NH, D), ("heads", "embed")),
-        "self_attn.k_proj.weight": Weight((KH, D), ("heads", "embed")),
-        "self_attn.v_proj.weight": Weight((KH, D), ("heads", "embed")),
-        "self_attn.o_proj.weight": Weight((D, NH), ("embed", "heads")),
-        "post_attention_layernorm.weight": Weight((D,), ("norm",)),
-        "mlp.gate_proj.weight": Weight((F, D), ("mlp", "embed")),
-        "mlp.up_proj.weight": Weight((F, D), ("mlp", "embed")),
-        "mlp.down_proj.weight": Weight((D, F), ("embed", "mlp")),
+    norm = Weight((D,), ("norm",))
+    shapes: dict[str, Any] = {  # projection -> out, in, their dimensions, and whether it has a bias
+        "self_attn.q_proj": (NH, D, "heads", "embed", arch.qkv_bias),
+        "self_attn.k_proj": (KH, D, "heads", "embed", arch.qkv_bias),
+        "self_attn.v_proj": (KH, D, "heads", "embed", arch.qkv_bias),
+        "self_attn.o_proj": (D, NH, "embed", "heads", arch.o_bias),
+        "mlp.gate_proj": (F, D, "mlp", "embed", arch.mlp_bias),
+        "mlp.up_proj": (F, D, "mlp", "embed", arch.mlp_bias),
+        "mlp.down_proj": (D, F, "embed", "mlp", arch.mlp_bias),
     }
-    if arch.qkv_bias:
-        table["self_attn.q_proj.bias"] = Weight((NH,), ("heads",))
-        table["self_attn.k_proj.bias"] = Weight((KH,), ("heads",))
-        table["self_attn.v_proj.bias"] = Weight((KH,), ("heads",))
-    if arch.qk_norm:
-        table["self_attn.q_norm.weight"] = Weight((H,), ("norm",))
-        table["self_attn.k_norm.weight"] = Weight((H,), ("norm",))
+    if arch.fused_projections:
+        for fused, parts in FUSED.items():
+            parent = "mlp" if fused.startswith("gate") else "self_attn"
+            each = [shapes.pop(f"{parent}.{part}") for part in parts]
+            shapes[f"{parent}.{fused}"] = (sum(x[0] for x in each), *each[0][1:])
+    norms = [f"{name}.weight" for name in NORMS[arch.norms]]
+    half = len(norms) // 2  # of attention, and of the MLP
+    matrices = {f"{n}.weight": Weight(x[:2], x[2:4]) for n, x in shapes.items()}
+    attention = {n: x for n, x in matrices.items() if n.startswith("self_attn")}
+    table = dict.fromkeys(norms[:half], norm) | attention | dict.fromkeys(norms[half:], norm)
+    table |= matrices
+    table |= {f"{n}.bias": Weight(x[:1], x[2:3]) for n, x in shapes.items() if x[4]}
+    if arch.qk_norm != "none":
+        widths = (H, H) if arch.qk_norm == "head" else (NH, KH)
+        for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
+            table[f"self_attn.{name}.weight"] = Weight((width,), ("norm",))
     return table
 
 
@@ -89,7 +108,8 @@ def adapter_weights(lora: LoraConfig, arch: Architecture) -> dict[str, Weight]:
     table, rank = {}, lora.rank
     for path, weight in weights(arch).items():
         name = path.split(".")[-2]
-        if name in lora.target_modules and len(weight.layer_shape) == 2:
+        names = (name, *FUSED.get(name, ()))  # a fused one is adapted for any of its parts
+        if any(x in lora.target_modules for x in names) and len(weight.layer_shape) == 2:
             (L, out, into), (layers, out_dim, into_dim) = weight.shape, weight.dims
             stem = path.removesuffix("weight")
             table[f"{stem}lora_A"] = Weight((L, rank, into), (layers, "rank", into_dim))

@@ -15,7 +15,7 @@ from kd_jax.config.errors import first_lines
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.config_keys import is_number, show
-from kd_jax.models.weight_table import FACTORS, adapter_weights, hf_names, shape_problems
+from kd_jax.models.weight_table import FACTORS, FUSED, adapter_weights, hf_names, shape_problems
 from kd_jax.weights.files import is_there, read_json
 from kd_jax.weights.kinds import describe_folder
 from kd_jax.weights.safetensors import open_folder
@@ -176,7 +176,9 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
         raise UserError(f"{path}: this adapter cannot be loaded:\n  {shown}")
     factors = {name: tensors[peft_name(name)].read().astype(np.float32) for name in names}
     alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)
-    targets = tuple(n for n in LINEAR_NAMES if any(m.endswith(f".{n}") for m in modules))
+    last = {module.rpartition(".")[2] for module in modules}
+    adapted = last.union(*(FUSED.get(name, ()) for name in last))
+    targets = tuple(name for name in LINEAR_NAMES if name in adapted)
     return Adapter(factors, LoraConfig(rank=rank, alpha=alpha, target_modules=targets))
 
 

@@ -235,7 +235,7 @@ def export_adapter(
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": list(lora.target_modules),
+        "target_modules": list(dict.fromkeys(path.split(".")[-2] for path in trained.shapes)),
         "bias": "none",
         "inference_mode": True,
     }

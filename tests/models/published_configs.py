@@ -54,11 +54,30 @@ def qwen3(*shape: Any, **more: Any) -> dict[str, Any]:
     return qwen2(*shape) | {"model_type": "qwen3"} | given
 
 
+def granite(*shape: Any, **more: Any) -> dict[str, Any]:
+    given = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "rope_theta": 5000000.0}
+    return NEW | {"model_type": "granite"} | sizes(*shape) | given | TIED | more
+
+
+def olmo2(*shape: Any) -> dict[str, Any]:
+    given = {"attention_bias": False, "rms_norm_eps": 1e-06, "rope_theta": 500000}
+    return OLD | {"model_type": "olmo2"} | sizes(*shape, V=100352) | given
+
+
+def phi3(*shape: Any, **more: Any) -> dict[str, Any]:
+    given = {"attention_bias": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    return OLD | {"model_type": "phi3"} | sizes(*shape, **more) | given
+
+
 SEVEN, EIGHT = (4096, 11008, 32, 32), (4096, 14336, 32, 32, 8)
 R1 = {"use_mrope": False, "rope_theta": 10000, "sliding_window": 4096, "max_window_layers": 21}
 SMOL2 = {"is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True}
 SMOL2 |= {"rope_theta": 100000, "max_position_embeddings": 8192}
 TIED = {"tie_word_embeddings": True}
+GEMMA: dict[str, Any] = {
+    "attention_bias": False, "bos_token_id": 2, "cache_implementation": "hybrid", "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+}  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
     "huggyllama/llama-7b": llama(*SEVEN, max_sequence_length=2048, rms_norm_eps=1e-06),
     "huggyllama/llama-13b": llama(5120, 13824, 40, 40, max_sequence_length=2048),
@@ -139,7 +158,48 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B-Instruct-2507": qwen3(2560, 9728, 36, 32, 8, **TIED, rope_theta=5000000),
     "Qwen/Qwen3-32B": qwen3(5120, 25600, 64, 64, 8),
 }  # fmt: skip
-WARNED = {"Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config"}
+PUBLISHED |= {
+    "NousResearch/Yarn-Llama-2-7b-64k": llama(*SEVEN, 32, rope_scaling={**YARN, "finetuned": True}),
+    "Qwen/Qwen2.5-7B-Instruct with YaRN, as its card says": qwen2(
+        3584, 18944, 28, 28, 4, V=152064, rope_scaling=YARN
+    ),
+    "ibm-granite/granite-3b-code-base": llama(
+        2560, 10240, 32, 32, 32, 49152, attention_bias=True, mlp_bias=True, **TIED
+    ),
+    "ibm-granite/granite-3.1-2b-base": granite(
+        2048, 8192, 40, 32, 8, 49152, attention_multiplier=0.015625, logits_scaling=8.0
+    ),
+    "ibm-granite/granite-3.1-8b-instruct": granite(
+        4096, 12800, 40, 32, 8, 49155, attention_multiplier=0.0078125, logits_scaling=16.0
+    ),
+    "HuggingFaceTB/SmolLM3-3B": OLD | sizes(
+        2048, 11008, 36, 16, 4, 128256, model_type="smollm3", rope_theta=5000000.0,
+        no_rope_layers=[1, 1, 1, 0] * 9, no_rope_layer_interval=4, sliding_window=None,
+        use_sliding_window=False, max_window_layers=28, layer_types=["full_attention"] * 36,
+        attention_bias=False, mlp_bias=False, rms_norm_eps=1e-06, **TIED,
+    ),
+    "allenai/OLMo-2-0425-1B": olmo2(2048, 8192, 16, 16, 16),
+    "allenai/OLMo-2-1124-7B": olmo2(4096, 11008, 32, 32, 32),
+    "microsoft/Phi-3-mini-4k-instruct": phi3(
+        3072, 8192, 32, 32, 32, 32064, sliding_window=2047, rope_theta=10000.0,
+        original_max_position_embeddings=4096,
+    ),
+    "microsoft/phi-4 14b": phi3(
+        5120, 17920, 40, 40, 10, 100352, sliding_window=None, rope_theta=250000,
+        original_max_position_embeddings=16384, max_position_embeddings=16384,
+    ),
+    "google/gemma-3-1b-it": GEMMA | sizes(
+        1152, 6912, 26, 4, 1, 262144, model_type="gemma3_text", sliding_window=512,
+        sliding_window_pattern=6, rope_local_base_freq=10000, rope_theta=1000000,
+        final_logit_softcapping=None, attn_logit_softcapping=None,
+    ),
+}  # fmt: skip
+NAMED_SMALLER = {"ibm-granite/granite-3.1-2b-base": 2.53e9, "allenai/OLMo-2-0425-1B": 1.48e9}
+"""Weights of models whose names say less."""
+WARNED = {
+    "Qwen/Qwen2.5-7B-Instruct-1M": "dual_chunk_attention_config",
+    "NousResearch/Yarn-Llama-2-7b-64k": "finetuned",
+}
 """Models with a key that is not known."""
 
 QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
@@ -151,15 +211,17 @@ PUBLISHED_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "mlx-community/Meta-Llama-3-8B-4bit": (
         llama3(*EIGHT, quantization={"group_size": 64, "bits": 4}), ["quantization"],
     ),
-    "NousResearch/Yarn-Llama-2-7b-64k": (
-        llama(*SEVEN, 32, rope_scaling={**YARN, "finetuned": True}), ["rope_type"],
+    "microsoft/Phi-4-mini-instruct": (
+        phi3(3072, 8192, 32, 24, 8, 200064, partial_rotary_factor=0.75, sliding_window=262144,
+             rope_scaling={"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}),
+        ["rope_type"],
     ),
-    "Qwen/Qwen2.5-7B-Instruct with YaRN, as its card says": (
-        qwen2(3584, 18944, 28, 28, 4, V=152064, rope_scaling=YARN), ["rope_type"],
-    ),
-    "ibm-granite/granite-3b-code-base": (
-        llama(2560, 10240, 32, 32, 32, 49152, attention_bias=True, mlp_bias=True, **TIED),
-        ["attention_bias", "mlp_bias"],
+    "google/gemma-2-2b": (
+        GEMMA | sizes(2304, 9216, 26, 8, 4, 256000, model_type="gemma2", sliding_window=4096,
+                      hidden_act="gelu_pytorch_tanh", attn_logit_softcapping=50.0,
+                      final_logit_softcapping=30.0),
+        ["model_type", "hidden_activation", "query_pre_attn_scalar", "hidden_act",
+         "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"],
     ),
     "internlm/internlm2-7b": (
         llama(*EIGHT, 92544, bias=False) | {"model_type": "internlm2"}, ["model_type"],

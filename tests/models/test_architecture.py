@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from num_weights import NUM_WEIGHTS
-from published_configs import PUBLISHED, PUBLISHED_REFUSED, WARNED
+from published_configs import NAMED_SMALLER, PUBLISHED, PUBLISHED_REFUSED, WARNED
 
 from kd_jax.config import UserError
 from kd_jax.models.architecture import FAMILIES, read_architecture
@@ -40,10 +40,22 @@ OTHER_VALUES = {
     "attention_bias": True,
     "mlp_bias": True,
     "is_encoder_decoder": True,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.7,
+    "logits_scaling": 3.0,
+    "query_pre_attn_scalar": 99,
+    "no_rope_layers": [1, 0, 0],
+    "no_rope_layer_interval": 3,
+    "hidden_activation": "gelu",
+    "use_bidirectional_attention": True,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
     "layer_types": ["sliding_attention"] * 3,
 }
-# Keys of a sliding window, which have tests of their own below.
-WINDOW = {"sliding_window", "use_sliding_window", "max_window_layers"}
+# Keys of sliding windows and dropout, which have tests of their own below.
+ELSEWHERE = {"sliding_window", "use_sliding_window", "max_window_layers", "attention_dropout"}
+ELSEWHERE |= {"resid_pdrop", "embd_pdrop"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +63,7 @@ def test_every_key_that_transformers_writes_is_honoured_refused_or_ignored(famil
     from transformers import AutoConfig
 
     plain = architecture(family)
-    for key in AutoConfig.for_model(family).to_dict().keys() - WINDOW - {"attention_dropout"}:
+    for key in AutoConfig.for_model(family).to_dict().keys() - ELSEWHERE:
         if key in OTHER_VALUES:
             try:
                 assert architecture(family, **{key: OTHER_VALUES[key]}) != plain, key
@@ -66,11 +78,13 @@ def test_every_key_that_transformers_writes_is_honoured_refused_or_ignored(famil
 def test_transformers_defaults_are_read_without_a_warning(family, capsys):
     from transformers import AutoConfig
 
-    theirs = AutoConfig.for_model(family, sliding_window=None).to_dict()
-    arch = read_architecture(theirs, "theirs")
-    assert (arch.rms_norm_eps, arch.rope.theta) == (theirs["rms_norm_eps"], 10000.0)
+    window = {} if family == "gemma3_text" else {"sliding_window": None}
+    theirs = AutoConfig.for_model(family, **window).to_dict()
+    arch, rope = read_architecture(theirs, "theirs"), theirs["rope_parameters"]
+    theta = rope.get("full_attention", rope)["rope_theta"]
+    assert (arch.rms_norm_eps, arch.rope.theta) == (theirs["rms_norm_eps"], theta)
     sizes = {key: theirs[key] for key in tiny.SHAPE if key in SIZES}
-    written = sizes | {"model_type": family, "sliding_window": None}
+    written = sizes | {"model_type": family} | window
     assert read_architecture(written, "sizes alone") == arch
     assert capsys.readouterr().err == ""
 
@@ -82,7 +96,7 @@ def test_models_of_the_hub_have_the_number_of_weights_on_their_cards(hub_id):
     assert sum(math.prod(w.shape) for w in weights(arch).values()) == NUM_WEIGHTS[hub_id]
     assert arch.rope.theta == config["rope_theta"]
     assert arch.qkv_bias == (config["model_type"] == "qwen2")
-    assert arch.qk_norm == (config["model_type"] == "qwen3")
+    assert arch.qk_norm == ("head" if config["model_type"] == "qwen3" else "none")
 
 
 @pytest.mark.parametrize("hub_id", KNOWN_MODELS)
@@ -108,6 +122,7 @@ def test_a_published_config_is_read_as_transformers_reads_it(hub_id, capsys):
     size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", hub_id.lower().replace("_", "-"))
     if size:
         count = float(size[1]) * {"b": 1e9, "m": 1e6}[size[2]]
+        count = NAMED_SMALLER.get(hub_id, count)
         found = sum(math.prod(w.shape) for w in weights(arch).values())
         assert found == pytest.approx(count, rel=0.25)
 
@@ -156,7 +171,7 @@ REFUSED = {
     "quantization_config": {"quant_method": "bitsandbytes"},
     "layer_types": ["full_attention"],
     "use_qk_norm": True,
-    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    "rope_scaling": {"rope_type": "longrope", "factor": 4.0},
     "num_key_value_heads": 3,
 }
 
@@ -171,7 +186,7 @@ def test_everything_that_the_decoder_does_not_do_is_refused_at_once():
     assert len(lines) == len(REFUSED) + 1
 
 
-@pytest.mark.parametrize("kind", ["yarn", "longrope", "mrope", ["linear"], 8])
+@pytest.mark.parametrize("kind", ["su", "longrope", "mrope", ["linear"], 8])
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
 def test_other_rotary_scalings_are_refused_by_name(kind, spelling):
     with pytest.raises(UserError, match="rope_type: expected .* got " + re.escape(repr(kind))):
@@ -303,7 +318,17 @@ def test_windows_are_those_of_transformers(family, change):
         ("llama", {"sliding_window": 4096}, "sliding_window"),
         ("llama", {"layer_types": SLIDING}, "layer_types"),
         ("llama", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"attention_bias": "yes"}, "attention_bias"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ("smollm3", ON, "sliding_window"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
     ],
     ids=str,
@@ -320,8 +345,9 @@ def test_an_older_mistral_without_the_key_has_a_window():
 
 
 def test_another_model_type_is_told_which_there_are():
-    with pytest.raises(UserError, match=r"model_type: expected llama\|mistral\|qwen2\|qwen3, got"):
-        architecture(model_type="gemma3_text")
+    known = re.escape("|".join(FAMILIES))
+    with pytest.raises(UserError, match=f"model_type: expected {known}, got"):
+        architecture(model_type="gemma3")
 
 
 @pytest.mark.parametrize(

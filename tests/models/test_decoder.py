@@ -15,6 +15,7 @@ from kd_jax.inference.decoding import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Attention, Decoder, DecoderSpec, logits, rotate
+from kd_jax.models.rope import Rope
 from kd_jax.models.weight_table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.folder import load_architecture
@@ -27,6 +28,13 @@ SCALINGS = {
     "factor 32": tiny.LLAMA3,
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "unscaled": tiny.DEFAULT_ROPE,
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "beta_fast": 8.0,
+        "original_max_position_embeddings": 512,
+    },
 }
 SHAPES = {
     "tied": {"tie_word_embeddings": True},
@@ -34,6 +42,7 @@ SHAPES = {
     "explicit head_dim": {"head_dim": 24},
     "one key head": {"num_key_value_heads": 1},
     "no groups": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
 }
 
 ON = {"use_sliding_window": True, "sliding_window": 7}
@@ -94,9 +103,13 @@ def distance(torch_model, decoder):
     return np.abs(our_logits(decoder, tokens, positions) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_equal_transformers(shape, family):
+@pytest.mark.parametrize(
+    "family, shape",
+    [("llama", x) for x in SHAPES]
+    + [("qwen3", "explicit head_dim")]
+    + [(family, x) for family in FAMILIES for x in ("tied", "untied") if family != "llama"],
+)
+def test_logits_equal_transformers(family, shape):
     theirs = tiny.make_torch_model(family, 3, **SHAPES[shape])
     assert distance(theirs, port(theirs)) < TOLERANCE
 
@@ -120,6 +133,53 @@ def test_a_window_as_long_as_the_rows_leaves_the_program_as_it_is():
         for w in (None, 48, 47)
     ]
     assert texts[0].as_text() == texts[1].as_text() != texts[2].as_text()
+
+
+FAULTS = [
+    ("granite", {"embedding_multiplier": 1.0}),
+    ("granite", {"residual_multiplier": 1.0}),
+    ("granite", {"logits_scaling": 1.0}),
+    ("granite", {"attention_scale": None}),
+    ("smollm3", {"other_rope_layers": (True, False, True)}),
+    ("smollm3", {"other_rope": None, "other_rope_layers": ()}),
+    ("phi3", {"rope": Rope(theta=1e4)}),
+    ("gemma3_text", {"norm_offset": 0.0}),
+    ("gemma3_text", {"hidden_act": "silu"}),
+    ("gemma3_text", {"other_rope": Rope(theta=1e6)}),
+    ("gemma3_text", {"embedding_multiplier": 1.0}),
+    ("gemma3_text", {"layer_windows": ()}),
+]
+
+
+@pytest.mark.parametrize("family, change", FAULTS, ids=str)
+def test_a_wrong_constant_of_a_family_is_seen(family, change):
+    theirs = tiny.make_torch_model(family, 3)
+    ours = port(theirs)
+    arch = dataclasses.replace(ours.spec.arch, **change)
+    model = Decoder(dataclasses.replace(ours.spec, arch=arch), tiny.arrays_of(ours))
+    assert distance(theirs, model) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "family, names",
+    [
+        ("llama", ("self_attn.o_proj.bias", "mlp.down_proj.bias")),
+        ("olmo2", ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")),
+        ("gemma3_text", ("post_attention_layernorm.weight", "pre_feedforward_layernorm.weight")),
+        ("phi3", ("mlp.gate_up_proj.weight",)),
+        ("phi3", ("self_attn.qkv_proj.weight",)),
+    ],
+)
+def test_swapped_weights_of_a_family_are_seen(family, names):
+    theirs = tiny.make_torch_model(family, 3, **SHAPES["biases"] if family == "llama" else {})
+    ours = port(theirs)
+    arrays = tiny.arrays_of(ours)
+    first, last = f"layers.{names[0]}", f"layers.{names[-1]}"
+    if len(names) == 2:
+        arrays[first], arrays[last] = arrays[last], arrays[first]
+    else:  # parts of a fused projection in another order
+        arrays[first] = jnp.roll(arrays[first], arrays[first].shape[1] // 2, axis=1)
+    assert distance(theirs, Decoder(ours.spec, arrays)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -200,11 +260,10 @@ def test_swapped_or_lost_head_norms_are_seen():
 
 
 def test_a_head_norm_after_the_rotation_is_seen(monkeypatch):
-    def norm_late(self, x, rope, attend, keys):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+    def norm_late(self, x, rope, attend, kind, keys):
+        q, k, v = self._project(x, keys)
         q, k = self.q_norm(rotate(q, *rope)), self.k_norm(rotate(k, *rope))
-        out, made = attend(q, k, v)
+        out, made = attend(q, k, v, kind.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), made
 
     theirs = tiny.make_torch_model("qwen3", 3)

@@ -15,7 +15,14 @@ from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, DecoderSpec, Linear, logits
 from kd_jax.models.lora import init_adapters, merge
-from kd_jax.models.weight_table import FACTORS, abstract_weights, hf_names, is_adapter, weights
+from kd_jax.models.weight_table import (
+    FACTORS,
+    FUSED,
+    abstract_weights,
+    hf_names,
+    is_adapter,
+    weights,
+)
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import adapters, load
 from kd_jax.weights import folder as weights_folder
@@ -263,6 +270,7 @@ def save_peft(folder, **options):
         {"family": "mistral"},
         {"family": "qwen2", "target_modules": "all-linear"},
         {"family": "qwen3", "target_modules": "all-linear"},
+        {"family": "phi3", "target_modules": "all-linear"},
     ],
     ids=str,
 )
@@ -287,17 +295,29 @@ def test_merged_at_load_equals_pefts_merge(options, tmp_path):
 
 @pytest.mark.parametrize(
     "family, use_rslora",
-    [("llama", False), ("llama", True), ("mistral", False), ("qwen2", False), ("qwen3", False)],
+    [
+        ("llama", False),
+        ("llama", True),
+        ("mistral", False),
+        ("qwen2", False),
+        ("qwen3", False),
+        ("granite", False),
+        ("olmo2", False),
+        ("phi3", False),
+        ("gemma3_text", False),
+    ],
 )
 def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora, tmp_path):
     import torch
 
-    options = {"use_rslora": use_rslora, "target_modules": ["q_proj", "down_proj"]}
+    first, *_ = names = ["qkv_proj" if family == "phi3" else "q_proj", "down_proj"]
+    options = {"use_rslora": use_rslora, "target_modules": names}
     theirs = save_peft(tmp_path / "adapter", family=family, **options).eval()
     tiny.make_torch_model(family, 1).save_pretrained(tmp_path / "base")
     arch = weights_folder.load_architecture(tmp_path / "base")
     adapter = adapters.load_adapter(tmp_path / "adapter", arch)
-    assert adapter.config.target_modules == ("q_proj", "down_proj")
+    parts = FUSED.get(first, (first,))
+    assert adapter.config.target_modules == (*parts, "down_proj")
     assert adapter.config.alpha / adapter.config.rank == pytest.approx(
         6 / (2 if use_rslora else 4), abs=1e-12
     )
