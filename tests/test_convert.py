@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,8 @@ def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_
     assert np.abs(theirs - before).max() > 0.1 * np.abs(before).max()
 
     again = adapters.load_adapter(out, arch)
-    assert again.config == LORA
+    assert replace(again.config, target_modules=LORA.target_modules) == LORA
+    assert adapter_weights(again.config, arch) == adapter_weights(LORA, arch)
     for name, value in adapters.stack_adapter(again, arch).items():
         np.testing.assert_array_equal(value, arrays[name])
 
