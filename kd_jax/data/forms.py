@@ -84,7 +84,8 @@ def _form(special: str, template: str, date: str, tools: bool) -> Form:
             )
         }
     shows["tools"] = TOOL in text
-    before = _between(text, contents[-2], contents[-1]) or text[: text.find(contents[-1])]
+    before = _between(text, contents[-2], contents[-1])
+    before = text[: text.find(contents[-1])] if before is None else before
     after = text[text.rfind(contents[-1]) + len(contents[-1]) :]
     middle = _between(text, *contents[1:3]) if len(contents) > 2 else None
     header, warnings = _header(before, asked, plain)

@@ -185,6 +185,10 @@ def test_a_tokenizer_that_joins_the_blank_to_the_first_word_learns_the_word(tmp_
 SAID = {
     "no prompt": (CHATML, "there is no generation prompt: '<|im_start|>assistant'", "<|im_end|>"),
     "thought opened": (R1, "the generation prompt ends with '<think>'", "<|eot|>"),
+    "contents alone": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "no end of turn follows an answer: the student does not", "",
+    ),
     "no end": (PLAIN + PLAIN_PROMPT, "no end of turn follows an answer: the student does not", ""),
     "end of the last": (
         PLAIN + PLAIN_PROMPT.replace("{% endif", "{% else %}<end>{% endif"),
