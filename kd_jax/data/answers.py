@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from kd_jax.data.forms import Form, form_of
@@ -47,7 +47,7 @@ def render(tokenizer: Any, record: Record, template: Template | None, date: str)
       ValueError: the template rejects the record.
     """
     if record.text is not None:
-        return _encodable(Rendered(record.text, list(record.answers), set()))
+        return _encodable(_text(tokenizer, record.text, record.answers))
     special = tokenizer.special_tokens_map
     chosen = choose(need_template(template), record.tools)
     form = form_of(special, chosen, date, bool(record.tools))
@@ -76,6 +76,24 @@ def render(tokenizer: Any, record: Record, template: Template | None, date: str)
         spans, more = _placed(text, record, form, prompt_of)
         hidden |= more
     return _encodable(Rendered(text, spans, hidden))
+
+
+def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
+    """Returns text between the tokenizer's begin and end of text, if it has them."""
+    begin, end = _edges(tokenizer)
+    begin = "" if text.startswith(begin) else begin
+    end = "" if text.endswith(end) else end
+    spans = [
+        (first + len(begin), last + len(begin) + (len(end) if last == len(text) else 0))
+        for first, last in answers
+    ]
+    return Rendered(begin + text + end, spans, set())
+
+
+@lru_cache(maxsize=8)
+def _edges(tokenizer: Any) -> tuple[str, str]:
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return (tokenizer.bos_token if begins else ""), tokenizer.eos_token or ""
 
 
 def _encodable(rendered: Rendered) -> Rendered:

@@ -1,6 +1,8 @@
 """Documents to rows: packing by best fit, in windows that bound the memory."""
 
 import bisect
+import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -88,3 +90,20 @@ def _joined(parts: list[Prepared]) -> Prepared:
     names = ("tokens", "target", "lengths")
     tokens, target, lengths = (np.concatenate([getattr(x, n) for x in parts]) for n in names)
     return Prepared(tokens, target, lengths)
+
+
+def shown(parts: Iterable[Prepared], name: str) -> Iterator[Prepared]:
+    """Yields the parts, with their number of tokens on a terminal."""
+    if not sys.stderr.isatty():
+        yield from parts
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = ("{task.description}: {task.completed:,.0f} tokens, {task.fields[speed]:,.0f}/s",)
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task, began = bar.add_task(name, total=None, speed=0), time.monotonic()
+        for part in parts:
+            done = bar.tasks[0].completed + len(part.tokens)
+            bar.update(task, completed=done, speed=done / (time.monotonic() - began))
+            yield part

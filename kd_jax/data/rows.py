@@ -16,14 +16,14 @@ from kd_jax.config import DataConfig, UserError
 from kd_jax.data.answers import describe_hidden
 from kd_jax.data.chat import describe_template
 from kd_jax.data.files import hash_files, list_files, list_sources, read_raw, slice_of
-from kd_jax.data.packing import fill_rows, windows
+from kd_jax.data.packing import fill_rows, shown, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
 from kd_jax.data.records import describe_ignored, first_of
 from kd_jax.data.store import COLUMNS, open_store, writing
 from kd_jax.data.templates import Template, need_template
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 
 class Joined:
@@ -172,7 +172,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
     parts = prepare_all(job, chunks(read_raw(data.path, data.split, begin, end)))
     counts = {"tokens": 0, "target_tokens": 0}
     with writing(folder, data.seq_len) as writer:
-        for window in windows(parts, data, total):
+        for window in windows(shown(parts, data.path), data, total):
             flat = (window.tokens, window.target, window.lengths)
             writer.append(fill_rows(*flat, data, 0 if pad is None else pad))
             counts["tokens"] += len(window.tokens)

@@ -17,6 +17,7 @@ from samples import (
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat as data_chat
+from kd_jax.data.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,17 @@ def test_chat_template_is_the_files_else_the_students_else_the_teachers(tmp_path
 def test_unusable_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected tokenizer files"):
         data_chat.load_tokenizer(tmp_path)
+
+
+def test_text_is_between_the_begin_and_the_end_of_text(tokenizer):
+    """As the tokenizer encodes text with its special tokens, and its end token after it."""
+    config = DataConfig(path="")
+    plain = Record("d:1", [], text="Once.", answers=((0, 5),))
+    asked = Record("d:2", [], text="Q: five", answers=((2, 7),))
+    documents, _ = data_chat.tokenize(tokenizer, [plain, asked], None, config)
+    for given, document in zip((plain, asked), documents, strict=True):
+        want = [*tokenizer(given.text)["input_ids"], tokenizer.eos_token_id]
+        assert document.tokens.tolist() == want
+    assert documents[0].target.tolist() == [False] + [True] * (len(documents[0].tokens) - 1)
+    learned = tokenizer.decode(documents[1].tokens[documents[1].target])
+    assert learned == " five" + tokenizer.eos_token
