@@ -23,7 +23,7 @@ from kd_jax.config.command import parse_config, run_command
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.workdir.claim import lock_workdir
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(400)]  # pairs of processes on two cores
+pytestmark = pytest.mark.timeout(400)  # pairs of processes on two cores
 
 STEPS = 20
 SHAPE = {
@@ -127,6 +127,7 @@ def stopped(file, tmp_path_factory):
     return workdir, outputs
 
 
+@pytest.mark.fast
 def test_two_processes_train_as_one_does(alone, stopped):
     got = losses(stopped[0])
     assert 6 <= len(got) < STEPS
@@ -148,6 +149,7 @@ def test_a_killed_process_ends_the_other_and_losses_repeat(file, stopped, tmp_pa
     assert common >= 6 and losses(workdir)[:common] == losses(stopped[0])[:common]  # every bit
 
 
+@pytest.mark.fast
 def test_a_stop_of_any_process_saves_the_same_step_and_one_process_resumes(
     file, alone, stopped, tmp_path, capsys
 ):
