@@ -163,7 +163,7 @@ def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
             )
             recent = seen if window is None else seen & (index - place < window)
             mask = recent[:, None, None]
-            scale = model.scores.scale
+            scale = model.spec.arch.attention_scale
             out = jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale)
             return out, (keys, values)
 

@@ -36,21 +36,6 @@ class Mask(NamedTuple):
     window: Window | None = None
 
 
-class Scores(NamedTuple):
-    """Constants of the attention logits; static under jit."""
-
-    scale: float | None = None
-    """Factor of q kᵀ; None: 1 / sqrt(H)."""
-    cap: float | None = None
-    """Soft cap: logits become cap * tanh(logits / cap)."""
-
-    def scale_of(self, q: jax.Array) -> float:
-        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-
-PLAIN = Scores()
-
-
 def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
     """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
     if wanted != "auto":
@@ -67,7 +52,7 @@ def attention(
     segment_ids: jax.Array | tuple[jax.Array, jax.Array],
     *,
     window: Window | None = None,
-    scores: Scores = PLAIN,
+    scale: float | None = None,
     implementation: Implementation = "xla",
     layout: Layout | None = None,
 ) -> jax.Array:
@@ -80,6 +65,7 @@ def attention(
       segment_ids: [B, S] int32, the document of each token. A second such array names another
         document that the token attends to: a prompt that several answers share.
       window: None: a token attends to its whole past.
+      scale: None: 1 / sqrt(H).
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
       layout: of the model on the mesh; rows and query heads are sharded.
 
@@ -96,7 +82,7 @@ def attention(
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     mask = Mask(documents, window)
     kernel: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
-    run: Any = partial(kernel, scores)
+    run: Any = partial(kernel, scale)
     if layout is None or layout.mesh.size == 1:
         return run(q, k, v, mask)
     tensor = _axis_of_heads(layout, q.shape[2], k.shape[2])
@@ -125,11 +111,11 @@ def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | N
     return axis if fits else None
 
 
-def _cudnn(scores, q, k, v, mask):
+def _cudnn(scale, q, k, v, mask):
     S = q.shape[1]
     (q, k, v), mask = _padded(2, (q, k, v), mask)
     seen = _visible(mask, slice(None), slice(None))
-    return _cudnn_kernel(scores.scale, q, k, v, seen[:, None])[:, :S]
+    return _cudnn_kernel(scale, q, k, v, seen[:, None])[:, :S]
 
 
 def _cudnn_plain(scale, q, k, v, seen):
@@ -152,13 +138,13 @@ def _cudnn_backward(scale, backward, d_output):
 _cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
 
 
-def _splash(scores, q, k, v, mask):
+def _splash(scale, q, k, v, mask):
     """Attention by jax's TPU kernel, which skips blocks that are masked."""
     if len(mask.documents) > 1 or mask.window is not None:  # it has no mask for these
-        return _blockwise(scores, q, k, v, mask)
+        return _blockwise(scale, q, k, v, mask)
     S = q.shape[1]
     (q, k, v), mask = _padded(128, (q, k, v), mask)
-    q, k, v = (_heads_first(x) for x in (q * scores.scale_of(q), k, v))
+    q, k, v = (_heads_first(x) for x in (q * _scale(scale, q), k, v))
     out = _splash_kernel(q, k, v, *mask.documents)
     return _heads_first(out)[:, :S].astype(q.dtype)
 
@@ -231,23 +217,23 @@ def _visible(mask: Mask, queries: slice, keys: slice) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(scores, q, k, v, mask):
+def _blockwise(scale, q, k, v, mask):
     """Attention by blocks of queries, each with the keys up to its end.
 
     No array of queries x keys outlives its block: the backward pass recomputes the weights from
     each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
     """
-    return _forward(scores, q, k, v, mask)[0]
+    return _forward(scale, q, k, v, mask)[0]
 
 
-def _forward(scores, q, k, v, mask):
+def _forward(scale, q, k, v, mask):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     values = jnp.concatenate(
         [values, jnp.ones_like(values[..., :1])], axis=-1
     )  # the sum of weights
     outputs, logsumexps = [], []
     for block in _blocks(q.shape[1]):
-        z = _block_logits(scores, queries, keys, mask, block)
+        z = _block_logits(scale, queries, keys, mask, block)
         highest = jnp.max(z, axis=-1, keepdims=True)
         weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
         sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, : block.stop])
@@ -259,7 +245,7 @@ def _forward(scores, q, k, v, mask):
     return output, (q, k, v, mask, output, logsumexp)
 
 
-def _backward(scores, residuals, d_output):
+def _backward(scale, residuals, d_output):
     q, k, v, mask, output, logsumexp = residuals
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
@@ -270,21 +256,17 @@ def _backward(scores, residuals, d_output):
     for block in _blocks(q.shape[1]):
         seen = slice(0, block.stop)
         d_block, q_block = d_outputs[:, :, :, block], queries[:, :, :, block]
-        z = _block_logits(scores, queries, keys, mask, block)
+        z = _block_logits(scale, queries, keys, mask, block)
         weights = jnp.exp(z - logsumexp[:, :, :, block])
         d_weights = _product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
-        d_logits = weights * (d_weights - inner[:, :, :, block])
-        if scores.cap is not None:
-            tanh = jnp.maximum(z, -scores.cap) / scores.cap  # finite where masked
-            d_logits *= 1 - tanh * tanh
-        d_logits = d_logits.astype(q.dtype)
+        d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
         weights = weights.astype(v.dtype)
         d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
         d_keys = _add_to_first(d_keys, _product("BKGST,BKGSH->BKTH", d_logits, q_block))
         d_values = _add_to_first(d_values, _product("BKGST,BKGSH->BKTH", weights, d_block))
-    scale = scores.scale_of(q)
-    dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * scale
-    dk, dv = _heads_first(d_keys) * scale, _heads_first(d_values)
+    factor = _scale(scale, q)
+    dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * factor
+    dk, dv = _heads_first(d_keys) * factor, _heads_first(d_values)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -306,7 +288,7 @@ def _blocks(num_tokens: int) -> list[slice]:
     return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
 
 
-def _block_logits(scores, queries, keys, mask, block):
+def _block_logits(scale, queries, keys, mask, block):
     """Returns logits of a block's queries and the keys up to its end, [B, K, G, S, T] float32."""
     queries = queries[:, :, :, block]
     z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, : block.stop])
@@ -314,14 +296,11 @@ def _block_logits(scores, queries, keys, mask, block):
     seen = _visible(mask, block, slice(0, block.stop))
     place = jnp.arange(block.stop)
     seen &= place[None, block, None] >= place[None, None]
-    return jnp.where(
-        seen[:, None, None], soft_cap(z * scores.scale_of(queries), scores.cap), NEGATIVE
-    )
+    return jnp.where(seen[:, None, None], z * _scale(scale, queries), NEGATIVE)
 
 
-def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
-    """Returns cap * tanh(logits / cap); without a cap the logits."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+def _scale(scale: float | None, q: jax.Array) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _product(product: str, a: jax.Array, b: jax.Array) -> jax.Array:

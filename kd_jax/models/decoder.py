@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.attention import SAVED_ATTENTION, Scores, Window, attention
+from kd_jax.models.attention import SAVED_ATTENTION, Window, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.modules import (
     SAVED_PRODUCT,
@@ -146,7 +146,6 @@ class Decoder(nnx.Module):
         tied = spec.arch.tie_word_embeddings
         self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
         self.spec = spec
-        self.scores = Scores(spec.arch.attention_scale)
 
     def __call__(
         self,
@@ -225,7 +224,7 @@ class Decoder(nnx.Module):
         """Returns attention of whole rows, [B, S, N, H], with a sliding window of `size`."""
         window = None if size is None else Window(positions, size)
         return attention(
-            q, k, v, segment_ids, window=window, scores=self.scores,
+            q, k, v, segment_ids, window=window, scale=self.spec.arch.attention_scale,
             implementation=self.spec.attention, layout=self.spec.layout,
         )  # fmt: skip
 
