@@ -1,12 +1,17 @@
 """Operations over the vocabulary, the last dimension, which may be sharded over a mesh axis."""
 
+import math
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from kd_jax.parallel.platforms import by_platform
+
 # The logit or log-probability of vocabulary padding; finite, so that 0 times it is 0.
 NEGATIVE = -1e30
+
+BLOCK = 256  # most entries in a block of a blocked sum
 
 Tree = TypeVar("Tree")
 
@@ -28,7 +33,7 @@ def sum_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
     Args:
       axis: as in Vocab.
     """
-    sums = _reduce(terms, 0.0, jax.lax.add)
+    sums = by_platform("blocked_sums", _blocked_sums, _plain_sums)(terms)
     return sums if axis is None else jax.lax.psum(sums, axis)
 
 
@@ -36,6 +41,18 @@ def max_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
     """Returns maxima over V, [..., 1] each, like sum_over_vocab."""
     maxima = _reduce(terms, -jnp.inf, jax.lax.max)
     return maxima if axis is None else jax.lax.pmax(maxima, axis)
+
+
+def _plain_sums(terms):
+    return _reduce(terms, 0.0, jax.lax.add)
+
+
+def _blocked_sums(terms):
+    """Sums blocks of entries, then the blocks: small terms are not lost beside a large sum."""
+    size = jax.tree.leaves(terms)[0].shape[-1]
+    block = math.gcd(size, BLOCK)
+    blocks = jax.tree.map(lambda x: x.reshape(*x.shape[:-1], size // block, block), terms)
+    return _plain_sums(jax.tree.map(lambda x: x[..., 0], _plain_sums(blocks)))
 
 
 def _reduce(terms, start, combine):

@@ -38,6 +38,8 @@ class Platform:
     """Tokens that a device scores at a time in lm_eval."""
     decoded_rows: int = 1
     """Fewest rows that decode fast in bfloat16."""
+    blocked_sums: bool = False
+    """Sum over the vocabulary in blocks: a CPU adds a row's terms one after another."""
     memory_share: float = 1.0
     """Share of a device's memory that jax preallocates."""
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
@@ -50,6 +52,7 @@ PLATFORMS: Mapping[str, Platform] = {
         attention="xla",
         wide_products=True,
         transposed_head=True,
+        blocked_sums=True,
         chunk_tokens=80,
         scored_tokens=4096,
         decoded_rows=2,  # a single row is five times slower

@@ -25,7 +25,7 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
-from kd_jax.losses.vocabulary import sum_over_vocab
+from kd_jax.losses.vocabulary import _plain_sums, sum_over_vocab
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.teachers.live import Live
 
@@ -454,3 +454,18 @@ def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
     )
     memory = run.lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 4 * 64 * 8000 * 4
+
+
+@pytest.mark.parametrize("size", [49_152, 128_256, 151_936])
+def test_a_long_tail_counts_beside_one_likely_token(size):
+    """Each term of the tail is less than half an ulp of the first."""
+    terms = np.random.default_rng(0).uniform(0, 4e-8, (1, size)).astype(np.float32)
+    terms[0, 0] = 1.0
+    want = terms.astype(np.float64).sum()
+
+    def error(function):
+        run = jax.jit(function, compiler_options=compiler_options(make_mesh(MeshConfig(), 8)))
+        return abs(run((terms, terms))[0].item() / want - 1)
+
+    assert error(sum_over_vocab) < 1e-5
+    assert error(_plain_sums) > 2e-5  # the test can fail
