@@ -93,9 +93,11 @@ def main(argv: Sequence[str]) -> None:
     split_records(args)
     table = make_table(compare_arms(args, flags))
     runs = sorted(path.parent for path in args.out.glob("runs/*/evaluation.json"))
-    page = make_report(runs, args.out / "report", title="Fine-tuned and distilled", extra=[table])
     write_whole(args.out / "quality.md", f"{markdown(table)}\n\n{markdown(shorten(table))}\n")
-    print(f"\n{(args.out / 'quality.md').read_text()}\n{page}")
+    print(f"\n{(args.out / 'quality.md').read_text()}")
+    if runs:
+        title = "A student fine-tuned and distilled"
+        print(make_report(runs, args.out / "report", title=title, extra=[table]))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
