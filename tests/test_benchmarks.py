@@ -36,6 +36,7 @@ def test_a_wrong_shape_is_refused():
     assert "--tokens: expected at least 1" in done.stderr and "--masked" in done.stderr
 
 
+@pytest.mark.timeout(480)  # eight starts
 def test_a_run_that_is_killed_five_times_is_bit_equal_to_one_left_alone():
     done = run("--kills", 5, "--steps", 60, name="kills")
     assert done.returncode == 0, done.stdout + done.stderr
