@@ -75,7 +75,7 @@ def turn_of(
     at = f"turn {number}"
     if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
         turn = _from_sharegpt(turn)
-    if not isinstance(turn, dict) or "role" not in turn:
+    if not isinstance(turn, dict) or turn.get("role") is None:
         raise ValueError(f"{at}: expected role and content, got {turn!r:.60}")
     turn = {key: value for key, value in turn.items() if value is not None or key == "content"}
     role = turn["role"]

@@ -255,6 +255,7 @@ def _arrow(file: str) -> Iterator[tuple[str, Raw]]:
 def _batches(batches: Any) -> Iterator[tuple[str, Raw]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # a damaged offset would read outside the memory
         for start in range(0, batch.num_rows, 512):
             for record in batch.slice(start, 512).to_pylist():
                 number += 1

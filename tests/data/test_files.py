@@ -1,8 +1,10 @@
 """Laws of the files: forms, splits, and what cannot be read."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from samples import ALPACA, CHATS, records_of, rows_of, same_rows, write_folder,
 
 from kd_jax.config import UserError
 from kd_jax.data import files, readers
-from kd_jax.data.records import MAX_SHOWN
+from kd_jax.data.records import MAX_SHOWN, make_record
 
 
 def table(records: list[dict[str, Any]]) -> Any:
@@ -188,6 +190,26 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match="a pipe or device"):
         records_of(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("form", [*FORMS][:15])
+def test_damaged_files_are_read_or_refused_in_one_line(form, tmp_path):
+    file = Path(FORMS[form](tmp_path))
+    whole, draw = file.read_bytes(), random.Random(form)
+    for _ in range(25):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 5])):
+            at, size = draw.randrange(len(data)), draw.randrange(1, 50)
+            change = draw.choice([b"", draw.randbytes(1), draw.randbytes(size), b'[{"}],\n' * size])
+            data[at : at + draw.choice([0, 1, size])] = change
+            data = data or bytearray(b"x")
+        file.write_bytes(data)
+        try:
+            for _, raw in readers.read_file(str(file)):
+                with contextlib.suppress(ValueError):
+                    make_record("d:1", raw)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
 
 
 # Splits.

@@ -1,6 +1,9 @@
 """Laws of the forms of records."""
 
+import copy
+import functools
 import json
+import operator
 
 import pytest
 from samples import chat
@@ -184,3 +187,34 @@ def test_bad_record_is_refused_by_name(record):
         make_record("d:1", record.encode())
     assert str(caught.value).startswith(BAD[record])
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 300
+
+
+VALUES = [
+    None, 0, 1, 0.5, float("nan"), True, "", "x", [], {}, [[]], [{}], "[", '{"a":', 10**400,
+    "\ud800", [None], ["x"], [["a", "b"]], {"role": "user"}, {"type": "text"},
+    [{"type": "text", "text": None}],
+]  # fmt: skip
+
+
+def places(tree, at=()):
+    """Yields the path of each value in a tree."""
+    yield at
+    for key in (
+        tree if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list) else 0)
+    ):
+        yield from places(tree[key], (*at, key))
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_any_value_anywhere_is_used_or_refused_in_one_line(form):
+    for *path, last in list(places(SAME[form][0]))[1:]:
+        for value in VALUES:
+            tree = copy.deepcopy(SAME[form][0])
+            inner = functools.reduce(operator.getitem, path, tree)
+            inner[last] = value
+            try:
+                record = make_record("d:1", tree)
+            except ValueError as error:
+                assert len(str(error).splitlines()) == 1 and len(str(error)) < 400
+                continue
+            assert record.text or all(isinstance(x["content"], str) for x in record.messages)
