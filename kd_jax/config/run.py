@@ -102,8 +102,8 @@ class DataConfig:
     """Training data: a file (.json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet, .arrow; also .gz
     or .zst), a folder or glob of such files, an address such as s3://bucket/file.jsonl, or a
     dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision.
-    Several with commas are one data set; with weights, as in a.jsonl:0.7,b.jsonl:0.3, batches draw
-    that share of their rows from each."""
+    Several with commas are one data set; with weights, as in 'a.jsonl:0.7, b.jsonl:0.3', batches
+    draw that share of their rows from each."""
     split: str = "train"
     """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. Files have only train; those
     of a folder have the splits that their names tell."""
