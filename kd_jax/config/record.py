@@ -10,7 +10,8 @@ from kd_jax.config.run import Config
 # Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
 # are compared by content (workdir.record).
 RESUMABLE = re.compile(
-    r"workdir|(teacher|student)\.(path|adapter|shard_over)|data\.(path|cache_dir|chat_template)"
+    r"workdir|(teacher|student)\.(path|adapter|shard_over)"
+    r"|data\.(path|cache_dir|chat_template|num_processes)"
     r"|compilation_cache|remat|attention|loss\.chunk_tokens"
     r"|(log|mesh|distributed|checkpoint)\..*|eval\.(?!fraction).*"
 )

@@ -449,8 +449,8 @@ def set_leaf(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 PARTS = ("log", "mesh", "distributed", "checkpoint", "eval")
 FREE = {
-    "workdir", "compilation_cache", "data.cache_dir", "data.num_processes", "data.chat_template", "remat", "attention",
-    "loss.chunk_tokens",
+    "workdir", "compilation_cache", "data.cache_dir", "data.num_processes", "data.chat_template",
+    "remat", "attention", "loss.chunk_tokens",
     "teacher.path", "teacher.adapter", "teacher.shard_over", "data.path",
     "student.path", "student.adapter", "student.shard_over",
 }  # fmt: skip
