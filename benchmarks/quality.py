@@ -388,11 +388,10 @@ def difference_cells(row: Row, control: Row | None) -> list[str]:
 def shorten(table: Table) -> Table:
     """Returns the columns and rows for a README: scores of all arms that train all weights."""
     names = ("student", "steps", "TFLOP", "seeds", *(METRICS[name].heading for name in SCORES))
-    columns = [table.header.index(name) for name in names]
-    rows = [row for row in table.rows if row[1] != KINDS["lora"]]
-    return replace(
-        table, header=list(names), rows=[[row[i] for i in columns] for row in rows], note=""
-    )
+    columns = [table.header.index(name) for name in names if name in table.header]
+    rows = [row for row in table.rows if KINDS["lora"] not in row]
+    header, *lines = ([row[i] for i in columns] for row in (table.header, *rows))
+    return replace(table, header=header, rows=lines, note="")
 
 
 def markdown(table: Table) -> str:

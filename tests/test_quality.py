@@ -136,6 +136,8 @@ def test_cells_are_means_over_seeds_and_intervals_of_the_paired_bootstrap():
     got = distilled["CE less control"].replace("\N{MINUS SIGN}", "-")
     assert got == f"{want['difference']:+.4f} [{want['low']:+.4f}, {want['high']:+.4f}]"
     assert control["CE less control"] == "–" and distilled["TFLOP"] == "1.0"
+    bare = quality.make_table([quality.Row(name="untouched", sums={0: make_sums(0)})])
+    assert quality.shorten(bare).header[0] == "student" and len(quality.shorten(bare).rows) == 1
     text = quality.markdown(table)
     assert text.count("\n| ") == len(rows) + 1 and "\N{NO-BREAK SPACE}" not in text
 
