@@ -127,12 +127,13 @@ def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
     assert run(to_hf.main, "--workdir", tmp_path / "whole", "--out", tmp_path / "out") == 0
     trained = ce_of(folders, tmp_path / "out", capsys)
     assert trained < ce_of(folders, folders / "student", capsys)
-    assert trained == pytest.approx(ce_of(folders, tmp_path / "whole", capsys), rel=2e-3)
+    # Merging rounds the sum of weight and adapter to bfloat16.
+    assert trained == pytest.approx(ce_of(folders, tmp_path / "whole", capsys), rel=5e-3)
     both = ("--model", tmp_path / "whole", "--against", folders / "student", "--save")
     rows = ("--data", folders / "train.jsonl", "--teacher", folders / "teacher")
     assert run(evaluate.main, *both, *rows) == 0
     saved = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
-    assert saved["ce"] == pytest.approx(trained, rel=2e-3) and saved["against"]["ce"]["high"] < 0
+    assert saved["ce"] == pytest.approx(trained, rel=5e-3) and saved["against"]["ce"]["high"] < 0
 
 
 def test_an_orbax_form_trains_as_its_source_does(folders, tmp_path):

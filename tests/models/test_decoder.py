@@ -209,7 +209,7 @@ def swapped_halves(x, cos, sin):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def without_causal_mask(q, k, v, segment_ids, **_):
+def without_causal_mask(q, k, v, *_, **__):
     return jax.nn.dot_product_attention(q, k, v)
 
 

@@ -186,7 +186,7 @@ def test_how_it_is_computed_changes_nothing(make_config, change, plain):
 
 
 def test_packing_changes_nothing(make_config):
-    packed = Run(make_config())
+    packed = Run(make_config(seq_len=192))
     alone = Run(make_config(pack=False, batch_size=24))
     every = {name: getattr(packed.rows, name) for name in rows.COLUMNS}
     missing = -len(packed.rows) % 8

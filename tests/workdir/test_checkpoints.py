@@ -73,7 +73,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_an_end(kind, words,
     assert done.returncode == 1 and done.stdout == ""
     *before, line = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
-    assert len(before) < 10  # a thread of Orbax may still print what ended it
+    assert len(before) < 20  # a thread of Orbax may still print what ended it
 
 
 @pytest.fixture(scope="module")
