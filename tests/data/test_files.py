@@ -159,10 +159,10 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("x.jsonl", gzip.compress(b"{}"), "gzip data. Name it .gz"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), "gzip data. Name it .gz"),
         ("x.json", GOOD.encode("utf-16"), "UTF-16 text"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        ("x.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be read (EOFError"),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be read (EOFError"),
         ("x.jsonl.zst", b"plain", "cannot be read (OSError"),
         ("x.parquet", b"plain", "cannot be read (ArrowInvalid"),
         ("x.arrow", b"plain", "cannot be read (ArrowInvalid"),
