@@ -535,7 +535,6 @@ def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(case, folder):
         assert "lm_head.weight" not in load(folder)
 
 
-@pytest.mark.fast
 def test_a_tied_model_may_store_the_head_alone(folder, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
