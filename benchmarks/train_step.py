@@ -28,7 +28,7 @@ from kd_jax.setup.inputs import load_rows, open_inputs
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program, targets
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import shared_vocab_size
+from kd_jax.setup.sources import shared_vocab
 from kd_jax.training.step import init_state, jit_train_step
 from kd_jax.workdir.metrics import peak_memory_bytes
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     student, teacher, mesh = open_inputs(config)
     rows, _ = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
     models = load_models(config, student, teacher, mesh)
-    vocab_size, num_steps = shared_vocab_size(student, teacher), count_steps(rows, config)
+    vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
     program = make_program(config, models, vocab_size, mesh, num_steps)
     state = init_state(program, models.trainable)
     some = train_batches(

@@ -89,7 +89,7 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     from kd_jax.setup.runtime import start_jax
     from kd_jax.setup.sources import check_shared, describe_context
 
-    student, teacher, against = _open(args)
+    student, teacher, against, shares = _open(args)
     start_jax(student.config.compilation_cache)
     config = _config(args, student.config, jax.device_count())
     mesh = make_mesh(config.mesh, config.data.batch_size)
@@ -99,8 +99,8 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     context = describe_context(student.source, config.data.seq_len, "model")
     for line in filter(None, [context, *rows.notes]):
         print(line, file=sys.stderr)
-    for other in (teacher, against):
-        check_shared(student.source, other and other.source, rows, "--data")
+    for other, shared in shares:
+        check_shared(shared, student.source, other.source, rows, "--data")
     loaded = load_model(teacher, mesh) if teacher else None
     documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
     theirs = against and _measure(args, config, against, teacher, loaded, rows, mesh)[0]
@@ -132,7 +132,10 @@ def summarise(
 
 
 def _open(args: EvaluateArgs):
-    """Returns the checked student, teacher and model to compare with; None where not given."""
+    """Returns the checked student, teacher and model to compare with; None where not given.
+
+    Also returns each of the others with the vocabulary that it shares with the student.
+    """
     from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
     from kd_jax.parallel.processes import say
@@ -152,13 +155,13 @@ def _open(args: EvaluateArgs):
         teacher = open_model(args.teacher, args.dtype, adapter=adapter, field="teacher")
     if args.against is not None:
         against = open_model(args.against, args.dtype)
+    shares = []
     for flag, other in (("--teacher", teacher), ("--against", against)):
         if other is not None:
             ours, theirs = student.source, other.source
-            share_vocab(
-                ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder, f"--model, {flag}"
-            )
-    return student, teacher, against
+            pair = (ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder)
+            shares.append((other, share_vocab(*pair, f"--model, {flag}")))
+    return student, teacher, against, shares
 
 
 def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
@@ -166,9 +169,9 @@ def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
     from kd_jax.setup.program import make_program
-    from kd_jax.setup.sources import shared_vocab_size
+    from kd_jax.setup.sources import shared_vocab
 
-    vocab_size = shared_vocab_size(student.source, teacher and teacher.source)
+    vocab_size = shared_vocab(student.source, teacher and teacher.source).size
     if args.top_k > vocab_size:
         raise UserError(
             f"--top-k: expected at most {vocab_size} (vocabulary size), got {args.top_k}"

@@ -22,7 +22,7 @@ from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.inputs import open_inputs
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
-from kd_jax.setup.sources import shared_vocab_size
+from kd_jax.setup.sources import shared_vocab
 from kd_jax.training.step import init_state, loss_gradients, train_step
 
 STEPS = 4
@@ -69,7 +69,7 @@ class Run:
         template = chat_template_of(config.data, student.tokenizer)
         self.rows = data_rows.make_rows(config.data, student.tokenizer, template)
         self.models = load_models(config, student, teacher, self.mesh)
-        vocab_size = shared_vocab_size(student, teacher)
+        vocab_size = shared_vocab(student, teacher).size
         self.program = make_program(config, self.models, vocab_size, self.mesh, config.steps)
         self.state = init_state(self.program, self.models.trainable)
 

@@ -169,7 +169,7 @@ def default_split(path: str) -> str:
     return "train" if "://" in path or glob.has_magic(path) or is_data(path) else "test"
 
 
-def hash_files(path: str, split: str) -> str:
+def hash_source(path: str, split: str) -> str:
     """Returns the content hash of the files behind a path, or the name of a hub dataset."""
     files = list_files(path, split).files
     place = Path(path).expanduser()

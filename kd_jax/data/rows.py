@@ -15,7 +15,7 @@ import numpy as np
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.answers import describe_hidden
 from kd_jax.data.chat import describe_template
-from kd_jax.data.files import hash_files, list_files, list_sources, read_raw, slice_of
+from kd_jax.data.files import hash_source, list_files, list_sources, read_raw, slice_of
 from kd_jax.data.packing import fill_rows, shown, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
@@ -109,7 +109,7 @@ def make_rows(
         data.seq_len, data.train_on, data.overlong, data.pack, data.date, data.max_conversations,
         data.on_bad_record, fraction, held_out and fraction > 0,
     )  # fmt: skip
-    source = hash_files(data.path, data.split)
+    source = hash_source(data.path, data.split)
     recipe = [STORE_VERSION, vocabulary, template, source, options]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:20]
     folder = Path(data.cache_dir).expanduser() / key

@@ -28,7 +28,7 @@ from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.prompts import chat_stops, stop_tokens
 from kd_jax.parallel.mesh import make_mesh, traits
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import Source, shared_vocab_size
+from kd_jax.setup.sources import Source, shared_vocab
 
 ROW_TOKENS = 512
 MAX_NEW_TOKENS = 256  # lm-eval's default
@@ -87,7 +87,7 @@ class KdJaxLM(TemplateLM):
             spec=models.student,
             arrays=models.frozen,
             mesh=mesh,
-            vocab_size=shared_vocab_size(model.source, None),
+            vocab_size=shared_vocab(model.source, None).size,
             row_tokens=ROW_TOKENS,
             batch_tokens=traits(mesh).scored_tokens * mesh.size
             if batch_size == "auto"

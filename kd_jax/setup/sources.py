@@ -75,15 +75,19 @@ def without_tokenizer(source: Source) -> Source:
     return replace(source, tokenizer=None)
 
 
-def shared_vocab_size(student: Source, teacher: Source | None) -> int:
-    """Returns the number of vocabulary entries to compare; raises if tokenizers differ.
+def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
+    """Returns the vocabulary entries to compare; raises if tokenizers differ.
 
     Heads of equal size are compared whole, others up to the tokenizer's size. Tokens that only one
     of two tokenizers has are said.
     """
     fields = "student.path" if teacher is None else "student.path, teacher.path"
     sources = [student] if teacher is None else [student, teacher]
-    shared = _share_vocab(student, teacher)
+    if teacher is None:
+        shared = SharedVocab(max(student.tokenizer.get_vocab().values()) + 1, {})
+    else:
+        pair = (student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
+        shared = share_vocab(*pair)
     if shared.differ:
         say(f"warning: {fields}: the models do not share these tokens: {shared.describe()}")
     sizes = [source.arch.vocab_size for source in sources]
@@ -93,21 +97,17 @@ def shared_vocab_size(student: Source, teacher: Source | None) -> int:
             + " and ".join(map(str, sizes))
         )
     true_sizes = {max(source.tokenizer.get_vocab().values()) + 1 for source in sources}
-    return sizes[0] if len(set(sizes)) == len(true_sizes) == 1 else shared.size
+    whole = len(set(sizes)) == len(true_sizes) == 1
+    return replace(shared, size=sizes[0]) if whole else shared
 
 
-def _share_vocab(student: Source, teacher: Source | None) -> SharedVocab:
-    if teacher is None:
-        return SharedVocab(max(student.tokenizer.get_vocab().values()) + 1, {})
-    return share_vocab(student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
-
-
-def check_shared(student: Source, teacher: Source | None, rows: Rows | None, field: str) -> None:
+def check_shared(
+    shared: SharedVocab, student: Source, teacher: Source | None, rows: Rows | None, field: str
+) -> None:
     """Raises UserError if targets of the rows are tokens that the models do not share."""
     if teacher is None or rows is None:
         return
     least = min(student.arch.vocab_size, teacher.arch.vocab_size)
-    shared = _share_vocab(student, teacher)
     if warning := check_tokens(shared, rows.tokens, rows.loss_mask, least, field):
         say(f"warning: {warning}")
 

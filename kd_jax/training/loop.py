@@ -30,7 +30,7 @@ from kd_jax.setup.sources import (
     Source,
     check_adapter,
     check_shared,
-    shared_vocab_size,
+    shared_vocab,
     start_hashing,
     without_tokenizer,
 )
@@ -102,13 +102,13 @@ def _open_run(config: Config) -> _Run:
     """Returns the checked inputs; raises if processes have different ones."""
     student, teacher, mesh = together("config", lambda: _inputs(config))
     hashing = start_hashing(student, teacher)
-    vocab_size = shared_vocab_size(student, teacher)
+    shared = shared_vocab(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
     rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
-    check_shared(student, teacher, rows, "data.path")
-    check_shared(student, teacher, eval_rows, "eval.path")
+    check_shared(shared, student, teacher, rows, "data.path")
+    check_shared(shared, student, teacher, eval_rows, "eval.path")
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
@@ -117,7 +117,7 @@ def _open_run(config: Config) -> _Run:
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
         mesh=mesh,
-        vocab_size=vocab_size,
+        vocab_size=shared.size,
         rows=rows,
         eval_rows=eval_rows,
         template=chat_template_of(config.data, *tokenizers),

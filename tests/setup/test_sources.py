@@ -10,7 +10,7 @@ import tiny
 
 from kd_jax.config import UserError
 from kd_jax.models.architecture import read_architecture
-from kd_jax.setup.sources import Source, check_shared, shared_vocab_size
+from kd_jax.setup.sources import Source, check_shared, shared_vocab
 
 pytestmark = pytest.mark.fast
 
@@ -37,7 +37,7 @@ def test_entries_that_both_tokenizers_have_are_compared(
     student, teacher, compared, tokenizer, capsys
 ):
     ours, theirs = (one and source(tokenizer, *one) for one in (student, teacher))
-    assert shared_vocab_size(ours, theirs) == compared
+    assert shared_vocab(ours, theirs).size == compared
     assert ("do not share these tokens" in capsys.readouterr().err) == (
         teacher is not None and student[1] != teacher[1]
     )
@@ -46,16 +46,19 @@ def test_entries_that_both_tokenizers_have_are_compared(
 def test_a_head_without_all_shared_entries_is_refused(tokenizer):
     for student, teacher in ((source(tokenizer, 298), None), (source(tokenizer, 298),) * 2):
         with pytest.raises(UserError, match="expected at least 300 vocabulary entries"):
-            shared_vocab_size(student, teacher)
+            shared_vocab(student, teacher)
 
 
 def test_rows_whose_answers_have_a_token_of_one_model_alone_are_refused(tokenizer, capsys):
     student, teacher = source(tokenizer, extra=("<|x|>",)), source(tokenizer)
     tokens, mask = np.array([[1, 300, 7, 8]]), np.array([[False, False, True, True]])
     rows = SimpleNamespace(tokens=tokens, loss_mask=mask)
-    check_shared(student, teacher, rows, "data.path")
+    shared, alone = shared_vocab(student, teacher), shared_vocab(student, None)
+    capsys.readouterr()
+    check_shared(shared, student, teacher, rows, "data.path")
     assert "data.path: prompts have tokens that are not shared: 300" in capsys.readouterr().err
-    check_shared(student, None, rows, "data.path")
-    check_shared(student, student, SimpleNamespace(tokens=tokens, loss_mask=~mask), "data.path")
+    check_shared(alone, student, None, rows, "data.path")
+    answers = SimpleNamespace(tokens=tokens, loss_mask=~mask)
+    check_shared(shared_vocab(student, student), student, student, answers, "data.path")
     with pytest.raises(UserError, match=r"eval.path: has tokens that .* 300 is '<\|x\|>' and None"):
-        check_shared(student, teacher, SimpleNamespace(tokens=tokens, loss_mask=~mask), "eval.path")
+        check_shared(shared, student, teacher, answers, "eval.path")
