@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+MAX_SHOWN = 20  # lines of a message
+
 
 class UserError(Exception):
     """A mistake of the user, printed as one message without a traceback; exit status 2."""
@@ -24,7 +26,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def first_lines(lines: Sequence[str], most: int = 20) -> list[str]:
-    """Returns the first lines, and one that counts the others."""
-    more = len(lines) - most
-    return [*lines[:most], f"and {more:,} more"] if more > 0 else list(lines)
+def first_lines(lines: Sequence[str], count: int | None = None) -> list[str]:
+    """Returns the first lines, and one that counts the others.
+
+    Args:
+      count: number of all lines, of which `lines` are the first; None: `lines` are all.
+    """
+    more = (len(lines) if count is None else count) - MAX_SHOWN
+    return [*lines[:MAX_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]

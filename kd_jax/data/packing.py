@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from kd_jax.config import DataConfig
+from kd_jax.config.errors import MAX_SHOWN
 from kd_jax.data.prepare import Prepared
-from kd_jax.data.records import MAX_SHOWN
 from kd_jax.data.store import COLUMNS, Batch
 
 WINDOW_TOKENS = 2**22

@@ -18,7 +18,6 @@ from kd_jax.data.fields import (
 from kd_jax.data.readers import Raw
 
 Conversation = list[dict[str, Any]]
-MAX_SHOWN = 20
 
 _CHAT_KEYS = ("system", "tools")
 
@@ -230,9 +229,3 @@ def describe_ignored(census: Counter[tuple[str, str]]) -> list[str]:
         names = ", ".join(f"`{key}`" for key in sorted(facts))
         lines.append(f"{max(facts.values()):,} records have {names}: ignored, as facts about them")
     return lines
-
-
-def first_of(problems: list[str], count: int) -> list[str]:
-    """Returns the first of `count` problems, and a line that counts the others."""
-    more = count - MAX_SHOWN
-    return problems[:MAX_SHOWN] + ([f"and {more:,} more"] if more > 0 else [])

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import DataConfig, UserError
+from kd_jax.config.errors import first_lines
 from kd_jax.data.answers import describe_hidden
 from kd_jax.data.chat import describe_template
 from kd_jax.data.files import hash_source, list_files, list_sources, read_raw, slice_of
 from kd_jax.data.packing import fill_rows, shown, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
-from kd_jax.data.records import describe_ignored, first_of
+from kd_jax.data.records import describe_ignored
 from kd_jax.data.store import COLUMNS, open_store, writing
 from kd_jax.data.templates import Template, need_template
 
@@ -187,13 +188,13 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
 def _check(total: Prepared, data: DataConfig, num_rows: int) -> None:
     """Raises UserError if records are bad or too long, or none is left."""
     counts = total.counts
-    bad = first_of(total.problems, counts["bad"])
+    bad = first_lines(total.problems, counts["bad"])
     if bad and data.on_bad_record == "error":
         raise UserError("\n".join(bad))
     if not counts["conversations"]:
         raise UserError("\n".join([f"{data.path}: expected records, got none", *bad]))
     if total.long and data.overlong == "error":
-        shown = ", ".join(first_of(total.long, counts["long"])).replace(", and", " and")
+        shown = ", ".join(first_lines(total.long, counts["long"])).replace(", and", " and")
         raise UserError(
             f"{data.path}: {counts['long']} conversations are longer than data.seq-len "
             f"{data.seq_len}: {shown} (place, tokens). Raise data.seq-len, or set data.overlong to "
@@ -221,7 +222,7 @@ def _notes(total: Prepared, job: Job, taken: tuple[int, int | None]) -> list[str
     notes += describe_hidden(total.hidden, data.path)
     if count := total.counts["bad"]:
         skipped = f"{count:,} bad records are skipped (data.on-bad-record skip):"
-        notes += [f"warning: {data.path}: {skipped}", *first_of(total.problems, count)]
+        notes += [f"warning: {data.path}: {skipped}", *first_lines(total.problems, count)]
     return notes
 
 

@@ -37,6 +37,7 @@ from kd_jax.setup.sources import (
 from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
 from kd_jax.weights.files import write_whole
 from kd_jax.workdir import checkpoints, claim, integrity
+from kd_jax.workdir.history import find_checkpoints
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
 
@@ -132,7 +133,7 @@ def _check_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]
     if not is_first():
         return None, {}
     claim.check_config(config, workdir)
-    if not integrity.find_checkpoints(workdir):
+    if not find_checkpoints(workdir):
         return None, {}
     step, damaged = integrity.choose_checkpoint(workdir)
     for name, wrong in zip(integrity.set_aside(workdir, damaged), damaged.values(), strict=True):

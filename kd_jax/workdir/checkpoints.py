@@ -16,7 +16,8 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.parallel.processes import is_first, say
 from kd_jax.weights.orbax import OrbaxArrays, absl_silent
-from kd_jax.workdir.integrity import choose_checkpoint, find_checkpoints, seal
+from kd_jax.workdir.history import find_checkpoints
+from kd_jax.workdir.integrity import choose_checkpoint, seal
 
 
 @contextmanager

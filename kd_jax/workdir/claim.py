@@ -15,7 +15,7 @@ from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.parallel.processes import is_first, together
 from kd_jax.weights.files import locked, write_whole
-from kd_jax.workdir.history import check_workdir, read_record
+from kd_jax.workdir.history import check_workdir, find_checkpoints, read_record
 
 PACKAGES = (
     "kd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "grain",
@@ -78,7 +78,7 @@ def check_config(config: Config, workdir: Path) -> dict[str, str]:
     Raises:
       UserError: the folder belongs to a run with another configuration.
     """
-    if not any(entry.name.isdigit() for entry in workdir.glob("checkpoints/*")):
+    if not find_checkpoints(workdir):
         return {}
     check_workdir(workdir)
     old = read_record(workdir / "config.json")

@@ -157,6 +157,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record | {"config": config}
 
 
+def find_checkpoints(workdir: Path) -> dict[int, Path]:
+    """Returns the finished checkpoints by step, the latest last; also what only has such a name."""
+    found = [x for x in workdir.absolute().glob("checkpoints/*") if x.name.isdecimal()]
+    return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name))}
+
+
 def check_workdir(folder: Path, own: Sequence[Path] = ()) -> None:
     """Raises UserError unless the folder is absent, empty, or a workdir of kd_jax.train.
 

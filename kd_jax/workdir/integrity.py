@@ -12,17 +12,11 @@ from kd_jax.config import UserError
 from kd_jax.config.record import RESUMABLE, flatten
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.hashes import hash_files
-from kd_jax.workdir.history import num_steps_of, read_record, read_run
+from kd_jax.workdir.history import find_checkpoints, num_steps_of, read_record, read_run
 
 SEAL = "kd_jax.json"
 
 _sealing = threading.Lock()
-
-
-def find_checkpoints(workdir: Path) -> dict[int, Path]:
-    """Returns the finished checkpoints by step, the latest last; also what only has such a name."""
-    found = [x for x in workdir.absolute().glob("checkpoints/*") if x.name.isdecimal()]
-    return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name))}
 
 
 def seal(checkpoint: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from samples import ALPACA, CHATS, records_of, rows_of, same_rows, write_folder, write_lines
 
 from kd_jax.config import UserError
+from kd_jax.config.errors import MAX_SHOWN
 from kd_jax.data import files, readers
-from kd_jax.data.records import MAX_SHOWN, make_record
+from kd_jax.data.records import make_record
 
 
 def table(records: list[dict[str, Any]]) -> Any:
