@@ -22,9 +22,9 @@ FLOORS = [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
         ],
         "data": [
-            "readers", "files", "fields", "records", "templates", "forms", "turns", "answers",
-            "encode", "vocabulary", "chat", "prepare", "pool", "store", "packing", "rows",
-            "batches",
+            "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
+            "answers", "encode", "vocabulary", "chat", "prepare", "pool", "store", "packing",
+            "rows", "batches",
         ],
     },
     {

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
+from kd_jax.data.caching import once_per_tokenizer
 from kd_jax.data.forms import Form, form_of
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
@@ -90,7 +91,7 @@ def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
     return Rendered(begin + text + end, spans, set())
 
 
-@lru_cache(maxsize=8)
+@once_per_tokenizer
 def _edges(tokenizer: Any) -> tuple[str, str]:
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if begins else ""), tokenizer.eos_token or ""

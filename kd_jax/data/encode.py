@@ -1,4 +1,4 @@
-"""Texts to tokens and targets; byte-level BPE by a cache of words, several times faster.
+"""Texts to tokens and targets; byte-level BPE by a cache of words, almost twice as fast.
 
 A pre-tokenizer's pattern splits text into words, whose tokens do not depend on their neighbours.
 """
@@ -12,6 +12,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+
+from kd_jax.data.caching import once_per_tokenizer
 
 Span = tuple[int, int]
 
@@ -101,7 +103,7 @@ class _Words:
                 self.tokens[word] = tuple(token.id for token in self.model.tokenize(shown))
 
 
-@lru_cache(maxsize=8)
+@once_per_tokenizer
 def _words_of(tokenizer: Any) -> _Words | None:
     """Returns the words of a byte-level BPE tokenizer; None for any other."""
     import regex

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -474,3 +476,13 @@ def test_number_of_steps(length, steps):
         **length,
     )
     assert count_steps(numbered_rows(10), config) == steps
+
+
+def test_made_rows_keep_no_tokenizer(config, tokenizer):
+    """Training frees the tokenizer, which can use more memory than a small model."""
+    used = copy.deepcopy(tokenizer)
+    make_rows(config, used, used.chat_template)
+    reference = weakref.ref(used)
+    del used
+    gc.collect()
+    assert reference() is None
