@@ -161,7 +161,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kd_jax.training.loop", "kd_jax.train", "transformers"])
+    tokenizers = "transformers.tokenization_utils_tokenizers"
+    context.set_forkserver_preload(["kd_jax.training.loop", "kd_jax.train", tokenizers])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_inputs(root, args.steps)

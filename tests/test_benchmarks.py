@@ -8,8 +8,6 @@ import pytest
 from children import environment
 from paths import ROOT
 
-pytestmark = pytest.mark.fast
-
 
 def run(*arguments, name="kd_head"):
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
@@ -36,6 +34,7 @@ def test_a_wrong_shape_is_refused():
     assert "--tokens: expected at least 1" in done.stderr and "--masked" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)  # eight starts
 def test_a_run_that_is_killed_five_times_is_bit_equal_to_one_left_alone():
     done = run("--kills", 5, "--steps", 60, name="kills")

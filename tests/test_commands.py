@@ -120,20 +120,20 @@ def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
     losses = read_losses(tmp_path / "whole")
     assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
 
-    other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 4, "--mesh.fsdp", 2)
-    assert run(train.main, *config, *other, "--workdir", tmp_path / "again") == 0
-    assert read_losses(tmp_path / "again") == pytest.approx(losses, rel=1e-2)  # bfloat16
+    if trainable == "lora":
+        other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 4, "--mesh.fsdp", 2)
+        assert run(train.main, *config, *other, "--workdir", tmp_path / "again") == 0
+        assert read_losses(tmp_path / "again") == pytest.approx(losses, rel=1e-2)  # bfloat16
 
     assert run(to_hf.main, "--workdir", tmp_path / "whole", "--out", tmp_path / "out") == 0
     trained = ce_of(folders, tmp_path / "out", capsys)
-    assert trained < ce_of(folders, folders / "student", capsys)
-    # Merging rounds the sum of weight and adapter to bfloat16.
-    assert trained == pytest.approx(ce_of(folders, tmp_path / "whole", capsys), rel=5e-3)
     both = ("--model", tmp_path / "whole", "--against", folders / "student", "--save")
     rows = ("--data", folders / "train.jsonl", "--teacher", folders / "teacher")
     assert run(evaluate.main, *both, *rows) == 0
     saved = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
-    assert saved["ce"] == pytest.approx(trained, rel=5e-3) and saved["against"]["ce"]["high"] < 0
+    # Merging rounds the sum of weight and adapter to bfloat16.
+    assert saved["ce"] == pytest.approx(trained, rel=5e-3)
+    assert saved["against"]["ce"]["high"] < 0  # of the interval: better than untouched
 
 
 def test_an_orbax_form_trains_as_its_source_does(folders, tmp_path):

@@ -22,7 +22,6 @@ from kd_jax.toy.models import TEMPLATE, make_tokenizer, write_llama
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-NUM_SEEDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,6 @@ def num_tokens(small_tokenizer):
     return lambda answer: len(small_tokenizer.encode(answer, add_special_tokens=False)) + 1
 
 
-@pytest.mark.fast
 def test_the_odds_of_questions_and_of_answers_sum_to_one():
     questions = grammar.make_questions()
     assert math.fsum(q.probability for q in questions) == pytest.approx(1, abs=1e-12)
@@ -45,14 +43,12 @@ def test_the_odds_of_questions_and_of_answers_sum_to_one():
     assert len({q.instruction for q in questions}) == len(questions)
 
 
-@pytest.mark.fast
 def test_an_answer_derived_in_two_ways_is_one_answer(monkeypatch):
     rules = {"a": {"x": 0.5, "xy": 0.5}, "b": {"yz": 0.5, "z": 0.5}}
     monkeypatch.setattr(grammar, "RULES", rules)
     assert grammar.expand("<a><b>") == {"xyz": 0.5, "xz": 0.25, "xyyz": 0.25}
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "instruction, right",
     [
@@ -68,7 +64,6 @@ def test_the_right_answer_is_the_only_likeliest(instruction, right):
     assert question.exact and question.likeliest == right and first > second
 
 
-@pytest.mark.fast
 def test_drawn_answers_follow_the_odds():
     drawn = grammar.draw(60_000, "odds")
     asked = Counter(question.instruction for question, _ in drawn)
@@ -81,7 +76,6 @@ def test_drawn_answers_follow_the_odds():
             assert abs(given[question.instruction, answer] / n - p) < margin
 
 
-@pytest.mark.fast
 def test_the_floor_is_what_the_true_odds_cost(num_tokens):
     """Compares the floor, a closed-form sum, with the mean over a large sample."""
     drawn = grammar.draw(40_000, "floor")
@@ -94,7 +88,6 @@ def test_the_floor_is_what_the_true_odds_cost(num_tokens):
     assert error < 0.01 * floor  # so that a wrong formula is seen
 
 
-@pytest.mark.fast
 def test_the_floor_counts_the_tokens_that_have_a_loss(small_tokenizer, num_tokens, tmp_path):
     drawn = grammar.draw(100, "rows")
     (tmp_path / "data.jsonl").write_text(grammar.to_lines(drawn))
@@ -103,7 +96,6 @@ def test_the_floor_counts_the_tokens_that_have_a_loss(small_tokenizer, num_token
     assert rows.counts["target_tokens"] == sum(num_tokens(answer) for _, answer in drawn)
 
 
-@pytest.mark.fast
 def test_the_tokenizer_gives_the_text_back(small_tokenizer):
     for question in grammar.make_questions():
         for text in (question.instruction, *question.answers, "Größe 🙂"):
@@ -129,7 +121,6 @@ def test_random_weights_load_in_transformers_and_know_nothing(small_tokenizer, t
     assert abs(loss - math.log(len(tokenizer))) < 2
 
 
-@pytest.mark.fast
 def test_the_arms_differ_by_the_teacher_alone():
     distil, control = (load_config(demo.CONFIGS / f"{n}.py") for n in ("distil", "finetune"))
     loss = dataclasses.replace(distil.loss, kd_ratio=control.loss.kd_ratio)
@@ -137,7 +128,6 @@ def test_the_arms_differ_by_the_teacher_alone():
     assert same == control and distil.distils and not control.distils
 
 
-@pytest.mark.fast
 def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
     """The config files have the paths that the demo writes."""
     monkeypatch.setattr(demo, "completion", lambda folder: True)
@@ -159,7 +149,6 @@ def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
     assert any("--seed" in words and "1" in words for words in shown)
 
 
-@pytest.mark.fast
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("mine")
     assert run_command(demo.main, ["--out", str(tmp_path)]) == 2
@@ -170,7 +159,6 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.fast
 def test_the_folder_of_another_version_is_refused(tmp_path, capsys):
     demo.claim(tmp_path / "run")
     demo.claim(tmp_path / "run")
@@ -179,19 +167,17 @@ def test_the_folder_of_another_version_is_refused(tmp_path, capsys):
     assert "another version" in capsys.readouterr().err
 
 
-@pytest.mark.fast
 def test_no_students_are_refused(tmp_path, capsys):
     assert run_command(demo.main, ["--out", str(tmp_path / "run"), "--seeds", "0"]) == 2
     assert "--seeds: expected at least 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.fast
 def test_the_readme_gives_the_reason_that_the_demo_gives():
     assert outcome.WHY in " ".join((ROOT / "README.md").read_text().split())
 
 
-# The demo's code with fewer held-out examples, and fewer steps of the students.
+# The demo's code with fewer held-out examples and fewer steps.
 SMALL = """
 import sys
 from pathlib import Path
@@ -206,9 +192,10 @@ STEPS = {"teacher": (500, 300), "finetune": (150, 100), "distil": (150, 100)}
 def start(root):
     """Starts the small demo as a user does: one CPU device, its own caches."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(root)}
-    for name in ("XLA_FLAGS", "NPROC"):
-        environment.pop(name, None)
-    words = ["--out", str(root / "run"), "--seeds", str(NUM_SEEDS), "--json"]
+    environment.pop("NPROC", None)
+    # Less time to compile, at the cost of slower steps.
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
+    words = ["--out", str(root / "run"), "--json"]
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, str(root / "configs"), *words],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -234,18 +221,17 @@ def finished(tmp_path_factory):
     return root, finish(start(root))
 
 
-def test_distillation_beats_fine_tuning_by_more_than_three_standard_errors(finished):
+@pytest.mark.slow
+def test_distillation_beats_fine_tuning_even_where_that_is_at_its_best(finished):
     root, result = finished
-    gains = outcome.differences(result)
-    error = statistics.stdev(gains) / math.sqrt(NUM_SEEDS)
-    assert len(gains) == NUM_SEEDS and statistics.fmean(gains) < -3 * error
-    for seed in range(NUM_SEEDS):  # even where fine-tuning was at its best
-        lines = (root / "run" / f"seed{seed}" / "finetune" / "metrics.jsonl").read_text()
-        records = map(json.loads, lines.splitlines())
-        best = min(record["eval/ce"] for record in records if "eval/ce" in record)
-        assert result["models"]["distil"][seed]["ce"] < best
+    lines = (root / "run" / "seed0" / "finetune" / "metrics.jsonl").read_text()
+    records = map(json.loads, lines.splitlines())
+    best = min(record["eval/ce"] for record in records if "eval/ce" in record)
+    [distilled] = result["models"]["distil"]
+    assert distilled["ce"] < best - 0.02
 
 
+@pytest.mark.slow
 def test_the_demo_ranks_its_models_and_none_knows_more_than_there_is(finished):
     models = finished[1]["models"]
     (teacher,) = models["teacher"]
@@ -259,16 +245,33 @@ def test_the_demo_ranks_its_models_and_none_knows_more_than_there_is(finished):
         assert distilled["top1_agreement"] > 0.95
 
 
+@pytest.mark.slow
 def test_the_demo_is_small(finished):
     assert finished[1]["peak_memory_bytes"] < 4e9
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_table(finished):
     page = Path(finished[1]["report"]).read_text()
     table = outcome.make_table(finished[1])
-    assert all(value in page for row in table.rows for cell in row for value in cell.split(" ± "))
+    assert all(cell in page for row in table.rows for cell in row)
 
 
+@pytest.mark.slow
+def test_several_seeds_give_errors_and_a_paired_gain(finished):
+    result = finished[1]
+    models = {
+        name: [{"ce": x["ce"] + shift} for x in values for shift in (0, 0.25)]
+        for name, values in result["models"].items()
+    }
+    models["distil"][1]["ce"] -= 0.5
+    note = outcome.make_table(result | {"seeds": 2, "models": models}).note
+    ((distilled,), (tuned,)) = (result["models"][name] for name in ("distil", "finetune"))
+    gain = distilled["ce"] - tuned["ce"] - 0.25  # of two pairs that are half a nat apart
+    assert f"in pairs: {gain:.3f} ± 0.250" in note.replace("−", "-")
+
+
+@pytest.mark.slow
 def test_the_same_command_does_nothing_twice(finished):
     root, result = finished
     log = root / "run" / demo.LOG

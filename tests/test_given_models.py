@@ -10,8 +10,6 @@ from convert import from_hf
 from kd_jax import evaluate, generate, plan, train
 from kd_jax.config.command import run_command
 
-pytestmark = pytest.mark.fast
-
 CONFIG = str(ROOT / "configs/8b_to_1b.py")
 RUN = json.dumps({"config": {}, "inputs": {}, "versions": {}})
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"

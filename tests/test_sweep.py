@@ -216,6 +216,7 @@ def test_a_failure_stops_the_sweep_unless_told_otherwise(file, tmp_path, capfd, 
     assert ("[2/2]" in streams.out) is keep_going
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_run_save_and_starts_no_other(file, tmp_path):
     out = tmp_path / "out"
     argv = ("--config", file, "--seeds", "2", "--steps", "100000", "--workdir", out, "--keep-going")

@@ -55,6 +55,7 @@ def shrink(text, folder):
     return text.replace("yahma/alpaca-cleaned", str(folder / "data.jsonl"))
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
     monkeypatch.chdir(small)
     # A sweep's runs run in this process; tests/test_sweep.py starts processes.

@@ -1,5 +1,6 @@
 """Conversations to tokens: tokenizers, chat templates and target tokens."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,39 @@ from kd_jax.data.templates import (
 from kd_jax.data.vocabulary import check_ids, check_vocab
 
 
+def _tokenizer_class(folder: Path) -> Any:
+    """Returns the transformers class that loads a folder's tokenizer.
+
+    AutoTokenizer imports torch where it is installed, in 2 s and 0.2 GB. For a Llama model whose
+    tokenizer is of the generic class it returns that class, which needs no torch.
+    """
+    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    if (
+        _entry(folder / "config.json", "model_type") == "llama"
+        and _entry(folder / "tokenizer_config.json", "tokenizer_class") in generic
+        and _entry(folder / "tokenizer_config.json", "auto_map") is None
+    ):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _entry(file: Path, key: str) -> Any:
+    """Returns a JSON object's entry; None without one, or where the file cannot be read."""
+    try:
+        return json.loads(file.read_bytes())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Returns the fast tokenizer of a Hugging Face folder; code of the folder is never run."""
-    from transformers import AutoTokenizer  # takes seconds to import
-
     check_ids(folder / "tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _tokenizer_class(folder).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         limit = tokenizer.model_max_length

@@ -9,8 +9,6 @@ from paths import ROOT
 
 from kd_jax.config import Config, record
 
-pytestmark = pytest.mark.fast
-
 PARTS = [Config, *filter(None, (record.part_of(e.type) for e in dataclasses.fields(Config)))]
 FIELDS = [f"{part.__name__}.{entry.name}" for part in PARTS for entry in dataclasses.fields(part)]
 SOURCES = {file: file.read_text() for file in sorted((ROOT / "kd_jax").rglob("*.py"))}

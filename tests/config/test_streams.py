@@ -7,8 +7,6 @@ import sys
 import pytest
 from paths import ROOT
 
-pytestmark = pytest.mark.fast
-
 PRINTS = """
 import sys, time
 from pathlib import Path

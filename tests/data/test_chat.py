@@ -25,6 +25,24 @@ def llama3(real_data):
     return data_chat.load_tokenizer(real_data / "llama3_tokenizer")
 
 
+def test_a_llamas_generic_tokenizer_is_autotokenizers_without_its_imports(tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert data_chat._tokenizer_class(tmp_path) is PreTrainedTokenizerFast
+    ours, auto = data_chat.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    auto.backend_tokenizer.no_truncation()
+    auto.backend_tokenizer.no_padding()
+    assert type(ours) is type(auto)
+    assert ours.backend_tokenizer.to_str() == auto.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == auto.special_tokens_map
+    assert ours.chat_template == auto.chat_template
+    for text in ('{"model_type": "mistral"}', "[]", ""):  # loaded by AutoTokenizer, or its errors
+        (tmp_path / "config.json").write_text(text)
+        assert data_chat._tokenizer_class(tmp_path) is AutoTokenizer
+
+
 # Which tokens have a loss.
 
 HARD = [

@@ -18,8 +18,6 @@ from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.teachers.live import Live
 
-pytestmark = pytest.mark.fast
-
 N, V = 5, 40
 CASES = [
     {"divergence": "forward_kl"},

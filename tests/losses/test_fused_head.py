@@ -29,8 +29,6 @@ from kd_jax.losses.vocabulary import _plain_sums, sum_over_vocab
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.teachers.live import Live
 
-pytestmark = pytest.mark.fast
-
 B, S, DS, DT, V = 4, 11, 8, 12, 50
 CONFIG = HeadConfig(loss=LossConfig(kd_ratio=0.4), chunk_tokens=4, vocab_size=V)
 
@@ -297,6 +295,7 @@ def test_without_a_teacher_the_loss_is_cross_entropy():
     close(d_hidden, d_both, 1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.usefixtures("both_softmaxes")
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
 def test_devices_change_nothing(sizes):
@@ -381,6 +380,7 @@ def loop_bodies(program):
         yield "".join(parts[name] for name in seen)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (2, 4)])
 def test_devices_say_nothing_to_each_other_between_chunks(sizes):
     config = dataclasses.replace(CONFIG, head_trainable=True, chunk_tokens=2)
@@ -441,6 +441,7 @@ def test_metrics_of_losses_handle_entries_without_probability():
     np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):

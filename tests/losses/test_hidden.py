@@ -25,8 +25,6 @@ from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.models.weight_table import projection_weight, weights
 
-pytestmark = pytest.mark.fast
-
 PAIRS, B, S = 3, 2, 5
 WIDTHS = [(6, 8), (8, 6), (8, 8)]
 BOTH = pytest.mark.parametrize("kind", sorted(KINDS))

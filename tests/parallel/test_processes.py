@@ -127,7 +127,6 @@ def stopped(file, tmp_path_factory):
     return workdir, outputs
 
 
-@pytest.mark.fast
 def test_two_processes_train_as_one_does(alone, stopped):
     got = losses(stopped[0])
     assert 6 <= len(got) < STEPS
@@ -135,6 +134,7 @@ def test_two_processes_train_as_one_does(alone, stopped):
     assert all(line["tokens_per_second"] > 0 for line in lines(stopped[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_losses_repeat(file, stopped, tmp_path, victim):
     workdir = tmp_path / "run"
@@ -149,7 +149,6 @@ def test_a_killed_process_ends_the_other_and_losses_repeat(file, stopped, tmp_pa
     assert common >= 6 and losses(workdir)[:common] == losses(stopped[0])[:common]  # every bit
 
 
-@pytest.mark.fast
 def test_a_stop_of_any_process_saves_the_same_step_and_one_process_resumes(
     file, alone, stopped, tmp_path, capsys
 ):

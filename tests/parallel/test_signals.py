@@ -8,8 +8,6 @@ import sys
 import pytest
 from paths import ROOT
 
-pytestmark = pytest.mark.fast
-
 # A loop of five minutes; with BUSY it never reaches its second step.
 LOOP = """
 import sys, threading, time

@@ -12,8 +12,6 @@ from kd_jax.config import UserError
 from kd_jax.models.architecture import read_architecture
 from kd_jax.setup.sources import Source, check_shared, shared_vocab
 
-pytestmark = pytest.mark.fast
-
 
 def source(tokenizer, vocab_size=320, extra=()):
     tokenizer = copy.deepcopy(tokenizer)

@@ -10,8 +10,6 @@ import xxhash
 from kd_jax.weights import hashes
 from kd_jax.weights.folder import fingerprint, same_path
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def folder(tmp_path):

@@ -11,8 +11,6 @@ from kd_jax.config import UserError
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.weights.folder import load_architecture, resolve
 
-pytestmark = pytest.mark.fast
-
 RUN = json.dumps({"config": {}, "inputs": {}, "versions": {}})
 ADAPTER = json.dumps({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"})
 FOLDERS = {

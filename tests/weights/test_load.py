@@ -132,7 +132,6 @@ def count_reads(monkeypatch):
     return reads
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_byte_is_read_once_however_many_devices_want_it(mesh, folder, monkeypatch):
     reads = count_reads(monkeypatch)
@@ -146,7 +145,6 @@ def test_every_byte_is_read_once_however_many_devices_want_it(mesh, folder, monk
     assert end == file.stat().st_size
 
 
-@pytest.mark.fast
 def test_only_the_arrays_asked_for_are_read(folder, monkeypatch):
     whole = load(folder, mesh="fsdp")
     reads = count_reads(monkeypatch)
@@ -217,7 +215,6 @@ def test_each_of_two_processes_reads_only_its_rows(folder):
     assert counts == [wanted, wanted]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_values_are_rounded_to_the_nearest_even(stored, folder):
     narrow = {name: x.astype(stored) for name, x in tiny.random_tensors(CONFIG).items()}
@@ -229,7 +226,6 @@ def test_values_are_rounded_to_the_nearest_even(stored, folder):
     np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], narrow[EMBEDDING])
 
 
-@pytest.mark.fast
 def test_layers_of_several_dtypes_are_stacked_without_loss(folder):
     def mix(tensors):
         for layer, dtype in enumerate((np.float16, np.float32, np.float16)):
@@ -259,7 +255,6 @@ def test_the_name_table_is_transformers_own(tied, family):
     assert len(named) == len(shapes) and dict(named) == shapes
 
 
-@pytest.mark.fast
 def test_all_tensors_that_do_not_fit_are_listed(folder):
     def spoil(tensors):
         del tensors[UP_PROJ], tensors["model.norm.weight"]
@@ -280,7 +275,6 @@ def test_all_tensors_that_do_not_fit_are_listed(folder):
     ]
 
 
-@pytest.mark.fast
 def test_a_bias_that_the_model_lacks_and_one_that_it_needs_are_named(folder):
     bias = "model.layers.1.self_attn.q_proj.bias"
     edit(folder, lambda tensors: tensors.update({bias: np.zeros(64, np.float32)}))
@@ -492,7 +486,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_folder_is_refused_with_path_and_expectation(case, folder):
     spoil, place, message = BROKEN[case]
@@ -504,7 +497,6 @@ def test_a_broken_folder_is_refused_with_path_and_expectation(case, folder):
     assert message in str(error.value)
 
 
-@pytest.mark.fast
 def test_a_file_that_shrinks_after_the_check_is_refused(folder):
     tensors = safetensors.open_folder(folder)
     os.truncate(folder / "model.safetensors", 10_000)
@@ -512,7 +504,6 @@ def test_a_file_that_shrinks_after_the_check_is_refused(folder):
         tensors[UP_PROJ].read()
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("case", ["equal", "other dtype", "differs", "misshapen", "not a number"])
 def test_a_tied_head_may_be_stored_when_it_repeats_the_embedding(case, folder):
     def add_head(tensors):
@@ -548,14 +539,12 @@ def test_a_tied_model_may_store_the_head_alone(folder, tmp_path_factory):
     np.testing.assert_array_equal(got["embed_tokens.weight"], theirs.detach().numpy())
 
 
-@pytest.mark.fast
 def test_an_untied_model_without_a_head_is_told_how_to_tie_it(folder):
     (folder / "config.json").write_text(json.dumps(tiny.make_config(tie_word_embeddings=False)))
     with pytest.raises(UserError, match=r"missing: lm_head.weight, .* tie_word_embeddings to true"):
         load(folder)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "rename",
     [
@@ -584,14 +573,12 @@ def test_names_that_wrappers_write_are_read_and_said(rename, tied, folder, capsy
         np.testing.assert_array_equal(got[path], want[path])
 
 
-@pytest.mark.fast
 def test_a_wrapped_name_beside_the_plain_one_is_unexpected(folder):
     edit(folder, lambda tensors: tensors.update({f"_orig_mod.{UP_PROJ}": tensors[UP_PROJ] * 2}))
     with pytest.raises(UserError, match=f"unexpected: _orig_mod.{UP_PROJ}"):
         load(folder)
 
 
-@pytest.mark.fast
 def test_one_file_comes_before_an_index_as_in_transformers(folder):
     tensors = tiny.random_tensors(CONFIG)
     shard(folder)
@@ -599,7 +586,6 @@ def test_one_file_comes_before_an_index_as_in_transformers(folder):
     np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], tensors[EMBEDDING] + 1)
 
 
-@pytest.mark.fast
 def test_the_index_says_which_file_a_tensor_is_read_from(folder):
     tensors = load_file(folder / "model.safetensors")
     shard(folder)
@@ -608,7 +594,6 @@ def test_the_index_says_which_file_a_tensor_is_read_from(folder):
     np.testing.assert_array_equal(load(folder)["embed_tokens.weight"], tensors[EMBEDDING])
 
 
-@pytest.mark.fast
 def test_the_fingerprint_is_that_of_the_content(folder, tmp_path_factory):
     before = weights_folder.fingerprint(folder)
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "model")
@@ -625,7 +610,6 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-@pytest.mark.fast
 def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = hub_cache / "models--some-org--some-name"
@@ -639,7 +623,6 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
     load(weights_folder.resolve("some-org/some-name", "student.path"))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "path, message",
     [

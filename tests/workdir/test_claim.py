@@ -15,8 +15,6 @@ from kd_jax.weights import files
 from kd_jax.workdir import claim
 from kd_jax.workdir.history import is_workdir
 
-pytestmark = pytest.mark.fast
-
 CONFIG = Config(
     workdir="unused", teacher=None, student=StudentConfig(path="s"), data=DataConfig(path="d"),
     steps=1,

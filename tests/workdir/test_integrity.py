@@ -14,8 +14,6 @@ from kd_jax.config.record import dump
 from kd_jax.training.step import TrainState
 from kd_jax.workdir import checkpoints, claim, integrity
 
-pytestmark = pytest.mark.fast
-
 CONFIG = Config(
     workdir="unused", teacher=None, student=StudentConfig(path="s"), data=DataConfig(path="d"),
     steps=4,

@@ -8,8 +8,6 @@ import pytest
 from kd_jax.config import LogConfig
 from kd_jax.workdir.metrics import Writer
 
-pytestmark = pytest.mark.fast
-
 DAMAGED = ["5", "[1]", "null", '{"loss": 1.0}', '{"step": "3"}', '{"step": 3, "lo', "\0" * 40]
 
 
