@@ -56,7 +56,10 @@ if not importlib.util.find_spec("lm_eval"):
 SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 # The slowest files start first, so that all workers end at about the same time.
-SLOW = ["test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_layouts.py"]
+SLOW = [
+    "test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_commands.py",
+    "test_lm_eval.py", "test_fused_head.py", "test_layouts.py",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

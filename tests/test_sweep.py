@@ -170,6 +170,7 @@ def metrics(folder):
     return [{k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_others_resumed(file, done, tmp_path, capfd):
     out = shutil.copytree(done, tmp_path / "out")
     argv = ("--config", file, "--set", "loss.kd-ratio", 0, 1, "--workdir", out)
@@ -186,6 +187,7 @@ def test_finished_runs_are_skipped_and_others_resumed(file, done, tmp_path, capf
     assert (out / "kd-ratio=0" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_makes_a_report(done, tmp_path):
     folders = [str(folder) for folder in sorted(done.iterdir())]
     assert run_command(report.main, [*folders, "--out", str(tmp_path / "report")]) == 0
@@ -194,6 +196,7 @@ def test_a_finished_sweep_makes_a_report(done, tmp_path):
     assert "cpu (on" in page
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused_at_once(file, done, capsys):
     argv = ("--config", file, "--set", "loss.kd-ratio", 0, 1, 0.5, "--workdir", done)
     assert run(*argv, "--optim.learning-rate", "2e-2") == 2

@@ -546,6 +546,7 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
     assert compiled and read == [(1, 2, []), (2, 3, []), (3, 3, [])]
 
 
+@pytest.mark.slow
 def test_the_step_is_measured(config_file, tmp_path):
     out = tmp_path / "out.json"
     command = ["benchmarks/train_step.py", "--config", str(config_file), "--json", str(out)]

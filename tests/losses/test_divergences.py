@@ -377,7 +377,7 @@ def run_head(case, temperature, padding, length):
 
 
 @pytest.mark.parametrize("name", divergences.DIVERGENCES)
-@pytest.mark.parametrize("temperature, padding, length", [(1.0, 0, 7), (2.5, 3, 7), (2.5, 3, 3)])
+@pytest.mark.parametrize("temperature, padding, length", [(1.0, 0, 7), (2.5, 3, 3)])
 def test_the_head_minimises_each_divergence(name, temperature, padding, length):
     got, want = run_head(ONE_EACH[name], temperature, padding, length)
     for ours, exact in zip(got[:2], want[:2], strict=True):
