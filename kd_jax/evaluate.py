@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from kd_jax.config import Config, MeshConfig, UserError
+from kd_jax.config import Config, HiddenConfig, MeshConfig, TeacherConfig, UserError
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.weights.files import write_whole
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 class EvaluateArgs(ModelArgs):
     teacher: str | None = None
     """Teacher to compare with, in any of --model's forms; None omits the metrics that need one."""
+    teacher_cache: str | None = None
+    """Folder that kd_jax.cache wrote, from which the teacher's outputs are read; of the teacher
+    only the lm_head is loaded. Also --teacher.cache."""
+    teacher_cache_missing: Literal["error", "compute"] = "error"
+    """Documents that the cache lacks: stop with their number, or run the teacher on them and add
+    them."""
     against: str | None = None
     """Second model, in any of --model's forms: differences (model minus against) on the same data
     with 95 % confidence intervals."""
@@ -55,9 +62,13 @@ class EvaluateArgs(ModelArgs):
     def check(self, checks: Checks) -> None:
         ours = not self.save or is_run(Path(self.model).expanduser())
         checks.require(ours, "--save", "a workdir as --model", self.model)
+        plain = self.teacher is not None and not is_run(Path(self.teacher).expanduser())
+        expected = "a folder or a hub id with --teacher-cache"
+        checks.require(plain or self.teacher_cache is None, "--teacher", expected, self.teacher)
 
 
 def main(argv: Sequence[str]) -> None:
+    argv = [re.sub(r"^--teacher\.(?=cache)", "--teacher-", word) for word in argv]
     args = parse_args(EvaluateArgs, argv, __doc__)
     places = {"--out": args.out, "--save": f"{args.model}/evaluation.json" if args.save else None}
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
@@ -84,7 +95,7 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
-    from kd_jax.inference.load import load_model
+    from kd_jax.inference.load import load_head, load_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
     from kd_jax.setup.sources import check_shared, describe_context
@@ -101,9 +112,15 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
         print(line, file=sys.stderr)
     for other, shared in shares:
         check_shared(shared, student.source, other.source, rows, "--data")
-    loaded = load_model(teacher, mesh) if teacher else None
-    documents, positions = _measure(args, config, student, teacher, loaded, rows, mesh)
-    theirs = against and _measure(args, config, against, teacher, loaded, rows, mesh)[0]
+    cached = loaded = None
+    if teacher and args.teacher_cache is not None:
+        cached = _open_cache(args, config, teacher, template, rows, mesh)
+        loaded = load_head(teacher, mesh)
+    elif teacher:
+        loaded = load_model(teacher, mesh)
+    inputs = (teacher, loaded, cached, rows, mesh)
+    documents, positions = _measure(args, config, student, *inputs)
+    theirs = against and _measure(args, config, against, *inputs)[0]
     return documents, positions, theirs
 
 
@@ -164,7 +181,22 @@ def _open(args: EvaluateArgs):
     return student, teacher, against, shares
 
 
-def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
+def _open_cache(args, config, teacher, template, rows, mesh):
+    """Returns the values of the rows from --teacher-cache."""
+    from kd_jax.inference.cached import open_cached
+
+    part = TeacherConfig(
+        path=teacher.config.student.path,
+        dtype=args.dtype,
+        cache=args.teacher_cache,
+        cache_missing=args.teacher_cache_missing,
+    )
+    config = dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
+    source = teacher.source
+    return open_cached(config, source, mesh, source.hashes, template, (rows, None)).train
+
+
+def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh):
     """Returns a model's sums by document and by position; its weights are freed on return."""
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
@@ -179,11 +211,17 @@ def _measure(args, config, student, teacher, loaded_teacher, rows, mesh):
     models = load_model(student, mesh)
     if loaded_teacher is not None:
         arrays = loaded_teacher.frozen
-        models = dataclasses.replace(models, teacher=loaded_teacher.student, teacher_arrays=arrays)
+        models = dataclasses.replace(
+            models,
+            teacher=loaded_teacher.student,
+            teacher_arrays=arrays,
+            teacher_cached=cached is not None,
+        )
     program = make_program(config, models, vocab_size, mesh)
     head = dataclasses.replace(program.head, top_k=args.top_k)
     program = dataclasses.replace(program, head=head)
-    return evaluate_rows(program, mesh, models.frozen, models.teacher_arrays, rows, config)
+    arrays = (models.frozen, models.teacher_arrays)
+    return evaluate_rows(program, mesh, *arrays, rows, config, cached)
 
 
 def _check_finite(model: str | None, values: dict[str, float]) -> None:

@@ -160,6 +160,9 @@ def _describe_time(report: Report) -> list[str]:
             f"at least {report['bound_step_seconds']:.3g} s a step, at most "
             f"{report['bound_tokens_per_second']:,.0f} tokens/s: {parts}"
         )
+        if report["cache_bytes_per_step"]:
+            rate = report["cache_bytes_per_step"] / report["bound_step_seconds"]
+            lines.append(f"reads at most {rate / 1e9:.3g} GB/s from teacher.cache, over all hosts")
     if report["method"] == "compiled":
         guess = report["analytic_peak_bytes_per_device"] / GIB
         lines.append(

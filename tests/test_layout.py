@@ -24,7 +24,7 @@ FLOORS = [
         "data": [
             "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
             "answers", "encode", "vocabulary", "chat", "prepare", "pool", "store", "packing",
-            "rows", "batches",
+            "rows", "batches", "documents",
         ],
     },
     {
@@ -44,14 +44,15 @@ FLOORS = [
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
     },
-    {"teachers": ["live"]},
+    {"teachers": ["live", "storage", "stored", "manifest", "claim", "writing", "reading"]},
     {
-        "setup": ["runtime", "sources", "models", "program", "inputs"],
+        "setup": ["runtime", "sources", "models", "program", "inputs", "cached"],
         "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
     },
     {
         "inference": [
             "load", "decoding", "prompts", "scores", "evaluation", "likelihoods", "lm_eval_model",
+            "teacher_pass", "cached",
         ],
         "reporting": ["arms", "tables", "curves", "page"],
     },
@@ -61,7 +62,10 @@ FLOORS = [
     },
 ]  # fmt: skip
 ROOMS = {room: files for floor in FLOORS for room, files in floor.items()}
-DOORS = ["__main__", "train", "plan", "evaluate", "generate", "lm_eval", "report", "sweep", "demo"]
+DOORS = [
+    "__main__", "train", "cache", "plan", "evaluate", "generate", "lm_eval", "report", "sweep",
+    "demo",
+]  # fmt: skip
 FILES = [f"{room}.{file}" for room, files in ROOMS.items() for file in files]
 # Needs the `eval` extra.
 ABSENT = set() if importlib.util.find_spec("lm_eval") else {"inference.lm_eval_model"}

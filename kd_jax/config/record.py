@@ -10,7 +10,7 @@ from kd_jax.config.run import Config
 # Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
 # are compared by content (workdir.record).
 RESUMABLE = re.compile(
-    r"workdir|(teacher|student)\.(path|adapter|shard_over)"
+    r"workdir|(teacher|student)\.(path|adapter|shard_over)|teacher\.cache(_missing)?"
     r"|data\.(path|cache_dir|chat_template|num_processes)"
     r"|compilation_cache|remat|attention|loss\.chunk_tokens"
     r"|(log|mesh|distributed|checkpoint)\..*|eval\.(?!fraction).*"
@@ -55,7 +55,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def is_path(name: str, value: Any) -> bool:
     """Returns True for the value of a field that is a path or hub id, and has spellings."""
-    ends = ("path", "adapter", "chat_template", "cache_dir", "compilation_cache")
+    ends = ("path", "adapter", "chat_template", "cache_dir", "compilation_cache", "teacher.cache")
     return isinstance(value, str) and name.endswith(ends)
 
 

@@ -28,6 +28,17 @@ class TeacherConfig:
     always float32."""
     shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
     """Mesh axes that shard the teacher's weights; along all others they are replicated."""
+    cache: str | None = None
+    """Folder that kd_jax.cache wrote: the teacher's outputs are read from it, and of its weights
+    only the lm_head is loaded. None: the teacher runs in every step."""
+    cache_missing: Literal["error", "compute"] = "error"
+    """Documents that the cache lacks: stop with their number, or run the teacher on them before
+    the first step and add them to the cache."""
+
+    def check(self, checks: Checks) -> None:
+        fits = self.cache is not None or self.cache_missing == "error"
+        expected = "error without teacher.cache"
+        checks.require(fits, "teacher.cache-missing", expected, self.cache_missing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,6 +321,9 @@ class Config:
         fits, expected = self.hidden.weight == 0 or self.distils, "0 without a teacher"
         expected += " or with loss.kd-ratio 0"
         checks.require(fits, "hidden.weight", expected, self.hidden.weight)
+        fits = not (self.compares_hidden and self.reads_cache)
+        expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
+        checks.require(fits, "hidden.weight", expected, self.hidden.weight)
 
     @property
     def distils(self) -> bool:
@@ -321,3 +335,8 @@ class Config:
     def compares_hidden(self) -> bool:
         """True if layers' outputs are compared with the teacher's."""
         return self.distils and self.hidden.weight > 0
+
+    @property
+    def reads_cache(self) -> bool:
+        """True if the teacher's outputs come from a cache."""
+        return self.distils and self.teacher is not None and self.teacher.cache is not None

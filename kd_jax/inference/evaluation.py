@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.config import Config
-from kd_jax.data.batches import eval_batches
+from kd_jax.data.batches import Extra, eval_batches
 from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, tally
 from kd_jax.losses.fused_head import token_metrics
@@ -22,10 +22,14 @@ def evaluate_rows(
     teacher_arrays: Arrays,
     rows: Rows,
     config: Config,
+    extra: Extra | None = None,
 ) -> tuple[Sums, Sums]:
     """Returns sums over target tokens by document, and by position bucket in the document.
 
     Bucket b holds positions 2^b <= p < 2^(b + 1); a document begins at position 0.
+
+    Args:
+      extra: adds arrays to a batch, such as a cached teacher's.
     """
     run = jax.jit(
         eval_step,
@@ -36,7 +40,7 @@ def evaluate_rows(
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
-    for batch in eval_batches(rows, num_rows):
+    for batch in eval_batches(rows, num_rows, extra=extra):
         placed = put_batch(batch, mesh)
         mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
         values = {name: value[mask] for name, value in metrics.items()}

@@ -98,6 +98,12 @@ def weights(arch: Architecture) -> dict[str, Weight]:
     return table
 
 
+def head_weights(arch: Architecture) -> dict[str, Weight]:
+    """Returns the lm_head by dotted path, or the tied embedding."""
+    path = "embed_tokens.weight" if arch.tie_word_embeddings else HEAD
+    return {path: weights(arch)[path]}
+
+
 def is_adapter(name: str) -> bool:
     """Returns True if a dotted path names a LoRA factor."""
     return name.endswith(FACTORS)

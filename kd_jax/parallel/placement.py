@@ -21,8 +21,13 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
-    """Returns [A, B, S] or [B, S] arrays on the mesh; each process sends only its own rows."""
+    """Returns [A, B, S, ...] or [B, S, ...] arrays on the mesh; each process sends its own rows.
+
+    Args:
+      batch: arrays of which `tokens` has the dimensions that all begin with.
+    """
+    sharding = batch_sharding(mesh, batch["tokens"].ndim)
     return {
-        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), x.__getitem__)
+        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         for name, x in batch.items()
     }

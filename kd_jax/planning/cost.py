@@ -10,6 +10,7 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import (
     Weight,
     adapter_weights,
+    head_weights,
     layer_weights,
     trained_weights,
     weights,
@@ -23,6 +24,13 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
 
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
+
+
+def cached_bytes(config: Config, teacher: Architecture | None) -> int:
+    """Returns the bytes of a token that come from the teacher's cache, at most; 0 without one."""
+    if teacher is None or config.teacher is None or not config.reads_cache:
+        return 0
+    return teacher.hidden_size * DTYPE_BYTES[config.teacher.dtype]
 
 
 def chunk_tokens(
@@ -69,6 +77,11 @@ class Case:
     def num_tokens(self) -> int:
         """Tokens of an optimizer step."""
         return self.config.data.batch_size * self.config.data.seq_len
+
+    @property
+    def num_targets(self) -> float:
+        """Tokens with a loss of an optimizer step."""
+        return self.target_share * self.num_tokens
 
 
 class Work(NamedTuple):
@@ -220,8 +233,9 @@ def step_flops(
     passes = 3 if full else 2
     needed = num_tokens * (passes * products + 3 * adapters + 3 * attention)
     needed += num_targets * passes * head
-    if teacher is not None:
+    if teacher is not None and not config.reads_cache:
         needed += num_tokens * sum(layer_flops(teacher, config.data.seq_len))
+    if teacher is not None:
         needed += num_targets * 2.0 * teacher.vocab_size * teacher.hidden_size
     again = {"layer": products + adapters + attention, "attention": products + adapters}
     return needed, num_tokens * again.get(config.remat, 0.0)
@@ -230,7 +244,7 @@ def step_flops(
 def work(case: Case) -> Work:
     config, student, sizes = case.config, case.student, case.sizes
     num_tokens, accumulation = case.num_tokens, config.optim.accumulation_steps
-    num_targets = case.target_share * num_tokens
+    num_targets = case.num_targets
     flops, again = step_flops(config, student, case.teacher, num_tokens, num_targets)
     ours, theirs = make_shares(case)
     targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES)
@@ -239,7 +253,7 @@ def work(case: Case) -> Work:
     residuals = ours.residuals(config.remat, config.lora.rank) * student.num_hidden_layers
     each = passes * _layers(ours) + 2 * residuals + logits
     if theirs is not None:
-        each += _layers(theirs) + logits
+        each += logits + (0 if config.reads_cache else _layers(theirs))
     # Weights, both moments and the gradients are read and written.
     updates = 8 * ours.stored(trained_weights(config, student), 4)
     return Work(flops=flops, recomputed_flops=again, traffic_bytes=accumulation * each + updates)
@@ -256,12 +270,14 @@ def memory(case: Case) -> Memory:
     ours, theirs = make_shares(case)
     trainable = ours.stored(trained_weights(config, student), 4)
     frozen = weights(student) if config.trainable == "lora" else {}
+    loaded = head_weights if config.reads_cache else weights
+    token_bytes = BATCH_BYTES + cached_bytes(config, case.teacher)
     arguments = {
-        "teacher": theirs.stored(weights(theirs.arch), theirs.itemsize) if theirs else 0,
+        "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs else 0,
         "student": ours.stored(frozen, ours.itemsize),
         "trainable": trainable,
         "optimizer": 2 * trainable,
-        "batch": case.num_tokens // axes_size(case.sizes, BATCH_AXES) * BATCH_BYTES,
+        "batch": case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes,
     }
     return Memory(arguments, _temporaries(case, ours, theirs, trainable))
 
@@ -275,7 +291,7 @@ def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int
     layer = 2 * ours.hidden + 2 * ours.stream + ours.heads
     backward = residuals + summed + gradients + 2 * layer + _gathered_layer(ours)
     head = residuals + summed + _head(case, ours, theirs)
-    if theirs is None:
+    if theirs is None or config.reads_cache:
         return max(backward, head)
     return max(backward, head, 2 * (theirs.hidden + theirs.stream) + _gathered_layer(theirs))
 

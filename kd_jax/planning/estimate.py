@@ -60,6 +60,7 @@ def time_fields(case: Case, transfers: Iterable[Transfer]) -> Report:
     return {
         "flops_per_step": needs.flops,
         "recomputed_flops_per_step": needs.recomputed_flops,
+        "cache_bytes_per_step": cost.cached_bytes(case.config, case.teacher) * case.num_targets,
         "collectives": kinds,
         "bound_step_seconds": longest,
         "bound_tokens_per_second": longest and case.num_tokens / longest,

@@ -145,7 +145,8 @@ def remedy(case: Case) -> str:
 def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) -> None:
     """Raises UserError with everything in the models, by field, that the mesh does not divide."""
     found = {field: arch for field, arch in models.items() if arch is not None}
-    problems = [x for field, arch in found.items() for x in _problems(config, sizes, field, arch)]
+    loaded = {x: arch for x, arch in found.items() if x != "teacher" or not config.reads_cache}
+    problems = [x for field, arch in loaded.items() for x in _problems(config, sizes, field, arch)]
     size = min(arch.vocab_size for arch in found.values())
     if size % sizes["tensor"]:
         problems.append(

@@ -42,7 +42,7 @@ def transfers(case: Case) -> list[Transfer]:
         found.append(("reduce-scatter", ours.in_use(trained, 4), 1, (ROWS_AXIS,)))
     found.append(("all-reduce", ours.stored(trained, 4), 1, ("data",)))
     if theirs is not None:
-        found += _of_layers(theirs, 1, 1)
+        found += _of_layers(theirs, 1, 1, head_only=config.reads_cache)
     accumulation = config.optim.accumulation_steps
     return [
         Transfer(kind, num_bytes, times * accumulation, _groups(sizes, axes))
@@ -51,10 +51,12 @@ def transfers(case: Case) -> list[Transfer]:
     ]
 
 
-def _of_layers(model: Shares, gathers: int, sums: int) -> list[tuple[str, int, int, tuple]]:
+def _of_layers(
+    model: Shares, gathers: int, sums: int, head_only: bool = False
+) -> list[tuple[str, int, int, tuple]]:
     """Returns a model's collectives; layers are all-gathered and all-reduced that many times."""
     layer, head = layer_weights(model.arch), head_weight(model.arch)
-    L = model.arch.num_hidden_layers
+    L = 0 if head_only else model.arch.num_hidden_layers
     found: list[tuple[str, int, int, tuple]] = []
     if model.fsdp > 1:
         found.append(("all-gather", model.in_use(layer, model.itemsize), gathers * L, (ROWS_AXIS,)))

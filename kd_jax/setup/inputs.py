@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, UserError
-from kd_jax.data.batches import train_batches
+from kd_jax.data.batches import Extra, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, default_split
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
@@ -107,6 +107,15 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     return rows, held_out
 
 
+def read_rows(
+    config: Config, *tokenizers: Any
+) -> tuple[tuple[Rows, Rows | None], dict[str, str | None]]:
+    """Returns load_rows(config, ...), and their keys, which must be equal in all processes."""
+    rows, eval_rows = load_rows(config, *tokenizers)
+    held_out = None if eval_rows is None else eval_rows.key
+    return (rows, eval_rows), {"data.path": rows.key, "eval.path": held_out}
+
+
 def held_out_data(config: Config) -> DataConfig | None:
     """Returns the data of evaluations in training, or None."""
     path = config.eval.path
@@ -118,10 +127,15 @@ def held_out_data(config: Config) -> DataConfig | None:
     )
 
 
-def row_source(config: Config, rows: Rows, mesh: Mesh, start_step: int) -> BatchSource:
+def row_source(
+    config: Config, rows: Rows, mesh: Mesh, start_step: int, extra: Extra | None = None
+) -> BatchSource:
     """Returns the source of training batches; it must be called for consecutive steps.
 
     Each process reads only the rows of its own devices.
+
+    Args:
+      extra: adds arrays to a batch, such as a cached teacher's.
     """
     size, count = config.data.batch_size, config.optim.accumulation_steps
     batches = train_batches(
@@ -131,5 +145,6 @@ def row_source(config: Config, rows: Rows, mesh: Mesh, start_step: int) -> Batch
         batch_size=size,
         accumulation_steps=count,
         wanted=local_rows(mesh, size // count),
+        extra=extra,
     )
     return lambda step, state: put_batch(next(batches), mesh)

@@ -17,6 +17,7 @@ from kd_jax.models.lora import init_adapters
 from kd_jax.models.weight_table import (
     Weight,
     abstract_weights,
+    head_weights,
     projection_weight,
     trained_weights,
     weights,
@@ -39,6 +40,9 @@ class Models:
     """The student's other arrays."""
     teacher: DecoderSpec | None
     teacher_arrays: dict[str, Any]
+    """The teacher's weights; of a cached one the lm_head alone."""
+    teacher_cached: bool = False
+    """The teacher's hidden states come with the batches, from a cache."""
 
 
 def make_spec(
@@ -80,13 +84,15 @@ def abstract_models(
     if teacher is not None and config.teacher is not None:
         part = config.teacher
         teacher_spec = make_spec(config, part, teacher, mesh)
-        teacher_arrays = _abstract(teacher_spec, weights(teacher), part.dtype)
+        table = head_weights(teacher) if config.reads_cache else weights(teacher)
+        teacher_arrays = _abstract(teacher_spec, table, part.dtype)
     return Models(
         student=spec,
         trainable=trainable,
         frozen=frozen,
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
+        teacher_cached=config.reads_cache,
     )
 
 

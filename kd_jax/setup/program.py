@@ -19,6 +19,7 @@ from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
 from kd_jax.setup.models import Models
 from kd_jax.teachers.live import LiveModel
+from kd_jax.teachers.stored import StoredModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Program:
     """Static configuration of a step; a static argument of jit."""
 
     student: DecoderSpec
-    teacher: LiveModel | None
-    """Runs the teacher on a batch."""
+    teacher: LiveModel | StoredModel | None
+    """Gives the teacher's side of a batch."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
@@ -69,7 +70,8 @@ def head_inputs(
     """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_side = teacher_outputs = None
+    teacher_side: Teacher | None = None
+    teacher_outputs = None
     if program.teacher is not None:
         teacher_side, teacher_outputs = program.teacher(teacher_arrays, batch, theirs)
     student_hidden, student_outputs = student.with_layers(*inputs, ours, dropout_key)
@@ -144,7 +146,7 @@ def make_program(
     )
     return Program(
         student=models.student,
-        teacher=None if models.teacher is None else LiveModel(models.teacher),
+        teacher=_make_teacher(models),
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
@@ -152,3 +154,9 @@ def make_program(
         optim=config.optim,
         num_steps=num_steps,
     )
+
+
+def _make_teacher(models: Models) -> LiveModel | StoredModel | None:
+    if models.teacher is None:
+        return None
+    return StoredModel(models.teacher.arch) if models.teacher_cached else LiveModel(models.teacher)

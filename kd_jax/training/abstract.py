@@ -13,6 +13,7 @@ from kd_jax.parallel.mesh import batch_sharding
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, abstract_models
 from kd_jax.setup.program import Program, make_program
+from kd_jax.teachers.stored import PREFIX
 from kd_jax.training.step import TrainState, abstract_state, jit_train_step
 
 
@@ -56,5 +57,9 @@ def abstract_run(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in COLUMNS.items()
     }
+    if teacher is not None and config.teacher is not None and config.reads_cache:
+        batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
+            (*shape, teacher.hidden_size), config.teacher.dtype, sharding=batch_sharding(mesh)
+        )
     state = abstract_state(program, models.trainable)
     return AbstractRun(models=models, program=program, state=state, batch=batch)

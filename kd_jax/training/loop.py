@@ -19,11 +19,13 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import TEMPLATE_FILE, Template
 from kd_jax.inference import scores
+from kd_jax.inference.cached import open_cached
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
-from kd_jax.setup.inputs import load_rows, open_inputs, row_source
+from kd_jax.setup.cached import CachedTeacher
+from kd_jax.setup.inputs import open_inputs, read_rows, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.sources import (
@@ -40,6 +42,8 @@ from kd_jax.workdir import checkpoints, claim, integrity
 from kd_jax.workdir.history import find_checkpoints
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
+_PATHS = ("path", "adapter", "cache_dir", "teacher.cache")  # may differ between hosts
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
@@ -52,6 +56,7 @@ class _Run:
     rows: Rows
     eval_rows: Rows | None
     template: Template | None
+    cached: CachedTeacher | None
     num_steps: int
     workdir: Path
     hashing: Future[dict[str, str]]
@@ -75,7 +80,8 @@ def train(config: Config) -> None:
         writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
         loop = stack.enter_context(closing(_Loop(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
-        source = row_source(config, run.rows, run.mesh, step)
+        extra = None if run.cached is None else run.cached.train
+        source = row_source(config, run.rows, run.mesh, step, extra)
         while step < run.num_steps and not (stop := should_stop(step)):
             loop.profile(step)
             state, metrics = run_step(program, state, *frozen, source(step, state))
@@ -107,13 +113,18 @@ def _open_run(config: Config) -> _Run:
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
-    rows, eval_rows = together("rows", lambda: _rows(config, *tokenizers), first_alone=True)
+    rows, eval_rows = together("rows", lambda: read_rows(config, *tokenizers), first_alone=True)
+    template = chat_template_of(config.data, *tokenizers)
     check_shared(shared, student, teacher, rows, "data.path")
     check_shared(shared, student, teacher, eval_rows, "eval.path")
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
     workdir = Path(config.workdir).expanduser()
     together("workdir", lambda: _check_workdir(config, workdir))
+    cached = None
+    if teacher is not None and config.reads_cache:
+        hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
+        cached = open_cached(config, teacher, mesh, hashes, template, (rows, eval_rows))
     return _Run(
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
@@ -121,7 +132,8 @@ def _open_run(config: Config) -> _Run:
         vocab_size=shared.size,
         rows=rows,
         eval_rows=eval_rows,
-        template=chat_template_of(config.data, *tokenizers),
+        template=template,
+        cached=cached,
         num_steps=num_steps,
         workdir=workdir,
         hashing=hashing,
@@ -177,7 +189,8 @@ def _evaluate(
     ours, theirs = frozen
     arrays = ours | state.trainable["student"]
     assert run.eval_rows is not None
-    documents, _ = evaluate_rows(program, run.mesh, arrays, theirs, run.eval_rows, config)
+    extra = None if run.cached is None else run.cached.held_out
+    documents, _ = evaluate_rows(program, run.mesh, arrays, theirs, run.eval_rows, config, extra)
     values = scores.whole(documents)
     writer.write(int(state.step), {f"eval/{name}": value for name, value in values.items()})
     return values["loss"]
@@ -190,19 +203,16 @@ def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[st
     fields = {
         name: value
         for name, value in flatten(dump(config)).items()
-        if name.split(".")[0] not in here and not name.endswith(("path", "adapter", "cache_dir"))
+        if name.split(".")[0] not in here and not name.endswith(_PATHS)
     }
     return (student, teacher, mesh), {**fields, **claim.versions()}
-
-
-def _rows(config: Config, *tokenizers: Any):
-    rows, eval_rows = load_rows(config, *tokenizers)
-    return (rows, eval_rows), {"data.path": rows.key, "eval.path": eval_rows and eval_rows.key}
 
 
 def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
     """Claims the workdir on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.key} | run.hashing.result()
+    if run.cached is not None:
+        inputs["teacher.cache"] = run.cached.key
     if is_first():
         claim.claim_workdir(config, run.workdir, inputs, run.num_steps)
         if run.template is not None:
@@ -233,6 +243,8 @@ def describe_models(models: Models) -> str:
 
     trained, teacher = count(models.trainable["student"]), count(models.teacher_arrays)
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
+    if models.teacher_cached:
+        beside = f"teacher's lm_head {teacher:,}, its hidden states from teacher.cache"
     if "projection" in models.trainable:
         beside += f", projection {count(models.trainable['projection']):,}"
     total = trained + count(models.frozen)

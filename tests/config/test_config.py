@@ -452,6 +452,7 @@ FREE = {
     "workdir", "compilation_cache", "data.cache_dir", "data.num_processes", "data.chat_template",
     "remat", "attention", "loss.chunk_tokens",
     "teacher.path", "teacher.adapter", "teacher.shard_over", "data.path",
+    "teacher.cache", "teacher.cache_missing",
     "student.path", "student.adapter", "student.shard_over",
 }  # fmt: skip
 

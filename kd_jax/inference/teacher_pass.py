@@ -1,0 +1,180 @@
+"""The teacher's forward pass over rows, into a cache."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.config import Config
+from kd_jax.data.batches import eval_batches
+from kd_jax.data.documents import predicts_target
+from kd_jax.data.store import Batch
+from kd_jax.models.decoder import DecoderSpec
+from kd_jax.parallel.mesh import compiler_options, replicated
+from kd_jax.parallel.placement import Arrays, put_batch
+from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.setup.cached import Found
+from kd_jax.setup.models import load_frozen
+from kd_jax.setup.sources import Source
+from kd_jax.teachers.live import LiveModel
+from kd_jax.teachers.manifest import Cache, commit, read_cache
+from kd_jax.teachers.storage import storing, token_bytes
+from kd_jax.teachers.writing import PartWriter
+
+_TOLD_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Rows of one data set with documents to compute."""
+
+    found: Found
+    missing: np.ndarray
+    """[N] bool: documents to compute."""
+    numbers: np.ndarray
+    """[R] of rows with such documents, in order."""
+    tokens: np.ndarray
+    """[R] int64: target tokens of such documents in each of these rows."""
+
+    def select(self, batch: Batch, picked: np.ndarray) -> np.ndarray:
+        """Returns [B, S] bool: tokens of a batch whose values are wanted."""
+        segments, first = batch["segment_ids"], self.found.documents.first
+        document = np.where(segments > 0, first[picked][:, None] + segments - 1, 0)
+        wanted = predicts_target(segments, batch["loss_mask"]) & (segments > 0)
+        return wanted & self.missing[document]
+
+
+def _make_work(found: Found) -> _Work:
+    missing, counts = found.places < 0, found.documents.counts
+    before = np.concatenate([[0], np.cumsum(np.where(missing, counts, 0))])
+    tokens = np.diff(before[found.documents.first])
+    numbers = np.flatnonzero(tokens)
+    return _Work(found=found, missing=missing, numbers=numbers, tokens=tokens[numbers])
+
+
+class TeacherPass:
+    """The teacher on a mesh, and the documents that it has to run on."""
+
+    def __init__(
+        self, config: Config, cache: Cache, source: Source, mesh: Mesh, found: Sequence[Found]
+    ) -> None:
+        """Loads the teacher; `found` are the documents of all data sets."""
+        assert config.teacher is not None
+        self.cache, self.mesh = cache, mesh
+        self.work = [_make_work(one) for one in found]
+        self.batch_rows = config.data.batch_size // config.optim.accumulation_steps
+        self.spec, self.arrays = load_frozen(config, config.teacher, source, mesh)
+        several = jax.process_count() > 1
+        self.run = jax.jit(
+            teacher_values,
+            static_argnums=0,
+            out_shardings=replicated(mesh) if several else None,
+            compiler_options=compiler_options(mesh),
+        )
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Keys of the documents to compute, in order."""
+        return [
+            one.found.documents.keys[i] for one in self.work for i in np.flatnonzero(one.missing)
+        ]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Target tokens of the documents to compute, in order."""
+        return np.concatenate([one.found.documents.counts[one.missing] for one in self.work])
+
+    def values(self, skip: int = 0) -> Iterator[Batch]:
+        """Yields the values of the tokens from number `skip` on, a batch of rows at a time."""
+        late: tuple[Any, np.ndarray, int] | None = None
+        for work, numbers, extra in self._batches(skip):
+            (batch,) = eval_batches(work.found.rows, self.batch_rows, numbers)
+            picked = np.pad(numbers, (0, self.batch_rows - len(numbers)))
+            out = self.run(self.spec, self.arrays, put_batch(batch, self.mesh))
+            if late is not None:  # the device is at work on the next batch meanwhile
+                yield _selected(*late)
+            late = out, work.select(batch, picked), extra
+        if late is not None:
+            yield _selected(*late)
+
+    def _batches(self, skip: int) -> Iterator[tuple[_Work, np.ndarray, int]]:
+        """Yields the rows of each batch with tokens from `skip` on, and how many come before it."""
+        for work in self.work:
+            for first in range(0, len(work.numbers), self.batch_rows):
+                some = slice(first, first + self.batch_rows)
+                count = int(work.tokens[some].sum())
+                if skip < count:
+                    yield work, work.numbers[some], skip
+                skip = max(0, skip - count)
+
+
+def _selected(out: Arrays, mask: np.ndarray, skip: int) -> Batch:
+    return {name: x[mask][skip:] for name, x in jax.device_get(out).items()}
+
+
+def teacher_values(spec: DecoderSpec, arrays: Arrays, batch: Arrays) -> Arrays:
+    """Returns the final-normed hidden states of rows, [B, S, Dt]."""
+    side, _ = LiveModel(spec)(arrays, batch)
+    return {"hidden": side.hidden}
+
+
+def complete(
+    config: Config, cache: Cache, source: Source, mesh: Mesh, found: Sequence[Found]
+) -> Cache:
+    """Returns the cache with the missing documents added, in a part of their own."""
+    if not any(one.num_missing for one in found):
+        return cache
+    teacher = TeacherPass(config, cache, source, mesh, found)
+    with storing(cache.path):
+        writer = together(
+            "cache/part", lambda: _begin(cache, teacher.keys, teacher.counts), first_alone=True
+        )
+        if writer.done:
+            say(f"{cache.path}: {writer.done:,} of {writer.num_tokens:,} tokens are there")
+        shown = Progress(cache.path, writer.num_tokens)
+        for values in teacher.values(writer.done):
+            writer.append(values)
+            shown.tell(writer.done)
+        writer.flush()
+        together("cache/written", lambda: (None, {}))
+        if is_first():
+            commit(cache, writer.describe())
+        together("cache/committed", lambda: (None, {}))
+    done = read_cache(cache.path)
+    assert done is not None
+    say(
+        f"{cache.path}: {len(teacher.keys):,} documents added, {writer.num_tokens:,} tokens, "
+        f"{writer.num_tokens * token_bytes(cache.fields) / 1e9:.3g} GB"
+    )
+    return done
+
+
+def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> tuple[PartWriter, dict]:
+    writer = PartWriter(cache, keys, counts)
+    return writer, {"tokens on disk": writer.done}
+
+
+class Progress:
+    """Prints tokens, rate and time left now and then."""
+
+    def __init__(self, path: str, total: int) -> None:
+        self.path, self.total = path, total
+        self.first: tuple[int, float] | None = None  # the first batch compiles
+        self.told = 0.0
+
+    def tell(self, done: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done, now
+        elif now - self.told > _TOLD_SECONDS:
+            self.told = now
+            rate = (done - self.first[0]) / (now - self.first[1])
+            minutes = (self.total - done) / rate / 60
+            say(
+                f"{self.path}: {done:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, "
+                f"{minutes:,.1f} min left"
+            )

@@ -1,0 +1,98 @@
+"""A run's teacher from a cache: identity, missing documents, values of its rows."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_jax.config import UserError
+from kd_jax.data.documents import Documents, find_documents
+from kd_jax.data.rows import Rows
+from kd_jax.data.templates import Template
+from kd_jax.teachers.manifest import Cache, cache_key, find_places
+from kd_jax.teachers.reading import CachedRows
+
+
+class Found(NamedTuple):
+    """The documents of a data set, and where the cache has them."""
+
+    name: str
+    """The config field of the data set."""
+    rows: Rows
+    documents: Documents
+    places: np.ndarray
+    """[N] int64; -1: missing."""
+
+    @property
+    def num_missing(self) -> int:
+        return int((self.places < 0).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTeacher:
+    """The teacher's values of a run's rows."""
+
+    train: CachedRows
+    held_out: CachedRows | None
+    key: str
+    """Hash of what the run takes from the cache."""
+
+
+def make_identity(
+    dtype: str, hashes: dict[str, str], tokenizer: Any, template: Template | None
+) -> dict[str, str]:
+    """Returns what all documents of a cache share, by config field.
+
+    Args:
+      dtype: the teacher's.
+      hashes: content hashes of the teacher and its adapter, by config field.
+      tokenizer: the teacher's.
+    """
+    vocabulary = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+    return {
+        "teacher.path": hashes["teacher.path"],
+        "teacher.adapter": hashes.get("teacher.adapter", "none"),
+        "teacher.dtype": dtype,
+        "tokenizer": _hash(vocabulary),
+        "data.chat-template": "none" if template is None else _hash(template),
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def find_all(cache: Cache, rows: Rows, eval_rows: Rows | None) -> list[Found]:
+    """Returns the documents of the training and held-out rows."""
+    sets = {"data.path": rows} | ({} if eval_rows is None else {"eval.path": eval_rows})
+    out = []
+    for name, some in sets.items():
+        documents = find_documents(some)
+        out.append(Found(name, some, documents, find_places(cache, documents)))
+    return out
+
+
+def check_complete(cache: Cache, found: Sequence[Found]) -> None:
+    """Raises UserError with the number of missing documents of each data set."""
+    lacking = [
+        f"{one.num_missing:,} of {len(one.places):,} documents of {one.name}"
+        for one in found
+        if one.num_missing
+    ]
+    if lacking:
+        raise UserError(
+            f"teacher.cache: {cache.path} lacks {' and '.join(lacking)}. Add them with python -m "
+            "kd_jax.cache and this configuration, or set --teacher.cache-missing compute"
+        )
+
+
+def read_cached(cache: Cache, found: Sequence[Found]) -> CachedTeacher:
+    """Returns the values of rows whose documents are all in the cache."""
+    train, *held_out = (CachedRows(cache, x.rows, x.documents, x.places) for x in found)
+    used = np.concatenate([x.places[x.documents.counts > 0] for x in found])
+    return CachedTeacher(
+        train=train, held_out=held_out[0] if held_out else None, key=cache_key(cache, used)
+    )

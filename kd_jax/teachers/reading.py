@@ -1,0 +1,88 @@
+"""Values of rows from a teacher's cache, read ahead of the step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
+from kd_jax.data.documents import Documents, predicts_target
+from kd_jax.data.rows import Rows
+from kd_jax.data.store import Batch
+from kd_jax.teachers.manifest import Cache, part_folder
+from kd_jax.teachers.storage import numpy_dtype, open_array
+from kd_jax.teachers.stored import PREFIX
+
+Span = tuple[int, int]
+"""First token and one past the last, in all parts' tokens."""
+
+
+class CachedRows:
+    """The teacher's values of rows; a function of row numbers (data.batches.Extra)."""
+
+    def __init__(self, cache: Cache, rows: Rows, documents: Documents, places: np.ndarray) -> None:
+        """Takes the documents of the rows and where each begins, [N], all of them in the cache."""
+        assert (places >= 0).all()
+        self.cache, self.rows = cache, rows
+        self.documents, self.places = documents, places
+        self.arrays = [
+            {
+                name: open_array(cache.store / part_folder(number), f"{name}/", field, 0, None)
+                for name, field in cache.fields.items()
+            }
+            for number in range(len(cache.parts))
+        ]
+
+    def __call__(self, picked: np.ndarray, wanted: np.ndarray) -> Batch:
+        """Returns `teacher_NAME` [..., B, S, ...] of rows `picked`, [..., B]; 0 where not wanted.
+
+        Raises:
+          UserError: the cache was damaged after the start.
+        """
+        S = self.rows.tokens.shape[1]
+        numbers = np.where(wanted, picked, -1).ravel()
+        there = np.flatnonzero(numbers >= 0)
+        spans = [self._spans(numbers[i]) for i in there]
+        out = {}
+        for name, field in self.cache.fields.items():
+            dense = np.zeros((numbers.size, S, *field.shape), numpy_dtype(field.dtype))
+            futures = [[self._read(name, span) for span in some] for some in spans]
+            for i, parts in zip(there, futures, strict=True):
+                if parts:
+                    dense[i, self._positions(numbers[i])] = self._join(parts)
+            out[f"{PREFIX}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
+        return out
+
+    def _spans(self, row: int) -> list[Span]:
+        """Returns a row's tokens in the cache; documents that follow each other are one span."""
+        first, last = self.documents.first[row : row + 2]
+        spans: list[Span] = []
+        for start, count in zip(
+            self.places[first:last].tolist(),
+            self.documents.counts[first:last].tolist(),
+            strict=True,
+        ):
+            follows = spans and spans[-1][1] == start and start not in self.cache.starts
+            if follows:
+                spans[-1] = (spans[-1][0], start + count)
+            elif count:
+                spans.append((start, start + count))
+        return spans
+
+    def _positions(self, row: int) -> np.ndarray:
+        """Returns the positions of a row at which the teacher predicts a target."""
+        return np.flatnonzero(predicts_target(self.rows.segment_ids[row], self.rows.loss_mask[row]))
+
+    def _read(self, name: str, span: Span):
+        part = int(np.searchsorted(self.cache.starts, span[0], side="right")) - 1
+        first = int(self.cache.starts[part])
+        return self.arrays[part][name][span[0] - first : span[1] - first].read()
+
+    def _join(self, futures: Sequence) -> np.ndarray:
+        try:
+            return np.concatenate([future.result() for future in futures])
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"teacher.cache: {self.cache.path}: expected the values that were written, got "
+                f"damage ({first_line(error)}). Restore the files, or make the cache again"
+            ) from error

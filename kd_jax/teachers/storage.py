@@ -1,0 +1,141 @@
+"""Files and arrays of a teacher's cache: TensorStore, on a local disk or an object store."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
+
+SHARD_BYTES = 2**28
+_CHUNK_BYTES = 2**17  # read at once, and checked by a CRC
+_READ_CACHE_BYTES = 2**26  # indices of shards, and chunks that two documents share
+
+
+class Field(NamedTuple):
+    """An array with one entry a token."""
+
+    shape: tuple[int, ...]
+    """Without the dimension of the tokens."""
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+
+Fields = Mapping[str, Field]
+"""The arrays of a cache by name."""
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the dtype of a name such as bfloat16, which NumPy alone does not know."""
+    return ts.dtype(name).numpy_dtype
+
+
+def token_bytes(fields: Fields) -> int:
+    return sum(field.token_bytes for field in fields.values())
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def local_folder(path: str) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def open_folder(path: str) -> ts.KvStore:
+    """Returns the key-value store of a folder, or of an address such as gs://bucket/folder."""
+    if is_remote(path):
+        return ts.KvStore.open(path.rstrip("/") + "/").result()
+    return ts.KvStore.open({"driver": "file", "path": f"{local_folder(path)}/"}).result()
+
+
+@contextmanager
+def storing(place: str, verb: str = "written") -> Iterator[None]:
+    """Turns TensorStore's errors, such as a full disk, into one message."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{place}: cannot be {verb} ({first_line(error)}). Free some space or check the store; "
+            "the same command then goes on"
+        ) from error
+
+
+def read_file(store: ts.KvStore, key: str) -> bytes | None:
+    """Returns a file's bytes, None if it is absent."""
+    found = store.read(key).result()
+    return found.value if found.state == "value" else None
+
+
+def list_files(store: ts.KvStore) -> list[str]:
+    """Returns the files of a folder by their paths in it, without those of interrupted writes."""
+    keys = [key.decode() for key in store.list().result()]
+    return sorted(key for key in keys if not key.endswith(".__lock"))
+
+
+def write_json(store: ts.KvStore, key: str, tree: Any) -> None:
+    store.write(key, json.dumps(tree, indent=1, sort_keys=True) + "\n").result()
+
+
+def tokens_per_shard(fields: Fields, num_tokens: int) -> tuple[int, int]:
+    """Returns the tokens in a shard of each array, and in a chunk."""
+    size = token_bytes(fields)
+    chunk = max(1, min(_CHUNK_BYTES // size, num_tokens))
+    shard = min(SHARD_BYTES // size, num_tokens + chunk - 1)
+    return max(chunk, shard // chunk * chunk), chunk
+
+
+def open_array(
+    store: ts.KvStore, folder: str, field: Field, num_tokens: int, tokens: tuple[int, int] | None
+) -> ts.TensorStore:
+    """Returns an array [num_tokens, ...] on disk.
+
+    Args:
+      tokens: of a shard and of a chunk; creates the array. None: it is there.
+    """
+    spec: dict[str, Any] = {
+        "driver": "zarr3",
+        "kvstore": (store / folder).spec().to_json(),
+        # A shard that is not there is an error, not zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+        "context": {"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}},
+        "recheck_cached_data": False,
+    }
+    if tokens is None:
+        return ts.open(spec, open=True, read=True, write=False).result()
+    spec["metadata"] = _metadata(field, num_tokens, *tokens)
+    return ts.open(spec, open=True, create=True).result()
+
+
+def _metadata(field: Field, num_tokens: int, shard: int, chunk: int) -> dict[str, Any]:
+    """Returns zarr's metadata: shards of chunks, each chunk with a CRC."""
+    plain = {"name": "bytes", "configuration": {"endian": "little"}}
+    if numpy_dtype(field.dtype).itemsize == 1:
+        plain = {"name": "bytes"}
+    index = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner = {
+        "chunk_shape": [chunk, *field.shape],
+        "codecs": [plain, {"name": "crc32c"}],
+        "index_codecs": [index, {"name": "crc32c"}],
+    }
+    grid = {"chunk_shape": [shard, *field.shape]}
+    return {
+        "shape": [num_tokens, *field.shape],
+        "data_type": field.dtype,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+    }
+
+
+def shard_key(name: str, field: Field, number: int) -> str:
+    """Returns the file of a shard, below the folder of its part."""
+    return f"{name}/c/{number}" + "/0" * len(field.shape)

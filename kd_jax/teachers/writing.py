@@ -1,0 +1,117 @@
+"""Writes a part of a teacher's cache, a shard at a time; a killed writer goes on at its shard."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from kd_jax.data.store import Batch
+from kd_jax.teachers.manifest import INDEX, Cache, Part, index_bytes, part_folder
+from kd_jax.teachers.storage import (
+    list_files,
+    numpy_dtype,
+    open_array,
+    read_file,
+    shard_key,
+    tokens_per_shard,
+    write_json,
+)
+
+_PLAN = "plan.json"
+
+
+class PartWriter:
+    """Takes the values of a part's tokens in order, and writes whole shards.
+
+    Of several processes, which all take all values, each writes its own shards.
+    """
+
+    def __init__(self, cache: Cache, keys: list[bytes], counts: np.ndarray) -> None:
+        """Begins the part, or goes on with an unfinished one of the same documents."""
+        self.cache, self.store = cache, cache.store / part_folder(len(cache.parts))
+        self.num_documents, self.num_tokens = len(keys), int(counts.sum())
+        self.shard, self.chunk = tokens_per_shard(cache.fields, self.num_tokens)
+        self._prepare(index_bytes(keys, counts))
+        self.arrays = {
+            name: open_array(
+                self.store, f"{name}/", field, self.num_tokens, (self.shard, self.chunk)
+            )
+            for name, field in cache.fields.items()
+        }
+        self.done = self._count_done()
+        """Tokens that are on disk or waiting to be written."""
+        self.waiting: list[Batch] = []
+        self.pending: list[Any] = []
+
+    def _prepare(self, index: bytes) -> None:
+        """Deletes an unfinished part of other documents or another form, and writes the plan."""
+        fields = sorted(self.cache.fields.items())
+        recipe = [self.cache.kind, fields, sorted(self.cache.identity.items())]
+        plan = {"recipe": json.loads(json.dumps(recipe)), "index": xxhash.xxh3_128_hexdigest(index)}
+        there = read_file(self.store, _PLAN)
+        if jax.process_index() > 0 or (there and json.loads(there) == plan):
+            return
+        self.store.delete_range(type(self.store).KeyRange()).result()
+        self.store.write(INDEX, index).result()
+        write_json(self.store, _PLAN, plan)
+
+    def _count_done(self) -> int:
+        """Returns the tokens in the shards before the first missing one."""
+        found, number = set(list_files(self.store)), 0
+        while number * self.shard < self.num_tokens and all(
+            shard_key(name, field, number) in found for name, field in self.cache.fields.items()
+        ):
+            number += 1
+        return min(number * self.shard, self.num_tokens)
+
+    def append(self, values: Batch) -> None:
+        """Takes the values of the next tokens, [n, ...] by field."""
+        self.waiting.append(values)
+        self.done += len(next(iter(values.values())))
+        begun = (self.done - self._num_waiting()) // self.shard
+        while self._num_waiting() >= self.shard or (self.done == self.num_tokens and self.waiting):
+            self._write(begun, self._take(min(self.shard, self._num_waiting())))
+            begun += 1
+
+    def _num_waiting(self) -> int:
+        return sum(len(next(iter(values.values()))) for values in self.waiting)
+
+    def _take(self, count: int) -> Batch:
+        """Returns the first waiting tokens, and leaves the others."""
+        whole = {
+            name: np.concatenate([values[name] for values in self.waiting])
+            for name in self.cache.fields
+        }
+        rest = {name: x[count:] for name, x in whole.items()}
+        self.waiting = [rest] if len(next(iter(rest.values()))) else []
+        return {name: x[:count] for name, x in whole.items()}
+
+    def _write(self, number: int, values: Batch) -> None:
+        """Starts to write a shard, after the one before is on disk."""
+        if number % jax.process_count() != jax.process_index():
+            return
+        self._wait()
+        start = number * self.shard
+        for name, field in self.cache.fields.items():
+            x = values[name].astype(numpy_dtype(field.dtype), copy=False)
+            self.pending.append(self.arrays[name][start : start + len(x)].write(x))
+
+    def _wait(self) -> None:
+        for future in self.pending:
+            future.result()
+        self.pending = []
+
+    def flush(self) -> None:
+        """Waits until every shard of this process is on disk."""
+        assert self.done == self.num_tokens and not self.waiting
+        self._wait()
+
+    def describe(self) -> Part:
+        """Returns the finished part, with the hash of every file, which it reads again."""
+        files = {}
+        for name in list_files(self.store):
+            data = read_file(self.store, name) or b""
+            files[name] = (len(data), xxhash.xxh3_128_hexdigest(data))
+        return Part(self.num_documents, self.num_tokens, files)

@@ -1,0 +1,282 @@
+"""A teacher's cache: loss and gradients equal the live teacher's, and nothing torn is read."""
+
+import dataclasses
+import json
+import re
+import shutil
+from functools import partial
+from importlib.metadata import version
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny_run import Run, flat, make_run_config
+
+from kd_jax import cache as cache_command
+from kd_jax import train
+from kd_jax.config import TeacherConfig, UserError
+from kd_jax.config.command import run_command
+from kd_jax.data.chat import chat_template_of
+from kd_jax.data.documents import find_documents
+from kd_jax.inference.cached import make_cache, open_cached
+from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.parallel.platforms import PLATFORMS
+from kd_jax.setup.inputs import open_inputs, row_source
+from kd_jax.teachers import storage, writing
+from kd_jax.training.step import jit_train_step
+
+pytestmark = pytest.mark.fast
+
+STEPS = 20
+SHAPE = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of a student, a wider teacher with one layer more, and data with repeated records."""
+    root = tmp_path_factory.mktemp("cached")
+    student = tiny.write_plain_model(root / "student", 1, **{**SHAPE, "num_hidden_layers": 1})
+    teacher = tiny.write_plain_model(root / "teacher", 2, **SHAPE)
+    return student, teacher, tiny.write_data(root / "train.jsonl"), root / "rows"
+
+
+@pytest.fixture(scope="module")
+def make_config(places):
+    return partial(make_run_config, *places, steps=STEPS)
+
+
+def with_teacher(config, **fields):
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **fields))
+
+
+@pytest.fixture(scope="module")
+def cache(make_config, tmp_path_factory):
+    """A cache of the runs' documents. Read only."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    make_cache(make_config(), str(folder))
+    return folder
+
+
+def open_rows(config, run):
+    """Returns the values of a run's rows from its teacher.cache."""
+    _, teacher, _ = open_inputs(config, run.mesh.devices.ravel())
+    template = chat_template_of(config.data, teacher.tokenizer)
+    return open_cached(config, teacher, run.mesh, teacher.hashes, template, (run.rows, None))
+
+
+def trace(config, steps=STEPS, devices=None):
+    """Returns the trained arrays and the metrics after each step, as in kd_jax.train."""
+    run = Run(config, devices)
+    extra = open_rows(config, run).train if config.reads_cache else None
+    step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
+    source = row_source(config, run.rows, run.mesh, 0, extra)
+    frozen, state, seen = (run.models.frozen, run.models.teacher_arrays), run.state, []
+    for i in range(steps):
+        state, metrics = step(run.program, state, *frozen, source(i, state))
+        arrays = {name: np.array(x) for name, x in flat(state.trainable).items()}
+        seen.append((arrays, jax.device_get(metrics)))
+    return seen
+
+
+def assert_equal(some, others):
+    for one, other in zip(some, others, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.fixture
+def real_code(monkeypatch):
+    """Code as outside of tests: the older emitter (conftest) orders sums by what is beside them."""
+    if version("jax").startswith("0.10."):
+        options = PLATFORMS["cpu"].compiler_options
+        monkeypatch.setitem(options, "xla_cpu_use_fusion_emitters", True)
+
+
+@pytest.mark.usefixtures("real_code")
+def test_training_from_the_cache_equals_training_with_the_live_teacher_bit_for_bit(
+    make_config, tmp_path
+):
+    config = make_config(trainable="lora", mesh={"data": 1}, optim={"accumulation_steps": 2})
+    config, one = with_teacher(config, dtype="bfloat16"), jax.devices()[:1]
+    make_cache(config, str(tmp_path / "cache"), devices=one)
+    cached = with_teacher(config, cache=str(tmp_path / "cache"))
+    assert_equal(trace(cached, devices=one), trace(config, devices=one))
+
+
+def token_sums(config, change=lambda values: values):
+    """Returns the sums of the metrics by document, of the student before training."""
+    run = Run(config, jax.devices()[:1])
+    arrays = (run.models.frozen | run.models.trainable["student"], run.models.teacher_arrays)
+    extra = None
+    if config.reads_cache:
+        reader = open_rows(config, run).train
+
+        def extra(*rows):
+            return {name: change(x) for name, x in reader(*rows).items()}
+
+    return evaluate_rows(run.program, run.mesh, *arrays, run.rows, config, extra)[0]
+
+
+def test_another_packing_and_batch_change_rounding_alone(make_config, cache):
+    """Twin: with the hidden states of other tokens the distance to the teacher is another."""
+    other = make_config(pack=False, seq_len=160, batch_size=6, mesh={"data": 1})
+    live, cached = token_sums(other), with_teacher(other, cache=str(cache))
+    count, found = live["target_tokens"], token_sums(cached)
+    for name in ("kl_forward", "kl_reverse", "teacher_ce", "teacher_entropy"):
+        assert np.abs(found[name] - live[name]).max() < 2e-5 * count.max(), name
+    shifted = token_sums(cached, lambda values: np.roll(values, 1, axis=-2))
+    assert np.abs(shifted["teacher_ce"] - live["teacher_ce"]).max() > 0.1
+
+
+def test_a_documents_key_depends_on_its_tokens_and_targets_alone(make_config):
+    packed, plain = (find_documents(Run(make_config(pack=x)).rows) for x in (True, False))
+    assert sorted(packed.keys) == sorted(plain.keys) and packed.keys != plain.keys
+    counts = dict(zip(packed.keys, packed.counts.tolist(), strict=True))
+    assert all(counts[k] == n for k, n in zip(plain.keys, plain.counts.tolist(), strict=True))
+    every = find_documents(Run(make_config(train_on="all")).rows)
+    assert not {*every.keys} & {*packed.keys} and every.counts.sum() > packed.counts.sum()
+
+
+def files_of(folder):
+    files = (x for x in sorted(folder.rglob("*")) if x.is_file() and x.name != "lock")
+    return {str(x.relative_to(folder)): x.read_bytes() for x in files}
+
+
+def test_a_killed_writer_goes_on_to_the_same_bytes(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SHARD_BYTES", 2**14)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 2**11)
+    make_cache(make_config(), str(tmp_path / "whole"))
+    write, written = writing.PartWriter._write, []
+
+    def killed(self, number, values):
+        if len(written) in (1, 4):  # the second start gets further than the first
+            written.append(-1)
+            raise KeyboardInterrupt
+        written.append(number)
+        write(self, number, values)
+
+    monkeypatch.setattr(writing.PartWriter, "_write", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            make_cache(make_config(), str(tmp_path / "torn"))
+        assert not (tmp_path / "torn" / "manifest.json").exists()
+    make_cache(make_config(), str(tmp_path / "torn"))
+    numbers = [number for number in written if number >= 0]
+    assert len(numbers) < 2 * len(set(numbers)) and len(set(numbers)) > 5  # few were written again
+    assert files_of(tmp_path / "torn") == files_of(tmp_path / "whole")
+
+
+def test_documents_are_added_to_a_cache_and_computed_for_a_run(
+    make_config, places, tmp_path, capsys
+):
+    more = tmp_path / "more.jsonl"
+    records = [json.loads(line) for line in places[2].read_text().splitlines()]
+    new = [{**x, "instruction": f"Again. {x['instruction']}"} for x in records[:8]]
+    more.write_text("".join(json.dumps(x) + "\n" for x in [*records[:8], *new]))
+    config = make_config()
+    both = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(more)))
+    folder = str(tmp_path / "cache")
+    make_cache(config, folder)
+    lacking = with_teacher(both, cache=folder)
+    with pytest.raises(UserError, match=r"lacks 8 of 16 documents of data\.path"):
+        open_rows(lacking, Run(both))
+    before = files_of(tmp_path / "cache")
+    open_rows(with_teacher(lacking, cache_missing="compute"), Run(both))
+    assert "8 documents added" in capsys.readouterr().out
+    after = files_of(tmp_path / "cache")
+    assert {x: y for x, y in before.items() if x != "manifest.json"}.items() <= after.items()
+    open_rows(lacking, Run(both))
+    open_rows(with_teacher(config, cache=folder), Run(config))  # the first run's are still there
+
+
+def test_a_torn_or_foreign_cache_is_never_read(make_config, cache, tmp_path):
+    torn = tmp_path / "torn"
+    run = Run(make_config())
+
+    def fails(words, **fields):
+        config = with_teacher(make_config(), cache=str(torn), **fields)
+        with pytest.raises(UserError, match=words):
+            open_rows(config, run).train(np.arange(8), np.ones(8, bool))
+
+    fails("got none")
+    files = files_of(cache)
+    for name, content in files.items():
+        for size in (0, len(content) // 2, len(content) - 2):  # the last byte is a new line
+            shutil.copytree(cache, torn)
+            (torn / name).write_bytes(content[:size])
+            fails(r"expected [\d,]+ bytes|of this version|got none")
+            shutil.rmtree(torn)
+        shutil.copytree(cache, torn)
+        (torn / name).unlink()
+        fails("missing|got none")
+        shutil.rmtree(torn)
+    shutil.copytree(cache, torn)
+    shard = next(torn.glob("part0000/hidden/c/0/*"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    fails("got damage")
+    fails("teacher.dtype: expected float32", dtype="bfloat16")
+
+
+def test_mistakes_are_one_message_and_leave_nothing(make_config, cache, tmp_path, capsys):
+    config = make_config()
+    hidden = dataclasses.replace(
+        config.hidden, weight=1.0, student_layers=(0,), teacher_layers=(0,)
+    )
+    with pytest.raises(UserError, match=r"hidden\.weight: expected 0 with teacher\.cache"):
+        dataclasses.replace(with_teacher(config, cache="c"), hidden=hidden)
+    with pytest.raises(UserError, match=r"teacher\.cache-missing: expected error"):
+        dataclasses.replace(config, teacher=TeacherConfig(path="t", cache_missing="compute"))
+    (tmp_path / "letter").write_text("Dear Sir")
+    with pytest.raises(UserError, match=r"got .* with letter"):
+        make_cache(config, str(tmp_path))
+    with pytest.raises(UserError, match="expected a teacher"):
+        make_cache(dataclasses.replace(config, teacher=None), str(tmp_path / "new"))
+    with pytest.raises(UserError, match="--dtype: expected"):
+        make_cache(config, str(cache), dtype="bfloat16")
+    capsys.readouterr()
+    make_cache(config, str(tmp_path / "new"), dry_run=True)
+    out = capsys.readouterr().out
+    assert re.search(r"24 to compute: 768 tokens with a loss, .* GB\n", out)
+    assert re.search(r"\n[\d,]+ tokens/s: .* min\. Nothing was written\n", out)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["letter"]
+
+
+def test_the_commands_train_and_resume_from_the_cache(places, tmp_path, capsys):
+    student, teacher, data, rows = map(str, places)
+    file = tmp_path / "tiny.py"
+    file.write_text(f"""
+from kd_jax.config import *
+
+def get_config():
+    return Config(
+        workdir="unset", teacher=TeacherConfig(path={teacher!r}, dtype="float32"),
+        student=StudentConfig(path={student!r}, dtype="float32"), trainable="full",
+        data=DataConfig(path={data!r}, seq_len=128, batch_size=8, cache_dir={rows!r}),
+        eval=EvalConfig(fraction=0.2, every_steps=2), compilation_cache=None, steps=4,
+        checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(tensorboard=False),
+    )
+""")
+    cache = ["--teacher.cache", str(tmp_path / "cache")]
+
+    def run(main, *flags):
+        return run_command(main, ["--config", str(file), *flags])
+
+    def metrics(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        clocks = ("seconds", "per_second", "bytes")
+        return [
+            {n: x for n, x in json.loads(line).items() if not n.endswith(clocks)} for line in lines
+        ]
+
+    assert run(cache_command.main, "--out", cache[1]) == 0
+    assert run(train.main, "--workdir", str(tmp_path / "cached"), *cache) == 0
+    whole = metrics("cached")
+    assert [x["step"] for x in whole] == [1, 2, 2, 3, 4, 4] and "eval/kl_forward" in whole[-1]
+    shutil.rmtree(tmp_path / "cached" / "checkpoints" / "4")
+    assert run(train.main, "--workdir", str(tmp_path / "cached")) == 2  # the live teacher
+    assert "teacher.cache: expected the content that the run began with" in capsys.readouterr().err
+    assert run(train.main, "--workdir", str(tmp_path / "cached"), *cache) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert metrics("cached") == whole
