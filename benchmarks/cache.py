@@ -28,7 +28,6 @@ from kd_jax.data.batches import count_steps, eval_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.inference.cached import make_cache, open_cached
 from kd_jax.inference.teacher_pass import TeacherPass
-from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.cached import find_all, make_identity
 from kd_jax.setup.inputs import load_rows, open_inputs, row_source
 from kd_jax.setup.models import load_models
@@ -84,7 +83,7 @@ def write(args: Args, config: Config) -> dict[str, float]:
         for first in range(0, len(rows), run.batch_rows):
             numbers = run.work[0].numbers[first : first + run.batch_rows]
             (batch,) = eval_batches(rows, run.batch_rows, numbers)
-            out = jax.block_until_ready(run.run(run.spec, run.arrays, put_batch(batch, mesh)))
+            out = jax.block_until_ready(run.forward(batch))
         del out
         return time.perf_counter() - start
 

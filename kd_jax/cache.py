@@ -7,9 +7,9 @@ where a killed one stopped, and adds the documents of other data.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from kd_jax.config.checks import Checked
+from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.config.streams import outlive_readers
@@ -22,13 +22,21 @@ class CacheArgs(Checked):
     out: str
     """Folder of the cache, or an address such as gs://bucket/folder; one that is there is
     completed."""
-    kind: Literal["hidden"] = "hidden"
+    kind: Literal["hidden", "topk", "sampled"] = "hidden"
     """What is stored of each token with a loss. hidden: the teacher's final-normed hidden state,
-    exact for every divergence."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """dtype of the stored hidden states; auto: the teacher's, which is exact."""
+    exact for every divergence; topk: its most likely entries, biased; sampled: entries drawn from
+    it, of which the forward KL's gradient is unbiased (arXiv 2503.16870)."""
+    k: Annotated[int, Range(least=2)] = 64
+    """Entries of a token with topk and sampled, an even number; 4.5 bytes each."""
+    dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = "auto"
+    """dtype of the stored hidden states; auto: the teacher's, which is exact. float8 (e4m3) and
+    int8 have a scale for each token and take half of the space of bfloat16; --check measures their
+    error."""
     dry_run: bool = False
     """Print tokens, bytes and the time at a measured rate, and write nothing."""
+    check: bool = False
+    """Compare the finished cache with the live teacher on the held-out data, or without any on the
+    first rows of the training data: the student's divergence from each."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,9 +49,13 @@ def main(argv: Sequence[str]) -> None:
 
     start_jax(config.compilation_cache)  # before `joined`, which starts jax
     with outlive_readers(), joined(config.distributed):
-        from kd_jax.inference.cached import make_cache
+        from kd_jax.inference.cache_check import check_cache
+        from kd_jax.inference.cached import Storage, make_cache
 
-        make_cache(config, args.out, kind=args.kind, dtype=args.dtype, dry_run=args.dry_run)
+        how = Storage(args.kind, args.dtype, args.k)
+        data = make_cache(config, args.out, how, dry_run=args.dry_run)
+        if args.check and not args.dry_run:
+            check_cache(config, args.out, data)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
         check_shared(shared, student.source, other.source, rows, "--data")
     cached = loaded = None
     if teacher and args.teacher_cache is not None:
-        cached = _open_cache(args, config, teacher, template, rows, mesh)
+        config = _with_cache(args, config, teacher)
+        cached = _open_cache(config, teacher, template, rows, mesh)
         loaded = load_head(teacher, mesh)
     elif teacher:
         loaded = load_model(teacher, mesh)
@@ -181,19 +182,23 @@ def _open(args: EvaluateArgs):
     return student, teacher, against, shares
 
 
-def _open_cache(args, config, teacher, template, rows, mesh):
-    """Returns the values of the rows from --teacher-cache."""
-    from kd_jax.inference.cached import open_cached
-
+def _with_cache(args, config, teacher):
+    """Returns the configuration with the teacher and its cache."""
     part = TeacherConfig(
         path=teacher.config.student.path,
         dtype=args.dtype,
         cache=args.teacher_cache,
         cache_missing=args.teacher_cache_missing,
     )
-    config = dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
+    return dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
+
+
+def _open_cache(config, teacher, template, rows, mesh):
+    """Returns the values of the rows from --teacher-cache."""
+    from kd_jax.inference.cached import open_cached
+
     source = teacher.source
-    return open_cached(config, source, mesh, source.hashes, template, (rows, None)).train
+    return open_cached(config, source, mesh, source.hashes, template, (rows, None))
 
 
 def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh):
@@ -215,13 +220,13 @@ def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh)
             models,
             teacher=loaded_teacher.student,
             teacher_arrays=arrays,
-            teacher_cached=cached is not None,
+            teacher_kind="live" if cached is None else cached.kind,
         )
     program = make_program(config, models, vocab_size, mesh)
     head = dataclasses.replace(program.head, top_k=args.top_k)
     program = dataclasses.replace(program, head=head)
     arrays = (models.frozen, models.teacher_arrays)
-    return evaluate_rows(program, mesh, *arrays, rows, config, cached)
+    return evaluate_rows(program, mesh, *arrays, rows, config, cached and cached.train)
 
 
 def _check_finite(model: str | None, values: dict[str, float]) -> None:

@@ -7,9 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,9 @@ class SweepArgs(Checked):
     """Runs of each combination, with seeds 0 to N - 1. None: one run with the file's seed."""
     workdir: str | None = None
     """Folder for the workdirs of all runs. None: the file's workdir with -sweep appended."""
+    cache: str | None = None
+    """Folder of a teacher's cache: kd_jax.cache first fills it with what the runs' documents lack,
+    then every run reads it. The runs must have one teacher."""
     keep_going: bool = False
     """Continue with the next run after a failure."""
     dry_run: bool = False
@@ -65,9 +69,15 @@ def sweep(argv: Sequence[str]) -> None:
     args = parse_args(SweepArgs, own, description)
     plans = make_plans(args, grid, common)
     _check_workdirs(plans)
+    if args.cache is not None:
+        _fill_cache(args, args.cache, plans, common)
+    elif (count := sum(x.config.distils and not x.config.reads_cache for x in plans)) > 1:
+        print(f"--cache DIR would run the teacher once for these {count} runs")
     failed: dict[Path, int] = {}
     for number, plan in enumerate(plans, start=1):
         flags = [*common, *plan.flags, "--workdir", str(plan.folder)]
+        if args.cache is not None and plan.config.teacher is not None:
+            flags += ["--teacher.cache", args.cache]
         command = ["-m", "kd_jax.train", "--config", args.config, *flags]
         print(f"[{number}/{len(plans)}] python {shlex.join(command)}", flush=True)
         if completion(plan.folder):
@@ -221,6 +231,41 @@ def _other_content(root: Path) -> str:
     if not any(root.iterdir()) or any(map(is_workdir, root.iterdir())):
         return ""
     return "which holds other files and no run"
+
+
+def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequence[str]) -> None:
+    """Runs kd_jax.cache once for each data set of the runs that distil and are not finished.
+
+    Raises:
+      UserError: the runs have several teachers.
+      SystemExit: the command failed.
+    """
+    distilling = [plan for plan in plans if plan.config.distils]
+    teachers = {replace(x.config.teacher, cache=None) for x in distilling if x.config.teacher}
+    if len(teachers) > 1:
+        raise UserError(
+            f"--cache: expected runs with one teacher, got {len(teachers)}. Sweep each teacher "
+            "alone, with a cache of its own"
+        )
+    first: dict[tuple, Plan] = {}
+    for plan in distilling:
+        if not completion(plan.folder):
+            config = plan.config
+            first.setdefault((config.data, config.eval, config.student.path), plan)
+    for plan in first.values():
+        flags = [*common, *plan.flags, "--out", cache]
+        command = ["-m", "kd_jax.cache", "--config", args.config, *flags]
+        print(f"[cache] python {shlex.join(command)}", flush=True)
+        if args.dry_run:
+            continue
+        start = time.monotonic()
+        status, stopped = _run(command)
+        if stopped:
+            print(_RESUMES, file=sys.stderr)
+            raise KeyboardInterrupt
+        if status:
+            raise SystemExit(max(status, 1))
+        print(f"[cache] {time.monotonic() - start:,.0f} s, once for all runs", flush=True)
 
 
 def _run(command: Sequence[str]) -> tuple[int, bool]:

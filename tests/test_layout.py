@@ -35,7 +35,7 @@ FLOORS = [
     },
     {
         "losses": [
-            "head_inputs", "vocabulary", "divergences", "token_loss", "fused_head", "hidden",
+            "vocabulary", "head_inputs", "divergences", "token_loss", "fused_head", "hidden",
             "schedules",
         ],
         "weights": [
@@ -44,7 +44,7 @@ FLOORS = [
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
     },
-    {"teachers": ["live", "storage", "stored", "manifest", "claim", "writing", "reading"]},
+    {"teachers": ["live", "storage", "stored", "topk", "manifest", "claim", "writing", "reading"]},
     {
         "setup": ["runtime", "sources", "models", "program", "inputs", "cached"],
         "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
@@ -52,7 +52,7 @@ FLOORS = [
     {
         "inference": [
             "load", "decoding", "prompts", "scores", "evaluation", "likelihoods", "lm_eval_model",
-            "teacher_pass", "cached",
+            "teacher_pass", "cached", "cache_check",
         ],
         "reporting": ["arms", "tables", "curves", "page"],
     },

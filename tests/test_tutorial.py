@@ -8,7 +8,7 @@ import shlex
 import pytest
 from paths import ROOT
 
-from kd_jax import sweep, train
+from kd_jax import sweep
 from kd_jax.config.command import run_command
 from kd_jax.demo import COMMON, STUDENT, TEACHER, VOCAB_SIZE
 from kd_jax.toy import grammar
@@ -58,10 +58,12 @@ def shrink(text, folder):
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
     monkeypatch.chdir(small)
-    # A sweep's runs run in this process; tests/test_sweep.py starts processes.
-    monkeypatch.setattr(
-        sweep, "_run", lambda command: (run_command(train.main, command[2:]), False)
-    )
+
+    # A sweep's commands run in this process; tests/test_sweep.py starts processes.
+    def run(command):
+        return run_command(importlib.import_module(command[1]).main, command[2:]), False
+
+    monkeypatch.setattr(sweep, "_run", run)
     for command in COMMANDS:
         if command.startswith(ELSEWHERE):
             continue
@@ -73,6 +75,7 @@ def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
     for folder in ("8b_adapter", "llama-1b-distilled"):
         assert list((small / "out" / folder).glob("*.safetensors"))
     assert list((small / "out" / "report").glob("*.html"))
+    assert (small / "caches" / "8b" / "manifest.json").exists()
     distilled = (small / "runs" / "8b_to_1b" / "config.json").read_text()
     assert "teacher.adapter" in json.loads(distilled)["inputs"]
 

@@ -73,7 +73,7 @@ class Checks:
             for mark in metadata(entry.type):
                 if isinstance(mark, Range) and value is not None:
                     self.require(value in mark, name, mark, value)
-        if hasattr(part, "check"):
+        if callable(getattr(part, "check", None)):  # not a field of that name
             part.check(self)
 
     def require_date(self, text: str, name: str) -> None:

@@ -35,6 +35,11 @@ class TeacherConfig:
     """Documents that the cache lacks: stop with their number, or run the teacher on them before
     the first step and add them to the cache."""
 
+    cache_rest: Literal["bucket", "uniform", "label", "renormalize"] = "bucket"
+    """The teacher's probability outside of what a topk cache has of a token. bucket: all other
+    entries are one; uniform: spread over them; label: added to the label's; renormalize: dropped,
+    and the stored ones are divided by their sum."""
+
     def check(self, checks: Checks) -> None:
         fits = self.cache is not None or self.cache_missing == "error"
         expected = "error without teacher.cache"

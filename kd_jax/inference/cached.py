@@ -3,6 +3,8 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,6 +19,7 @@ from kd_jax.setup.cached import (
     CachedTeacher,
     Found,
     check_complete,
+    check_loss,
     find_all,
     make_identity,
     read_cached,
@@ -27,8 +30,54 @@ from kd_jax.teachers.claim import claimed
 from kd_jax.teachers.manifest import Cache, check_identity, new_cache, read_cache
 from kd_jax.teachers.storage import Fields, token_bytes
 from kd_jax.teachers.stored import hidden_fields
+from kd_jax.teachers.topk import MOST_ENTRIES, topk_fields
 
 _TIMED_BATCHES = 4
+
+
+class Storage(NamedTuple):
+    """What a cache stores, as the flags of kd_jax.cache."""
+
+    kind: str = "hidden"
+    dtype: str = "auto"
+    k: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The checked models and rows of a configuration whose teacher is to run."""
+
+    student: Source
+    teacher: Source
+    mesh: Mesh
+    vocab_size: int
+    rows: tuple[Rows, Rows | None]
+    """Training and held-out rows."""
+    identity: dict[str, str]
+
+
+def open_data(config: Config, devices: Sequence[jax.Device] | None = None) -> Data:
+    """Returns the inputs of a configuration with a live teacher; raises if they do not fit."""
+    assert config.teacher is not None
+    student, teacher, mesh = together("config", lambda: (open_inputs(config, devices), {}))
+    assert teacher is not None
+    hashing = start_hashing(teacher)
+    tokenizers = (student.tokenizer, teacher.tokenizer)
+    shared = shared_vocab(student, teacher)
+    rows = together("rows", lambda: read_rows(config, *tokenizers), first_alone=True)
+    check_shared(shared, student, teacher, rows[0], "data.path")
+    check_shared(shared, student, teacher, rows[1], "eval.path")
+    hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
+    template = chat_template_of(config.data, *tokenizers)
+    identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, template)
+    return Data(
+        student=student,
+        teacher=teacher,
+        mesh=mesh,
+        vocab_size=shared.size,
+        rows=rows,
+        identity=identity,
+    )
 
 
 def open_cached(
@@ -56,16 +105,26 @@ def open_cached(
         fields = hidden_fields(teacher.arch.hidden_size, config.teacher.dtype)
         with claimed(path, "teacher.cache"):
             cache, found = _open(path, "teacher.cache", "hidden", fields, identity, rows)
-            cache = complete(config, cache, teacher, mesh, found)
-    else:
-        there = read_cache(path)
-        if there is None:
-            raise UserError(
-                f"teacher.cache: expected a cache that kd_jax.cache finished, got none in {path}. "
-                "The same kd_jax.cache command goes on with one that was interrupted"
-            )
-        cache = there
-        check_identity(cache, identity)
+            complete(config, cache, teacher, mesh, found)
+    return _read_finished(config, path, identity, rows)
+
+
+def open_finished(config: Config, path: str, data: Data) -> CachedTeacher:
+    """Returns the values of a configuration's rows from a cache that is there."""
+    return _read_finished(config, path, data.identity, data.rows)
+
+
+def _read_finished(
+    config: Config, path: str, identity: dict[str, str], rows: tuple[Rows, Rows | None]
+) -> CachedTeacher:
+    cache = read_cache(path)
+    if cache is None:
+        raise UserError(
+            f"teacher.cache: expected a cache that kd_jax.cache finished, got none in {path}. "
+            "The same kd_jax.cache command goes on with one that was interrupted"
+        )
+    check_identity(cache, identity)
+    check_loss(cache, config)
     found = find_all(cache, *rows)
     check_complete(cache, found)
     return read_cached(cache, found)
@@ -90,49 +149,60 @@ def _open(
 def make_cache(
     config: Config,
     out: str,
+    how: Storage = Storage(),  # noqa: B008
     *,
-    kind: str = "hidden",
-    dtype: str = "auto",
     dry_run: bool = False,
     devices: Sequence[jax.Device] | None = None,
-) -> None:
+) -> Data:
     """Writes the teacher's hidden states of all target tokens of a run's documents.
 
+    Returns the configuration's inputs.
+
     Args:
-      kind, dtype, dry_run: as in kd_jax.cache.
+      how: what a new cache stores.
+      dry_run: print tokens, bytes and time, and write nothing.
       devices: of the mesh; None: all.
 
     Raises:
       UserError: the configuration has no teacher, or the folder has something else.
     """
-    config = _with_live_teacher(config)
-    student, teacher, mesh = together("config", lambda: (open_inputs(config, devices), {}))
-    assert teacher is not None and config.teacher is not None
-    hashing = start_hashing(teacher)
-    tokenizers = (student.tokenizer, teacher.tokenizer)
-    shared = shared_vocab(student, teacher)
-    rows = together("rows", lambda: read_rows(config, *tokenizers), first_alone=True)
-    check_shared(shared, student, teacher, rows[0], "data.path")
-    check_shared(shared, student, teacher, rows[1], "eval.path")
-    hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
-    template = chat_template_of(config.data, *tokenizers)
-    identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, template)
-    fields = hidden_fields(
-        teacher.arch.hidden_size, config.teacher.dtype if dtype == "auto" else dtype
-    )
+    config = with_live_teacher(config)
+    assert config.teacher is not None
+    data = open_data(config, devices)
+    fields = _make_fields(how, config.teacher.dtype, data)
+    # Log-probabilities depend on the vocabulary that the models share; hidden states do not.
+    size = {} if how.kind == "hidden" else {"vocabulary": str(data.vocab_size)}
+    recipe = (how.kind, fields, data.identity | size, data.rows)
     if dry_run:
-        cache, found = _open(out, "--out", kind, fields, identity, rows)
-        _estimate(config, cache, teacher, mesh, found)
-        return
+        cache, found = _open(out, "--out", *recipe)
+        _estimate(config, cache, data, found)
+        return data
     with claimed(out, "--out"):
-        cache, found = _open(out, "--out", kind, fields, identity, rows)
+        cache, found = _open(out, "--out", *recipe)
         _check_fields(cache, fields)
         say(_describe(cache, found))
-        complete(config, cache, teacher, mesh, found)
+        complete(config, cache, data.teacher, data.mesh, found)
     say(f"done: --teacher.cache {out} trains from it")
+    return data
 
 
-def _with_live_teacher(config: Config) -> Config:
+def _make_fields(how: Storage, dtype: str, data: Data) -> Fields:
+    """Returns the arrays of a new cache; raises UserError if k does not fit the vocabulary."""
+    if how.kind == "hidden":
+        form = dtype if how.dtype == "auto" else how.dtype
+        return hidden_fields(data.teacher.arch.hidden_size, form)
+    if how.dtype != "auto":
+        raise UserError(f"--dtype: expected auto with --kind {how.kind}, got {how.dtype}")
+    if how.k % 2 or how.k > data.vocab_size:
+        raise UserError(
+            f"--k: expected an even number up to {data.vocab_size:,}, the vocabulary, got {how.k}"
+        )
+    if data.vocab_size > MOST_ENTRIES:
+        raise UserError(f"--kind: expected at most {MOST_ENTRIES:,} vocabulary entries")
+    return topk_fields(how.k)
+
+
+def with_live_teacher(config: Config) -> Config:
     """Returns the configuration without teacher.cache; raises UserError without a teacher."""
     if config.teacher is None or not config.distils:
         raise UserError("teacher: expected a teacher and loss.kd-ratio above 0, got none")
@@ -143,13 +213,13 @@ def _with_live_teacher(config: Config) -> Config:
 def _check_fields(cache: Cache, fields: Fields) -> None:
     """Raises UserError if a cache that is there stores its values in another form."""
     ours, theirs = (
-        ", ".join(f"{n} {x.dtype}" for n, x in sorted(some.items()))
+        ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in sorted(some.items()))
         for some in (fields, cache.fields)
     )
     if fields != cache.fields:
         raise UserError(
-            f"--dtype: expected that of the cache {cache.path} ({theirs}), got {ours}. Give "
-            "another --out"
+            f"--kind, --k, --dtype: expected those of the cache {cache.path} ({theirs}), got "
+            f"{ours}. Give another --out"
         )
 
 
@@ -166,14 +236,12 @@ def _describe(cache: Cache, found: Sequence[Found]) -> str:
     return "\n".join([*lines, f"{token_bytes(cache.fields):,} bytes a token in {cache.path}"])
 
 
-def _estimate(
-    config: Config, cache: Cache, teacher: Source, mesh: Mesh, found: Sequence[Found]
-) -> None:
+def _estimate(config: Config, cache: Cache, data: Data, found: Sequence[Found]) -> None:
     """Prints what the cache would cost, at the rate of the first batches."""
     say(_describe(cache, found))
     if not any(one.num_missing for one in found):
         return
-    run = TeacherPass(config, cache, teacher, mesh, found)
+    run = TeacherPass(config, cache, data.teacher, data.mesh, found)
     total, counts, began = int(run.counts.sum()), list[int](), 0.0
     for values, _ in zip(run.values(), range(_TIMED_BATCHES), strict=False):
         began = began or time.perf_counter()  # the first batch compiles

@@ -23,6 +23,8 @@ from kd_jax.setup.sources import Source
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.manifest import Cache, commit, read_cache
 from kd_jax.teachers.storage import storing, token_bytes
+from kd_jax.teachers.stored import encode
+from kd_jax.teachers.topk import Selection
 from kd_jax.teachers.writing import PartWriter
 
 _TOLD_SECONDS = 10.0
@@ -68,10 +70,11 @@ class TeacherPass:
         self.work = [_make_work(one) for one in found]
         self.batch_rows = config.data.batch_size // config.optim.accumulation_steps
         self.spec, self.arrays = load_frozen(config, config.teacher, source, mesh)
+        self.stored = _what_is_stored(cache)
         several = jax.process_count() > 1
         self.run = jax.jit(
             teacher_values,
-            static_argnums=0,
+            static_argnums=(0, 1),
             out_shardings=replicated(mesh) if several else None,
             compiler_options=compiler_options(mesh),
         )
@@ -94,12 +97,16 @@ class TeacherPass:
         for work, numbers, extra in self._batches(skip):
             (batch,) = eval_batches(work.found.rows, self.batch_rows, numbers)
             picked = np.pad(numbers, (0, self.batch_rows - len(numbers)))
-            out = self.run(self.spec, self.arrays, put_batch(batch, self.mesh))
+            out = self.forward(batch)
             if late is not None:  # the device is at work on the next batch meanwhile
                 yield _selected(*late)
             late = out, work.select(batch, picked), extra
         if late is not None:
             yield _selected(*late)
+
+    def forward(self, batch: Batch) -> Arrays:
+        """Starts the pass over rows, and returns their values as stored, [B, S, ...]."""
+        return self.run(self.spec, self.stored, self.arrays, put_batch(batch, self.mesh))
 
     def _batches(self, skip: int) -> Iterator[tuple[_Work, np.ndarray, int]]:
         """Yields the rows of each batch with tokens from `skip` on, and how many come before it."""
@@ -116,10 +123,25 @@ def _selected(out: Arrays, mask: np.ndarray, skip: int) -> Batch:
     return {name: x[mask][skip:] for name, x in jax.device_get(out).items()}
 
 
-def teacher_values(spec: DecoderSpec, arrays: Arrays, batch: Arrays) -> Arrays:
-    """Returns the final-normed hidden states of rows, [B, S, Dt]."""
+def teacher_values(
+    spec: DecoderSpec, stored: str | Selection, arrays: Arrays, batch: Arrays
+) -> Arrays:
+    """Returns what is stored of rows, [B, S, ...].
+
+    Args:
+      stored: the dtype of hidden states, or which entries of the distribution.
+    """
     side, _ = LiveModel(spec)(arrays, batch)
-    return {"hidden": side.hidden}
+    if isinstance(stored, str):
+        return encode(side.hidden, stored)
+    return stored(side.hidden, side.head, batch["tokens"])
+
+
+def _what_is_stored(cache: Cache) -> str | Selection:
+    if cache.kind == "hidden":
+        return cache.fields["hidden"].dtype
+    k, size = cache.fields["ids"].shape[0], int(cache.identity["vocabulary"])
+    return Selection(kind=cache.kind, k=k, num_entries=size)
 
 
 def complete(
@@ -129,33 +151,43 @@ def complete(
     if not any(one.num_missing for one in found):
         return cache
     teacher = TeacherPass(config, cache, source, mesh, found)
-    with storing(cache.path):
-        writer = together(
-            "cache/part", lambda: _begin(cache, teacher.keys, teacher.counts), first_alone=True
-        )
-        if writer.done:
-            say(f"{cache.path}: {writer.done:,} of {writer.num_tokens:,} tokens are there")
-        shown = Progress(cache.path, writer.num_tokens)
-        for values in teacher.values(writer.done):
+    keys, counts = teacher.keys, teacher.counts
+    writer = together("cache/part", lambda: _begin(cache, keys, counts), first_alone=True)
+    if writer.done:
+        say(f"{cache.path}: {writer.done:,} of {writer.num_tokens:,} tokens are there")
+    shown = Progress(cache.path, writer.num_tokens)
+    for values in teacher.values(writer.done):
+        with storing(cache.path):
             writer.append(values)
-            shown.tell(writer.done)
-        writer.flush()
-        together("cache/written", lambda: (None, {}))
-        if is_first():
-            commit(cache, writer.describe())
-        together("cache/committed", lambda: (None, {}))
+        shown.tell(writer.done)
+    together("cache/written", lambda: _end(writer))
+    together("cache/committed", lambda: _commit(writer))
     done = read_cache(cache.path)
     assert done is not None
     say(
-        f"{cache.path}: {len(teacher.keys):,} documents added, {writer.num_tokens:,} tokens, "
+        f"{cache.path}: {len(keys):,} documents added, {writer.num_tokens:,} tokens, "
         f"{writer.num_tokens * token_bytes(cache.fields) / 1e9:.3g} GB"
     )
     return done
 
 
 def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> tuple[PartWriter, dict]:
-    writer = PartWriter(cache, keys, counts)
+    with storing(cache.path):
+        writer = PartWriter(cache, keys, counts)
     return writer, {"tokens on disk": writer.done}
+
+
+def _end(writer: PartWriter) -> tuple[None, dict]:
+    with storing(writer.cache.path):
+        writer.flush()
+    return None, {}
+
+
+def _commit(writer: PartWriter) -> tuple[None, dict]:
+    if is_first():
+        with storing(writer.cache.path):
+            commit(writer.cache, writer.describe())
+    return None, {}
 
 
 class Progress:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
 from kd_jax.losses.divergences import overlap
-from kd_jax.losses.head_inputs import Side, Targets, Teacher
+from kd_jax.losses.head_inputs import Seen, Side, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -170,7 +170,7 @@ class _Share:
     """[V, D], or [D, V] with transpose_head."""
     vocab_arrays: Any
     """The teacher's, [V, ...]."""
-    teacher_logits: Callable[[Any, Any], jax.Array] | None
+    teacher_logits: Callable[[Any, Any, Seen], jax.Array] | None
     vocab: Vocab
     order: jax.Array
     """[B * S] int32: where each arranged token was."""
@@ -186,7 +186,7 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
     head = student.head[:size].astype(student.hidden.dtype)
     rows, vocab_arrays, teacher_logits = _Rows(student.hidden, None, targets), None, None
     if teacher is not None:
-        rows, teacher_logits = rows._replace(teacher=teacher.rows), teacher.logits
+        rows, teacher_logits = rows._replace(teacher=teacher.rows), _logits_of(teacher)
         vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
 
     def run_device(scalars, rows, head, vocab_arrays):
@@ -203,6 +203,13 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
             check_vma=False,
         )
     return run_device(scalars, rows, head, vocab_arrays)
+
+
+def _logits_of(teacher: Any) -> Callable[[Any, Any, Seen], jax.Array]:
+    """Returns the teacher's logits as a function of (rows, vocab_arrays, seen)."""
+    if hasattr(teacher, "logits_beside"):
+        return teacher.logits_beside
+    return lambda rows, vocab_arrays, _: teacher.logits(rows, vocab_arrays)
 
 
 def _arrange(config, rows, head, vocab_arrays, teacher_logits):
@@ -249,7 +256,8 @@ def _chunk(config, share, index):
     z_s = jnp.einsum(product, rows.hidden, share.head, preferred_element_type=jnp.float32)
     z_s, z_t = _mask_padding(config, share.vocab, z_s), None
     if share.teacher_logits is not None:
-        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays)
+        seen = Seen(z_s, rows.targets.labels, share.vocab, config.vocab_size)
+        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays, seen)
         z_t = _mask_padding(config, share.vocab, z_t)
     return rows, z_s, z_t
 

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from kd_jax.losses.vocabulary import Vocab
+
 
 class Side(NamedTuple):
     """The student's side, or the gradient with respect to it."""
@@ -23,6 +25,19 @@ class Targets(NamedTuple):
     """[B, S] bool; a position without a loss contributes nothing."""
 
 
+class Seen(NamedTuple):
+    """What a chunk's teacher may look at beside its own arrays."""
+
+    student: jax.Array
+    """[C, V] float32, the student's logits, at temperature 1."""
+    labels: jax.Array
+    """[C] int32."""
+    vocab: Vocab
+    """The device's vocabulary entries."""
+    num_entries: int
+    """Vocabulary entries in use, over all devices."""
+
+
 class Teacher(Protocol):
     """The teacher's side: a pytree without gradient, from which the fused head gets logits.
 
@@ -30,6 +45,9 @@ class Teacher(Protocol):
     `vocab_arrays` to the entries that both models have and shards them like the student's head. A
     kind without an lm_head can give the vocabulary ids, [V'] int32, to learn which entries a
     device has. The head masks vocabulary padding itself.
+
+    A kind that needs the student's logits or the labels has, in place of `logits`,
+    `logits_beside(rows, vocab_arrays, seen)` with a Seen.
     """
 
     @property

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_jax.config import UserError
+from kd_jax.config import Config, UserError
 from kd_jax.data.documents import Documents, find_documents
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
+from kd_jax.parallel.processes import say
+from kd_jax.setup.models import TeacherKind
 from kd_jax.teachers.manifest import Cache, cache_key, find_places
 from kd_jax.teachers.reading import CachedRows
 
@@ -37,6 +39,7 @@ class CachedTeacher:
 
     train: CachedRows
     held_out: CachedRows | None
+    kind: TeacherKind
     key: str
     """Hash of what the run takes from the cache."""
 
@@ -63,6 +66,37 @@ def make_identity(
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+# What a teacher known by some entries can serve; the others are no f-divergences, whose value and
+# gradient merging all other entries to one leaves those of k + 1 entries.
+_OF_TOPK = (
+    "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "jsd_cross", "skew_forward_kl",
+    "skew_reverse_kl", "tvd",
+)  # fmt: skip
+_SERVED: dict[str, tuple[str, ...]] = {"topk": _OF_TOPK, "sampled": ("forward_kl",)}
+
+
+def check_loss(cache: Cache, config: Config) -> None:
+    """Raises UserError if the loss needs more than the cache has; says in what it is biased."""
+    if cache.kind == "hidden":
+        return
+    loss, served = config.loss, _SERVED[cache.kind]
+    place = f"with the {cache.kind} cache {cache.path}"
+    problems = []
+    if loss.divergence not in served:
+        problems.append(
+            f"loss.divergence: expected {'|'.join(served)} {place}, got {loss.divergence}"
+        )
+    if (loss.temperature, loss.temperature_end) not in ((1, None), (1, 1)):
+        problems.append(f"loss.temperature: expected 1 {place}, which has no other's probabilities")
+    if problems:
+        raise UserError("\n".join([*problems, "A cache of hidden states serves every loss"]))
+    if cache.kind == "topk":
+        say(
+            f"warning: teacher.cache: {cache.path} has the teacher's most likely entries alone: "
+            "the loss is biased, and kl_forward and the like are those to what is stored"
+        )
 
 
 def find_all(cache: Cache, rows: Rows, eval_rows: Rows | None) -> list[Found]:
@@ -94,5 +128,8 @@ def read_cached(cache: Cache, found: Sequence[Found]) -> CachedTeacher:
     train, *held_out = (CachedRows(cache, x.rows, x.documents, x.places) for x in found)
     used = np.concatenate([x.places[x.documents.counts > 0] for x in found])
     return CachedTeacher(
-        train=train, held_out=held_out[0] if held_out else None, key=cache_key(cache, used)
+        train=train,
+        held_out=held_out[0] if held_out else None,
+        kind=cache.kind,
+        key=cache_key(cache, used),
     )

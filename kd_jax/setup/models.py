@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from kd_jax.setup.sources import Source
 from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
 
+TeacherKind = Literal["live", "hidden", "topk", "sampled"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
@@ -40,9 +42,9 @@ class Models:
     """The student's other arrays."""
     teacher: DecoderSpec | None
     teacher_arrays: dict[str, Any]
-    """The teacher's weights; of a cached one the lm_head alone."""
-    teacher_cached: bool = False
-    """The teacher's hidden states come with the batches, from a cache."""
+    """The teacher's weights; of a cached one the lm_head or, without hidden states, none."""
+    teacher_kind: TeacherKind = "live"
+    """A model in the program, or what of it comes with the batches, from a cache."""
 
 
 def make_spec(
@@ -68,9 +70,18 @@ def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> Decoder
 
 
 def abstract_models(
-    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
+    config: Config,
+    student: Architecture,
+    teacher: Architecture | None,
+    mesh: Mesh,
+    kind: TeacherKind | None = None,
 ) -> Models:
-    """Returns the models of a run as ShapeDtypeStructs with shardings."""
+    """Returns the models of a run as ShapeDtypeStructs with shardings.
+
+    Args:
+      kind: of the teacher; None: its hidden states come from teacher.cache, if that is given.
+    """
+    kind = kind or ("hidden" if config.reads_cache else "live")
     spec = make_student_spec(config, student, mesh)
     table = trained_weights(config, student)
     trainable: dict[str, Any] = {"student": _abstract(spec, table, "float32")}
@@ -84,15 +95,15 @@ def abstract_models(
     if teacher is not None and config.teacher is not None:
         part = config.teacher
         teacher_spec = make_spec(config, part, teacher, mesh)
-        table = head_weights(teacher) if config.reads_cache else weights(teacher)
-        teacher_arrays = _abstract(teacher_spec, table, part.dtype)
+        tables = {"live": weights(teacher), "hidden": head_weights(teacher)}
+        teacher_arrays = _abstract(teacher_spec, tables.get(kind, {}), part.dtype)
     return Models(
         student=spec,
         trainable=trainable,
         frozen=frozen,
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
-        teacher_cached=config.reads_cache,
+        teacher_kind=kind,
     )
 
 
@@ -108,14 +119,16 @@ def load_models(
     mesh: Mesh,
     *,
     with_trainable: bool = True,
+    kind: TeacherKind | None = None,
 ) -> Models:
     """Returns the models of a run.
 
     Args:
+      kind: of the teacher, as in abstract_models.
       with_trainable: load or initialize the trainable arrays; otherwise they stay abstract, to be
         restored from a checkpoint.
     """
-    models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh)
+    models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh, kind)
     frozen = load_arrays(student.folder, student.arch, models.frozen)
     trainable = models.trainable
     if with_trainable:

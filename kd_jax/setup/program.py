@@ -20,6 +20,7 @@ from kd_jax.planning.cost import chunk_tokens
 from kd_jax.setup.models import Models
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.stored import StoredModel
+from kd_jax.teachers.topk import TopKModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Program:
     """Static configuration of a step; a static argument of jit."""
 
     student: DecoderSpec
-    teacher: LiveModel | StoredModel | None
+    teacher: LiveModel | StoredModel | TopKModel | None
     """Gives the teacher's side of a batch."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
@@ -70,7 +71,7 @@ def head_inputs(
     """
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_side: Teacher | None = None
+    teacher_side: Any = None
     teacher_outputs = None
     if program.teacher is not None:
         teacher_side, teacher_outputs = program.teacher(teacher_arrays, batch, theirs)
@@ -146,7 +147,7 @@ def make_program(
     )
     return Program(
         student=models.student,
-        teacher=_make_teacher(models),
+        teacher=_make_teacher(config, models),
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
@@ -156,7 +157,13 @@ def make_program(
     )
 
 
-def _make_teacher(models: Models) -> LiveModel | StoredModel | None:
-    if models.teacher is None:
+def _make_teacher(config: Config, models: Models) -> LiveModel | StoredModel | TopKModel | None:
+    spec = models.teacher
+    if spec is None:
         return None
-    return StoredModel(models.teacher.arch) if models.teacher_cached else LiveModel(models.teacher)
+    if models.teacher_kind == "live":
+        return LiveModel(spec)
+    if models.teacher_kind == "hidden":
+        return StoredModel(spec.arch)
+    assert config.teacher is not None
+    return TopKModel(spec.arch.vocab_size, config.teacher.cache_rest)

@@ -50,10 +50,12 @@ class Cache:
 
     path: str
     store: ts.KvStore
-    kind: str
+    kind: Any
+    """hidden, topk or sampled."""
     fields: Fields
     identity: dict[str, str]
-    """Hashes of teacher, adapter, tokenizer and template, and the teacher's dtype."""
+    """Hashes of teacher, adapter, tokenizer and template, the teacher's dtype and the number of
+    vocabulary entries in use."""
     parts: tuple[Part, ...]
 
     @property

@@ -39,17 +39,19 @@ class CachedRows:
         Raises:
           UserError: the cache was damaged after the start.
         """
-        S = self.rows.tokens.shape[1]
         numbers = np.where(wanted, picked, -1).ravel()
         there = np.flatnonzero(numbers >= 0)
-        spans = [self._spans(numbers[i]) for i in there]
+        own = numbers[there]
+        masks = predicts_target(self.rows.segment_ids[own], self.rows.loss_mask[own])
+        spans = [self._spans(row) for row in own]
         out = {}
         for name, field in self.cache.fields.items():
-            dense = np.zeros((numbers.size, S, *field.shape), numpy_dtype(field.dtype))
+            shape = (numbers.size, self.rows.tokens.shape[1], *field.shape)
+            dense = np.zeros(shape, numpy_dtype(field.dtype))
             futures = [[self._read(name, span) for span in some] for some in spans]
-            for i, parts in zip(there, futures, strict=True):
+            for i, mask, parts in zip(there, masks, futures, strict=True):
                 if parts:
-                    dense[i, self._positions(numbers[i])] = self._join(parts)
+                    dense[i, mask] = self._join(parts)
             out[f"{PREFIX}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
         return out
 
@@ -68,10 +70,6 @@ class CachedRows:
             elif count:
                 spans.append((start, start + count))
         return spans
-
-    def _positions(self, row: int) -> np.ndarray:
-        """Returns the positions of a row at which the teacher predicts a target."""
-        return np.flatnonzero(predicts_target(self.rows.segment_ids[row], self.rows.loss_mask[row]))
 
     def _read(self, name: str, span: Span):
         part = int(np.searchsorted(self.cache.starts, span[0], side="right")) - 1

@@ -58,14 +58,14 @@ def open_folder(path: str) -> ts.KvStore:
 
 
 @contextmanager
-def storing(place: str, verb: str = "written") -> Iterator[None]:
+def storing(place: str) -> Iterator[None]:
     """Turns TensorStore's errors, such as a full disk, into one message."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{place}: cannot be {verb} ({first_line(error)}). Free some space or check the store; "
-            "the same command then goes on"
+            f"{place}: cannot be written ({first_line(error)}). Free some space or check the "
+            "store; the same command then goes on"
         ) from error
 
 

@@ -15,9 +15,31 @@ PREFIX = "teacher_"
 """Stands before the names of stored arrays in a batch."""
 
 
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""Largest value of dtypes that need a scale for each token."""
+_ENTRIES = {"float8": "float8_e4m3fn"}
+
+
 def hidden_fields(width: int, dtype: str) -> Fields:
-    """Returns the arrays of a cache of hidden states."""
-    return {"hidden": Field((width,), dtype)}
+    """Returns the arrays of a cache of hidden states in bfloat16, float32, float8 or int8."""
+    dtype = _ENTRIES.get(dtype, dtype)
+    scales = {"scales": Field((), "float32")} if dtype in _LARGEST else {}
+    return {"hidden": Field((width,), dtype), **scales}
+
+
+def encode(hidden: jax.Array, dtype: str) -> Arrays:
+    """Returns hidden states [B, S, Dt] as stored, with scales [B, S] float32 if the dtype has them.
+
+    A token's largest entry becomes the dtype's largest; int8 rounds to the nearest, half to even.
+    """
+    if dtype not in _LARGEST:
+        return {"hidden": hidden.astype(dtype)}
+    wide = hidden.astype(jnp.float32)  # the scale and its quotient are float32
+    highest = jnp.max(jnp.abs(wide), axis=-1)
+    scales = jnp.where(highest > 0, highest, 1.0) / _LARGEST[dtype]
+    scaled = wide / scales[..., None]
+    scaled = jnp.round(scaled) if dtype == "int8" else scaled
+    return {"hidden": scaled.astype(dtype), "scales": scales}
 
 
 class Stored(NamedTuple):
@@ -25,6 +47,8 @@ class Stored(NamedTuple):
 
     hidden: jax.Array
     """[B, S, Dt] as stored; 0 at tokens without a loss."""
+    scales: jax.Array | None
+    """[B, S] float32, by which the hidden states are multiplied; None: they are whole."""
     head: jax.Array
     """[V', Dt]: the lm_head, or the tied embedding; the matmul runs in its dtype."""
 
@@ -33,17 +57,20 @@ class Stored(NamedTuple):
         return len(self.head)
 
     @property
-    def rows(self) -> jax.Array:
-        return self.hidden
+    def rows(self) -> tuple[jax.Array, jax.Array | None]:
+        return self.hidden, self.scales
 
     @property
     def vocab_arrays(self) -> jax.Array:
         return self.head
 
     @staticmethod
-    def logits(rows: jax.Array, vocab_arrays: jax.Array) -> jax.Array:
-        """Returns [C, V] float32 of hidden states [C, Dt] and the head [V, Dt]."""
-        hidden = rows.astype(vocab_arrays.dtype)  # the live teacher's, if stored in another
+    def logits(rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array) -> jax.Array:
+        """Returns [C, V] float32 of hidden states [C, Dt], scales [C] and the head [V, Dt]."""
+        hidden, scales = rows
+        if scales is not None:
+            hidden = hidden.astype(jnp.float32) * scales[:, None]
+        hidden = hidden.astype(vocab_arrays.dtype)  # the live teacher's
         return jnp.einsum("CD,VD->CV", hidden, vocab_arrays, preferred_element_type=jnp.float32)
 
 
@@ -59,4 +86,5 @@ class StoredModel:
         """Returns the side of rows [B, S]; there are no outputs of layers."""
         assert not layers
         (path,) = head_weights(self.arch)
-        return Stored(batch[f"{PREFIX}hidden"], arrays[path]), None
+        scales = batch.get(f"{PREFIX}scales")
+        return Stored(batch[f"{PREFIX}hidden"], scales, arrays[path]), None

@@ -165,7 +165,9 @@ def _load(
     models' hashes are known.
     """
     resumes = checkpointer.latest is not None
-    models = load_models(config, run.student, run.teacher, run.mesh, with_trainable=not resumes)
+    kind = None if run.cached is None else run.cached.kind
+    sources = (run.student, run.teacher)
+    models = load_models(config, *sources, run.mesh, with_trainable=not resumes, kind=kind)
     together("inputs", lambda: _claim(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     if resumes:
@@ -243,8 +245,10 @@ def describe_models(models: Models) -> str:
 
     trained, teacher = count(models.trainable["student"]), count(models.teacher_arrays)
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
-    if models.teacher_cached:
+    if models.teacher_kind == "hidden":
         beside = f"teacher's lm_head {teacher:,}, its hidden states from teacher.cache"
+    elif models.teacher_kind != "live":
+        beside = f"teacher from teacher.cache ({models.teacher_kind})"
     if "projection" in models.trainable:
         beside += f", projection {count(models.trainable['projection']):,}"
     total = trained + count(models.frozen)

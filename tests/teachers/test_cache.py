@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import version
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -19,11 +20,12 @@ from kd_jax.config import TeacherConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.documents import find_documents
-from kd_jax.inference.cached import make_cache, open_cached
+from kd_jax.inference.cache_check import check_cache
+from kd_jax.inference.cached import Storage, make_cache, open_cached
 from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
-from kd_jax.teachers import storage, writing
+from kd_jax.teachers import storage, stored, writing
 from kd_jax.training.step import jit_train_step
 
 pytestmark = pytest.mark.fast
@@ -234,13 +236,51 @@ def test_mistakes_are_one_message_and_leave_nothing(make_config, cache, tmp_path
     with pytest.raises(UserError, match="expected a teacher"):
         make_cache(dataclasses.replace(config, teacher=None), str(tmp_path / "new"))
     with pytest.raises(UserError, match="--dtype: expected"):
-        make_cache(config, str(cache), dtype="bfloat16")
+        make_cache(config, str(cache), Storage(dtype="bfloat16"))
     capsys.readouterr()
     make_cache(config, str(tmp_path / "new"), dry_run=True)
     out = capsys.readouterr().out
     assert re.search(r"24 to compute: 768 tokens with a loss, .* GB\n", out)
     assert re.search(r"\n[\d,]+ tokens/s: .* min\. Nothing was written\n", out)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["letter"]
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8"])
+def test_a_scaled_dtype_errs_by_its_rounding_alone(dtype):
+    """Twin: without the scales the values are others."""
+    fields = stored.hidden_fields(48, dtype)
+    assert storage.token_bytes(fields) == 48 + 4
+    states = np.random.default_rng(0).normal(size=(2, 3, 48)) * [[[1.0], [30.0], [0.0]]]
+    out = stored.encode(jnp.asarray(states, jnp.float32), fields["hidden"].dtype)
+    values, scales = (np.asarray(out[name]).astype(np.float64) for name in ("hidden", "scales"))
+    back = values * scales[..., None]
+    step = scales[..., None] * {"int8": 1.0, "float8": 2.0**-9}[dtype]
+    relative = {"int8": 0.0, "float8": 2.0**-4}[dtype]  # half a unit of 3 bits of mantissa
+    assert (np.abs(back - states) <= step / 2 * 1.001 + relative * np.abs(states)).all()
+    assert np.abs(values - states).max() > 1
+
+
+def test_the_check_measures_what_a_form_costs(make_config, tmp_path):
+    """Merging entries to one can only lower a divergence."""
+    config, one = make_config(mesh={"data": 1}), jax.devices()[:1]
+    forms = {"auto": Storage(), "int8": Storage(dtype="int8"), "topk": Storage("topk", k=16)}
+    found = {}
+    for name, how in forms.items():
+        data = make_cache(config, str(tmp_path / name), how, devices=one)
+        found[name] = check_cache(config, str(tmp_path / name), data)
+    exact, rounded, truncated = found.values()
+    assert exact["tokens"] == 768 and exact["cached"] == pytest.approx(exact["live"], rel=1e-6)
+    assert exact["top1_agreement"] == 1 and abs(exact["kl"]) < 1e-6
+    assert 1e-6 < rounded["kl"] < 1e-2 and rounded["cached"] != rounded["live"]
+    assert -0.5 * exact["live"] < truncated["difference"] < -1e-3
+    loss = dataclasses.replace(config.loss, divergence="alpha_beta", temperature=2.0)
+    other = with_teacher(dataclasses.replace(config, loss=loss), cache=str(tmp_path / "topk"))
+    with pytest.raises(UserError) as raised:
+        open_rows(other, Run(make_config(mesh={"data": 1}), one))
+    assert "loss.divergence: expected forward_kl|" in str(raised.value)
+    assert "loss.temperature: expected 1" in str(raised.value)
+    with pytest.raises(UserError, match=r"--k: expected an even number up to 320"):
+        make_cache(config, str(tmp_path / "new"), Storage("topk", k=322), devices=one)
 
 
 def test_the_commands_train_and_resume_from_the_cache(places, tmp_path, capsys):

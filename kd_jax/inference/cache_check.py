@@ -1,0 +1,86 @@
+"""How far a teacher's cache is from the live teacher, on rows of data."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.config import Config
+from kd_jax.data.batches import Extra
+from kd_jax.data.rows import Rows
+from kd_jax.inference import scores
+from kd_jax.inference.cached import Data, open_finished, with_live_teacher
+from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.parallel.processes import say
+from kd_jax.setup.cached import CachedTeacher
+from kd_jax.setup.models import Models, load_models
+from kd_jax.setup.program import make_program
+
+MOST_ROWS = 64  # of training data, where nothing is held out
+
+
+def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
+    """Prints and returns the divergences of a student from the live and from the cached teacher.
+
+    The student is that of the configuration before training.
+
+    Returns:
+      tokens: target tokens compared; live, cached: mean loss.divergence, nats per token;
+      difference: cached - live; of hidden states also kl: KL(live || cached), nats per token, and
+      top1_agreement of the two.
+    """
+    config = with_live_teacher(config)
+    cached = open_finished(config, path, data)
+    rows, extra = _some(data.rows, cached)
+    models = load_models(config, data.student, data.teacher, data.mesh)
+    ours = models.frozen | models.trainable["student"]
+    stored = dataclasses.replace(models, teacher_kind=cached.kind)
+    measure = _Measure(config, data.mesh, data.vocab_size, rows)
+    live = measure(models, ours, None)
+    from_cache = measure(stored, ours, extra)
+    out = {
+        "tokens": live["target_tokens"],
+        "live": live["kd_loss"],
+        "cached": from_cache["kd_loss"],
+        "difference": from_cache["kd_loss"] - live["kd_loss"],
+    }
+    shown = ""
+    if cached.kind == "hidden":
+        assert models.teacher is not None
+        teacher = dataclasses.replace(stored, student=models.teacher)
+        apart = measure(teacher, models.teacher_arrays, extra)
+        out |= {"kl": apart["kl_reverse"], "top1_agreement": apart["top1_agreement"]}
+        shown = f"; KL(live || cache) {out['kl']:.3g}, top-1 agreement {out['top1_agreement']:.2%}"
+    say(
+        f"{path}: over {out['tokens']:,.0f} tokens the student's {config.loss.divergence} is "
+        f"{out['live']:.6g} nats from the live teacher and {out['cached']:.6g} from the cache, "
+        f"{out['difference']:+.3g}{shown}"
+    )
+    return out
+
+
+def _some(rows: tuple[Rows, Rows | None], cached: CachedTeacher) -> tuple[Rows, Extra]:
+    """Returns the held-out rows, or the first training rows, and their values."""
+    train, held_out = rows
+    if held_out is not None and cached.held_out is not None:
+        return held_out, cached.held_out
+    names = ("tokens", "segment_ids", "positions", "loss_mask")
+    columns: dict[str, Any] = {name: np.array(getattr(train, name)[:MOST_ROWS]) for name in names}
+    return dataclasses.replace(train, **columns), cached.train
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """Means of the metrics over the target tokens of rows."""
+
+    config: Config
+    mesh: Mesh
+    vocab_size: int
+    rows: Rows
+
+    def __call__(self, models: Models, student: Any, extra: Extra | None) -> dict[str, float]:
+        program = make_program(self.config, models, self.vocab_size, self.mesh)
+        arrays = (student, models.teacher_arrays)
+        sums, _ = evaluate_rows(program, self.mesh, *arrays, self.rows, self.config, extra)
+        return scores.whole(sums)

@@ -1,0 +1,182 @@
+"""A teacher of which a cache has some entries of each token: the most likely, or samples."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.losses.head_inputs import Seen
+from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
+from kd_jax.parallel.placement import Arrays
+from kd_jax.teachers.storage import Field, Fields
+from kd_jax.teachers.stored import PREFIX
+
+Rest = Literal["bucket", "uniform", "label", "renormalize"]
+MOST_ENTRIES = 2**20  # ids have 20 bits
+_CHUNK_TOKENS = 1024  # whose logits are in memory at a time
+_BITS = 16
+
+
+def topk_fields(k: int) -> Fields:
+    """Returns the arrays of a cache of k entries a token: 4.5 k + 4 bytes."""
+    return {
+        "ids": Field((k,), "uint16"),
+        "high_bits": Field((k // 2,), "uint8"),
+        "log_probs": Field((k,), "float16"),
+        "rest": Field((), "float32"),
+    }
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "high_bits", "log_probs", "rest", "entries"],
+    meta_fields=["treatment"],
+)
+@dataclass(frozen=True)
+class TopK:
+    """Some entries of each token; implements losses.head_inputs.Teacher."""
+
+    ids: jax.Array
+    """[B, S, k] uint16: the lower bits of entries' ids; an id may occur more than once."""
+    high_bits: jax.Array
+    """[B, S, k / 2] uint8: the 4 bits above, of the first half of the ids below those of the
+    second."""
+    log_probs: jax.Array
+    """[B, S, k] float16, nats; those of one id add up as probabilities."""
+    rest: jax.Array
+    """[B, S] float32: log of the probability of all other entries."""
+    entries: jax.Array
+    """[V'] int32: 0, 1, ..."""
+    treatment: Rest
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.entries)
+
+    @property
+    def rows(self) -> tuple[jax.Array, ...]:
+        return self.ids, self.high_bits, self.log_probs, self.rest
+
+    @property
+    def vocab_arrays(self) -> jax.Array:
+        return self.entries
+
+    def logits_beside(
+        self, rows: tuple[jax.Array, ...], vocab_arrays: jax.Array, seen: Seen
+    ) -> jax.Array:
+        """Returns log-probabilities [C, V] float32, those of the rest by `treatment`.
+
+        bucket: in the student's proportions, which makes of all other entries one: an f-divergence
+        and its gradient are those of k + 1 entries.
+        """
+        ids, high_bits, log_probs, rest = rows
+        place = _whole_ids(ids, high_bits) - vocab_arrays[0]
+        inside = (place >= 0) & (place < len(vocab_arrays))
+        place = jnp.where(inside, place, len(vocab_arrays))  # dropped
+        listed = jnp.zeros(seen.student.shape, jnp.float32)
+        at = (jnp.arange(len(place))[:, None], place)
+        listed = listed.at[at].add(jnp.exp(log_probs.astype(jnp.float32)), mode="drop")
+        if self.treatment == "label":
+            mine = seen.labels[:, None] == vocab_arrays[None]
+            listed += jnp.where(mine, jnp.exp(rest)[:, None], 0.0)
+        others = _others(self.treatment, seen, listed, rest[:, None])
+        return jnp.where(listed > 0, jnp.log(jnp.where(listed > 0, listed, 1.0)), others)
+
+
+def _whole_ids(ids: jax.Array, high_bits: jax.Array) -> jax.Array:
+    """Returns [..., k] int32."""
+    high = jnp.concatenate([high_bits & 15, high_bits >> 4], axis=-1).astype(jnp.int32)
+    return ids.astype(jnp.int32) | (high << _BITS)
+
+
+def _others(treatment: Rest, seen: Seen, listed: jax.Array, rest: jax.Array) -> jax.Array:
+    """Returns the log-probabilities [C, V] or [C, 1] of entries that are not listed."""
+    if treatment in ("label", "renormalize"):
+        return jnp.full_like(rest, NEGATIVE)
+    axis = seen.vocab.axis
+    if treatment == "uniform":
+        count = seen.num_entries - sum_over_vocab((listed > 0).astype(jnp.float32), axis)
+        return rest - jnp.log(jnp.maximum(count, 1.0))
+    tail = jnp.where(listed > 0, NEGATIVE, seen.student)
+    highest = max_over_vocab(tail, axis)
+    total = sum_over_vocab(jnp.exp(tail - highest), axis)
+    return tail - highest - jnp.log(total) + rest
+
+
+@dataclass(frozen=True, slots=True)
+class TopKModel:
+    """A teacher read from such a cache; static under jit."""
+
+    num_entries: int
+    treatment: Rest
+
+    def __call__(
+        self, arrays: Arrays, batch: Arrays, layers: tuple[int, ...] = ()
+    ) -> tuple[TopK, None]:
+        """Returns the side of rows [B, S]; there are no outputs of layers."""
+        assert not layers
+        values = {name: batch[PREFIX + name] for name in topk_fields(2)}
+        entries = jnp.arange(self.num_entries, dtype=jnp.int32)
+        return TopK(**values, entries=entries, treatment=self.treatment), None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which entries of a token are stored; static under jit."""
+
+    kind: Literal["topk", "sampled"]
+    k: int
+    num_entries: int
+    """Vocabulary entries in use."""
+
+    def __call__(self, hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> Arrays:
+        """Returns the arrays of topk_fields, [B, S, ...], of hidden states [B, S, Dt].
+
+        sampled: k draws with replacement from the teacher, each with probability 1 / k, so that
+        their sum is an unbiased estimate of the distribution (arXiv 2503.16870). The row's tokens
+        seed them.
+        """
+        B, S, _ = hidden.shape
+        size = math.gcd(S, max(1, _CHUNK_TOKENS // B))
+        chunks = hidden.reshape(B, S // size, size, -1).swapaxes(0, 1)
+        head = head[: self.num_entries].astype(hidden.dtype)
+        places = jnp.arange(1, S + 1, dtype=jnp.uint32)[None]
+        seeds = jnp.sum(tokens.astype(jnp.uint32) * places * jnp.uint32(2654435761), axis=1)
+        numbers = jnp.arange(len(chunks))
+        chosen = jax.lax.map(lambda x: self._choose(x[0], head, seeds + x[1]), (chunks, numbers))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, S, *x.shape[3:]), chosen)
+
+    def _choose(self, hidden, head, seeds):
+        """Returns the arrays of a chunk [B, s, Dt]."""
+        product = "BSD,VD->BSV"
+        logits = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
+        log_p = jax.nn.log_softmax(logits)
+        if self.kind == "topk":
+            log_probs, ids = jax.lax.top_k(log_p, self.k)
+            rest = _log_rest(log_p, log_probs)
+        else:
+            keys = jax.vmap(jax.random.key)(seeds)
+            draw = lambda key, row: jax.random.categorical(key, row, shape=(self.k, len(row)))  # noqa: E731
+            ids = jax.vmap(draw)(keys, log_p).swapaxes(1, 2)
+            log_probs = jnp.full(ids.shape, -math.log(self.k), jnp.float32)
+            rest = jnp.full(ids.shape[:2], NEGATIVE, jnp.float32)
+        high = (ids >> _BITS).astype(jnp.uint8)
+        half = self.k // 2
+        return {
+            "ids": (ids & (2**_BITS - 1)).astype(jnp.uint16),
+            "high_bits": high[..., :half] | (high[..., half:] << 4),
+            "log_probs": jnp.maximum(log_probs, -6e4).astype(jnp.float16),  # its range
+            "rest": rest,
+        }
+
+
+def _log_rest(log_p: jax.Array, highest: jax.Array) -> jax.Array:
+    """Returns the log of the probability outside the k highest of [..., V]; their sum is near 1."""
+    least = highest[..., -1:]
+    tail = jnp.sum(jnp.where(log_p < least, jnp.exp(log_p), 0.0), axis=-1)
+    ties = jnp.sum(log_p == least, axis=-1) - jnp.sum(highest == least, axis=-1)
+    tail += ties * jnp.exp(least[..., 0])
+    return jnp.where(tail > 0, jnp.log(jnp.where(tail > 0, tail, 1.0)), NEGATIVE)
