@@ -47,6 +47,8 @@ def plan(config: str, topology: str, *flags: str) -> tuple[dict | None, float, s
     """Returns the command's JSON object or None, its wall time in seconds, and stderr."""
     path = str(CONFIGS / f"{config}.py")
     command = [sys.executable, "-m", "kd_jax.plan", "--config", path, "--topology", topology]
+    if "--remat" not in flags:
+        command += ["--remat", "layer"]
     begin = time.perf_counter()
     done = subprocess.run([*command, *flags, "--json"], capture_output=True, text=True)
     seconds = time.perf_counter() - begin

@@ -52,7 +52,7 @@ class EvaluateArgs(ModelArgs):
     seq_len: Annotated[int | None, Range(least=2)] = None
     """Tokens in a row; None: the run's, or 2048."""
     batch_size: Annotated[int | None, Range(least=1)] = None
-    """Rows per batch over all devices; None: the number of devices."""
+    """Rows per batch over all devices; None: as many as the platform scores at a time."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -95,7 +95,8 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.rows import make_rows
-    from kd_jax.inference.load import load_head, load_model
+    from kd_jax.inference.evaluation import rows_at_once
+    from kd_jax.inference.load import describe_dtype, load_head, load_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
     from kd_jax.setup.sources import check_shared, describe_context
@@ -108,13 +109,16 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     template = chat_template_of(config.data, *tokenizers)
     rows = make_rows(config.data, tokenizers[0], template)
     context = describe_context(student.source, config.data.seq_len, "model")
-    for line in filter(None, [context, *rows.notes]):
+    for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)
     for other, shared in shares:
         check_shared(shared, student.source, other.source, rows, "--data")
+    if args.batch_size is None:
+        size = rows_at_once(mesh, len(rows), config.data.seq_len)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
     cached = loaded = None
     if teacher and args.teacher_cache is not None:
-        config = _with_cache(args, config, teacher)
+        config = _with_cache(args, config, teacher, mesh)
         cached = _open_cache(config, teacher, template, rows, mesh)
         loaded = load_head(teacher, mesh)
     elif teacher:
@@ -135,7 +139,10 @@ def summarise(
       positions `start` to below `stop` of their documents; `against`: {name: {value, difference,
       low, high}}; `arguments`: model, data and options.
     """
+    import jax
+
     from kd_jax.inference import scores
+    from kd_jax.parallel.platforms import choose_dtype
 
     values = scores.whole(documents)
     result: dict[str, Any] = {name: values[name] for name in scores.NAMES if name in values}
@@ -144,8 +151,9 @@ def summarise(
     if theirs is not None:
         _check_finite(args.against, scores.whole(theirs))
         result["against"] = scores.compare(documents, theirs, args.bootstrap_samples, args.seed)
-    shown = ("model", "teacher", "against", "data", "split", "dtype", "step", "top_k")
+    shown = ("model", "teacher", "against", "data", "split", "step", "top_k")
     result["arguments"] = {name: getattr(args, name) for name in shown}
+    result["arguments"]["dtype"] = choose_dtype(args.dtype, jax.devices()[0].platform)
     return result
 
 
@@ -182,11 +190,14 @@ def _open(args: EvaluateArgs):
     return student, teacher, against, shares
 
 
-def _with_cache(args, config, teacher):
+def _with_cache(args, config, teacher, mesh):
     """Returns the configuration with the teacher and its cache."""
+    from kd_jax.parallel.mesh import platform
+    from kd_jax.parallel.platforms import choose_dtype
+
     part = TeacherConfig(
         path=teacher.config.student.path,
-        dtype=args.dtype,
+        dtype=choose_dtype(args.dtype, platform(mesh)),
         cache=args.teacher_cache,
         cache_missing=args.teacher_cache_missing,
     )

@@ -66,7 +66,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     import jax  # takes seconds, which --help avoids
 
     from kd_jax.inference.decoding import Sampling, generate, unstack_layers
-    from kd_jax.inference.load import load_model, open_model
+    from kd_jax.inference.load import describe_dtype, load_model, open_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
 
@@ -83,7 +83,10 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     )
     room = check_length(prompts, args.max_new_tokens, folder)
     start_jax(opened.config.compilation_cache)
-    models = load_model(opened, make_mesh(args.mesh, jax.device_count()))
+    mesh = make_mesh(args.mesh, jax.device_count())
+    if line := describe_dtype(args.dtype, mesh):
+        print(line, file=sys.stderr)
+    models = load_model(opened, mesh)
     unstack_layers(models.student, models.frozen)
     ends, texts = (set(), []) if args.raw else chat_stops(tokenizer, args.chat_template, date)
     writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]

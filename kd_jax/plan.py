@@ -18,6 +18,7 @@ from kd_jax.config.flags import split_flags
 from kd_jax.models.architecture import Architecture, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
+from kd_jax.planning.choices import choose_dtypes, choose_remat, with_remat
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate
 from kd_jax.planning.mesh_choice import choose_sizes, describe_mesh, remedy, walk
@@ -93,7 +94,7 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
             "h200:1x8"
         )
     case = Case(
-        config=config,
+        config=choose_dtypes(config, topology.platform),
         student=student,
         teacher=teacher,
         sizes={},
@@ -103,7 +104,8 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
     if args.search:
         return case, devices
     sizes = choose_sizes(config, student, teacher, topology)
-    return dataclasses.replace(case, sizes=sizes), devices
+    case = dataclasses.replace(case, sizes=sizes)
+    return with_remat(case, choose_remat(case)), devices
 
 
 def find_architecture(path: str, field: str) -> Architecture:
@@ -124,10 +126,11 @@ def _describe_memory(report: Report) -> list[str]:
     peak, limit = (report[f"{name}_bytes_per_device"] / GIB for name in ("peak", "limit"))
     verdict = "fits" if report["fits"] else "does not fit"
     rest = "left" if report["fits"] else "too much"
+    dtypes = ", ".join(f"{name} {dtype}" for name, dtype in report["dtypes"].items())
     return [
         f"{report['topology']}, {report['devices']} devices: {describe_mesh(report['mesh'])}",
         f"{report['batch_size']:,} rows of {report['seq_len']:,} tokens a step, "
-        f"{report['accumulation_steps']} micro-batches, remat {report['remat']}",
+        f"{report['accumulation_steps']} micro-batches, remat {report['remat']}, {dtypes}",
         "",
         f"{verdict}: {peak:.2f} of {limit:.2f} GiB a device, {abs(limit - peak):.2f} {rest}",
         *(f"  {name:20}{value / GIB:9.2f} GiB" for name, value in kinds.items()),

@@ -19,7 +19,7 @@ from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.errors import raise_all
 from kd_jax.config.flags import flag_groups, flag_name, flag_names, split_flags
-from kd_jax.config.record import differences, dump, flatten, is_path
+from kd_jax.config.record import differences, dump, flatten, is_path, keep_chosen
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
@@ -214,7 +214,7 @@ def _check_workdirs(plans: Sequence[Plan]) -> None:
         except UserError as error:
             problems.append(str(error))
             continue
-        if changed := differences(old, dump(plan.config)):
+        if changed := differences(old, dump(keep_chosen(plan.config, old))):
             problems.append(
                 f"{plan.folder}: belongs to a run with another configuration: {'; '.join(changed)}"
             )

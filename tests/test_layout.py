@@ -30,7 +30,7 @@ FLOORS = [
     {
         "models": [
             "config_keys", "rope", "families", "layer_types", "architecture", "weight_table",
-            "known", "attention", "matmul", "embedding", "modules", "decoder", "lora",
+            "known", "residuals", "attention", "matmul", "embedding", "modules", "decoder", "lora",
         ],
     },
     {
@@ -42,7 +42,7 @@ FLOORS = [
             "files", "chat_files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters",
             "load", "export",
         ],
-        "planning": ["chips", "topology", "cost", "network", "estimate", "mesh_choice"],
+        "planning": ["chips", "topology", "cost", "network", "estimate", "choices", "mesh_choice"],
     },
     {"teachers": ["live", "storage", "stored", "topk", "manifest", "claim", "writing", "reading"]},
     {

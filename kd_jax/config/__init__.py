@@ -14,6 +14,7 @@ from kd_jax.config.run import (
     LoraConfig,
     MeshConfig,
     OptimConfig,
+    Remat,
     StudentConfig,
     TeacherConfig,
 )

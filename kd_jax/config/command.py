@@ -31,8 +31,9 @@ class ModelArgs(Checked):
 
     model: str
     """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
-    dtype: Dtype = "bfloat16"
-    """dtype of weights and matrix products; float32 uses stored weights at full precision."""
+    dtype: Dtype = "auto"
+    """dtype of weights and matrix products; float32 uses stored weights at full precision. auto:
+    bfloat16 where the devices multiply it faster, else float32."""
     step: int | None = None
     """Checkpoint of the workdir; None takes the latest."""
 

@@ -36,6 +36,18 @@ def from_json(tree: dict[str, Any]) -> Config:
     return Config(**{name: value(name, x) for name, x in tree.items()})
 
 
+def keep_chosen(config: Config, old: dict[str, Any]) -> Config:
+    """Returns the config with a dump's values of dtype and remat where it says "auto"."""
+    changes: dict[str, Any] = {}
+    if config.remat == "auto" and "remat" in old:
+        changes["remat"] = old["remat"]
+    for name in ("teacher", "student"):
+        part, before = getattr(config, name), old.get(name)
+        if part is not None and part.dtype == "auto" and before and "dtype" in before:
+            changes[name] = dataclasses.replace(part, dtype=before["dtype"])
+    return dataclasses.replace(config, **changes)
+
+
 def part_of(kind: Any) -> Any:
     """Returns the dataclass of an annotation such as `Part` or `Part | None`; else None."""
     kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from kd_jax.config.checks import INF, Checks, Range, check_fields
 from kd_jax.config.loss import LossConfig
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+Remat = Literal["none", "dots", "attention", "layer"]
 # Ranges of several fields.
 AtLeast0 = Range(least=0)
 AtLeast1 = Range(least=1)
@@ -23,9 +24,10 @@ class TeacherConfig:
     """The teacher: Hugging Face folder, output of convert.from_hf, or hub id."""
     adapter: str | None = None
     """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
-    always float32."""
+    always float32. auto: bfloat16 where the devices multiply it faster (GPUs, TPUs, CPUs with
+    AVX512-BF16 or AMX), else float32."""
     shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
     """Mesh axes that shard the teacher's weights; along all others they are replicated."""
     cache: str | None = None
@@ -53,8 +55,9 @@ class StudentConfig:
     adapter: str | None = None
     """PEFT adapter (folder or hub id) to start from: continued with trainable=lora, merged at load
     with trainable=full."""
-    dtype: Dtype = "bfloat16"
-    """dtype of the student's frozen weights and matrix products; trainable weights are float32."""
+    dtype: Dtype = "auto"
+    """dtype of the student's frozen weights and matrix products; trainable weights are float32.
+    auto: as for the teacher."""
     shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
     """Mesh axes that shard the student's weights and optimizer state; along all others they are
     replicated."""
@@ -295,10 +298,10 @@ class Config:
     """Passes over the packed rows; give this or steps. The flag replaces the file's steps."""
     seed: Annotated[int, Range(least=0, below=2**32)] = 0
     """Seed of the adapters, of dropout and of the order of rows."""
-    remat: Literal["none", "dots", "attention", "layer"] = "layer"
+    remat: Literal["auto", "none", "dots", "attention", "layer"] = "auto"
     """Gradient checkpointing: what the student's backward pass recomputes. none: nothing; dots: all
-    but matrix products and attention; attention: all but attention; layer: whole layers. Changes
-    memory and speed, not results."""
+    but matrix products and attention; attention: all but attention; layer: whole layers; auto: the
+    fastest of them that fits, as kd_jax.plan estimates. Changes memory and speed, not results."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla."""
     compilation_cache: str | None = "~/.cache/kd_jax/xla"
@@ -320,7 +323,7 @@ class Config:
         fits, expected = count < 1 or size % count == 0, "a multiple of optim.accumulation-steps"
         checks.require(fits, "data.batch-size", f"{expected} ({count})", size)
         models = [self.student] + ([] if self.teacher is None else [self.teacher])
-        fits = self.attention != "cudnn" or {m.dtype for m in models} == {"bfloat16"}
+        fits = self.attention != "cudnn" or {m.dtype for m in models} <= {"auto", "bfloat16"}
         expected = "another than cudnn with a float32 student or teacher"
         checks.require(fits, "attention", expected, self.attention)
         fits, expected = self.hidden.weight == 0 or self.distils, "0 without a teacher"
@@ -335,6 +338,11 @@ class Config:
         """True if a teacher takes part; else the loss is the cross-entropy alone."""
         highest = max(self.loss.kd_ratio, self.loss.kd_ratio_end or 0)
         return self.teacher is not None and highest > 0
+
+    @property
+    def remat_policy(self) -> Remat:
+        """remat; `auto` that is not chosen yet is layer, which takes the least memory."""
+        return "layer" if self.remat == "auto" else self.remat
 
     @property
     def compares_hidden(self) -> bool:

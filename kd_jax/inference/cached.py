@@ -15,6 +15,7 @@ from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
 from kd_jax.inference.teacher_pass import TeacherPass, complete
 from kd_jax.parallel.processes import say, together
+from kd_jax.planning.choices import choose_dtypes
 from kd_jax.setup.cached import (
     CachedTeacher,
     Found,
@@ -203,11 +204,16 @@ def _make_fields(how: Storage, dtype: str, data: Data) -> Fields:
 
 
 def with_live_teacher(config: Config) -> Config:
-    """Returns the configuration without teacher.cache; raises UserError without a teacher."""
+    """Returns the configuration without teacher.cache, and with its dtypes chosen.
+
+    Raises:
+      UserError: there is no teacher.
+    """
     if config.teacher is None or not config.distils:
         raise UserError("teacher: expected a teacher and loss.kd-ratio above 0, got none")
     teacher = dataclasses.replace(config.teacher, cache=None, cache_missing="error")
-    return dataclasses.replace(config, teacher=teacher)
+    config = dataclasses.replace(config, teacher=teacher)
+    return choose_dtypes(config, jax.devices()[0].platform)
 
 
 def _check_fields(cache: Cache, fields: Fields) -> None:

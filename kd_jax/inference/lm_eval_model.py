@@ -4,6 +4,7 @@ Importing this module registers the model and needs the `eval` extra:
 `lm_eval.simple_evaluate("kd_jax", "pretrained=FOLDER_OR_WORKDIR,dtype=float32", tasks=[...])`.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from kd_jax.config import MeshConfig, UserError
 from kd_jax.inference.decoding import Sampling, generate, unstack_layers
 from kd_jax.inference.likelihoods import Request, Scorer, score
-from kd_jax.inference.load import load_model, open_model
+from kd_jax.inference.load import describe_dtype, load_model, open_model
 from kd_jax.inference.prompts import chat_stops, stop_tokens
 from kd_jax.parallel.mesh import make_mesh, traits
 from kd_jax.setup.runtime import start_jax
@@ -45,7 +46,7 @@ class KdJaxLM(TemplateLM):
     def __init__(
         self,
         pretrained: str,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         step: int | None = None,
         batch_size: int | str = "auto",
         max_length: int | None = None,
@@ -58,7 +59,7 @@ class KdJaxLM(TemplateLM):
 
         Args:
           pretrained: Hugging Face folder, hub id, output of convert.from_hf, or a workdir.
-          dtype: dtype of weights and matrix products, bfloat16 or float32.
+          dtype: dtype of weights and matrix products: bfloat16, float32, or auto, the faster one.
           step: checkpoint of the workdir; None: the latest.
           batch_size: rows of 512 tokens per batch over all devices, and prompts per batch.
           max_length: context length in tokens; None: config.json's.
@@ -72,6 +73,8 @@ class KdJaxLM(TemplateLM):
         folder = model.source.folder
         start_jax(compilation_cache)
         mesh = make_mesh(MeshConfig(), jax.device_count())
+        if line := describe_dtype(dtype, mesh):  # type: ignore[arg-type]
+            print(line, file=sys.stderr)
         models = load_model(model, mesh)
         self.tokenizer = _tokenizer(model.source, add_bos_token)
         self.tokenizer.chat_template = model.source.tokenizer.chat_template  # the run's

@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
 from kd_jax.data.chat import saved_template
 from kd_jax.models.weight_table import abstract_weights, head_weights
+from kd_jax.parallel.mesh import platform
 from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.setup.models import Models, load_frozen, load_models, make_spec
 from kd_jax.setup.sources import Source, open_source
 from kd_jax.weights.load import load_arrays
@@ -86,9 +88,15 @@ def load_head(model: OpenModel, mesh: Mesh) -> Models:
     config, source = model.config, model.source
     spec = make_spec(config, config.student, source.arch, mesh)
     assert spec.layout is not None
-    table = abstract_weights(head_weights(source.arch), spec.layout, config.student.dtype)
+    table = abstract_weights(head_weights(source.arch), spec.layout, spec.dtype.name)
     arrays = load_arrays(source.folder, source.arch, table, adapter=source.adapter)
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
+
+
+def describe_dtype(wanted: Dtype, mesh: Mesh) -> str | None:
+    """Returns a line about the dtype that `auto` becomes; None if another is asked for."""
+    chosen = choose_dtype(wanted, platform(mesh))
+    return f"dtype {chosen}, chosen for these devices" if wanted == "auto" else None
 
 
 def _in_use(config: Config, models: Models) -> Arrays:
@@ -96,4 +104,4 @@ def _in_use(config: Config, models: Models) -> Arrays:
     abstract = models.trainable["student"]
     if config.trainable == "lora":
         return abstract
-    return {path: x.update(dtype=config.student.dtype) for path, x in abstract.items()}
+    return {path: x.update(dtype=models.student.dtype) for path, x in abstract.items()}

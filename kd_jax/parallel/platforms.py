@@ -5,9 +5,12 @@ lowered for (`by_platform`); never that of the default backend. Programs are com
 that are not here. docs/benchmarks.md and docs/log.md have the measurements.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from kd_jax.config import Dtype, Remat
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -27,6 +30,12 @@ class Platform:
     that form only, several times faster than the float32 matmul it makes of the other."""
     transposed_head: bool = False
     """Transpose a bfloat16 lm_head once to [D, V]: its matmuls are faster in that layout."""
+    joined_adapters: bool = False
+    """On one device, multiply a weight and its adapter as one matrix: an adapter's own result costs
+    a CPU as much memory traffic as the weight's."""
+    integer_residuals: bool = False
+    """Save bfloat16 residuals of the layers as integers: XLA's CPU converts the whole stack of
+    them to float32 and back when it writes one layer's."""
     one_pass_softmax: bool = False
     """Reduce maxima and sums of the logits in one pass over memory."""
     sorted_embedding_gradient: bool = False
@@ -34,8 +43,17 @@ class Platform:
     and so does its rounding."""
     chunk_tokens: int | None = None
     """Tokens in a chunk of the fused head: those that fit the caches. None: from the memory."""
+    trained_chunk_tokens: int | None = None
+    """The same where the lm_head is trained: each chunk reads and writes its gradient."""
     scored_tokens: int = 16384
-    """Tokens that a device scores at a time in lm_eval."""
+    """Tokens that a device scores at a time in lm_eval and evaluate."""
+    bfloat16_features: Collection[str] = ()
+    """Features of a CPU of which one makes bfloat16 products faster than float32 ones; empty: they
+    always are."""
+    remat: Sequence[Remat] = ("dots", "layer")
+    """Gradient checkpointing policies that remat="auto" takes, the fastest first."""
+    remat_memory: float = 0.9
+    """Share of a device's memory that a run may fill with such a policy, by its estimate."""
     decoded_rows: int = 1
     """Fewest rows that decode fast in bfloat16."""
     blocked_sums: bool = False
@@ -52,9 +70,15 @@ PLATFORMS: Mapping[str, Platform] = {
         attention="xla",
         wide_products=True,
         transposed_head=True,
+        joined_adapters=True,
+        integer_residuals=True,
         blocked_sums=True,
         chunk_tokens=80,
+        trained_chunk_tokens=256,
         scored_tokens=4096,
+        bfloat16_features=("avx512_bf16", "amx_bf16"),
+        remat=("dots", "layer"),
+        remat_memory=0.5,  # the machine's, which has other uses
         decoded_rows=2,  # a single row is five times slower
         compiler_options={
             # Sums over the vocabulary are vectorised only if their terms may be added in any order;
@@ -96,3 +120,25 @@ def by_platform(trait: str, if_true: Callable, if_false: Callable) -> Callable:
         return lax.platform_dependent(*arguments, **chosen, default=if_false)
 
     return run
+
+
+def choose_dtype(wanted: Dtype, platform: str) -> Dtype:
+    """Returns `wanted`; for "auto" bfloat16 where this platform multiplies it faster than float32.
+
+    A CPU is this machine's, also for devices that are not here.
+    """
+    if wanted != "auto":
+        return wanted
+    features = PLATFORMS[platform].bfloat16_features
+    fast = not features or not cpu_features().isdisjoint(features)
+    return "bfloat16" if fast else "float32"
+
+
+def cpu_features() -> set[str]:
+    """Returns the features of this machine's CPU by Linux's names; none where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((set(x.split()) for name, _, x in lines if name.strip() == "flags"), set())

@@ -3,7 +3,9 @@
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kd_jax.config import UserError
@@ -106,6 +108,13 @@ SLICES = {"v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES}
 _CORES_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
+# Of versions 2 and 1 of Linux's control groups.
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the chip with the name that jax gives a device; None for an unknown one."""
     for chip in CHIPS.values():
@@ -148,9 +157,17 @@ class Topology:
     def memory_limit(self) -> int:
         """Bytes that a program can have on a device; CPU devices share this machine's."""
         if self.chip is None:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            return total // self.num_devices
+            return machine_memory() // self.num_devices
         return int(self.chip.memory_bytes * PLATFORMS[self.platform].memory_share)
+
+
+def machine_memory() -> int:
+    """Returns the bytes of this machine's memory, or of its container's limit if that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no container, or "max"
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def find_topology(name: str) -> Topology:

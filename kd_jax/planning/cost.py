@@ -15,7 +15,7 @@ from kd_jax.models.weight_table import (
     trained_weights,
     weights,
 )
-from kd_jax.parallel.platforms import PLATFORMS, Platform
+from kd_jax.parallel.platforms import PLATFORMS, Platform, choose_dtype
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
 from kd_jax.planning.chips import GIB, Chip, Topology
 
@@ -24,13 +24,6 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
 
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
-
-
-def cached_bytes(config: Config, teacher: Architecture | None) -> int:
-    """Returns the bytes of a token that come from the teacher's cache, at most; 0 without one."""
-    if teacher is None or config.teacher is None or not config.reads_cache:
-        return 0
-    return teacher.hidden_size * DTYPE_BYTES[config.teacher.dtype]
 
 
 def chunk_tokens(
@@ -56,7 +49,8 @@ def chunk_tokens(
     if wanted is None:
         most = 2 * GIB if head_trainable else GIB
         room = min(most, chip.memory_bytes // 32 if chip else GIB)
-        wanted = row.chunk_tokens or max(128, room // (2 * 4 * vocab_size) // 128 * 128)
+        own = row.trained_chunk_tokens if head_trainable else row.chunk_tokens
+        wanted = own or max(128, room // (2 * 4 * vocab_size) // 128 * 128)
     return min(wanted, num_tokens)
 
 
@@ -82,6 +76,15 @@ class Case:
     def num_targets(self) -> float:
         """Tokens with a loss of an optimizer step."""
         return self.target_share * self.num_tokens
+
+
+def cached_bytes(case: Case) -> int:
+    """Returns the bytes of a token that come from the teacher's cache, at most; 0 without one."""
+    teacher = case.config.teacher
+    if case.teacher is None or teacher is None or not case.config.reads_cache:
+        return 0
+    dtype = choose_dtype(teacher.dtype, case.topology.platform)
+    return case.teacher.hidden_size * DTYPE_BYTES[dtype]
 
 
 class Work(NamedTuple):
@@ -188,7 +191,7 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
             sizes=sizes,
             axes=part.shard_over,
             tokens=own * config.data.seq_len,
-            itemsize=DTYPE_BYTES[part.dtype],
+            itemsize=DTYPE_BYTES[choose_dtype(part.dtype, case.topology.platform)],
         )
 
     ours = shares(config.student, case.student)
@@ -238,7 +241,7 @@ def step_flops(
     if teacher is not None:
         needed += num_targets * 2.0 * teacher.vocab_size * teacher.hidden_size
     again = {"layer": products + adapters + attention, "attention": products + adapters}
-    return needed, num_tokens * again.get(config.remat, 0.0)
+    return needed, num_tokens * again.get(config.remat_policy, 0.0)
 
 
 def work(case: Case) -> Work:
@@ -249,8 +252,8 @@ def work(case: Case) -> Work:
     ours, theirs = make_shares(case)
     targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES)
     logits = 2 * targets * (student.vocab_size // sizes["tensor"]) * 4
-    passes = 3 if config.remat in RECOMPUTING else 2
-    residuals = ours.residuals(config.remat, config.lora.rank) * student.num_hidden_layers
+    passes = 3 if config.remat_policy in RECOMPUTING else 2
+    residuals = ours.residuals(config.remat_policy, config.lora.rank) * student.num_hidden_layers
     each = passes * _layers(ours) + 2 * residuals + logits
     if theirs is not None:
         each += logits + (0 if config.reads_cache else _layers(theirs))
@@ -271,7 +274,7 @@ def memory(case: Case) -> Memory:
     trainable = ours.stored(trained_weights(config, student), 4)
     frozen = weights(student) if config.trainable == "lora" else {}
     loaded = head_weights if config.reads_cache else weights
-    token_bytes = BATCH_BYTES + cached_bytes(config, case.teacher)
+    token_bytes = BATCH_BYTES + cached_bytes(case)
     arguments = {
         "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs else 0,
         "student": ours.stored(frozen, ours.itemsize),
@@ -286,7 +289,7 @@ def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int
     """Returns the bytes of the largest of the step's phases."""
     config = case.config
     rank = config.lora.rank if config.trainable == "lora" else 0
-    residuals = ours.arch.num_hidden_layers * ours.residuals(config.remat, rank)
+    residuals = ours.arch.num_hidden_layers * ours.residuals(config.remat_policy, rank)
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     layer = 2 * ours.hidden + 2 * ours.stream + ours.heads
     backward = residuals + summed + gradients + 2 * layer + _gathered_layer(ours)

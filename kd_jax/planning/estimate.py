@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from kd_jax.config import Config
+from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.planning import cost
 from kd_jax.planning.chips import Topology
 from kd_jax.planning.cost import Case
@@ -28,12 +30,19 @@ def estimate(case: Case) -> Report:
         "batch_size": config.data.batch_size,
         "accumulation_steps": config.optim.accumulation_steps,
         "seq_len": config.data.seq_len,
-        "remat": config.remat,
+        "remat": config.remat_policy,
+        "dtypes": _dtypes(config, topology.platform),
         "bytes_by_kind": memory.arguments,
         "analytic_peak_bytes_per_device": arguments + memory.temporaries,
         **memory_fields(topology, arguments, memory.temporaries),
         **time_fields(case, transfers(case)),
     }
+
+
+def _dtypes(config: Config, platform: str) -> dict[str, str]:
+    """Returns the dtype of each model on a platform."""
+    parts = {"student": config.student, "teacher": config.teacher if config.distils else None}
+    return {name: choose_dtype(x.dtype, platform) for name, x in parts.items() if x is not None}
 
 
 def memory_fields(topology: Topology, arguments: int, temporaries: int) -> Report:
@@ -60,7 +69,7 @@ def time_fields(case: Case, transfers: Iterable[Transfer]) -> Report:
     return {
         "flops_per_step": needs.flops,
         "recomputed_flops_per_step": needs.recomputed_flops,
-        "cache_bytes_per_step": cost.cached_bytes(case.config, case.teacher) * case.num_targets,
+        "cache_bytes_per_step": cost.cached_bytes(case) * case.num_targets,
         "collectives": kinds,
         "bound_step_seconds": longest,
         "bound_tokens_per_second": longest and case.num_tokens / longest,

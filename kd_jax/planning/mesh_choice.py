@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import get_args, get_type_hints
+from typing import get_args
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import Config, Remat, UserError
 from kd_jax.config.errors import raise_all
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import weights
@@ -22,7 +22,7 @@ BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 
 ACCUMULATION = (1, 2, 4, 8, 16)
 
-REMAT = get_args(get_type_hints(Config)["remat"])
+REMAT = get_args(Remat)
 
 
 def choose_sizes(

@@ -35,7 +35,7 @@ def transfers(case: Case) -> list[Transfer]:
     """Returns a step's large collectives: of weights, their gradients, the residual stream."""
     config, sizes = case.config, case.sizes
     ours, theirs = make_shares(case)
-    recomputes = config.remat in RECOMPUTING
+    recomputes = config.remat_policy in RECOMPUTING
     found = _of_layers(ours, 3 if recomputes else 2, 3 if recomputes else 2)
     trained = trained_weights(config, case.student)
     if ours.fsdp > 1:

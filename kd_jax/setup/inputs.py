@@ -14,10 +14,12 @@ from kd_jax.data.files import check_source, default_split
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
-from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.mesh import make_mesh, platform
 from kd_jax.parallel.placement import Arrays, local_rows, put_batch
 from kd_jax.parallel.processes import say
 from kd_jax.parallel.rules import mesh_sizes
+from kd_jax.planning.choices import choose_dtypes, choose_remat, describe_choices, with_remat
+from kd_jax.planning.cost import Case
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
@@ -85,6 +87,28 @@ def open_mesh(
     mesh = make_mesh(dataclasses.replace(config.mesh, **sizes), rows, devices)
     check_attention(config, mesh)
     return mesh
+
+
+def choose(
+    config: Config, student: Architecture, teacher: Architecture | None, mesh: Mesh
+) -> Config:
+    """Returns the config with dtypes and remat chosen for the mesh, and prints what was chosen.
+
+    Where the devices report no memory, remat stays open.
+    """
+    here, topology = platform(mesh), local_topology(list(mesh.devices.flat))
+    case = Case(
+        config=choose_dtypes(config, here),
+        student=student,
+        teacher=teacher,
+        sizes=mesh.shape,
+        topology=topology,
+    )
+    if topology.platform == here:
+        case = with_remat(case, choose_remat(case))
+    if line := describe_choices(config, case):
+        say(line)
+    return case.config
 
 
 def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:

@@ -24,6 +24,7 @@ from kd_jax.models.weight_table import (
 )
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.setup.sources import Source
 from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
@@ -51,7 +52,7 @@ def make_spec(
     config: Config, part: StudentConfig | TeacherConfig, arch: Architecture, mesh: Mesh
 ) -> DecoderSpec:
     """Returns the spec of a frozen model without adapters."""
-    dtype = jnp.dtype(part.dtype)
+    dtype = jnp.dtype(choose_dtype(part.dtype, platform(mesh)))
     return DecoderSpec(
         arch=arch,
         dtype=dtype,
@@ -63,7 +64,7 @@ def make_spec(
 def make_student_spec(config: Config, arch: Architecture, mesh: Mesh) -> DecoderSpec:
     """Returns the spec of the student in training: remat, LoRA scale and dropout."""
     spec, lora = make_spec(config, config.student, arch, mesh), config.lora
-    spec = replace(spec, remat=config.remat)
+    spec = replace(spec, remat=config.remat_policy)
     if config.trainable == "lora":
         spec = replace(spec, lora_scale=lora.alpha / lora.rank, dropout=lora.dropout)
     return spec
@@ -90,13 +91,12 @@ def abstract_models(
         trainable |= _abstract(spec, {"projection": weight}, "float32")
     frozen: dict[str, Any] = {}
     if config.trainable == "lora":
-        frozen = _abstract(spec, weights(student), config.student.dtype)
+        frozen = _abstract(spec, weights(student), spec.dtype.name)
     teacher_spec, teacher_arrays = None, dict[str, Any]()
     if teacher is not None and config.teacher is not None:
-        part = config.teacher
-        teacher_spec = make_spec(config, part, teacher, mesh)
+        teacher_spec = make_spec(config, config.teacher, teacher, mesh)
         tables = {"live": weights(teacher), "hidden": head_weights(teacher)}
-        teacher_arrays = _abstract(teacher_spec, tables.get(kind, {}), part.dtype)
+        teacher_arrays = _abstract(teacher_spec, tables.get(kind, {}), teacher_spec.dtype.name)
     return Models(
         student=spec,
         trainable=trainable,
@@ -166,5 +166,5 @@ def load_frozen(
 ) -> tuple[DecoderSpec, Arrays]:
     """Returns a model from disk, its adapter merged into the weights."""
     spec = make_spec(config, part, source.arch, mesh)
-    abstract = _abstract(spec, weights(source.arch), part.dtype)
+    abstract = _abstract(spec, weights(source.arch), spec.dtype.name)
     return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)

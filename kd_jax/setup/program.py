@@ -142,7 +142,7 @@ def make_program(
         mesh,
         vocab_size,
         rows * config.data.seq_len,
-        config.student.dtype,
+        models.student.dtype.name,
         config.trainable == "full",
     )
     return Program(

@@ -25,7 +25,7 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.cached import CachedTeacher
-from kd_jax.setup.inputs import open_inputs, read_rows, row_source
+from kd_jax.setup.inputs import choose, open_inputs, read_rows, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.sources import (
@@ -49,6 +49,8 @@ _PATHS = ("path", "adapter", "cache_dir", "teacher.cache")  # may differ between
 class _Run:
     """Checked inputs of a run, the same in all processes."""
 
+    config: Config
+    """With every choice made."""
     student: Source
     teacher: Source | None
     mesh: Mesh
@@ -70,6 +72,7 @@ def train(config: Config) -> None:
       SystemExit: SIGTERM, SIGINT or SIGHUP stopped the run at a step, which is saved.
     """
     run = _open_run(config)
+    config = run.config
     with (
         stop_signal() as should_stop,
         checkpoints.open_checkpointer(run.workdir, config.checkpoint.keep) as checkpointer,
@@ -107,7 +110,8 @@ def train(config: Config) -> None:
 
 def _open_run(config: Config) -> _Run:
     """Returns the checked inputs; raises if processes have different ones."""
-    student, teacher, mesh = together("config", lambda: _inputs(config))
+    workdir = Path(config.workdir).expanduser()
+    config, student, teacher, mesh = together("config", lambda: _inputs(config, workdir))
     hashing = start_hashing(student, teacher)
     shared = shared_vocab(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
@@ -119,13 +123,13 @@ def _open_run(config: Config) -> _Run:
     check_shared(shared, student, teacher, eval_rows, "eval.path")
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
-    workdir = Path(config.workdir).expanduser()
     together("workdir", lambda: _check_workdir(config, workdir))
     cached = None
     if teacher is not None and config.reads_cache:
         hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
         cached = open_cached(config, teacher, mesh, hashes, template, (rows, eval_rows))
     return _Run(
+        config=config,
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
         mesh=mesh,
@@ -198,16 +202,23 @@ def _evaluate(
     return values["loss"]
 
 
-def _inputs(config: Config) -> tuple[tuple[Source, Source | None, Mesh], dict[str, Any]]:
-    """Returns open_inputs(config), and the values that must be equal in all processes."""
+def _inputs(
+    config: Config, workdir: Path
+) -> tuple[tuple[Config, Source, Source | None, Mesh], dict[str, Any]]:
+    """Returns the config with every choice made, the models and the mesh.
+
+    Also returns the values that must be equal in all processes.
+    """
+    config = claim.keep_choices(config, workdir)
     student, teacher, mesh = open_inputs(config)
+    config = choose(config, student.arch, teacher.arch if teacher else None, mesh)
     here = ("distributed", "log", "compilation_cache", "workdir")
     fields = {
         name: value
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(_PATHS)
     }
-    return (student, teacher, mesh), {**fields, **claim.versions()}
+    return (config, student, teacher, mesh), {**fields, **claim.versions()}
 
 
 def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:

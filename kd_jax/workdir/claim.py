@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.record import differences, dump, from_json
+from kd_jax.config.record import differences, dump, from_json, keep_chosen
 from kd_jax.parallel.processes import is_first, together
 from kd_jax.weights.files import locked, write_whole
 from kd_jax.workdir.history import check_workdir, find_checkpoints, read_record
@@ -70,6 +70,14 @@ def _lock(workdir: Path, stack: ExitStack, own: Sequence[Path]) -> tuple[None, d
         ) from None
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
+
+
+def keep_choices(config: Config, workdir: Path) -> Config:
+    """Returns the config of a run that resumes with the choices that the run made for "auto"."""
+    if not find_checkpoints(workdir):
+        return config
+    check_workdir(workdir)
+    return keep_chosen(config, read_record(workdir / "config.json")["config"])
 
 
 def check_config(config: Config, workdir: Path) -> dict[str, str]:

@@ -414,7 +414,7 @@ def test_a_divergence_that_all_but_vanishes_is_warned_of(beta, near):
 
 def test_problems_say_what_was_expected():
     with pytest.raises(
-        UserError, match=r"^remat: expected none\|dots\|attention\|layer, got 'layers'$"
+        UserError, match=r"^remat: expected auto\|none\|dots\|attention\|layer, got 'layers'$"
     ):
         make(remat="layers")
 

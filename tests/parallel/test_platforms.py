@@ -7,6 +7,7 @@ import pytest
 from paths import ROOT
 
 from kd_jax.config import UserError
+from kd_jax.parallel import platforms
 from kd_jax.parallel.experimental import KNOWN_VERSIONS, experimental
 from kd_jax.parallel.platforms import PLATFORMS, by_platform
 
@@ -21,6 +22,27 @@ def test_a_program_takes_the_form_of_the_devices_that_it_is_lowered_for(name, tr
     text = jax.jit(run).trace(1.0).lower(lowering_platforms=(row.lowering,)).as_text()
     assert ("sine" in text.replace("cosine", "")) == getattr(row, trait)
     assert ("cosine" in text) != getattr(row, trait)
+
+
+@pytest.mark.parametrize(
+    "platform, features, dtype",
+    [
+        ("cpu", {"avx2", "amx_bf16"}, "bfloat16"),
+        ("cpu", {"avx512f", "avx512_bf16"}, "bfloat16"),
+        ("cpu", {"avx512f"}, "float32"),
+        ("gpu", set(), "bfloat16"),
+        ("tpu", set(), "bfloat16"),
+    ],
+)
+def test_auto_is_the_dtype_that_the_device_multiplies_faster(
+    monkeypatch, platform, features, dtype
+):
+    monkeypatch.setattr(platforms, "cpu_features", lambda: features)
+    assert platforms.choose_dtype("auto", platform) == dtype
+    assert {platforms.choose_dtype(x, platform) for x in ("bfloat16", "float32")} == {
+        "bfloat16",
+        "float32",
+    }
 
 
 def test_nothing_is_decided_by_the_default_backend():

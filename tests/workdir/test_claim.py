@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -91,6 +92,19 @@ def test_other_content_is_refused_after_a_checkpoint(tmp_path):
     claim.claim_workdir(CONFIG, tmp_path, {"student.path": "a"}, num_steps=1)
     with pytest.raises(UserError, match=r"student\.path: expected the content"):
         claim.claim_workdir(CONFIG, tmp_path, {"student.path": "b"}, num_steps=1)
+
+
+def test_a_run_that_resumes_keeps_what_it_chose(tmp_path):
+    chosen = replace(CONFIG, remat="dots", student=replace(CONFIG.student, dtype="float32"))
+    assert claim.keep_choices(CONFIG, tmp_path) == CONFIG  # it has not begun
+    claim.claim_workdir(chosen, tmp_path, {}, num_steps=1)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    assert claim.keep_choices(CONFIG, tmp_path) == chosen
+    other = replace(CONFIG, remat="layer", student=replace(CONFIG.student, dtype="bfloat16"))
+    assert claim.keep_choices(other, tmp_path) == other
+    with pytest.raises(UserError, match=r"student\.dtype: 'float32' -> 'bfloat16'"):
+        claim.check_config(other, tmp_path)
+    claim.check_config(replace(chosen, remat="layer"), tmp_path)
 
 
 def test_checkpoints_without_their_configuration_are_refused(tmp_path):
