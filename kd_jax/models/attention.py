@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from kd_jax.models.residuals import SAVED_ATTENTION, save
 from kd_jax.parallel.experimental import experimental
-from kd_jax.parallel.mesh import Layout
+from kd_jax.parallel.mesh import Layout, traits
 from kd_jax.parallel.platforms import PLATFORMS, Implementation
-
-SAVED_ATTENTION = "attention"
-"""Name of attention's residuals other than its inputs; gradient checkpointing can save them."""
 
 NEGATIVE = -1e30
 """Logit of a masked key; finite, so that no difference of two is NaN."""
@@ -81,7 +79,9 @@ def attention(
         )
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     mask = Mask(documents, window)
-    kernel: Any = {"xla": _blockwise, "cudnn": _cudnn, "splash": _splash}[implementation]
+    as_bits = layout is not None and traits(layout.mesh).integer_residuals
+    kernels = {"xla": partial(_blockwise, as_bits), "cudnn": _cudnn, "splash": _splash}
+    kernel: Any = kernels[implementation]
     run: Any = partial(kernel, scale)
     if layout is None or layout.mesh.size == 1:
         return run(q, k, v, mask)
@@ -141,7 +141,7 @@ _cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
 def _splash(scale, q, k, v, mask):
     """Attention by jax's TPU kernel, which skips blocks that are masked."""
     if len(mask.documents) > 1 or mask.window is not None:  # it has no mask for these
-        return _blockwise(scale, q, k, v, mask)
+        return _blockwise(False, scale, q, k, v, mask)
     S = q.shape[1]
     (q, k, v), mask = _padded(128, (q, k, v), mask)
     q, k, v = (_heads_first(x) for x in (q * _scale(scale, q), k, v))
@@ -216,17 +216,17 @@ def _visible(mask: Mask, queries: slice, keys: slice) -> jax.Array:
     return seen
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(scale, q, k, v, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise(as_bits, scale, q, k, v, mask):
     """Attention by blocks of queries, each with the keys up to its end.
 
     No array of queries x keys outlives its block: the backward pass recomputes the weights from
     each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
     """
-    return _forward(scale, q, k, v, mask)[0]
+    return _forward(as_bits, scale, q, k, v, mask)[0]
 
 
-def _forward(scale, q, k, v, mask):
+def _forward(as_bits, scale, q, k, v, mask):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     values = jnp.concatenate(
         [values, jnp.ones_like(values[..., :1])], axis=-1
@@ -240,12 +240,13 @@ def _forward(scale, q, k, v, mask):
         sums = sums.reshape(*weights.shape[:4], -1)
         outputs.append((sums[..., :-1] / sums[..., -1:]).astype(q.dtype))
         logsumexps.append(highest + jnp.log(sums[..., -1:]))
-    output = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_ATTENTION)
+    output = _ungrouped(jnp.concatenate(outputs, axis=3))
+    output = save(output, SAVED_ATTENTION, as_bits)
     logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=3), SAVED_ATTENTION)
     return output, (q, k, v, mask, output, logsumexp)
 
 
-def _backward(scale, residuals, d_output):
+def _backward(as_bits, scale, residuals, d_output):
     q, k, v, mask, output, logsumexp = residuals
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
@@ -264,8 +265,10 @@ def _backward(scale, residuals, d_output):
         d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
         d_keys = _add_to_first(d_keys, _product("BKGST,BKGSH->BKTH", d_logits, q_block))
         d_values = _add_to_first(d_values, _product("BKGST,BKGSH->BKTH", weights, d_block))
+    # Without the barrier a CPU chooses the block anew for each entry that RoPE's gradient reads.
+    d_query, d_keys = jax.lax.optimization_barrier((jnp.concatenate(d_queries, axis=3), d_keys))
     factor = _scale(scale, q)
-    dq = _ungrouped(jnp.concatenate(d_queries, axis=3)) * factor
+    dq = _ungrouped(d_query) * factor
     dk, dv = _heads_first(d_keys) * factor, _heads_first(d_values)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

@@ -15,10 +15,9 @@ import numpy as np
 from flax import nnx
 
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.attention import SAVED_ATTENTION, Window, attention
+from kd_jax.models.attention import Window, attention
 from kd_jax.models.embedding import embed
 from kd_jax.models.modules import (
-    SAVED_PRODUCT,
     DecoderSpec,
     Linear,
     RMSNorm,
@@ -28,6 +27,7 @@ from kd_jax.models.modules import (
     rope_tables,
     rotate,
 )
+from kd_jax.models.residuals import SAVED_ATTENTION, SAVED_INPUT, SAVED_PRODUCT
 from kd_jax.parallel.mesh import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
@@ -176,6 +176,8 @@ class Decoder(nnx.Module):
             return self.attend(q, k, v, segment_ids, positions, window), None
 
         def run_layer(x, layer, kind, key):
+            if self.spec.saves_bits:
+                x = self.spec.save(x, SAVED_INPUT)
             return self.on_rows(layer(x, rope, attend, kind, key)[0])
 
         run_layer = _with_remat(run_layer, self.spec.remat)
@@ -286,7 +288,7 @@ def _with_remat(run_layer, policy: str):
         "attention": (SAVED_ATTENTION,),
         "dots": (SAVED_ATTENTION, SAVED_PRODUCT),
     }[policy]
-    saved = jax.checkpoint_policies.save_only_these_names(*names)
+    saved = jax.checkpoint_policies.save_only_these_names(SAVED_INPUT, *names)
     return jax.checkpoint(run_layer, policy=saved, prevent_cse=False)
 
 

@@ -1,0 +1,40 @@
+"""Names for what gradient checkpointing saves for the backward pass."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED_PRODUCT = "product"
+"""Name of a projection's output; gradient checkpointing can save it."""
+
+SAVED_ATTENTION = "attention"
+"""Name of attention's residuals other than its inputs; gradient checkpointing can save them."""
+
+SAVED_INPUT = "input"
+"""Name of a layer's input, where it is saved as bits."""
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def save(x: jax.Array, name: str, as_bits: bool) -> jax.Array:
+    """Returns x under a name that a checkpointing policy can save.
+
+    Args:
+      as_bits: save bfloat16 as integers: XLA's CPU converts a whole stack of bfloat16 residuals to
+        float32 and back when it writes one layer's.
+    """
+    return _save(x, name, as_bits)
+
+
+def _save(x, name, as_bits):
+    if not as_bits or x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, name)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@save.defjvp
+def _save_jvp(name, as_bits, primals, tangents):
+    # Not `save` again: a policy sees no name inside of a custom_jvp.
+    return _save(primals[0], name, as_bits), tangents[0]
