@@ -1,5 +1,6 @@
 """Matmul of activations and a weight, in the form that is fast on each platform."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,11 +48,66 @@ def _forward(dtype, in_use, x, weight):
 def _backward(dtype, in_use, residuals, dy):
     x, weight = residuals
     dx = _multiply("BSo,oi->BSi", dy, _fetch(weight, dtype, in_use))
-    d_weight = jnp.einsum("BSo,BSi->oi", dy, x, preferred_element_type=jnp.float32)
+    d_weight = _sum_products("BSo,BSi->oi", dy, x)
     return dx, d_weight.astype(weight.dtype)
 
 
 _project.defvjp(_forward, _backward)
+
+
+def project_adapted(
+    x: jax.Array,
+    weight: jax.Array,
+    factors: tuple[jax.Array, jax.Array],
+    scale: float,
+    dtype: Any,
+    save: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns x Wᵀ + scale (x Aᵀ) Bᵀ, [B, S, out] in `dtype`, as one matmul.
+
+    x and x Aᵀ are joined along their last dimension, W and scale B likewise, so that no second
+    array [B, S, out] is written. The backward pass joins dy and dy B in the same way.
+
+    Args:
+      factors: A [rank, in] and B [out, rank].
+      save: names x Aᵀ for gradient checkpointing.
+    """
+    return _adapted(scale, dtype, save, x, weight, *factors)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _adapted(scale, dtype, save, x, weight, A, B):
+    return _adapted_forward(scale, dtype, save, x, weight, A, B)[0]
+
+
+def _adapted_forward(scale, dtype, save, x, weight, A, B):
+    low = save(_multiply("BSi,ri->BSr", x, A.astype(dtype)))
+    inputs = jnp.concatenate([x, low], axis=-1)
+    joined = jnp.concatenate([weight.astype(dtype), _scaled(scale, B, dtype)], axis=1)
+    return _multiply("BSi,oi->BSo", inputs, joined), (x, weight, A, B, low)
+
+
+def _scaled(scale, B, dtype):
+    return (scale * B.astype(jnp.float32)).astype(dtype)  # rounded once
+
+
+def _adapted_backward(scale, dtype, save, residuals, dy):
+    x, weight, A, B, low = residuals
+    d_low = _multiply("BSo,or->BSr", dy, _scaled(scale, B, dtype))
+    gradients = jnp.concatenate([dy, d_low], axis=-1)
+    joined = jnp.concatenate([weight.astype(dtype), A.astype(dtype)], axis=0)
+    dx = _multiply("BSo,oi->BSi", gradients, joined)
+    d_weight = _sum_products("BSo,BSi->oi", dy, x)  # unused, and then not computed, if W is frozen
+    dA = _sum_products("BSr,BSi->ri", d_low, x)
+    dB = scale * _sum_products("BSo,BSr->or", dy, low)
+    return dx, *(d.astype(p.dtype) for d, p in ((d_weight, weight), (dA, A), (dB, B)))
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _sum_products(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(product, a, b, preferred_element_type=jnp.float32)
 
 
 def _multiply(product: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -7,17 +7,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.attention import Implementation
-from kd_jax.models.matmul import project
+from kd_jax.models.matmul import project, project_adapted
+from kd_jax.models.residuals import SAVED_PRODUCT, save
 from kd_jax.models.rope import Rope
 from kd_jax.models.weight_table import layer_weights
-from kd_jax.parallel.mesh import Layout
-
-SAVED_PRODUCT = "product"
-"""Name of a projection's output; gradient checkpointing can save it."""
+from kd_jax.parallel.mesh import Layout, traits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +32,23 @@ class DecoderSpec:
     """alpha / rank of the adapters."""
     dropout: float = 0.0
     """Dropout probability of the adapters' input in training."""
+
+    @property
+    def saves_bits(self) -> bool:
+        """True if bfloat16 residuals are saved as integers."""
+        return self.layout is not None and traits(self.layout.mesh).integer_residuals
+
+    def save(self, x: jax.Array, name: str) -> jax.Array:
+        return save(x, name, self.saves_bits)
+
+    def save_low(self, low: jax.Array) -> jax.Array:
+        """Names an adapter's x Aᵀ, which its backward pass needs."""
+        return self.save(low, SAVED_PRODUCT)
+
+    def joins_adapters(self, x: jax.Array) -> bool:
+        """True if a projection of x [B, S, in] and its adapter are one matmul: on one device."""
+        one = self.layout is not None and self.layout.mesh.size == 1
+        return one and x.shape[1] > 1 and traits(self.layout.mesh).joined_adapters
 
 
 class LoraParam(nnx.Param):
@@ -61,19 +75,31 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Maps [B, S, in] to [B, S, out] in the model's dtype; a `key` enables dropout."""
         out, into = self.dims
-        y = self._project(x, self.weight[...], out, into)
+        joined = self.lora_A is not None and key is None and self.spec.joins_adapters(x)
+        if joined:
+            factors = (self.lora_A[...], self.lora_B[...])
+            y = project_adapted(
+                x,
+                self.weight[...],
+                factors,
+                self.spec.lora_scale,
+                self.spec.dtype,
+                self.spec.save_low,
+            )
+        else:
+            y = self._project(x, self.weight[...], out, into)
         if self.bias is not None:
             bias = self.bias[...].astype(self.spec.dtype)  # like weights in project
             y = y + bias[None, None]
-        if self.lora_A is not None:
+        if self.lora_A is not None and not joined:
             dropout = self.spec.dropout
             if key is not None and dropout > 0:
                 keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
                 x = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
             low = self._project(x, self.lora_A[...], "rank", into)
-            low = checkpoint_name(low, SAVED_PRODUCT)
+            low = self.spec.save_low(low)
             y = y + self.spec.lora_scale * self._project(low, self.lora_B[...], out, "rank")
-        return checkpoint_name(y, SAVED_PRODUCT)  # the backward pass needs only the sum
+        return self.spec.save(y, SAVED_PRODUCT)  # the backward pass needs only the sum
 
     def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
         layout, in_use = self.spec.layout, None
