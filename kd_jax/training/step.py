@@ -107,15 +107,20 @@ def loss_gradients(
             metrics["hidden_loss"] = extra
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
 
-    def accumulate(gradients, indexed):
-        index, micro_batch = indexed
+    def micro_gradients(index, micro_batch):
         key = jax.random.fold_in(step_key, index) if program.student.dropout > 0 else None
-        micro, metrics = jax.grad(micro_loss, has_aux=True)(state.trainable, micro_batch, key)
+        return jax.grad(micro_loss, has_aux=True)(state.trainable, micro_batch, key)
+
+    def accumulate(gradients, indexed):
+        micro, metrics = micro_gradients(*indexed)
         return jax.tree.map(jnp.add, gradients, micro), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-    index = jnp.arange(batch["tokens"].shape[0])
-    gradients, sums = jax.lax.scan(accumulate, zeros, (index, batch))
+    if len(batch["tokens"]) == 1:  # a loop would sum into zeros, and keep both
+        gradients, sums = micro_gradients(0, jax.tree.map(lambda x: x[0], batch))
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        index = jnp.arange(len(batch["tokens"]))
+        gradients, sums = jax.lax.scan(accumulate, zeros, (index, batch))
     metrics = {name: jnp.sum(x) / jnp.maximum(num_tokens, 1) for name, x in sums.items()}
     metrics["target_tokens"] = num_tokens
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
