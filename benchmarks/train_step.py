@@ -1,10 +1,14 @@
 """Compile time, step time, throughput and memory of a configuration's train step.
 
-python benchmarks/train_step.py --config FILE [any flag of kd_jax.train] [--rounds 8] [--json FILE]
+python -m benchmarks.train_step --config FILE [any flag of kd_jax.train] [--rounds 8] [--json FILE]
 
 Models, data and rows are loaded as by kd_jax.train, but nothing is written to the workdir. The
 first two steps warm up; prints medians of the others. MFU is the step's FLOP/s
 (kd_jax.planning.cost.step_flops) over the devices' bfloat16 peak.
+
+--parts also times the parts of a step, each compiled alone, and the products of a student's layer
+one by one: their FLOP/s at these shapes is the peak that each part is compared with. `rest` is what
+the step takes beyond its parts.
 """
 
 import json
@@ -24,7 +28,7 @@ from kd_jax.data.batches import count_steps, train_batches
 from kd_jax.parallel.placement import put_batch
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import step_flops
-from kd_jax.setup.inputs import load_rows, open_inputs
+from kd_jax.setup.inputs import choose, load_rows, open_inputs
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program, targets
 from kd_jax.setup.runtime import start_jax
@@ -37,6 +41,8 @@ from kd_jax.workdir.metrics import peak_memory_bytes
 class Args:
     rounds: int = 8
     """Timed steps."""
+    parts: bool = False
+    """Time the parts of a step as well."""
     json: str | None = None
     """JSON file for all results."""
 
@@ -48,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     start_jax(None)
     student, teacher, mesh = open_inputs(config)
     rows, _ = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
+    config = choose(config, student.arch, teacher.arch if teacher else None, mesh)
     models = load_models(config, student, teacher, mesh)
     vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
     program = make_program(config, models, vocab_size, mesh, num_steps)
@@ -75,11 +82,13 @@ def main(argv: Sequence[str]) -> None:
     compiled = lowered.compile()
     out["compile_seconds"] = lap()
     out["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    seconds = []
+    seconds, cpu = [], []
     for batch in batches:
+        start = time.process_time()
         state, metrics = compiled(state, *frozen, put_batch(batch, mesh))
         jax.block_until_ready(metrics)
         seconds.append(lap())
+        cpu.append(time.process_time() - start)
     step = statistics.median(seconds[2:])
     num_tokens = float(np.median([np.count_nonzero(x["segment_ids"]) for x in batches[2:]]))
     num_targets = float(np.median([int(targets(x)[1].sum()) for x in batches[2:]]))
@@ -91,7 +100,10 @@ def main(argv: Sequence[str]) -> None:
         "device": device,
         "devices": jax.device_count(),
         "jax": jax.__version__,
+        "remat": config.remat,
+        "dtype": config.student.dtype,
         "step_seconds": step,
+        "cpu_seconds": statistics.median(cpu[2:]),
         "tokens_per_second": num_tokens / step,
         "target_tokens_per_second": num_targets / step,
         "flop_per_step": flops,
@@ -100,8 +112,40 @@ def main(argv: Sequence[str]) -> None:
     }
     for name, value in out.items():
         print(f"{name:26}{value:,.3f}" if isinstance(value, float) else f"{name:26}{value}")
+    if args.parts:
+        from benchmarks.step_parts import product_peak, time_parts  # as a module only
+
+        placed = put_batch(batches[-1], mesh)
+        times = time_parts(config, program, models, state, placed, args.rounds)
+        peak = product_peak(program, program.student, placed["tokens"][0].size, args.rounds)
+        out["parts"], out["products_flops"] = times, peak
+        print(describe_parts(times, step, config.optim.accumulation_steps, peak))
     if args.json:
         Path(args.json).write_text(json.dumps(out | {"seconds": seconds}))
+
+
+def describe_parts(
+    times: dict[str, tuple[float, float]], step: float, accumulation: int, peak: float
+) -> str:
+    """Returns a table of parts: seconds in a step, their share of it and of the products' FLOP/s.
+
+    Args:
+      times: seconds and FLOPs of each part of one micro-batch.
+      step: seconds.
+    """
+    lines = ["", f"{'part':32}{'seconds':>9}{'of step':>9}{'TFLOP/s':>9}{'of peak':>9}"]
+    rest = step
+    for name, (seconds, flops) in times.items():
+        seconds *= 1 if name == "optimizer" else accumulation
+        flops *= accumulation
+        rest -= 0 if name == "student forward" else seconds  # that is in the backward part too
+        rate = flops / seconds
+        lines.append(
+            f"{name:32}{seconds:9.3f}{seconds / step:9.1%}{rate / 1e12:9.3f}{rate / peak:9.1%}"
+        )
+    lines.append(f"{'rest':32}{rest:9.3f}{rest / step:9.1%}")
+    lines.append(f"products of a layer alone: {peak / 1e12:.3f} TFLOP/s")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
