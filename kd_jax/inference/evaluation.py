@@ -1,5 +1,8 @@
 """Evaluation of rows: sums of token metrics by document and by position."""
 
+import functools
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -10,7 +13,7 @@ from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, tally
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Decoder
-from kd_jax.parallel.mesh import compiler_options, replicated
+from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated, traits
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars
 
@@ -31,12 +34,7 @@ def evaluate_rows(
     Args:
       extra: adds arrays to a batch, such as a cached teacher's.
     """
-    run = jax.jit(
-        eval_step,
-        static_argnums=0,
-        out_shardings=replicated(mesh),  # every process reads them
-        compiler_options=compiler_options(mesh),
-    )
+    run = _jit_eval_step(mesh)
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
@@ -53,6 +51,24 @@ def evaluate_rows(
         {name: np.concatenate([sums[name] for sums in documents]) for name in documents[0]},
         {name: np.sum([sums[name] for sums in positions], axis=0) for name in positions[0]},
     )
+
+
+@functools.cache
+def _jit_eval_step(mesh: Mesh) -> Any:
+    """Returns eval_step under jit: one for all evaluations, so that equal programs compile once."""
+    return jax.jit(
+        eval_step,
+        static_argnums=0,
+        out_shardings=replicated(mesh),  # every process reads them
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def rows_at_once(mesh: Mesh, num_rows: int, seq_len: int) -> int:
+    """Returns the rows of a batch over all devices: scored_tokens a device, at most all rows."""
+    most = max(1, traits(mesh).scored_tokens // seq_len)
+    shards = num_batch_shards(mesh)
+    return shards * min(most, -(-num_rows // shards))
 
 
 def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, int]:

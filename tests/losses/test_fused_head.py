@@ -25,7 +25,7 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     static_temperature,
 )
-from kd_jax.losses.vocabulary import _plain_sums, sum_over_vocab
+from kd_jax.losses.vocabulary import Vocab, _plain_sums, sum_over_vocab, top_k
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.teachers.live import Live
 
@@ -470,3 +470,11 @@ def test_a_long_tail_counts_beside_one_likely_token(size):
 
     assert error(sum_over_vocab) < 1e-5
     assert error(_plain_sums) > 2e-5  # the test can fail
+
+
+@pytest.mark.parametrize("size", [300, 1024, 2048])
+def test_the_largest_entries_are_those_of_a_whole_search(size):
+    """Logits with many equal ones, of which the first come first."""
+    logits = np.random.default_rng(size).integers(0, size // 8, (7, size)).astype(np.float32)
+    got = top_k(jnp.asarray(logits), 3, Vocab(jnp.arange(size)))
+    np.testing.assert_array_equal(got, np.argsort(-logits, axis=1, kind="stable")[:, :3])
