@@ -5,9 +5,10 @@ python -m benchmarks.peers TEACHER STUDENT DATA OUT [--rounds 3] [any flag of kd
 Arms: kd_jax, `python -m kd_jax.train` with its defaults; kd_jax-float32 and kd_jax-bfloat16, with
 this dtype; torch-float32 and torch-bfloat16, the
 careful loop of benchmarks/torch_loop.py; and, with the Python of an environment in which TRL is
-installed (--trl), TRL's GKD trainer off-policy (benchmarks/trl_loop.py). All train the same rows,
-for all weights and for LoRA, each in a process of its own; rounds alternate between the arms. All
-but TRL must have the same loss on the first step.
+installed (--trl), trl-float32 and trl-bfloat16, TRL's GKD trainer off-policy
+(benchmarks/trl_loop.py). All train the same rows, but TRL as many conversations as these have, for
+all weights and for LoRA, each in a process of its own; rounds alternate between the arms. All but
+TRL must have the same loss on the first step.
 
 Prints medians over rounds of target tokens a second by the clock and by CPU time (without the
 first two steps, which compile), the peak resident memory, and the seconds from the start of the
@@ -62,7 +63,7 @@ class Run:
     peak_bytes: int
     first_seconds: float
     """From the start of the process to the end of the first step."""
-    first_loss: float
+    first_loss: float | None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,9 +92,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-steps", dest="steps", type=int, default=6, help="of each process")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    dtyped = [f"{peer}-{dtype}" for peer in ("kd_jax", "torch") for dtype in LIMITS]
+    dtyped = [f"{peer}-{dtype}" for peer in ("kd_jax", "torch", "trl") for dtype in LIMITS]
     default = ["kd_jax", "torch-float32", "torch-bfloat16"]
-    parser.add_argument("--arms", nargs="+", choices=["kd_jax", *dtyped, "trl"], default=default)
+    parser.add_argument("--arms", nargs="+", choices=["kd_jax", *dtyped], default=default)
     parser.add_argument("--trl", type=Path, help="Python of an environment with TRL")
     parser.add_argument("--cores", type=int, nargs="+", help="cores of all processes; all if none")
     parser.add_argument("--torch-compile", action="store_true")
@@ -123,6 +124,8 @@ def write_jobs(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, dict
     some = [next(endless) for _ in range(args.steps)]
     arrays = {name: np.stack([batch[name][0] for batch in some]) for name in some[0]}
     arrays["targets"] = np.stack([np.asarray(targets(batch)[1])[0] for batch in some])
+    rows_so_far = np.arange(args.steps * size).reshape(args.steps, size, 1)
+    numbers = rows_so_far * config.data.seq_len + arrays["segment_ids"]  # of documents
     np.savez(args.out / "batches.npz", **arrays)
     fields = dump(config)
     job = {
@@ -138,7 +141,7 @@ def write_jobs(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, dict
         "threads": len(args.cores or os.sched_getaffinity(0)),
         "data": config.data.path,
         "seq_len": config.data.seq_len,
-        "batch_size": size,
+        "conversations": round(len(np.unique(numbers[arrays["segment_ids"] > 0])) / args.steps),
         "steps": args.steps,
     }
     return {kind: job | {"trainable": kind} for kind in args.kinds}
@@ -161,9 +164,10 @@ def run_arm(
         command = [sys.executable, "-m", "kd_jax.train", *words]
         return watch(args, command, folder, folder / "run" / "metrics.jsonl")
     folder.mkdir(parents=True)
-    loop, python = ("trl", args.trl) if arm == "trl" else ("torch", sys.executable)
+    loop, _, dtype = arm.partition("-")
+    python = args.trl if loop == "trl" else sys.executable
     job = jobs[kind] | {
-        "dtype": arm.removeprefix("torch-"),
+        "dtype": dtype,
         "metrics": str(folder / "metrics.jsonl"),
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -222,9 +226,9 @@ def check_losses(runs: dict[str, list[Run]]) -> None:
     """Raises SystemExit if two arms have different losses on the first step."""
     for kind in KINDS:
         first = {
-            name.partition(" ")[2]: some[0].first_loss
+            name.partition(" ")[2]: some[0].first_loss or 0.0
             for name, some in runs.items()
-            if name.startswith(kind) and not name.endswith("trl")
+            if name.startswith(kind) and " trl-" not in name
         }
         for one, other in itertools.combinations(first, 2):
             both = one.endswith("float32") and other.endswith("float32")
