@@ -47,8 +47,9 @@ class DecoderSpec:
 
     def joins_adapters(self, x: jax.Array) -> bool:
         """True if a projection of x [B, S, in] and its adapter are one matmul: on one device."""
-        one = self.layout is not None and self.layout.mesh.size == 1
-        return one and x.shape[1] > 1 and traits(self.layout.mesh).joined_adapters
+        if self.layout is None or self.layout.mesh.size > 1:
+            return False
+        return x.shape[1] > 1 and traits(self.layout.mesh).joined_adapters
 
 
 class LoraParam(nnx.Param):
