@@ -42,7 +42,7 @@ def test_kd_jax_lists_every_command_on_a_line(kd_jax):
 def test_kd_jax_names_the_nearest_command(kd_jax):
     status, printed, error = kd_jax("trian")
     assert status == 2 and not printed and error.count("\n") == 1 and "Did you mean train?" in error
-    assert "There are demo, " in kd_jax("xyz")[2]
+    assert "There are cache, demo, " in kd_jax("xyz")[2]
 
 
 @pytest.mark.parametrize(
