@@ -59,7 +59,7 @@ def abstract_run(
     }
     if teacher is not None and config.teacher is not None and config.reads_cache:
         batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
-            (*shape, teacher.hidden_size), config.teacher.dtype, sharding=batch_sharding(mesh)
+            (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)
         )
     state = abstract_state(program, models.trainable)
     return AbstractRun(models=models, program=program, state=state, batch=batch)
