@@ -21,7 +21,7 @@ class CacheArgs(Checked):
     """Python file with get_config(): its teacher, data and evaluation data."""
     out: str
     """Folder of the cache, or an address such as gs://bucket/folder; one that is there is
-    completed."""
+    completed. With --documents the file to write."""
     kind: Literal["hidden", "topk", "sampled"] = "hidden"
     """What is stored of each token with a loss. hidden: the teacher's final-normed hidden state,
     exact for every divergence; topk: its most likely entries, biased; sampled: entries drawn from
@@ -32,6 +32,13 @@ class CacheArgs(Checked):
     """dtype of the stored hidden states; auto: the teacher's, which is exact. float8 (e4m3) and
     int8 have a scale for each token and take half of the space of bfloat16; --check measures their
     error."""
+    source: str | None = None
+    """Take the teacher's k most likely entries from this .jsonl or .parquet file, which another
+    system wrote (docs/caching.md), in place of running a teacher. teacher.path then names any model
+    with its tokenizer, such as the student."""
+    documents: bool = False
+    """Write the tokens of all documents to the file --out as JSON lines, for another system to
+    compute log-probabilities of, and do nothing else."""
     dry_run: bool = False
     """Print tokens, bytes and the time at a measured rate, and write nothing."""
     check: bool = False
@@ -50,8 +57,15 @@ def main(argv: Sequence[str]) -> None:
     start_jax(config.compilation_cache)  # before `joined`, which starts jax
     with outlive_readers(), joined(config.distributed):
         from kd_jax.inference.cache_check import check_cache
+        from kd_jax.inference.cache_import import import_cache, write_documents
         from kd_jax.inference.cached import Storage, make_cache
 
+        if args.documents:
+            write_documents(config, args.out)
+            return
+        if args.source is not None:
+            import_cache(config, args.out, args.source, args.k)
+            return
         how = Storage(args.kind, args.dtype, args.k)
         data = make_cache(config, args.out, how, dry_run=args.dry_run)
         if args.check and not args.dry_run:

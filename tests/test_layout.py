@@ -44,7 +44,12 @@ FLOORS = [
         ],
         "planning": ["chips", "topology", "cost", "network", "estimate", "choices", "mesh_choice"],
     },
-    {"teachers": ["live", "storage", "stored", "topk", "manifest", "claim", "writing", "reading"]},
+    {
+        "teachers": [
+            "live", "storage", "stored", "topk", "records", "manifest", "claim", "writing",
+            "reading",
+        ],
+    },
     {
         "setup": ["runtime", "sources", "models", "program", "inputs", "cached"],
         "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
@@ -52,7 +57,7 @@ FLOORS = [
     {
         "inference": [
             "load", "decoding", "prompts", "scores", "evaluation", "likelihoods", "lm_eval_model",
-            "teacher_pass", "cached", "cache_check",
+            "teacher_pass", "cached", "cache_check", "cache_import",
         ],
         "reporting": ["arms", "tables", "curves", "page"],
     },

@@ -105,7 +105,8 @@ def open_cached(
     if config.teacher.cache_missing == "compute":
         fields = hidden_fields(teacher.arch.hidden_size, config.teacher.dtype)
         with claimed(path, "teacher.cache"):
-            cache, found = _open(path, "teacher.cache", "hidden", fields, identity, rows)
+            recipe = ("hidden", fields, identity, rows)
+            cache, found = open_cache(path, "teacher.cache", *recipe)
             complete(config, cache, teacher, mesh, found)
     return _read_finished(config, path, identity, rows)
 
@@ -118,20 +119,24 @@ def open_finished(config: Config, path: str, data: Data) -> CachedTeacher:
 def _read_finished(
     config: Config, path: str, identity: dict[str, str], rows: tuple[Rows, Rows | None]
 ) -> CachedTeacher:
-    cache = read_cache(path)
-    if cache is None:
-        raise UserError(
-            f"teacher.cache: expected a cache that kd_jax.cache finished, got none in {path}. "
-            "The same kd_jax.cache command goes on with one that was interrupted"
-        )
-    check_identity(cache, identity)
-    check_loss(cache, config)
-    found = find_all(cache, *rows)
-    check_complete(cache, found)
-    return read_cached(cache, found)
+    def read() -> tuple[CachedTeacher, dict[str, str]]:
+        cache = read_cache(path)
+        if cache is None:
+            raise UserError(
+                f"teacher.cache: expected a cache that kd_jax.cache finished, got none in {path}. "
+                "The same kd_jax.cache command goes on with one that was interrupted"
+            )
+        check_identity(cache, identity)
+        check_loss(cache, config)
+        found = find_all(cache, *rows)
+        check_complete(cache, found)
+        cached = read_cached(cache, found)
+        return cached, {"teacher.cache": cached.key}
+
+    return together("cache/read", read)
 
 
-def _open(
+def open_cache(
     path: str,
     flag: str,
     kind: str,
@@ -140,11 +145,13 @@ def _open(
     rows: tuple[Rows, Rows | None],
 ) -> tuple[Cache, list[Found]]:
     """Returns the cache in a folder, or a new one, and the documents of the rows."""
-    cache = read_cache(path, flag)
-    if cache is None:
-        cache = new_cache(path, kind, fields, identity)
-    check_identity(cache, identity, flag)
-    return cache, find_all(cache, *rows)
+
+    def read() -> tuple[tuple[Cache, list[Found]], dict[str, int]]:
+        cache = read_cache(path, flag) or new_cache(path, kind, fields, identity)
+        check_identity(cache, identity, flag)
+        return (cache, find_all(cache, *rows)), {"parts": len(cache.parts)}
+
+    return together("cache/open", read)
 
 
 def make_cache(
@@ -155,7 +162,7 @@ def make_cache(
     dry_run: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> Data:
-    """Writes the teacher's hidden states of all target tokens of a run's documents.
+    """Runs the teacher on all documents of a configuration, and stores its target tokens' values.
 
     Returns the configuration's inputs.
 
@@ -175,11 +182,11 @@ def make_cache(
     size = {} if how.kind == "hidden" else {"vocabulary": str(data.vocab_size)}
     recipe = (how.kind, fields, data.identity | size, data.rows)
     if dry_run:
-        cache, found = _open(out, "--out", *recipe)
+        cache, found = open_cache(out, "--out", *recipe)
         _estimate(config, cache, data, found)
         return data
     with claimed(out, "--out"):
-        cache, found = _open(out, "--out", *recipe)
+        cache, found = open_cache(out, "--out", *recipe)
         _check_fields(cache, fields)
         say(_describe(cache, found))
         complete(config, cache, data.teacher, data.mesh, found)

@@ -160,8 +160,7 @@ def complete(
         with storing(cache.path):
             writer.append(values)
         shown.tell(writer.done)
-    together("cache/written", lambda: _end(writer))
-    together("cache/committed", lambda: _commit(writer))
+    finish(writer)
     done = read_cache(cache.path)
     assert done is not None
     say(
@@ -175,6 +174,12 @@ def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> tuple[PartWri
     with storing(cache.path):
         writer = PartWriter(cache, keys, counts)
     return writer, {"tokens on disk": writer.done}
+
+
+def finish(writer: PartWriter) -> None:
+    """Waits until the part is on disk, and commits it."""
+    together("cache/written", lambda: _end(writer))
+    together("cache/committed", lambda: _commit(writer))
 
 
 def _end(writer: PartWriter) -> tuple[None, dict]:

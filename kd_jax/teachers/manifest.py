@@ -30,6 +30,8 @@ from kd_jax.teachers.storage import (
 )
 
 VERSION = 1
+SOURCE = "source"
+"""In the identity of a cache made of a file in place of a teacher: the name of its kind."""
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 _INDEX_DTYPE = np.dtype([("key", "V16"), ("tokens", "<i4")])
@@ -161,13 +163,15 @@ def _check_files(cache: Cache, place: str) -> None:
 
 def check_identity(cache: Cache, wanted: dict[str, str], flag: str = "teacher.cache") -> None:
     """Raises UserError if the cache is of another teacher, dtype, tokenizer or template."""
-    place = f"{flag}: {cache.path}"
+    place, theirs = f"{flag}: {cache.path}", cache.identity
+    if SOURCE in theirs and SOURCE not in wanted:  # of a teacher that is no folder
+        wanted = {n: x for n, x in wanted.items() if not n.startswith("teacher.")}
     raise_all(
         [
-            f"{place}: {name}: expected {_shown(cache.identity.get(name, 'none'))}, with which the "
-            f"cache was made, got {_shown(value)}. Give that, or make another cache"
+            f"{place}: {name}: expected {_shown(theirs.get(name, 'none'))}, with which the cache "
+            f"was made, got {_shown(value)}. Give that, or make another cache"
             for name, value in wanted.items()
-            if cache.identity.get(name, "none") != value
+            if theirs.get(name, "none") != value
         ]
     )
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,12 @@ class TopK:
         return jnp.where(listed > 0, jnp.log(jnp.where(listed > 0, listed, 1.0)), others)
 
 
+def split_ids(ids: Any) -> tuple[Any, Any]:
+    """Returns the fields `ids` and `high_bits` of ids [..., k]; _whole_ids is the inverse."""
+    high, half = (ids >> _BITS).astype("uint8"), ids.shape[-1] // 2
+    return (ids & (2**_BITS - 1)).astype("uint16"), high[..., :half] | (high[..., half:] << 4)
+
+
 def _whole_ids(ids: jax.Array, high_bits: jax.Array) -> jax.Array:
     """Returns [..., k] int32."""
     high = jnp.concatenate([high_bits & 15, high_bits >> 4], axis=-1).astype(jnp.int32)
@@ -163,11 +169,10 @@ class Selection:
             ids = jax.vmap(draw)(keys, log_p).swapaxes(1, 2)
             log_probs = jnp.full(ids.shape, -math.log(self.k), jnp.float32)
             rest = jnp.full(ids.shape[:2], NEGATIVE, jnp.float32)
-        high = (ids >> _BITS).astype(jnp.uint8)
-        half = self.k // 2
+        low, high = split_ids(ids)
         return {
-            "ids": (ids & (2**_BITS - 1)).astype(jnp.uint16),
-            "high_bits": high[..., :half] | (high[..., half:] << 4),
+            "ids": low,
+            "high_bits": high,
             "log_probs": jnp.maximum(log_probs, -6e4).astype(jnp.float16),  # its range
             "rest": rest,
         }

@@ -57,7 +57,7 @@ def abstract_run(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in COLUMNS.items()
     }
-    if teacher is not None and config.teacher is not None and config.reads_cache:
+    if teacher is not None and models.teacher is not None and config.reads_cache:
         batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
             (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)
         )

@@ -1,0 +1,103 @@
+"""A teacher's cache made of a file in which another system wrote log-probabilities."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kd_jax.config import Config, UserError
+from kd_jax.data.documents import predicts_target
+from kd_jax.data.rows import Rows
+from kd_jax.data.store import Batch
+from kd_jax.inference.cached import Data, open_cache, open_data, with_live_teacher
+from kd_jax.inference.teacher_pass import finish
+from kd_jax.parallel.processes import say
+from kd_jax.setup.cached import Found
+from kd_jax.teachers.claim import claimed
+from kd_jax.teachers.manifest import SOURCE
+from kd_jax.teachers.records import Record, difference, make_values, read_records
+from kd_jax.teachers.storage import storing
+from kd_jax.teachers.topk import topk_fields
+from kd_jax.teachers.writing import PartWriter
+from kd_jax.weights.files import write_whole
+
+
+def import_cache(
+    config: Config, out: str, source: str, k: int, devices: Sequence[jax.Device] | None = None
+) -> Data:
+    """Writes a cache of the k most likely entries of each target token, from the file `source`.
+
+    teacher.path names any model with the teacher's tokenizer, such as the student; of it only the
+    tokenizer and the vocabulary are used.
+
+    Raises:
+      UserError: a document has no record of its very tokens, or a record is wrong. Nothing is
+        written then.
+    """
+    if jax.process_count() > 1 or k % 2:
+        raise UserError(f"--source: expected one process and an even --k, got --k {k}")
+    data = open_data(with_live_teacher(config), devices)
+    records = {record.tokens.tobytes(): record for record in read_records(source)}
+    identity = {n: x for n, x in data.identity.items() if not n.startswith("teacher.")}
+    identity |= {SOURCE: "records", "vocabulary": str(data.vocab_size)}
+    with claimed(out, "--out"):
+        cache, found = open_cache(out, "--out", "topk", topk_fields(k), identity, data.rows)
+        values = [x for one in found for x in _values(one, records, source, k, data.vocab_size)]
+        keys = [one.documents.keys[i] for one in found for i in np.flatnonzero(one.places < 0)]
+        if keys:
+            counts = np.concatenate([x.documents.counts[x.places < 0] for x in found])
+            with storing(out):
+                writer = PartWriter(cache, keys, counts)
+                skip = writer.done
+                for some in values:
+                    count = len(some["rest"])
+                    if skip < count:
+                        writer.append({name: x[skip:] for name, x in some.items()})
+                    skip = max(0, skip - count)
+            finish(writer)
+    say(f"{len(keys):,} documents of {source} added: --teacher.cache {out} trains from them")
+    return data
+
+
+def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | None = None) -> None:
+    """Writes the tokens of each different document, a line of JSON each, for another system."""
+    data = open_data(with_live_teacher(config), devices)
+    seen: dict[bytes, None] = {}
+    for rows in filter(None, data.rows):
+        seen |= dict.fromkeys(tokens.tobytes() for tokens, _ in _documents(rows))
+    lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
+    write_whole(Path(path).expanduser(), "".join(f"{line}\n" for line in lines))
+    say(f"{path}: {len(lines):,} documents")
+
+
+def _documents(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields each document's tokens, [n] int32, and its target tokens' positions, in order."""
+    for row in range(len(rows)):
+        tokens, segments, mask = (
+            np.asarray(x[np.array([row])])[0]
+            for x in (rows.tokens, rows.segment_ids, rows.loss_mask)
+        )
+        predicts = predicts_target(segments, mask)
+        for number in range(1, int(segments.max()) + 1):
+            own = segments == number
+            yield tokens[own].astype(np.int32), np.flatnonzero(predicts[own]) + 1
+
+
+def _values(
+    found: Found, records: dict[bytes, Record], source: str, k: int, num_entries: int
+) -> Iterator[Batch]:
+    """Yields the values of each missing document's target tokens."""
+    for (tokens, positions), place in zip(_documents(found.rows), found.places, strict=True):
+        if place >= 0:
+            continue
+        record = records.get(tokens.tobytes())
+        if record is None:
+            raise UserError(
+                f"{source}: expected a record with the tokens of each document; of one of "
+                f"{len(tokens)} tokens in {found.name} there is none: "
+                f"{difference(tokens, records)}. Make the file from the tokens that "
+                "--documents writes"
+            )
+        yield make_values(record, positions, k, num_entries)
