@@ -1,6 +1,7 @@
 """Adapters: PEFT's own layer, initialisation, names and merge, and float64 NumPy."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -475,3 +476,38 @@ def test_a_folder_without_an_adapter_is_refused(adapter):
         UserError, match=r"adapter_config.json: expected a PEFT adapter, got adapter_model.bin"
     ):
         adapters.load_adapter(adapter, ARCH)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, tolerance, remat):
+    """Joined on one CPU device, where bfloat16 residuals are integers too; not without a mesh."""
+    plain = adapted(LoraConfig(rank=4, target_modules=LINEAR_NAMES))
+    layout = Layout(make_mesh(MeshConfig(), 1, jax.devices()[:1]))
+    spec = replace(plain.spec, dtype=jnp.dtype(dtype), remat=remat)
+    arrays = {n: x + 0.02 if is_adapter(n) else x for n, x in tiny.arrays_of(plain).items()}
+
+    def gradients(spec, arrays):
+        def score(arrays):
+            return jnp.sum(jnp.sin(Decoder(spec, arrays)(TOKENS, *PLACES).astype(jnp.float32)))
+
+        return jax.jit(jax.grad(score))(arrays)
+
+    want, got = gradients(spec, arrays), gradients(replace(spec, layout=layout), arrays)
+    wrong = gradients(replace(spec, layout=layout, lora_scale=2.2), arrays)  # twin: 2.0 is right
+    for name, value in want.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(got[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
+    names = [name for name in want if name.endswith("lora_B")]
+    gaps = [np.abs(wrong[name] - want[name]).max() / np.abs(want[name]).max() for name in names]
+    assert min(gaps) > tolerance
+
+
+@pytest.mark.fast
+def test_only_rows_on_one_device_are_multiplied_so():
+    one, two = (Layout(make_mesh(MeshConfig(), n, jax.devices()[:n])) for n in (1, 2))
+    spec, rows = random_model().spec, jnp.zeros((2, 5, 3))
+    assert replace(spec, layout=one).joins_adapters(rows)
+    assert not replace(spec, layout=one).joins_adapters(rows[:, :1])  # decoding
+    assert not replace(spec, layout=two).joins_adapters(rows) and not spec.joins_adapters(rows)
