@@ -53,9 +53,19 @@ def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, trained, m
         assert most / 2 < 2 * 4 * tokens * vocab_size <= most
 
 
+def with_cache(config):
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, cache="c"))
+
+
 def open_config(name, **changes):
-    """Returns a configuration of this repository and its models' architectures."""
+    """Returns a configuration of this repository and its models' architectures.
+
+    A name that ends in "cached" has a teacher from a cache.
+    """
+    name, _, cached = name.partition(" ")
     config = dataclasses.replace(load_config(CONFIGS / f"{name}.py"), **changes)
+    if cached:
+        config = with_cache(config)
     parts = [config.student] + ([config.teacher] if config.teacher else [])
     archs = [read_architecture(KNOWN_MODELS[part.path], part.path) for part in parts]
     return config, archs[0], (archs[1] if config.teacher else None)
@@ -72,7 +82,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("mesh, student", LAYOUTS, ids=str)
 @pytest.mark.parametrize("trainable", ["lora", "full"])
-@pytest.mark.parametrize("name", ["8b_to_1b", "qwen2p5_7b_to_3b", "1b_sft"])
+@pytest.mark.parametrize("name", ["8b_to_1b", "8b_to_1b cached", "qwen2p5_7b_to_3b", "1b_sft"])
 def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, student):
     config, ours, theirs = open_config(name, trainable=trainable, mesh=mesh)
     config = dataclasses.replace(
@@ -101,6 +111,15 @@ def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, stude
     assert got["trainable"] == on_one_device(run.models.trainable)
     assert got["optimizer"] == on_one_device(run.state.opt_state)
     assert got["batch"] == on_one_device(run.batch)
+
+
+def test_a_cached_teacher_costs_its_head_alone():
+    config, *archs = open_config("8b_to_1b")
+    live, cached = (
+        cost.step_flops(one, *archs, 1000, 500)[0] for one in (config, with_cache(config))
+    )
+    layers = sum(cost.layer_flops(archs[1], config.data.seq_len))
+    assert live - cached == pytest.approx(1000 * layers) and layers > 1e10
 
 
 def tiny_case(trainable="lora"):
