@@ -28,8 +28,6 @@ from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
 from kd_jax.training.step import jit_train_step
 
-pytestmark = pytest.mark.fast
-
 STEPS = 20
 SHAPE = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 
@@ -144,6 +142,7 @@ def files_of(folder):
     return {str(x.relative_to(folder)): x.read_bytes() for x in files}
 
 
+@pytest.mark.fast
 def test_a_killed_writer_goes_on_to_the_same_bytes(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "SHARD_BYTES", 2**14)
     monkeypatch.setattr(storage, "_CHUNK_BYTES", 2**11)
@@ -283,6 +282,7 @@ def test_the_check_measures_what_a_form_costs(make_config, tmp_path):
         make_cache(config, str(tmp_path / "new"), Storage("topk", k=322), devices=one)
 
 
+@pytest.mark.fast
 def test_the_commands_train_and_resume_from_the_cache(places, tmp_path, capsys):
     student, teacher, data, rows = map(str, places)
     file = tmp_path / "tiny.py"

@@ -15,8 +15,6 @@ from kd_jax.inference.cache_import import import_cache, write_documents
 from kd_jax.inference.cached import Storage, make_cache
 from kd_jax.teachers.topk import topk_fields
 
-pytestmark = pytest.mark.fast
-
 K = 8
 
 

@@ -14,8 +14,6 @@ from kd_jax.teachers.storage import token_bytes
 from kd_jax.teachers.stored import PREFIX
 from kd_jax.teachers.topk import Selection, TopKModel, topk_fields
 
-pytestmark = pytest.mark.fast
-
 B, S, D, V, K = 2, 4, 16, 40, 6
 
 
