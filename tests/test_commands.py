@@ -173,7 +173,9 @@ def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
     assert all(line["loss"] == line["ce_loss"] and "kd_loss" not in line for line in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert lines[-1].keys() >= {"eval/ce", "eval/perplexity"} and "eval/kl_forward" not in lines[-1]
-    # A fine-tuned teacher is distilled, as an adapter or merged.
+    if how == "kd_ratio 0":
+        return
+    # A fine-tuned teacher is distilled.
     out = tmp_path / "adapter"
     assert run(to_hf.main, "--workdir", tmp_path / "run", "--out", out, "--format", "adapter") == 0
     given = ("--teacher.path", folders / "student", "--teacher.adapter", out)

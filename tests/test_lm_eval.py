@@ -176,8 +176,8 @@ def evaluate(model, tasks, *names, **options):
     return lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"apply_chat_template": True, "num_fewshot": 2}], ids=str)
-def test_a_tasks_every_example_is_as_hfs(options, folder, tasks):
+def test_a_tasks_every_example_is_as_hfs(folder, tasks):
+    options = {"apply_chat_template": True, "num_fewshot": 2}
     names = ("tiny_choices", "tiny_answers")
     got = evaluate(ours(folder), tasks, *names, **options)
     want = evaluate(theirs(folder, batch_size=1), tasks, *names, **options)
