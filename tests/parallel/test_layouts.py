@@ -97,9 +97,16 @@ def alone(configs):
     return train
 
 
-@pytest.fixture(
-    scope="module", params=[*((name, "full") for name in LAYOUTS), ("all", "lora")], ids="-".join
-)
+def _cases():
+    """Layouts with the kind of training; those that `all` contains are a campaign."""
+    whole = ("all", "teacher otherwise split")
+    for name in LAYOUTS:
+        marks = () if name in whole else pytest.mark.slow
+        yield pytest.param((name, "full"), marks=marks, id=f"{name}-full")
+    yield pytest.param(("all", "lora"), id="all-lora")
+
+
+@pytest.fixture(scope="module", params=_cases())
 def trained(request, configs):
     """A layout, the kind of training, take_steps' results, and the step's program."""
     layout, trainable = request.param

@@ -127,6 +127,7 @@ def stopped(file, tmp_path_factory):
     return workdir, outputs
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(alone, stopped):
     got = losses(stopped[0])
     assert 6 <= len(got) < STEPS
@@ -149,6 +150,7 @@ def test_a_killed_process_ends_the_other_and_losses_repeat(file, stopped, tmp_pa
     assert common >= 6 and losses(workdir)[:common] == losses(stopped[0])[:common]  # every bit
 
 
+@pytest.mark.slow
 def test_a_stop_of_any_process_saves_the_same_step_and_one_process_resumes(
     file, alone, stopped, tmp_path, capsys
 ):
