@@ -224,6 +224,8 @@ def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh)
         raise UserError(
             f"--top-k: expected at most {vocab_size} (vocabulary size), got {args.top_k}"
         )
+    if cached is not None:
+        cached.check_vocab(vocab_size)
     models = load_model(student, mesh)
     if loaded_teacher is not None:
         arrays = loaded_teacher.frozen

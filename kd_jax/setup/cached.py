@@ -42,6 +42,17 @@ class CachedTeacher:
     kind: TeacherKind
     key: str
     """Hash of what the run takes from the cache."""
+    vocab_size: int | None = None
+    """Vocabulary entries whose probabilities add up to 1; None: hidden states, for any number."""
+
+    def check_vocab(self, size: int) -> None:
+        """Raises UserError if the models of a run share another number of vocabulary entries."""
+        if self.vocab_size not in (None, size):
+            raise UserError(
+                f"teacher.cache: expected models that share {self.vocab_size:,} vocabulary "
+                f"entries, as those with which its probabilities were computed, got {size:,}. Make "
+                "another cache with this student"
+            )
 
 
 def make_identity(
@@ -132,4 +143,5 @@ def read_cached(cache: Cache, found: Sequence[Found]) -> CachedTeacher:
         held_out=held_out[0] if held_out else None,
         kind=cache.kind,
         key=cache_key(cache, used),
+        vocab_size=None if cache.kind == "hidden" else int(cache.identity["vocabulary"]),
     )

@@ -128,6 +128,7 @@ def _open_run(config: Config) -> _Run:
     if teacher is not None and config.reads_cache:
         hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
         cached = open_cached(config, teacher, mesh, hashes, template, (rows, eval_rows))
+        cached.check_vocab(shared.size)
     return _Run(
         config=config,
         student=without_tokenizer(student),

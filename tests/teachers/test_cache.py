@@ -274,10 +274,15 @@ def test_the_check_measures_what_a_form_costs(make_config, tmp_path):
     assert -0.5 * exact["live"] < truncated["difference"] < -1e-3
     loss = dataclasses.replace(config.loss, divergence="alpha_beta", temperature=2.0)
     other = with_teacher(dataclasses.replace(config, loss=loss), cache=str(tmp_path / "topk"))
+    run = Run(config, one)
     with pytest.raises(UserError) as raised:
-        open_rows(other, Run(make_config(mesh={"data": 1}), one))
+        open_rows(other, run)
     assert "loss.divergence: expected forward_kl|" in str(raised.value)
     assert "loss.temperature: expected 1" in str(raised.value)
+    truncated = open_rows(with_teacher(config, cache=str(tmp_path / "topk")), run)
+    truncated.check_vocab(data.vocab_size)
+    with pytest.raises(UserError, match=r"share 320 vocabulary entries, .*, got 319"):
+        truncated.check_vocab(319)
     with pytest.raises(UserError, match=r"--k: expected an even number up to 320"):
         make_cache(config, str(tmp_path / "new"), Storage("topk", k=322), devices=one)
 
