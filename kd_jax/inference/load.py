@@ -8,13 +8,12 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
 from kd_jax.data.chat import saved_template
-from kd_jax.models.weight_table import abstract_weights, head_weights
+from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.mesh import platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.platforms import choose_dtype
-from kd_jax.setup.models import Models, load_frozen, load_models, make_spec
+from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.setup.sources import Source, open_source
-from kd_jax.weights.load import load_arrays
 from kd_jax.workdir.checkpoints import open_trained
 from kd_jax.workdir.claim import check_inputs, read_run
 from kd_jax.workdir.history import is_run
@@ -86,10 +85,8 @@ def load_model(model: OpenModel, mesh: Mesh) -> Models:
 def load_head(model: OpenModel, mesh: Mesh) -> Models:
     """Returns a model of a folder or the hub with its lm_head alone as `frozen`."""
     config, source = model.config, model.source
-    spec = make_spec(config, config.student, source.arch, mesh)
-    assert spec.layout is not None
-    table = abstract_weights(head_weights(source.arch), spec.layout, spec.dtype.name)
-    arrays = load_arrays(source.folder, source.arch, table, adapter=source.adapter)
+    table = head_weights(source.arch)
+    spec, arrays = load_frozen(config, config.student, source, mesh, table)
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
 
 

@@ -162,9 +162,18 @@ def _first_values(config: Config, student: Source, models: Models) -> dict[str, 
 
 
 def load_frozen(
-    config: Config, part: StudentConfig | TeacherConfig, source: Source, mesh: Mesh
+    config: Config,
+    part: StudentConfig | TeacherConfig,
+    source: Source,
+    mesh: Mesh,
+    table: Mapping[str, Weight] | None = None,
 ) -> tuple[DecoderSpec, Arrays]:
-    """Returns a model from disk, its adapter merged into the weights."""
+    """Returns a model from disk, its adapter merged into the weights.
+
+    Args:
+      table: weights to load; None: all.
+    """
     spec = make_spec(config, part, source.arch, mesh)
-    abstract = _abstract(spec, weights(source.arch), spec.dtype.name)
+    wanted = weights(source.arch) if table is None else table
+    abstract = _abstract(spec, wanted, spec.dtype.name)
     return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)

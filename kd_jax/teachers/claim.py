@@ -1,16 +1,14 @@
 """The lock of a teacher's cache: one command writes at a time, others may read."""
 
-import os
 import re
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kd_jax.config import UserError
 from kd_jax.parallel.processes import is_first, together
 from kd_jax.teachers.storage import is_remote, local_folder
-from kd_jax.weights.files import locked
+from kd_jax.weights.files import hold, removed_if_empty
 
 _OWN = re.compile(r"lock|(manifest\.json|part\d+)(\.__lock)?|lost\+found")
 
@@ -24,18 +22,13 @@ def claimed(path: str, flag: str) -> Iterator[None]:
     Raises:
       UserError: the folder has other files, another command writes it, or it cannot be written.
     """
-    folder, made = local_folder(path), False
-    with ExitStack() as stack:
-        if not is_remote(path):
-            made = is_first() and not os.path.lexists(folder)
-            together("cache/lock", lambda: _lock(folder, stack, flag))
-        try:
-            yield
-        finally:
-            stack.close()
-            if made:
-                with suppress(OSError):  # raised unless the folder is empty
-                    folder.rmdir()
+    if is_remote(path):
+        yield
+        return
+    folder = local_folder(path)
+    with removed_if_empty(folder), ExitStack() as stack:
+        together("cache/lock", lambda: _lock(folder, stack, flag))
+        yield
 
 
 def _lock(folder: Path, stack: ExitStack, flag: str) -> tuple[None, dict[str, str]]:
@@ -52,16 +45,5 @@ def _lock(folder: Path, stack: ExitStack, flag: str) -> tuple[None, dict[str, st
             f"{flag}: expected a new or empty folder, or one that kd_jax.cache wrote, got {folder} "
             f"with {others[0]}. Give another folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = stack.enter_context(locked(folder / "lock", wait=False))
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return None, {}
-    except BlockingIOError:
-        holder = (folder / "lock").read_text(errors="replace") or "another process"
-        raise UserError(
-            f"{flag}: {folder} is being written by {holder}. Wait for it or stop it"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{flag}: {folder} cannot be written ({error})") from None
+    hold(folder, stack, flag, "is being written by {holder}. Wait for it or stop it")
+    return None, {}

@@ -4,9 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,41 @@ def write_whole(file: Path, text: str) -> None:
 
 # Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Removes a folder at the end if it was not there before and is empty."""
+    made = not os.path.lexists(folder)
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # raised unless the folder is empty
+                folder.rmdir()
+
+
+def hold(folder: Path, stack: ExitStack, flag: str, taken: str) -> None:
+    """Makes a folder and holds its file `lock`, which names this process, until the stack closes.
+
+    Args:
+      flag: names the folder in messages.
+      taken: what to say of a folder that {holder} holds.
+
+    Raises:
+      UserError: another process holds it, or it cannot be written.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = stack.enter_context(locked(path, wait=False))
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except BlockingIOError:
+        holder = path.read_text(errors="replace") or "another process"
+        raise UserError(f"{flag}: {folder} {taken.format(holder=holder)}") from None
+    except OSError as error:
+        raise UserError(f"{flag}: {folder} cannot be written ({error})") from None
 
 
 @contextmanager

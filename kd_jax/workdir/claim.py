@@ -2,10 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import jax
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, from_json, keep_chosen
 from kd_jax.parallel.processes import is_first, together
-from kd_jax.weights.files import locked, write_whole
+from kd_jax.weights.files import hold, removed_if_empty, write_whole
 from kd_jax.workdir.history import check_workdir, find_checkpoints, read_record
 
 PACKAGES = (
@@ -34,42 +33,23 @@ def lock_workdir(workdir: Path, own: Sequence[Path] = ()) -> Iterator[None]:
       UserError: the folder is not empty and no workdir, another command trains in it, it cannot be
         written, or other processes of this run do not see it.
     """
-    made = is_first() and not os.path.lexists(workdir)
-    with ExitStack() as stack:
+    with removed_if_empty(workdir), ExitStack() as stack:
         together("lock", lambda: _lock(workdir, stack, own), first_alone=True)
-        try:
-            yield
-        finally:
-            stack.close()
-            if made:
-                with suppress(OSError):  # raised unless the folder is empty
-                    workdir.rmdir()
+        yield
 
 
 def _lock(workdir: Path, stack: ExitStack, own: Sequence[Path]) -> tuple[None, dict[str, str]]:
-    path = workdir / "lock"
     if not is_first():
-        if not path.is_file():
+        if not (workdir / "lock").is_file():
             raise UserError(
                 f"--workdir: expected a folder that all processes share, got {workdir}, in which "
                 f"process {jax.process_index()} does not find the file of process 0"
             )
         return None, {}
     check_workdir(workdir, own)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        descriptor = stack.enter_context(locked(path, wait=False))
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        return None, {}
-    except BlockingIOError:
-        holder = path.read_text(errors="replace") or "another process"
-        raise UserError(
-            f"--workdir: {workdir} is in use by {holder}. Wait for it or stop it, or give another "
-            "--workdir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
+    taken = "is in use by {holder}. Wait for it or stop it, or give another --workdir"
+    hold(workdir, stack, "--workdir", taken)
+    return None, {}
 
 
 def keep_choices(config: Config, workdir: Path) -> Config:
