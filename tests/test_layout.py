@@ -16,15 +16,19 @@ from kd_jax.config.flags import flag_names
 # Floors from the bottom. A room imports only rooms of lower floors; within a room, a file imports
 # only files before it.
 FLOORS = [
-    {"config": ["errors", "checks", "loss", "run", "record", "flags", "streams", "command"]},
+    {
+        "config": [
+            "errors", "checks", "loss", "teacher", "run", "record", "flags", "streams", "command",
+        ],
+    },
     {
         "parallel": [
             "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
         ],
         "data": [
             "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
-            "answers", "encode", "vocabulary", "chat", "prepare", "pool", "store", "packing",
-            "rows", "batches", "documents",
+            "answers", "encode", "vocabulary", "prompts", "chat", "prepare", "pool", "arrays",
+            "store", "packing", "rows", "documents", "batches",
         ],
     },
     {

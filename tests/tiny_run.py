@@ -19,7 +19,7 @@ from kd_jax.data import batches
 from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.parallel.placement import put_batch
-from kd_jax.setup.inputs import open_inputs
+from kd_jax.setup.inputs import open_inputs, prompt_of
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.sources import shared_vocab
@@ -41,6 +41,7 @@ def make_run_config(
     optim=None,
     teacher_axes=("fsdp", "tensor"),
     student_axes=("fsdp", "tensor"),
+    prompt=None,
     steps=STEPS,
     **rows,
 ) -> Config:
@@ -48,7 +49,9 @@ def make_run_config(
     options = {"seq_len": 128, "batch_size": 8, "cache_dir": str(cache_dir), **rows}
     return Config(
         workdir="unused",
-        teacher=TeacherConfig(path=str(teacher), dtype="float32", shard_over=teacher_axes),
+        teacher=TeacherConfig(
+            path=str(teacher), dtype="float32", shard_over=teacher_axes, **(prompt or {})
+        ),
         student=StudentConfig(path=str(student), dtype="float32", shard_over=student_axes),
         data=DataConfig(path=str(train), **options),
         trainable=trainable,
@@ -67,7 +70,8 @@ class Run:
         self.config = config
         student, teacher, self.mesh = open_inputs(config, devices)
         template = chat_template_of(config.data, student.tokenizer)
-        self.rows = data_rows.make_rows(config.data, student.tokenizer, template)
+        prompt = prompt_of(config)
+        self.rows = data_rows.make_rows(config.data, student.tokenizer, template, prompt=prompt)
         self.models = load_models(config, student, teacher, self.mesh)
         vocab_size = shared_vocab(student, teacher).size
         self.program = make_program(config, self.models, vocab_size, self.mesh, config.steps)

@@ -7,7 +7,6 @@ from kd_jax.config.run import (
     Config,
     DataConfig,
     DistributedConfig,
-    Dtype,
     EvalConfig,
     HiddenConfig,
     LogConfig,
@@ -16,5 +15,5 @@ from kd_jax.config.run import (
     OptimConfig,
     Remat,
     StudentConfig,
-    TeacherConfig,
 )
+from kd_jax.config.teacher import Dtype, TeacherConfig

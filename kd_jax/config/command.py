@@ -19,8 +19,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from kd_jax.config.checks import Checked, metadata, plain_type
 from kd_jax.config.errors import UserError, did_you_mean
 from kd_jax.config.flags import check_flags, plain_switches
-from kd_jax.config.run import Config, DataConfig, Dtype, StudentConfig, TeacherConfig
+from kd_jax.config.run import Config, DataConfig, StudentConfig
 from kd_jax.config.streams import flush_streams, is_unread, open_streams
+from kd_jax.config.teacher import Dtype, TeacherConfig
 
 T = TypeVar("T")
 

@@ -6,46 +6,14 @@ from typing import Annotated, Literal
 
 from kd_jax.config.checks import INF, Checks, Range, check_fields
 from kd_jax.config.loss import LossConfig
+from kd_jax.config.teacher import Dtype, TeacherConfig
 
-Dtype = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["none", "dots", "attention", "layer"]
 # Ranges of several fields.
 AtLeast0 = Range(least=0)
 AtLeast1 = Range(least=1)
 Above0 = Range(above=0)
 Below1 = Range(least=0, below=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
-    """The frozen teacher. `teacher=None`, or loss.kd_ratio 0, is plain fine-tuning."""
-
-    path: str
-    """The teacher: Hugging Face folder, output of convert.from_hf, or hub id."""
-    adapter: str | None = None
-    """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
-    dtype: Dtype = "auto"
-    """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
-    always float32. auto: bfloat16 where the devices multiply it faster (GPUs, TPUs, CPUs with
-    AVX512-BF16 or AMX), else float32."""
-    shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
-    """Mesh axes that shard the teacher's weights; along all others they are replicated."""
-    cache: str | None = None
-    """Folder that kd_jax.cache wrote: the teacher's outputs are read from it, and of its weights
-    only the lm_head is loaded. None: the teacher runs in every step."""
-    cache_missing: Literal["error", "compute"] = "error"
-    """Documents that the cache lacks: stop with their number, or run the teacher on them before
-    the first step and add them to the cache."""
-
-    cache_rest: Literal["bucket", "uniform", "label", "renormalize"] = "bucket"
-    """The teacher's probability outside of what a topk cache has of a token. bucket: all other
-    entries are one; uniform: spread over them; label: added to the label's; renormalize: dropped,
-    and the stored ones are divided by their sum."""
-
-    def check(self, checks: Checks) -> None:
-        fits = self.cache is not None or self.cache_missing == "error"
-        expected = "error without teacher.cache"
-        checks.require(fits, "teacher.cache-missing", expected, self.cache_missing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,6 +300,9 @@ class Config:
         fits = not (self.compares_hidden and self.reads_cache)
         expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
         checks.require(fits, "hidden.weight", expected, self.hidden.weight)
+        fits = not self.prompts_teacher or self.data.train_on == "assistant"
+        expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
+        checks.require(fits, "data.train-on", expected, self.data.train_on)
 
     @property
     def distils(self) -> bool:
@@ -353,3 +324,8 @@ class Config:
     def reads_cache(self) -> bool:
         """True if the teacher's outputs come from a cache."""
         return self.distils and self.teacher is not None and self.teacher.cache is not None
+
+    @property
+    def prompts_teacher(self) -> bool:
+        """True if a teacher takes part that sees another prompt than the student."""
+        return self.distils and self.teacher is not None and self.teacher.has_prompt

@@ -7,12 +7,61 @@ import grain
 import numpy as np
 
 from kd_jax.config import Config
+from kd_jax.data.documents import predicts_target
 from kd_jax.data.rows import Rows
-from kd_jax.data.store import COLUMNS, Batch
+from kd_jax.data.store import COLUMNS, TEACHER, Batch
 
 Extra = Callable[[np.ndarray, np.ndarray], Batch]
 """Maps row numbers [..., B] and which of the B to read, bool, to more arrays of a batch,
 [..., B, S, ...], zero where not wanted. It runs in a thread that reads ahead."""
+
+
+def read_batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray, extra: Extra | None) -> Batch:
+    """Returns row numbers `picked`, [..., B], as [..., B, S] arrays, zero where not wanted.
+
+    A teacher with rows of its own adds `teacher_NAME`, unless `extra` has its values. NAME is
+    tokens, segment_ids or positions, [..., B, T], or places [..., B, S] int32: for each position
+    that predicts a target token, the position in the teacher's row that does.
+
+    Args:
+      wanted: [B] bool.
+    """
+    ours = _columns(rows, picked, wanted)
+    if extra is not None:
+        return ours | extra(picked, wanted)
+    if rows.teacher is None:
+        return ours
+    theirs = _columns(rows.teacher, picked, wanted)
+    places = {"places": find_places(ours, theirs)}
+    del theirs["loss_mask"]
+    return ours | {f"{TEACHER}{name}": x for name, x in (theirs | places).items()}
+
+
+def _columns(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:
+    """Returns the columns of row numbers `picked`, [..., B], zero where not wanted, [B] bool."""
+    out: Batch = {}
+    for name, dtype in COLUMNS.items():
+        out[name] = np.zeros((*picked.shape, rows.tokens.shape[1]), dtype)
+        out[name][..., wanted, :] = getattr(rows, name)[picked[..., wanted]]
+    return out
+
+
+def find_places(ours: Batch, theirs: Batch) -> np.ndarray:
+    """Returns the teacher's position for each of the student's that predicts a target token.
+
+    Args:
+      ours, theirs: columns [..., S] and [..., T] of rows with the same target tokens.
+
+    Returns:
+      [..., S] int32; 0 where no target token is predicted.
+    """
+    here, there = (predicts_target(x["segment_ids"], x["loss_mask"]) for x in (ours, theirs))
+    assert (here.sum(axis=-1) == there.sum(axis=-1)).all(), "rows with other target tokens"
+    labels = (np.roll(x["tokens"], -1, axis=-1)[y] for x, y in ((ours, here), (theirs, there)))
+    assert np.array_equal(*labels), "other target tokens"
+    places = np.zeros(here.shape, np.int32)
+    places[here] = np.nonzero(there)[-1]
+    return places
 
 
 def count_steps(rows: Rows, config: Config) -> int:
@@ -47,8 +96,7 @@ def train_batches(
     def take(step: int) -> Batch:
         picked = [order[step * batch_size + i] for i in range(batch_size)]
         numbers = np.array(picked).reshape(accumulation_steps, -1)
-        more = {} if extra is None else extra(numbers, wanted)
-        return _batch(rows, numbers, wanted) | more
+        return read_batch(rows, numbers, wanted, extra)
 
     steps = grain.MapDataset.range(start_step, 2**31).map(take)
     yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
@@ -64,15 +112,6 @@ def _order(rows: Rows, seed: int) -> grain.MapDataset:
         for start, size in zip(starts, sizes, strict=False)
     ]
     return grain.MapDataset.mix(orders, weights) if weights else orders[0]
-
-
-def _batch(rows: Rows, picked: np.ndarray, wanted: np.ndarray) -> Batch:
-    """Returns the columns of row numbers `picked`, [..., B], zero where not wanted, [B] bool."""
-    out: Batch = {}
-    for name, dtype in COLUMNS.items():
-        out[name] = np.zeros((*picked.shape, rows.tokens.shape[1]), dtype)
-        out[name][..., wanted, :] = getattr(rows, name)[picked[..., wanted]]
-    return out
 
 
 def eval_batches(
@@ -92,4 +131,4 @@ def eval_batches(
         some = numbers[first : first + batch_size]
         wanted = np.arange(batch_size) < len(some)
         picked = np.pad(some, (0, batch_size - len(some)))
-        yield _batch(rows, picked, wanted) | ({} if extra is None else extra(picked, wanted))
+        yield read_batch(rows, picked, wanted, extra)

@@ -9,9 +9,10 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.answers import check_learnable, render
+from kd_jax.data.answers import Rendered, check_learnable, render
 from kd_jax.data.encode import encode
 from kd_jax.data.forms import form_of
+from kd_jax.data.prompts import TeacherPrompt, check_targets, render_teacher
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
     TEMPLATE_FILE,
@@ -139,10 +140,17 @@ class Document:
     """Keys of answers.HIDDEN: what the record has and the template does not show."""
     record: Record | None = None
     """Where it comes from."""
+    teacher: tuple[np.ndarray, np.ndarray] | None = None
+    """Ids and target tokens of the conversation with the teacher's own prompt, as above; the target
+    tokens are the same."""
 
 
 def tokenize(
-    tokenizer: Any, records: list[Record], template: Template | None, data: DataConfig
+    tokenizer: Any,
+    records: list[Record],
+    template: Template | None,
+    data: DataConfig,
+    prompt: TeacherPrompt | None = None,
 ) -> tuple[list[Document], list[str]]:
     """Returns one document per record, tokenized as one text, and the problems of bad records.
 
@@ -150,26 +158,54 @@ def tokenize(
     {% generation %}: some tokenizers' first token holds the blank before. A document's first token
     is never one. A record for which `render` raises ValueError is a problem, `place: why`, without
     a document.
+
+    Args:
+      prompt: the teacher's own, with which each document has a second text.
     """
     documents = []
     problems: list[str] = []
     for first in range(0, len(records), 512):
-        rendered = []
-        placed = []
+        placed: list[Record] = []
+        sides: list[tuple[Rendered, ...]] = []
         for record in records[first : first + 512]:
             try:
-                one = render(tokenizer, record, template, data.date)
-                if data.train_on == "assistant":
-                    check_learnable(one, record)
-                rendered.append(one)
+                sides.append(_render_sides(tokenizer, record, template, data, prompt))
                 placed.append(record)
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
-        if not rendered:
-            continue
-        encoded = encode(tokenizer, [one.text for one in rendered], [one.spans for one in rendered])
-        for record, one, (ids, target) in zip(placed, rendered, encoded, strict=True):
+        encoded = [
+            encode(tokenizer, [one.text for one in side], [one.spans for one in side])
+            for side in zip(*sides, strict=True)
+        ]
+        for record, (one, *_), (own, *theirs) in zip(
+            placed, sides, zip(*encoded, strict=True), strict=True
+        ):
+            ids, target = own
             target[:] |= data.train_on == "all"
-            target[:1] = False
-            documents.append(Document(ids, target, frozenset(one.hidden), record))
+            for _, mask in (own, *theirs):
+                mask[:1] = False
+            try:
+                for other, mask in theirs:
+                    check_targets(tokenizer, ids[target], other[mask])
+            except ValueError as error:
+                problems.append(f"{record.place}: {error}")
+                continue
+            teacher = theirs[0] if theirs else None
+            documents.append(Document(ids, target, frozenset(one.hidden), record, teacher))
     return documents, problems
+
+
+def _render_sides(
+    tokenizer: Any,
+    record: Record,
+    template: Template | None,
+    data: DataConfig,
+    prompt: TeacherPrompt | None,
+) -> tuple[Rendered, ...]:
+    """Returns the record as the student and, with a prompt of its own, the teacher see it."""
+    one = render(tokenizer, record, template, data.date)
+    if data.train_on == "assistant":
+        check_learnable(one, record)
+    if prompt is None:
+        return (one,)
+    return one, render_teacher(tokenizer, record, prompt, template, data.date, one)

@@ -9,7 +9,7 @@ import numpy as np
 
 from kd_jax.config import DataConfig
 from kd_jax.config.errors import MAX_SHOWN
-from kd_jax.data.prepare import Prepared
+from kd_jax.data.prepare import Flat, Prepared
 from kd_jax.data.store import COLUMNS, Batch
 
 WINDOW_TOKENS = 2**22
@@ -33,31 +33,48 @@ def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
     return rows
 
 
-def fill_rows(
-    tokens: np.ndarray, target: np.ndarray, lengths: np.ndarray, data: DataConfig, pad: int
-) -> Batch:
-    """Returns the columns of the rows, [R, S] each; segment 0 is padding.
+def choose_rows(window: Prepared, data: DataConfig, teacher_seq_len: int | None) -> list[list[int]]:
+    """Returns the numbers of the documents in each row, the same for student and teacher.
 
-    Args:
-      tokens, target: [N] of all documents, one after the other; `lengths` [D] of each.
+    A teacher with a prompt of its own has rows of `teacher_seq_len` tokens; None: about as many
+    more than the student's as its documents have, or the longest. A document takes the larger of
+    its shares of the two rows.
     """
-    S = data.seq_len
-    rows = pack(lengths.tolist(), S) if data.pack else [[i] for i in range(len(lengths))]
+    if not data.pack:
+        return [[i] for i in range(len(window.lengths))]
+    sizes = window.lengths
+    if window.teacher is not None:
+        theirs = window.teacher.lengths
+        room = teacher_seq_len
+        if room is None:
+            room = max(int(theirs.max()), -(-data.seq_len * int(theirs.sum()) // int(sizes.sum())))
+        sizes = np.maximum(sizes, -(-theirs * data.seq_len // room))
+    return pack(sizes.tolist(), data.seq_len)
+
+
+def join_rows(flat: Flat, rows: list[list[int]]) -> tuple[Batch, np.ndarray]:
+    """Returns the columns of rows without padding, [N] each, and the rows' lengths [R]."""
     order = np.concatenate(rows)
-    sizes, counts = lengths[order], np.array([len(row) for row in rows])
+    sizes, counts = flat.lengths[order], np.array([len(row) for row in rows])
     positions = _ranges(sizes)
-    source = np.repeat((np.cumsum(lengths) - lengths)[order], sizes) + positions
-    # Where each document begins in its row, and the row's number.
-    before = np.cumsum(sizes) - sizes
-    first = np.cumsum(counts) - counts
-    start = before - np.repeat(before[first], counts) + np.repeat(np.arange(len(rows)) * S, counts)
-    there = np.repeat(start, sizes) + positions
-    out: Batch = {name: np.zeros((len(rows), S), dtype) for name, dtype in COLUMNS.items()}
+    source = np.repeat((np.cumsum(flat.lengths) - flat.lengths)[order], sizes) + positions
+    columns: Batch = {
+        "tokens": flat.tokens[source],
+        "segment_ids": np.repeat(_ranges(counts) + 1, sizes),
+        "positions": positions,
+        "loss_mask": flat.target[source],
+    }
+    columns = {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    return columns, np.add.reduceat(sizes, np.cumsum(counts) - counts)
+
+
+def fill_rows(columns: Batch, lengths: np.ndarray, seq_len: int, pad: int) -> Batch:
+    """Returns the columns of rows of `lengths` tokens, [R, S] each; segment 0 is padding."""
+    there = np.repeat(np.arange(len(lengths)) * seq_len, lengths) + _ranges(lengths)
+    out: Batch = {name: np.zeros((len(lengths), seq_len), x.dtype) for name, x in columns.items()}
     out["tokens"][:] = pad
-    out["tokens"].ravel()[there] = tokens[source]
-    out["segment_ids"].ravel()[there] = np.repeat(_ranges(counts) + 1, sizes)
-    out["positions"].ravel()[there] = positions
-    out["loss_mask"].ravel()[there] = target[source]
+    for name, x in columns.items():
+        out[name].ravel()[there] = x
     return out
 
 
@@ -87,9 +104,11 @@ def windows(parts: Iterable[Prepared], data: DataConfig, total: Prepared) -> Ite
 
 
 def _joined(parts: list[Prepared]) -> Prepared:
-    names = ("tokens", "target", "lengths")
-    tokens, target, lengths = (np.concatenate([getattr(x, n) for x in parts]) for n in names)
-    return Prepared(tokens, target, lengths)
+    def join(flats: Iterable[Flat]) -> Flat:
+        return Flat(*(np.concatenate(column) for column in zip(*flats, strict=True)))
+
+    theirs = [part.teacher for part in parts if part.teacher is not None]
+    return Prepared(*join(x.flat for x in parts), teacher=join(theirs) if theirs else None)
 
 
 def shown(parts: Iterable[Prepared], name: str) -> Iterator[Prepared]:

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from kd_jax.config import DataConfig
 from kd_jax.data.chat import Document, tokenize
+from kd_jax.data.prompts import TeacherPrompt
 from kd_jax.data.readers import Raw
 from kd_jax.data.records import Record, make_record
 
@@ -19,6 +20,9 @@ Chunk = list[tuple[str, Raw]]
 """Raw records with their places."""
 
 EMPTY = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
+
+Piece = tuple[np.ndarray, np.ndarray]
+"""Ids and target tokens of a document or of a part of it."""
 _CHUNK_RECORDS = 512
 _CHUNK_BYTES = 2**20
 
@@ -34,6 +38,23 @@ class Job:
     """Share of the records that are held out, by the hash of their content."""
     held_out: bool = False
     """Take the held-out records; otherwise the others."""
+    prompt: TeacherPrompt | None = None
+    """The teacher's own; None: it sees the student's."""
+
+
+class Flat(NamedTuple):
+    """Documents, one after the other."""
+
+    tokens: np.ndarray
+    target: np.ndarray
+    lengths: np.ndarray
+
+
+def join(pieces: list[Piece]) -> Flat:
+    if not pieces:
+        return Flat(*EMPTY)
+    tokens, target = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return Flat(tokens, target, np.array([len(x) for x, _ in pieces]))
 
 
 @dataclass(slots=True)
@@ -54,6 +75,12 @@ class Prepared:
     """`place: why` of each bad record."""
     long: list[str] = field(default_factory=list)
     """`place (tokens)` of each document that is longer than a row."""
+    teacher: Flat | None = None
+    """The same documents with the teacher's own prompt."""
+
+    @property
+    def flat(self) -> Flat:
+        return Flat(self.tokens, self.target, self.lengths)
 
 
 def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[Chunk]:
@@ -77,15 +104,15 @@ def prepare(job: Job, chunk: Chunk) -> Prepared:
     num_held_out = 0
     for place, raw in chunk:
         try:
-            record = make_record(place, raw)
+            record = make_record(place, raw, job.prompt is not None and job.prompt.messages)
             if job.fraction and is_held_out(record, job.fraction) != job.held_out:
                 num_held_out += 1
                 continue
             records.append(record)
         except ValueError as error:
             problems.append(f"{place}: {error}")
-    documents, unplaced = tokenize(job.tokenizer, records, job.template, job.data)
-    out = fit(documents, job.data)
+    documents, unplaced = tokenize(job.tokenizer, records, job.template, job.data, job.prompt)
+    out = fit(documents, job.data, job.prompt)
     out.problems = problems + unplaced
     out.counts["bad"] = len(out.problems)
     out.counts["conversations"] = len(chunk) - num_held_out - len(out.problems)
@@ -104,30 +131,70 @@ def is_held_out(record: Record, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(content.encode()) < fraction * 2**64
 
 
-def fit(documents: list[Document], data: DataConfig) -> Prepared:
+def fit(
+    documents: list[Document], data: DataConfig, prompt: TeacherPrompt | None = None
+) -> Prepared:
     """Returns the documents for rows of seq_len; long ones truncated or dropped, text cut."""
     S = data.seq_len
     counts: Counter[str] = Counter()
     long: list[str] = []
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    kept: list[Piece] = []
+    others: list[Piece] = []
+    if prompt is not None:
+        counts["teacher_messages"] = sum(
+            x.record is not None and x.record.own is not None for x in documents
+        )
     for document in documents:
         size, record = len(document.tokens), document.record
         is_plain = record is not None and record.answers[:1] == ((0, len(record.text or "")),)
-        if size > S and not is_plain:
-            long.append(f"{record.place if record else '?'} ({size:,})")
+        excess = _excess(document, S, None if prompt is None else prompt.seq_len)
+        if excess and not is_plain:
+            long.append(f"{record.place if record else '?'} ({excess:,})")
             counts["long"] += 1
             counts["dropped" if data.overlong == "drop" else "truncated"] += 1
             if data.overlong == "drop":
                 continue
         elif size > S:
             counts["cut"] += 1
+        if document.teacher is not None:
+            ours, theirs = _cut_both(document, S, prompt.seq_len if prompt else None)
+            if ours[1].any():
+                kept.append(ours)
+                others.append(theirs)
+            counts["without_target"] += not ours[1].any()
+            continue
         stop = size if is_plain else min(size, S)
         pieces = [slice(start, min(start + S, stop)) for start in range(0, stop, S)]
         document.target[:stop:S] = False  # nothing precedes the first token of a piece
         useful = [x for x in pieces if document.target[x].any()]
         counts["without_target"] += not useful
         kept += [(document.tokens[x], document.target[x]) for x in useful]
-    if not kept:
-        return Prepared(*EMPTY, counts, long=long)
-    tokens, target = (np.concatenate(column) for column in zip(*kept, strict=True))
-    return Prepared(tokens, target, np.array([len(x) for x, _ in kept]), counts, long=long)
+    teacher = None if prompt is None else join(others)
+    return Prepared(*join(kept), counts, long=long, teacher=teacher)
+
+
+def _excess(document: Document, seq_len: int, teacher_seq_len: int | None) -> int:
+    """Returns the tokens of the side that is longer than its row; 0 if both fit."""
+    ours, theirs = len(document.tokens), 0 if document.teacher is None else len(document.teacher[0])
+    if ours > seq_len:
+        return ours
+    return theirs if teacher_seq_len is not None and theirs > teacher_seq_len else 0
+
+
+def _cut_both(document: Document, seq_len: int, teacher_seq_len: int | None) -> tuple[Piece, Piece]:
+    """Returns both sides cut to their rows, and to the target tokens that both then have."""
+    assert document.teacher is not None
+    sides = [
+        (ids[:limit], target[:limit])
+        for (ids, target), limit in (
+            ((document.tokens, document.target), seq_len),
+            (document.teacher, teacher_seq_len),
+        )
+    ]
+    count = min(int(target.sum()) for _, target in sides)
+    out = []
+    for ids, target in sides:
+        places = np.flatnonzero(target)
+        stop = len(ids) if len(places) == count else int(places[count])
+        out.append((ids[:stop], target[:stop]))
+    return out[0], out[1]

@@ -40,10 +40,15 @@ class Record:
     """[begin, end) characters of `text` with a loss."""
     ignored: tuple[tuple[str, str], ...] = ()
     """(key, reason) of each key that is not used."""
+    own: Any = None
+    """The raw `teacher_messages`, where they are wanted."""
 
 
-def make_record(place: str, raw: Raw) -> Record:
+def make_record(place: str, raw: Raw, own: bool = False) -> Record:
     """Returns a raw record of any accepted form as a checked one.
+
+    Args:
+      own: its teacher_messages are wanted.
 
     Raises:
       ValueError: `field: expected X, got Y`, without the place.
@@ -61,15 +66,18 @@ def make_record(place: str, raw: Raw) -> Record:
         raise ValueError(f"expected the keys {expected}; got {got}")
     form = (full or present)[0]
     record = form.make(place, tree)
-    used = {*form.keys, *form.optional}
+    used = {*form.keys, *form.optional, *(["teacher_messages"] if own else [])}
     rest = [str(key) for key, x in tree.items() if key not in used and not is_empty(x)]
     ignored = tuple((key, _reason(key, form)) for key in rest)
-    return replace(record, ignored=record.ignored + ignored)
+    turns = tree.get("teacher_messages") if own else None
+    return replace(record, ignored=record.ignored + ignored, own=None if is_empty(turns) else turns)
 
 
 def _reason(key: str, form: "Form") -> str:
     if key in METADATA:
         return IS_METADATA
+    if key == "teacher_messages":
+        return "only a run with a teacher and --teacher.messages uses them"
     if key == "rejected":
         return "only the chosen answer is trained on"
     if any(key in other.keys for other in FORMS):

@@ -15,41 +15,22 @@ import numpy as np
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
 from kd_jax.data.answers import describe_hidden
+from kd_jax.data.arrays import Joined, Ragged
 from kd_jax.data.chat import describe_template
 from kd_jax.data.files import hash_source, list_files, list_sources, read_raw, slice_of
-from kd_jax.data.packing import fill_rows, shown, windows
+from kd_jax.data.packing import choose_rows, fill_rows, join_rows, shown, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
+from kd_jax.data.prompts import TeacherPrompt, check_prompt
 from kd_jax.data.records import describe_ignored
-from kd_jax.data.store import COLUMNS, open_store, writing
+from kd_jax.data.store import COLUMNS, TEACHER, TEACHER_ENDS, open_store, writing
 from kd_jax.data.templates import Template, need_template
 
 STORE_VERSION = 4
 
 
-class Joined:
-    """Columns [R, S] of several sources, one after the other, as one array to read from."""
-
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])
-        self.shape = (int(self.starts[-1]), parts[0].shape[1])
-        self.size, self.dtype = self.shape[0] * self.shape[1], parts[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """Returns the rows of a slice or of an array of row numbers."""
-        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
-        out = np.empty((*np.shape(rows), self.shape[1]), self.dtype)
-        for part, start in zip(self.parts, self.starts, strict=False):
-            here = (rows >= start) & (rows < start + len(part))
-            out[here] = part[rows[here] - start]
-        return out
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:] if dtype is None else self[:].astype(dtype)
+_ROUNDED = 128
+"""The teacher's own rows have a multiple of it, unless teacher.seq-len says how many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +54,9 @@ class Rows:
     """(files, begin, end) of each source: its records [begin, end)."""
     sources: tuple[tuple[str, float, int], ...] = ()
     """(path, weight, rows) of each source of a blend; () for one source."""
+    teacher: "Rows | None" = None
+    """Rows of the same documents, in the same order, with the teacher's own prompt; each row has
+    the same target tokens in the same order. None: the teacher sees these rows."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,12 +69,14 @@ def make_rows(
     *,
     fraction: float = 0.0,
     held_out: bool = False,
+    prompt: TeacherPrompt | None = None,
 ) -> Rows:
     """Returns the rows of data.path from the row store, which it fills if needed.
 
     Args:
       fraction: share of the records that are held out, by the hash of their content.
       held_out: return the held-out records' rows; otherwise those of the others.
+      prompt: the teacher's own, as prompts.read_prompt returns it.
 
     Raises:
       UserError: lists file and line of each bad record, unless these are skipped.
@@ -100,7 +86,7 @@ def make_rows(
         parts = [
             make_rows(
                 dataclasses.replace(data, path=path), tokenizer, template,
-                fraction=fraction, held_out=held_out,
+                fraction=fraction, held_out=held_out, prompt=prompt,
             )
             for path, _ in sources
         ]  # fmt: skip
@@ -111,7 +97,7 @@ def make_rows(
         data.on_bad_record, fraction, held_out and fraction > 0,
     )  # fmt: skip
     source = hash_source(data.path, data.split)
-    recipe = [STORE_VERSION, vocabulary, template, source, options]
+    recipe = [STORE_VERSION, vocabulary, template, source, options, *([prompt] if prompt else [])]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:20]
     folder = Path(data.cache_dir).expanduser() / key
     notes: tuple[str, ...] = ()
@@ -119,13 +105,31 @@ def make_rows(
     if stored is None:
         if folder.exists():
             notes = (f"warning: the row store {folder} is damaged: the rows are made again",)
-        stored = _fill_store(folder, Job(tokenizer, template, data, fraction, held_out))
+        check_prompt(tokenizer, template, data.date, prompt)
+        stored = _fill_store(folder, Job(tokenizer, template, data, fraction, held_out, prompt))
     columns, meta = stored
     notes += tuple(meta["notes"])
     begin, end = meta["records"]
     files = list_files(data.path, data.split).files or (f"{data.path} {data.split}",)
     origin = (tuple(map(os.path.realpath, files)), begin, end)
-    return Rows(**columns, counts=meta["counts"], key=key, notes=notes, origins=(origin,))
+    return Rows(
+        **{name: columns[name] for name in COLUMNS},
+        counts=meta["counts"],
+        key=key,
+        notes=notes,
+        origins=(origin,),
+        teacher=_teacher_rows(columns, meta, key),
+    )
+
+
+def _teacher_rows(columns: dict[str, Any], meta: dict[str, Any], key: str) -> Rows | None:
+    if (width := meta.get("teacher_seq_len")) is None:
+        return None
+    ends = np.asarray(columns[TEACHER_ENDS])
+    arrays: dict[str, Any] = {
+        name: Ragged(columns[f"{TEACHER}{name}"], ends, width) for name in COLUMNS
+    }
+    return Rows(**arrays, counts={}, key=key)
 
 
 def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]]) -> Rows:
@@ -134,9 +138,11 @@ def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]
     weights = [weight for _, weight in sources if weight is not None]
     key = hashlib.sha256(json.dumps([[part.key for part in parts], weights]).encode())
     lines = [f"{path}: {describe_rows(x)}" for (path, _), x in zip(sources, parts, strict=True)]
-    columns: dict[str, Any] = {
-        name: Joined([getattr(part, name) for part in parts]) for name in COLUMNS
-    }
+
+    def join(some: Sequence[Rows]) -> dict[str, Any]:
+        return {name: Joined([getattr(part, name) for part in some]) for name in COLUMNS}
+
+    columns, theirs = join(parts), [part.teacher for part in parts if part.teacher is not None]
     return Rows(
         **columns,
         counts={name: counts[name] for name in parts[0].counts},
@@ -147,6 +153,7 @@ def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]
             (path, 0.0 if weight is None else weight, len(part))
             for (path, weight), part in zip(sources, parts, strict=True)
         ),
+        teacher=Rows(**join(theirs), counts={}, key=key.hexdigest()[:20]) if theirs else None,
     )
 
 
@@ -165,27 +172,39 @@ def overlap(rows: Rows, others: Rows) -> str:
 
 
 def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    data, total = job.data, Prepared(*EMPTY)
+    data, prompt, total = job.data, job.prompt, Prepared(*EMPTY)
     pad = job.tokenizer.pad_token_id
     begin, end = slice_of(data.path, data.split)
     last = end if data.max_conversations is None else begin + data.max_conversations
     end = last if end is None or last is None else min(end, last)
     parts = prepare_all(job, chunks(read_raw(data.path, data.split, begin, end)))
     counts = {"tokens": 0, "target_tokens": 0}
-    with writing(folder, data.seq_len) as writer:
+    longest = 0
+    with writing(folder, data.seq_len, teacher=prompt is not None) as writer:
         for window in windows(shown(parts, data.path), data, total):
-            flat = (window.tokens, window.target, window.lengths)
-            writer.append(fill_rows(*flat, data, 0 if pad is None else pad))
+            rows = choose_rows(window, data, prompt.seq_len if prompt else None)
+            columns, lengths = join_rows(window.flat, rows)
+            columns = fill_rows(columns, lengths, data.seq_len, 0 if pad is None else pad)
+            if window.teacher is not None:
+                theirs, lengths = join_rows(window.teacher, rows)
+                theirs |= {"ends": writer.counts[f"{TEACHER}tokens"] + np.cumsum(lengths)}
+                columns |= {f"{TEACHER}{name}": x for name, x in theirs.items()}
+                longest = max(longest, int(lengths.max()))
+            writer.append(columns)
             counts["tokens"] += len(window.tokens)
             counts["target_tokens"] += int(window.target.sum())
         counts["rows"] = writer.num_rows
-        _check(total, data, writer.num_rows)
+        _check(total, data, prompt, writer.num_rows)
         notes = _notes(total, job, (begin, end))
         counts |= {name: total.counts[name] for name in ("conversations", *_LEFT_OUT)}
-        return writer.finish({"counts": counts, "notes": notes, "records": [begin, end]})
+        meta: dict[str, Any] = {"counts": counts, "notes": notes, "records": [begin, end]}
+        if prompt is not None:
+            counts["teacher_tokens"] = writer.counts[f"{TEACHER}tokens"]
+            meta["teacher_seq_len"] = prompt.seq_len or -(-longest // _ROUNDED) * _ROUNDED
+        return writer.finish(meta)
 
 
-def _check(total: Prepared, data: DataConfig, num_rows: int) -> None:
+def _check(total: Prepared, data: DataConfig, prompt: TeacherPrompt | None, num_rows: int) -> None:
     """Raises UserError if records are bad or too long, or none is left."""
     counts = total.counts
     bad = first_lines(total.problems, counts["bad"])
@@ -193,12 +212,18 @@ def _check(total: Prepared, data: DataConfig, num_rows: int) -> None:
         raise UserError("\n".join(bad))
     if not counts["conversations"]:
         raise UserError("\n".join([f"{data.path}: expected records, got none", *bad]))
+    if prompt is not None and prompt.messages and not counts["teacher_messages"]:
+        raise UserError(
+            f"{data.path}: expected records with teacher_messages, as teacher.messages says, got "
+            "none"
+        )
+    own = f" or teacher.seq-len {prompt.seq_len}" if prompt and prompt.seq_len else ""
     if total.long and data.overlong == "error":
         shown = ", ".join(first_lines(total.long, counts["long"])).replace(", and", " and")
         raise UserError(
             f"{data.path}: {counts['long']} conversations are longer than data.seq-len "
-            f"{data.seq_len}: {shown} (place, tokens). Raise data.seq-len, or set data.overlong to "
-            "truncate or drop"
+            f"{data.seq_len}{own}: {shown} (place, tokens). Raise data.seq-len, or set "
+            "data.overlong to truncate or drop"
         )
     if not num_rows:
         raise UserError(
@@ -244,4 +269,10 @@ def describe_rows(rows: Rows) -> str:
         f"{rows.tokens.shape[1]:,} tokens, {filled:.0%} filled, "
         f"{counts['target_tokens']:,} tokens with a loss"
     )
+    if rows.teacher is not None:
+        size = rows.teacher.tokens.size
+        summary += (
+            f"; the teacher's own rows of {rows.teacher.tokens.shape[1]:,} tokens are "
+            f"{counts['teacher_tokens'] / size:.0%} filled"
+        )
     return "\n".join([summary, *rows.notes])

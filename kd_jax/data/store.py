@@ -21,23 +21,38 @@ Batch = dict[str, np.ndarray]
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
+# Of the teacher's own rows, without padding; `ends` of the rows.
+TEACHER = "teacher_"
+TEACHER_COLUMNS = {f"{TEACHER}{name}": dtype for name, dtype in COLUMNS.items()}
+TEACHER_ENDS = f"{TEACHER}ends"
 _BLOCK_BYTES = 2**22
 _STALE_SECONDS = 24 * 3600
 
 
 def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Returns the memory-mapped columns [R, S] and the metadata; None if absent or damaged."""
+    """Returns the memory-mapped columns and the metadata; None if absent or damaged.
+
+    COLUMNS are [R, S], and where the teacher has rows of its own TEACHER_COLUMNS [N], TEACHER_ENDS
+    [R].
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+        names = dtypes_of("teacher_seq_len" in meta)
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         with ThreadPoolExecutor(len(columns)) as pool:
-            sums = dict(zip(COLUMNS, pool.map(_hash_column, columns.values()), strict=True))
-        whole = sums == meta["xxh3"] and [columns["tokens"].shape] * len(COLUMNS) == [
-            column.shape for column in columns.values()
-        ]
+            sums = dict(zip(columns, pool.map(_hash_column, columns.values()), strict=True))
+        whole = sums == meta["xxh3"] and all(
+            len({columns[name].shape for name in some if name in columns}) <= 1
+            for some in (COLUMNS, TEACHER_COLUMNS)
+        )
     except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
         return None
     return (columns, meta) if whole else None
+
+
+def dtypes_of(teacher: bool) -> dict[str, Any]:
+    """Returns the columns' dtypes by name; `teacher`: it has rows of its own."""
+    return COLUMNS | (TEACHER_COLUMNS | {TEACHER_ENDS: np.int64} if teacher else {})
 
 
 def _hash_column(column: Any) -> str:
@@ -54,26 +69,33 @@ def _hash_column(column: Any) -> str:
 class StoreWriter:
     """Writes columns a part at a time; `finish` makes the store appear as a whole."""
 
-    def __init__(self, folder: Path, seq_len: int) -> None:
-        self.folder, self.seq_len, self.num_rows = folder, seq_len, 0
+    def __init__(self, folder: Path, seq_len: int, teacher: bool = False) -> None:
+        self.folder, self.seq_len = folder, seq_len
+        self.dtypes = dtypes_of(teacher)
+        self.counts = dict.fromkeys(self.dtypes, 0)
         self.beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
         self.beside.mkdir(parents=True)
-        self.files = {name: (self.beside / f"{name}.npy").open("wb") for name in COLUMNS}
-        self.sums = {name: xxhash.xxh3_128() for name in COLUMNS}
-        for name in COLUMNS:
+        self.files = {name: (self.beside / f"{name}.npy").open("wb") for name in self.dtypes}
+        self.sums = {name: xxhash.xxh3_128() for name in self.dtypes}
+        for name in self.dtypes:
             self._write_header(name)
+
+    @property
+    def num_rows(self) -> int:
+        return self.counts["tokens"]
 
     def _write_header(self, name: str) -> None:
         """Writes the header for the rows so far; its size does not depend on their number."""
         self.files[name].seek(0)
-        shape, descr = (self.num_rows, self.seq_len), np.dtype(COLUMNS[name]).str
+        shape: tuple[int, ...] = (self.counts[name],)
+        shape, descr = shape + (self.seq_len,) * (name in COLUMNS), np.dtype(self.dtypes[name]).str
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.files[name], header)
 
     def append(self, columns: Batch) -> None:
-        """Writes rows, [R, S] columns, after those so far."""
-        self.num_rows += len(columns["tokens"])
+        """Writes columns of rows after those so far: [R, S], or the teacher's [N]."""
         for name, file in self.files.items():
+            self.counts[name] += len(columns[name])
             data = np.ascontiguousarray(columns[name]).data
             file.write(data)
             self.sums[name].update(data)
@@ -91,12 +113,12 @@ class StoreWriter:
             return found
         shutil.rmtree(self.folder, ignore_errors=True)
         os.rename(self.beside, self.folder)
-        files = {name: self.folder / f"{name}.npy" for name in COLUMNS}
+        files = {name: self.folder / f"{name}.npy" for name in self.dtypes}
         return {name: np.load(file, mmap_mode="r") for name, file in files.items()}, meta
 
 
 @contextmanager
-def writing(folder: Path, seq_len: int) -> Iterator[StoreWriter]:
+def writing(folder: Path, seq_len: int, teacher: bool = False) -> Iterator[StoreWriter]:
     """Yields a writer of a store, and removes what it left if it did not finish.
 
     Raises:
@@ -107,7 +129,7 @@ def writing(folder: Path, seq_len: int) -> Iterator[StoreWriter]:
         for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a killed process
             if left.stat().st_mtime < time.time() - _STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-        writer = StoreWriter(folder, seq_len)
+        writer = StoreWriter(folder, seq_len, teacher)
         yield writer
     except OSError as error:
         raise UserError(f"data.cache-dir: {folder} cannot be written ({error})") from None

@@ -65,7 +65,7 @@ def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | N
     """Writes the tokens of each different document, a line of JSON each, for another system."""
     data = open_data(with_live_teacher(config), devices)
     seen: dict[bytes, None] = {}
-    for rows in filter(None, data.rows):
+    for rows in [some.teacher or some for some in data.rows if some is not None]:
         seen |= dict.fromkeys(tokens.tobytes() for tokens, _ in _documents(rows))
     lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
     write_whole(Path(path).expanduser(), "".join(f"{line}\n" for line in lines))
@@ -89,7 +89,9 @@ def _values(
     found: Found, records: dict[bytes, Record], source: str, k: int, num_entries: int
 ) -> Iterator[Batch]:
     """Yields the values of each missing document's target tokens."""
-    for (tokens, positions), place in zip(_documents(found.rows), found.places, strict=True):
+    for (tokens, positions), place in zip(
+        _documents(found.teacher_rows), found.places, strict=True
+    ):
         if place >= 0:
             continue
         record = records.get(tokens.tobytes())

@@ -95,7 +95,7 @@ class TeacherPass:
         """Yields the values of the tokens from number `skip` on, a batch of rows at a time."""
         late: tuple[Any, np.ndarray, int] | None = None
         for work, numbers, extra in self._batches(skip):
-            (batch,) = eval_batches(work.found.rows, self.batch_rows, numbers)
+            (batch,) = eval_batches(work.found.teacher_rows, self.batch_rows, numbers)
             picked = np.pad(numbers, (0, self.batch_rows - len(numbers)))
             out = self.forward(batch)
             if late is not None:  # the device is at work on the next batch meanwhile

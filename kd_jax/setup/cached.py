@@ -24,9 +24,15 @@ class Found(NamedTuple):
     name: str
     """The config field of the data set."""
     rows: Rows
+    """Those that the student sees."""
     documents: Documents
     places: np.ndarray
     """[N] int64; -1: missing."""
+
+    @property
+    def teacher_rows(self) -> Rows:
+        """The rows whose documents the teacher sees."""
+        return self.rows if self.rows.teacher is None else self.rows.teacher
 
     @property
     def num_missing(self) -> int:
@@ -115,7 +121,7 @@ def find_all(cache: Cache, rows: Rows, eval_rows: Rows | None) -> list[Found]:
     sets = {"data.path": rows} | ({} if eval_rows is None else {"eval.path": eval_rows})
     out = []
     for name, some in sets.items():
-        documents = find_documents(some)
+        documents = find_documents(some if some.teacher is None else some.teacher)
         out.append(Found(name, some, documents, find_places(cache, documents)))
     return out
 

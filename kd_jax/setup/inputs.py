@@ -11,6 +11,7 @@ from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.batches import Extra, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, default_split
+from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
@@ -58,6 +59,7 @@ def open_inputs(
     archs = (student and student.arch, teacher and teacher.arch)
     mesh = attempt(open_mesh, config, *archs, jax.devices() if devices is None else devices)
     attempt(check_source, config.data.path, config.data.split)
+    attempt(prompt_of, config)
     if (held_out := held_out_data(config)) is not None:
         attempt(check_source, held_out.path, held_out.split, "eval.path")
     if problems:
@@ -114,12 +116,14 @@ def choose(
 def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     """Returns the training and held-out rows, and prints a summary of each."""
     template = chat_template_of(config.data, *tokenizers)
-    fraction = config.eval.fraction
-    rows = make_rows(config.data, tokenizers[0], template, fraction=fraction)
+    fraction, prompt = config.eval.fraction, prompt_of(config)
+    rows = make_rows(config.data, tokenizers[0], template, fraction=fraction, prompt=prompt)
     say(f"{config.data.path}: {describe_rows(rows)}")
     if (data := held_out_data(config)) is None:
         return rows, None
-    held_out = make_rows(data, tokenizers[0], template, fraction=fraction, held_out=True)
+    held_out = make_rows(
+        data, tokenizers[0], template, fraction=fraction, held_out=True, prompt=prompt
+    )
     notes = tuple(note for note in held_out.notes if note not in rows.notes)
     what = f" (held out, {fraction:.4g})" if fraction else ""
     say(f"{data.path}{what}: {describe_rows(dataclasses.replace(held_out, notes=notes))}")
@@ -129,6 +133,11 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
             "data.split and eval.split to other parts of it, or eval.fraction"
         )
     return rows, held_out
+
+
+def prompt_of(config: Config) -> TeacherPrompt | None:
+    """Returns the teacher's own prompt; None: it sees the student's, or takes no part."""
+    return read_prompt(config.teacher) if config.prompts_teacher else None
 
 
 def read_rows(

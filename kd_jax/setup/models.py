@@ -46,6 +46,8 @@ class Models:
     """The teacher's weights; of a cached one the lm_head or, without hidden states, none."""
     teacher_kind: TeacherKind = "live"
     """A model in the program, or what of it comes with the batches, from a cache."""
+    own_rows: bool = False
+    """A live teacher has a prompt of its own, and its rows come with the batches."""
 
 
 def make_spec(
@@ -104,6 +106,7 @@ def abstract_models(
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
         teacher_kind=kind,
+        own_rows=kind == "live" and config.prompts_teacher,
     )
 
 

@@ -162,7 +162,7 @@ def _make_teacher(config: Config, models: Models) -> LiveModel | StoredModel | T
     if spec is None:
         return None
     if models.teacher_kind == "live":
-        return LiveModel(spec)
+        return LiveModel(spec, models.own_rows)
     if models.teacher_kind == "hidden":
         return StoredModel(spec.arch)
     assert config.teacher is not None

@@ -108,8 +108,9 @@ def check_shared(
     if teacher is None or rows is None:
         return
     least = min(student.arch.vocab_size, teacher.arch.vocab_size)
-    if warning := check_tokens(shared, rows.tokens, rows.loss_mask, least, field):
-        say(f"warning: {warning}")
+    for side in filter(None, (rows, rows.teacher)):
+        if warning := check_tokens(shared, side.tokens, side.loss_mask, least, field):
+            say(f"warning: {warning}")
 
 
 def check_adapter(source: Source, config: LoraConfig) -> None:

@@ -41,12 +41,22 @@ class LiveModel:
     """A teacher model in the student's program; static under jit."""
 
     spec: DecoderSpec
+    own_rows: bool = False
+    """The batch has the teacher's rows as data.batches.TeacherRows adds them."""
 
     def __call__(
         self, arrays: Arrays, batch: Arrays, layers: tuple[int, ...] = ()
     ) -> tuple[Live, jax.Array | None]:
         """Returns the side of rows [B, S], and the outputs of `layers`, [len(layers), B, S, Dt]."""
         model = Decoder(self.spec, arrays)
-        rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
-        hidden, outputs = model.with_layers(*rows, layers)
+        prefix = "teacher_" if self.own_rows else ""
+        tokens, positions, segments = (
+            batch[f"{prefix}{name}"] for name in ("tokens", "positions", "segment_ids")
+        )
+        hidden, outputs = model.with_layers(tokens, positions, segments, layers)
+        if self.own_rows:
+            gather = jax.vmap(lambda x, places: x[places])  # [T, D], [S]
+            hidden = gather(hidden, batch["teacher_places"])
+            if outputs is not None:
+                outputs = jax.vmap(gather, (0, None))(outputs, batch["teacher_places"])
         return Live(hidden, model.head_weight()), outputs

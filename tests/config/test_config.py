@@ -30,6 +30,7 @@ from kd_jax.config import (
     loss,
     record,
     run,
+    teacher,
 )
 from kd_jax.config.checks import Range, metadata, plain_type
 from kd_jax.config.command import check_out_file, load_config, parse_args, parse_config, run_command
@@ -73,7 +74,7 @@ LEAVES = sorted(leaves(Config))
 def documented() -> dict[str, str]:
     """Returns the docstring under each field of each dataclass, as `Class.field`."""
     found = {}
-    files = [Path(module.__file__) for module in (run, loss)]
+    files = [Path(module.__file__) for module in (run, loss, teacher)]
     for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in pairwise(body):
@@ -386,6 +387,11 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
         ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=-2)}, ["mesh", "mesh.tensor"]),
         ({"log": LogConfig(every_steps=0, profile_start=-1, profile_steps=0)},
          ["log.every-steps", "log.profile-start", "log.profile-steps"]),
+        ({"teacher": TeacherConfig(path="t", system="", seq_len=1)},
+         ["teacher.seq-len", "teacher.system"]),
+        ({"teacher": TeacherConfig(path="t", seq_len=64)}, ["teacher.seq-len"]),
+        ({"teacher": TeacherConfig(path="t", messages=True),
+          "data": DataConfig(path="d", train_on="all")}, ["data.train-on"]),
         ({"attention": "cudnn", "student": StudentConfig(path="s", dtype="float32")},
          ["attention"]),
         ({"attention": "cudnn", "teacher": TeacherConfig(path="t", dtype="float32")},

@@ -128,6 +128,11 @@ def first_fit(lengths: list[int], size: int) -> int:
     return len(rooms)
 
 
+def fill_rows(window: prepare.Prepared, config: DataConfig):
+    chosen = packing.choose_rows(window, config, None)
+    return packing.fill_rows(*packing.join_rows(window.flat, chosen), config.seq_len, pad=-1)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     random = np.random.default_rng(seed)
@@ -137,13 +142,14 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     documents = [document(n, int(start)) for n, start in zip(lengths, starts, strict=False)]
     config = DataConfig(path="", seq_len=size)
     tokens = np.concatenate([one.tokens for one in documents])
-    flat = (tokens, np.concatenate([one.target for one in documents]), np.array(lengths))
-    rows = packing.fill_rows(*flat, config, pad=-1)
+    target = np.concatenate([one.target for one in documents])
+    window = prepare.Prepared(tokens, target, np.array(lengths))
+    rows = fill_rows(window, config)
     want = sorted((d.tokens.tolist(), d.target.tolist()) for d in documents)
     assert sorted(unpack(rows)) == want
     assert {name: x.dtype for name, x in rows.items()} == data_rows.COLUMNS
     assert len(rows["tokens"]) <= first_fit(lengths, size)
-    apart = packing.fill_rows(*flat, dataclasses.replace(config, pack=False), pad=-1)
+    apart = fill_rows(window, dataclasses.replace(config, pack=False))
     assert unpack(apart) == [(d.tokens.tolist(), d.target.tolist()) for d in documents]
     assert apart["segment_ids"].max() == 1
 

@@ -1,0 +1,59 @@
+"""The configuration of the teacher, and of the prompt that only it sees."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from kd_jax.config.checks import Checks, Range
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen teacher. `teacher=None`, or loss.kd_ratio 0, is plain fine-tuning."""
+
+    path: str
+    """The teacher: Hugging Face folder, output of convert.from_hf, or hub id."""
+    adapter: str | None = None
+    """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
+    dtype: Dtype = "auto"
+    """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
+    always float32. auto: bfloat16 where the devices multiply it faster (GPUs, TPUs, CPUs with
+    AVX512-BF16 or AMX), else float32."""
+    shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
+    """Mesh axes that shard the teacher's weights; along all others they are replicated."""
+    cache: str | None = None
+    """Folder that kd_jax.cache wrote: the teacher's outputs are read from it, and of its weights
+    only the lm_head is loaded. None: the teacher runs in every step."""
+    cache_missing: Literal["error", "compute"] = "error"
+    """Documents that the cache lacks: stop with their number, or run the teacher on them before
+    the first step and add them to the cache."""
+
+    cache_rest: Literal["bucket", "uniform", "label", "renormalize"] = "bucket"
+    """The teacher's probability outside of what a topk cache has of a token. bucket: all other
+    entries are one; uniform: spread over them; label: added to the label's; renormalize: dropped,
+    and the stored ones are divided by their sum."""
+
+    system: str | None = None
+    """System text that only the teacher sees, before a conversation's own; @FILE reads a file. The
+    student learns to answer without it what the teacher answers with it (docs/prompts.md)."""
+    messages: bool = False
+    """Give the teacher the records' teacher_messages in place of their own turns. The answers with
+    a loss must be the same texts."""
+    seq_len: Annotated[int | None, Range(least=2)] = None
+    """Tokens in a row of the teacher with a prompt of its own; None: as many as the data need."""
+
+    @property
+    def has_prompt(self) -> bool:
+        """True if the teacher sees another prompt than the student."""
+        return self.system is not None or self.messages
+
+    def check(self, checks: Checks) -> None:
+        fits = self.system is None or bool(self.system.strip("@ \n"))
+        checks.require(fits, "teacher.system", "a text or @FILE", self.system)
+        fits, expected = self.seq_len is None or self.has_prompt, "None without "
+        expected += "teacher.system or teacher.messages; data.seq-len is both models'"
+        checks.require(fits, "teacher.seq-len", expected, self.seq_len)
+        fits = self.cache is not None or self.cache_missing == "error"
+        expected = "error without teacher.cache"
+        checks.require(fits, "teacher.cache-missing", expected, self.cache_missing)
