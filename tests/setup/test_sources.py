@@ -50,13 +50,13 @@ def test_a_head_without_all_shared_entries_is_refused(tokenizer):
 def test_rows_whose_answers_have_a_token_of_one_model_alone_are_refused(tokenizer, capsys):
     student, teacher = source(tokenizer, extra=("<|x|>",)), source(tokenizer)
     tokens, mask = np.array([[1, 300, 7, 8]]), np.array([[False, False, True, True]])
-    rows = SimpleNamespace(tokens=tokens, loss_mask=mask)
+    rows = SimpleNamespace(tokens=tokens, loss_mask=mask, teacher=None)
     shared, alone = shared_vocab(student, teacher), shared_vocab(student, None)
     capsys.readouterr()
     check_shared(shared, student, teacher, rows, "data.path")
     assert "data.path: prompts have tokens that are not shared: 300" in capsys.readouterr().err
     check_shared(alone, student, None, rows, "data.path")
-    answers = SimpleNamespace(tokens=tokens, loss_mask=~mask)
+    answers = SimpleNamespace(tokens=tokens, loss_mask=~mask, teacher=None)
     check_shared(shared_vocab(student, student), student, student, answers, "data.path")
     with pytest.raises(UserError, match=r"eval.path: has tokens that .* 300 is '<\|x\|>' and None"):
         check_shared(shared, student, teacher, answers, "eval.path")
