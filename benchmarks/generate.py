@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from kd_jax.config import MeshConfig
-from kd_jax.inference.decoding import generate_all, unstack_layers
+from kd_jax.inference.decoding import unstack_layers
 from kd_jax.inference.load import load_model, open_model
+from kd_jax.inference.sampling import generate_all
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.runtime import start_jax
 

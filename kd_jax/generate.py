@@ -65,8 +65,10 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
     import jax  # takes seconds, which --help avoids
 
-    from kd_jax.inference.decoding import Sampling, generate, unstack_layers
+    from kd_jax.inference.decoding import unstack_layers
+    from kd_jax.inference.drawing import Sampling
     from kd_jax.inference.load import describe_dtype, load_model, open_model
+    from kd_jax.inference.sampling import generate
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
 

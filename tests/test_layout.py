@@ -60,8 +60,8 @@ FLOORS = [
     },
     {
         "inference": [
-            "load", "decoding", "prompts", "scores", "evaluation", "likelihoods", "lm_eval_model",
-            "teacher_pass", "cached", "cache_check", "cache_import",
+            "load", "drawing", "decoding", "sampling", "prompts", "scores", "evaluation",
+            "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check", "cache_import",
         ],
         "reporting": ["arms", "tables", "curves", "page"],
     },

@@ -1,217 +1,333 @@
-"""Decoding with a KV cache: a compiled prefill, then one compiled step per token."""
+"""Decoding of several rows at once with a KV cache: two programs, for prompts and for new tokens.
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+Rows are decoded in slots. All slots share a clock, and their caches are rings: at every step each
+slot writes at the clock's place, whatever the length of its row. So a row can start at any time,
+in a slot whose row has ended, and no write needs an index per row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from kd_jax.inference.drawing import Sampling, draw
 from kd_jax.models.decoder import Decoder, DecoderSpec
-from kd_jax.models.weight_table import FACTORS, is_adapter
+from kd_jax.models.weight_table import FACTORS, is_adapter, layer_weights
+from kd_jax.parallel.mesh import Layout, constrain
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.platforms import PLATFORMS
-
-Cache = Any  # (keys, values), [B, T, K, H] of each layer or stacked [L, B, T, K, H]
+from kd_jax.parallel.rules import ROWS_AXIS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """Selection of the next token; static under jit."""
+class Program:
+    """What is static in the compiled programs of decoding."""
 
-    temperature: float = 0.0
-    """0: greedy decoding."""
-    top_k: int | None = None
-    """Sample from the k likeliest tokens."""
-    top_p: float | None = None
-    """Nucleus sampling: sample from the fewest tokens whose probability reaches top_p."""
+    spec: DecoderSpec
+    sampling: Sampling
+    vocab_size: int
+    """Vocabulary entries without padding."""
+    length: int
+    """T: tokens that a slot holds, prompt and answer."""
+    as_bits: bool
+    """Store a bfloat16 cache as integers: XLA's CPU converts a whole bfloat16 array to float32 and
+    back when it writes a part."""
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Returns an array [B, ...] with its rows sharded."""
+        layout = self.spec.layout
+        return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
+
+    def everywhere(self, x: jax.Array) -> jax.Array:
+        """Returns an array that all devices hold, so that every process can read it."""
+        layout = self.spec.layout
+        return x if layout is None else constrain(x, layout.mesh)
 
 
-def unstack_layers(spec: DecoderSpec, arrays: Arrays) -> None:
+class Slots(NamedTuple):
+    """B rows being decoded; [B] each unless stated otherwise."""
+
+    cache: Any
+    """(keys, values), [B, K, T, H] of each layer or stacked [L, B, K, T, H]; a ring over T."""
+    tokens: jax.Array
+    """[B, T] int32: new tokens, at the place where their keys are or will be."""
+    log_probs: jax.Array
+    """[B, T] float32, of the new tokens, nats."""
+    clock: jax.Array
+    """Scalar int32: the place of the next keys is the clock modulo T."""
+    lengths: jax.Array
+    """int32: tokens in the cache, the position of the next."""
+    counts: jax.Array
+    """int32: new tokens."""
+    most: jax.Array
+    """int32: new tokens at which the row ends."""
+    keys: jax.Array
+    """[B, 2] uint32: key data of each row's PRNG key."""
+    alive: jax.Array
+    """bool: False if the row has ended or the slot is empty."""
+    ended: jax.Array
+    """bool: True if the row ended by a stop token."""
+    stops: jax.Array
+    """[any number] int32: the stop tokens."""
+
+
+def unstack_layers(spec: DecoderSpec, arrays: Arrays, *, gather: bool = False) -> None:
     """Replaces stacked arrays by one per layer, in place: adapters merged, in the spec's dtype.
 
     At most one stack is in memory twice. On a CPU, slicing the stacks takes longer than the
-    matmuls of one token.
+    matmuls of one token. For arrays that are still needed, pass a shallow copy: their copies live
+    as long as it.
+
+    Args:
+      gather: all-gather weights along ROWS_AXIS, once rather than at every token.
     """
     stacked = "layers.self_attn.o_proj.weight" in arrays
+    layout = spec.layout if gather else None
     for path in [path for path in arrays if not is_adapter(path)]:
-        value = arrays.pop(path).astype(spec.dtype)
+        value = arrays.pop(path)
         if not stacked or not path.startswith("layers."):
-            arrays[path] = value
+            arrays[path] = _convert(spec.dtype, layout, path, value)
             continue
         module, name = path.removeprefix("layers.").rsplit(".", 1)
         factors = [f"layers.{module}.{factor}" for factor in FACTORS]
         merges = name == "weight" and factors[0] in arrays
-        A, B = (arrays.pop(factor) for factor in factors) if merges else (None, None)
-        for i, layer in enumerate(value):
-            if A is not None and B is not None:
-                delta = spec.lora_scale * (B[i] @ A[i])  # float32, rounded once
-                layer = (layer.astype(jnp.float32) + delta).astype(spec.dtype)
-            arrays[f"layers.{i}.{module}.{name}"] = layer
+        pair = tuple(arrays.pop(factor) for factor in factors) if merges else None
+        dims = layer_weights(spec.arch)[f"{module}.{name}"].dims
+        layers = _split(spec.dtype, layout, dims, spec.lora_scale, value, pair)
+        arrays |= {f"layers.{i}.{module}.{name}": layer for i, layer in enumerate(layers)}
 
 
-def generate(
-    spec: DecoderSpec,
-    arrays: Arrays,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_tokens: Collection[int] = (),
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-    vocab_size: int | None = None,
-) -> Iterator[list[int | None]]:
-    """Yields each row's next token at every step; None for rows that have ended.
+def _convert(dtype: Any, layout: Layout | None, path: str, value: jax.Array) -> jax.Array:
+    if layout is None or layout.mesh.size == 1 or value.ndim < 2:
+        return value.astype(dtype)
+    sharding = layout.in_use(("vocab", "embed"), value.shape)
+    return jax.device_put(value.astype(dtype), sharding)
 
-    A row ends before its first stop token or after `max_new_tokens`.
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _split(dtype, layout, dims, scale, stack, factors) -> list[jax.Array]:
+    """Returns the layers of a stack [L, ...], with adapters A and B merged if there are any."""
+    layers = []
+    for i, layer in enumerate(stack):
+        if factors is not None:
+            A, B = (factor[i].astype(jnp.float32) for factor in factors)
+            # Added in float32 and rounded once.
+            layer = layer.astype(jnp.float32) + scale * jnp.matmul(B, A, precision="highest")
+        layer = layer.astype(dtype)
+        if layout is not None and layout.mesh.size > 1:
+            layer = jax.lax.with_sharding_constraint(layer, layout.in_use(dims, layer.shape))
+        layers.append(layer)
+    return layers
+
+
+def gathered(spec: DecoderSpec) -> DecoderSpec:
+    """Returns the spec of a model whose weights were all-gathered along ROWS_AXIS."""
+    if spec.layout is None:
+        return spec
+    axes = tuple(axis for axis in spec.layout.axes if axis != ROWS_AXIS)
+    return replace(spec, layout=Layout(spec.layout.mesh, axes))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_slots(program: Program, num_slots: int, unstacked: bool, stops) -> Slots:
+    """Returns slots without rows.
 
     Args:
-      arrays: the decoder's arrays by path, stacked or unstacked by `unstack_layers` (faster on a
-        CPU).
-      prompts: token ids, of any lengths above 0.
-      vocab_size: vocabulary entries without padding; None: all.
+      unstacked: the model's layers are apart.
+      stops: [any number] int32, the stop tokens.
     """
-    num_rows = len(prompts)
-    platform = next(iter(arrays["norm.weight"].devices())).platform
-    if num_rows < PLATFORMS[platform].decoded_rows and spec.dtype == jnp.bfloat16:
-        prompts = [*prompts, prompts[0]]
-    tokens, start = _left_pad(prompts)
-    P = tokens.shape[1]
-    # Lengths are rounded up, so that few programs are compiled.
-    length = P + _round_up(max_new_tokens, 64)
-    fixed = (spec, sampling, vocab_size or spec.arch.vocab_size)
-    key = jax.random.key(seed)
-    cache, ids = _prefill(fixed, length, arrays, tokens, start, key)
-    alive = np.ones(num_rows, bool)
-    for i in range(max_new_tokens):
-        here = ids
-        if i + 1 < max_new_tokens:  # dispatched before this step's tokens are read
-            cache, ids = _step(fixed, arrays, cache, here, np.int32(P + i), start, key)
-        found = np.asarray(here)[:num_rows]
-        alive &= ~np.isin(found, list(stop_tokens))
-        if not alive.any():
-            return
-        yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
+    arch = program.spec.arch
+    shape = (num_slots, arch.num_key_value_heads, program.length, arch.head_dim)
+    dtype = _storage(program)
+    L = arch.num_hidden_layers
+
+    def zeros():
+        if unstacked:
+            return program.rows(jnp.zeros(shape, dtype))
+        return jnp.zeros((L, *shape), dtype)
+
+    cache: Any = [(zeros(), zeros()) for _ in range(L)] if unstacked else (zeros(), zeros())
+    numbers, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
+    tokens = jnp.zeros((num_slots, program.length), jnp.int32)
+    return Slots(
+        cache=cache, tokens=tokens, log_probs=tokens.astype(jnp.float32), clock=jnp.int32(0),
+        lengths=numbers, counts=numbers, most=numbers,
+        keys=jnp.zeros((num_slots, 2), jnp.uint32), alive=no, ended=no, stops=stops,
+    )  # fmt: skip
 
 
-def generate_all(
-    spec: DecoderSpec, arrays: Arrays, prompts: Sequence[Sequence[int]], **options
-) -> list[list[int]]:
-    """Returns all new tokens of each row; options as for `generate`."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(spec, arrays, prompts, **options):
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+def _storage(program: Program) -> Any:
+    dtype = program.spec.dtype
+    return jnp.dtype("uint16") if program.as_bits and dtype == jnp.bfloat16 else dtype
 
 
-def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns left-padded tokens [B, P] and each prompt's first position [B], both int32."""
-    assert prompts and all(prompts)
-    longest = max(map(len, prompts))
-    size = _round_up(longest, 32 if longest <= 256 else 256)
-    tokens = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[size - len(prompt) :] = prompt
-    return tokens, np.array([size - len(prompt) for prompt in prompts], np.int32)
+def _stored(program: Program, x: jax.Array) -> jax.Array:
+    dtype = _storage(program)
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _prefill(fixed, length, arrays: Arrays, tokens, start, key):
-    """Returns the cache of T = `length` with the prompts [B, P], and the next tokens [B]."""
-    spec = fixed[0]
-    model = Decoder(spec, arrays)
-    B, P = tokens.shape
-    place = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-    segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding attends to padding
-    x, rope = model.embed(tokens, jnp.maximum(place - start[:, None], 0))
-    room = ((0, 0), (0, length - P), (0, 0), (0, 0))
-
-    def attend(q, k, v, window):
-        out = model.attend(q, k, v, segment_ids, place, window)
-        return out, (jnp.pad(k, room), jnp.pad(v, room))
-
-    def run_layer(x, layer, kind, _):
-        return layer(x, rope, attend, kind)
-
-    x, cache = model.over_layers(run_layer, x, None, P)
-    return cache, _next_tokens(fixed, model, x[:, -1], jax.random.fold_in(key, P))
+def _loaded(program: Program, x: jax.Array) -> jax.Array:
+    dtype = program.spec.dtype
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(fixed, arrays: Arrays, cache: Cache, tokens, index, start, key):
-    """Returns the cache with `tokens` [B] written at `index`, and the next tokens [B]."""
-    model = Decoder(fixed[0], arrays)
-    length = jax.tree.leaves(cache)[0].shape[-3]
-    place = jnp.arange(length)[None]
-    seen = (place >= start[:, None]) & (place <= index)  # [B, T]
-    x, rope = model.embed(tokens[:, None], (index - start)[:, None])
+def admit(
+    program: Program, arrays: Mapping[str, jax.Array], slots: Slots, tokens, numbers, places, keys
+) -> Slots:
+    """Returns the slots with n more rows: their prompts in the cache, their first tokens drawn.
+
+    Args:
+      tokens: [n, P] int32, left-padded prompts.
+      numbers: [2, n] int32: prompt lengths, and new tokens at which the rows end.
+      places: [n] int32, slots of the rows; places past the last one are dropped.
+      keys: [n, 2] uint32.
+    """
+    lengths, most = numbers
+    model = Decoder(program.spec, arrays)
+    B, P = tokens.shape
+    start = P - lengths
+    place = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+    segment_ids = (place >= start[:, None]).astype(jnp.int32)  # padding attends to padding
+    x, rope = model.embed(tokens, jnp.maximum(place - start[:, None], 0))
+
+    def attend(q, k, v, window):
+        return model.attend(q, k, v, segment_ids, place, window), (k, v)
+
+    def run_layer(x, layer, kind, old):
+        x, new = layer(x, rope, attend, kind)
+        written = [_write_rows(program, *pair, slots.clock, places) for pair in zip(old, new)]  # noqa: B905
+        return model.on_rows(x), tuple(written)
+
+    x, cache = model.over_layers(run_layer, x, slots.cache, P)
+    none = jnp.zeros_like(most)
+    token, log_prob = draw(_logits(program, model, x[:, -1]), program.sampling, keys, none)
+    stops = jnp.isin(token, slots.stops)
+    changed = {
+        "lengths": lengths, "counts": none + 1, "most": most, "keys": keys,
+        "alive": ~stops & (most > 1), "ended": stops,
+    }  # fmt: skip
+    changed = {
+        name: program.everywhere(getattr(slots, name).at[places].set(new, mode="drop"))
+        for name, new in changed.items()
+    }
+    at = slots.clock % program.length
+    return slots._replace(
+        cache=cache,
+        tokens=program.everywhere(slots.tokens.at[places, at].set(token, mode="drop")),
+        log_probs=program.everywhere(slots.log_probs.at[places, at].set(log_prob, mode="drop")),
+        **changed,
+    )
+
+
+def _write_rows(program: Program, old, new, clock, places):
+    """Returns a layer's cache [B, K, T, H] with keys of prompts [n, P, K, H] up to the clock."""
+    P, T = new.shape[1], program.length
+    rows = jnp.pad(jnp.swapaxes(new, 1, 2), ((0, 0), (0, 0), (0, T - P), (0, 0)))
+    rows = jnp.roll(rows, (clock - P) % T, axis=2)
+    return program.rows(old.at[places].set(_stored(program, rows), mode="drop"))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(
+    program: Program, arrays: Mapping[str, jax.Array], slots: Slots, fewest, most_steps
+) -> tuple[Slots, jax.Array]:
+    """Returns the slots after some steps, and the last step's tokens [B] int32.
+
+    The loop ends when at most `fewest` rows are alive, or after `most_steps`.
+    """
+    model = Decoder(program.spec, arrays)
+    end = slots.clock + most_steps
+
+    def go_on(slots):
+        return (jnp.sum(slots.alive) > fewest) & (slots.clock < end)
+
+    slots = jax.lax.while_loop(go_on, partial(_step, program, model), slots)
+    return slots, slots.tokens[:, slots.clock % program.length]
+
+
+def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
+    """Returns the slots with each living row's last token in the cache, and a next one drawn."""
+    T = program.length
+    at, after = slots.clock % T, (slots.clock + 1) % T
+    age = (at - jnp.arange(T)) % T
+    seen = program.rows(age[None] <= slots.lengths[:, None])  # [B, T]
+    token = jax.lax.dynamic_slice_in_dim(slots.tokens, at, 1, axis=1)
+    x, rope = model.embed(token, slots.lengths[:, None])
 
     def run_layer(x, layer, kind, pair):
         def attend(q, k, v, window):
             keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+                program.rows(_write_token(program, old, new, at))
                 for old, new in zip(pair, (k, v), strict=True)
             )
-            recent = seen if window is None else seen & (index - place < window)
-            mask = recent[:, None, None]
-            scale = model.spec.arch.attention_scale
-            out = jax.nn.dot_product_attention(q, keys, values, mask=mask, scale=scale)
-            return out, (keys, values)
+            mask = seen if window is None else seen & (age < window)[None]
+            return _attend(program, q, keys, values, mask), (keys, values)
 
         return layer(x, rope, attend, kind)
 
-    x, cache = model.over_layers(run_layer, x, cache, length)
-    return cache, _next_tokens(fixed, model, x[:, 0], jax.random.fold_in(key, index + 1))
+    x, cache = model.over_layers(run_layer, x, slots.cache, T)
+    logits = _logits(program, model, x[:, 0])
+    token, log_prob = draw(logits, program.sampling, slots.keys, slots.counts)
+    stops = slots.alive & jnp.isin(token, slots.stops)
+    counts = slots.counts + slots.alive
+    return Slots(
+        cache=cache,
+        tokens=program.everywhere(_write_new(slots.tokens, token, after, slots.alive)),
+        log_probs=program.everywhere(_write_new(slots.log_probs, log_prob, after, slots.alive)),
+        clock=slots.clock + 1,
+        lengths=slots.lengths + 1,
+        counts=counts,
+        most=slots.most,
+        keys=slots.keys,
+        alive=program.everywhere(slots.alive & ~stops & (counts < slots.most)),
+        ended=program.everywhere(slots.ended | stops),
+        stops=slots.stops,
+    )
 
 
-def _next_tokens(fixed, model: Decoder, x, key) -> jax.Array:
-    """Returns the next tokens [B] for the last layer's hidden states x [B, D]."""
-    _, sampling, vocab_size = fixed
+def _write_token(program: Program, old, new, at):
+    """Returns a layer's cache [B, K, T, H] with [B, 1, K, H] at one place of every row."""
+    new = _stored(program, jnp.swapaxes(new, 1, 2))
+    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
+
+
+def _write_new(old: jax.Array, new: jax.Array, at: jax.Array, alive: jax.Array) -> jax.Array:
+    """Returns [B, T] with the living rows' new entries [B] at one place."""
+    before = jax.lax.dynamic_slice_in_dim(old, at, 1, axis=1)
+    new = jnp.where(alive[:, None], new[:, None], before)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
+
+
+def _attend(program: Program, q, keys, values, mask):
+    """Returns attention [B, 1, N, H] of queries [B, 1, N, H] over a cache [B, K, T, H].
+
+    Args:
+      mask: [B, T] bool, True for keys that the row attends to.
+    """
+    B, _, N, H = q.shape
+    K = keys.shape[1]
+    scale = program.spec.arch.attention_scale
+    keys, values = _loaded(program, keys), _loaded(program, values)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    z = product("BKGH,BKTH->BKGT", q.reshape(B, K, N // K, H), keys)
+    z = z * (H**-0.5 if scale is None else scale)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], z, -jnp.inf), axis=-1)
+    weights = weights.astype(values.dtype)  # the matmul's dtype
+    out = product("BKGT,BKTH->BKGH", weights, values)
+    return out.reshape(B, 1, N, H).astype(q.dtype)
+
+
+def _logits(program: Program, model: Decoder, x: jax.Array) -> jax.Array:
+    """Returns the logits [B, V] float32 of the last layer's hidden states x [B, D]."""
     hidden = model.final_norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)
     # Head first, as in matmul.project; the barrier keeps XLA from reordering the operands.
     z = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
     logits = jax.lax.optimization_barrier(z).T
-    if vocab_size < logits.shape[1]:
-        real = jnp.arange(logits.shape[1]) < vocab_size
+    if program.vocab_size < logits.shape[1]:
+        real = jnp.arange(logits.shape[1]) < program.vocab_size
         logits = jnp.where(real[None], logits, -jnp.inf)
-    return choose(logits, sampling, key)
-
-
-def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Returns one token [B] int32 for each row of logits [B, V] float32."""
-    if sampling.temperature == 0:
-        return argmax(logits)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
-        least = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return argmax(logits + jax.random.gumbel(key, logits.shape))  # Gumbel-max
-
-
-def argmax(x: jax.Array) -> jax.Array:
-    """Returns jnp.argmax(x, axis=-1) of x [B, V], [B] int32.
-
-    It works on blocks of V: on a CPU, jnp.max is ten times as fast as jnp.argmax.
-    """
-    length = math.gcd(x.shape[1], 1024)
-    blocks = x.reshape(x.shape[0], -1, length)
-    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return (block * length + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+    return logits

@@ -56,6 +56,8 @@ class Platform:
     """Share of a device's memory that a run may fill with such a policy, by its estimate."""
     decoded_rows: int = 1
     """Fewest rows that decode fast in bfloat16."""
+    sampled_rows: int = 256
+    """Most rows that a device decodes at once where more are to be answered."""
     blocked_sums: bool = False
     """Sum over the vocabulary in blocks: a CPU adds a row's terms one after another."""
     memory_share: float = 1.0
@@ -80,6 +82,7 @@ PLATFORMS: Mapping[str, Platform] = {
         remat=("dots", "layer"),
         remat_memory=0.5,  # the machine's, which has other uses
         decoded_rows=2,  # a single row is five times slower
+        sampled_rows=32,
         compiler_options={
             # Sums over the vocabulary are vectorised only if their terms may be added in any order;
             # NaN and infinity stay what they are.

@@ -14,7 +14,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
-from kd_jax.inference.decoding import Sampling, argmax, choose, generate_all, unstack_layers
+from kd_jax.inference.decoding import Program, unstack_layers
+from kd_jax.inference.drawing import Sampling, _kept, argmax, draw
+from kd_jax.inference.sampling import generate_all
 from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import DecoderSpec
@@ -82,11 +84,11 @@ def test_a_row_ends_before_its_stop_token():
 
 def test_prompts_of_near_lengths_share_their_programs():
     _, spec, arrays = decoder_of()
-    decoding._step.clear_cache()
-    decoding._prefill.clear_cache()
+    decoding.advance.clear_cache()
+    decoding.admit.clear_cache()
     for lengths in ((3, 20), (32, 1), (7, 9)):
         generate_all(spec, arrays, prompts_of(lengths), max_new_tokens=8)
-    assert (decoding._step._cache_size(), decoding._prefill._cache_size()) == (1, 1)
+    assert (decoding.advance._cache_size(), decoding.admit._cache_size()) == (1, 1)
 
 
 def test_a_wrong_position_is_seen(monkeypatch):
@@ -96,9 +98,9 @@ def test_a_wrong_position_is_seen(monkeypatch):
     monkeypatch.setattr(
         decoder, "rope_tables", lambda p, *rest: right(p + (p.shape[1] == 1), *rest)
     )
-    decoding._step.clear_cache()
+    decoding.advance.clear_cache()
     wrong = generate_all(spec, arrays, [prompt], max_new_tokens=50)
-    decoding._step.clear_cache()
+    decoding.advance.clear_cache()
     assert wrong[0] != torch_greedy(theirs, prompt, 50)
 
 
@@ -171,13 +173,15 @@ def decoding_programs(devices):
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    tokens, rows = abstract((2, 128), jnp.int32), abstract((2,), jnp.int32)
-    key = abstract((), jax.random.key(0).dtype)
-    fixed = (spec, Sampling(), arch.vocab_size)
-    prefill = decoding._prefill.trace(fixed, 192, arrays, tokens, rows, key)
-    cache = jax.tree.map(lambda x: abstract(x.shape, x.dtype), prefill.out_info[0])
-    index = abstract((), jnp.int32)
-    return prefill, decoding._step.trace(fixed, arrays, cache, rows, index, rows, key)
+    program = Program(
+        spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, as_bits=False
+    )
+    empty = decoding.empty_slots.trace(program, 2, False, np.int32([1])).out_info
+    slots = jax.tree.map(lambda x: abstract(x.shape, x.dtype), empty)
+    two = abstract((2,), jnp.int32)
+    prompts = (abstract((2, 128), jnp.int32), abstract((2, 2), jnp.int32), two)
+    prefill = decoding.admit.trace(program, arrays, slots, *prompts, abstract((2, 2), jnp.uint32))
+    return prefill, decoding.advance.trace(program, arrays, slots, np.int32(0), np.int32(9))
 
 
 def test_decoding_lowers_for_tpus_with_their_attention_kernel():
@@ -201,9 +205,10 @@ def test_the_place_of_the_maximum_is_the_first_one(size):
 
 
 def frequencies(sampling, logits, count=4000):
-    keys = jax.random.split(jax.random.key(0), count)
-    draws = jax.vmap(lambda key: choose(logits[None], sampling, key)[0])(keys)
-    return np.bincount(np.asarray(draws), minlength=len(logits)) / count
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), count))
+    rows = jnp.broadcast_to(logits[None], (count, len(logits)))
+    tokens, _ = draw(rows, sampling, keys, jnp.arange(count))
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,26 @@ def test_draws_have_the_odds_of_transformers_warpers(options):
     np.testing.assert_allclose(got, want, atol=0.035)  # four deviations of 4,000 draws
 
 
+def test_ties_and_far_tails_are_treated_as_transformers_does():
+    rng = np.random.default_rng(1)
+    logits = (rng.normal(size=(40, 320)) * rng.choice([1, 30], (40, 1))).astype(np.float32)
+    logits[:5] = np.round(logits[:5])  # ties
+    for options in ({"top_p": 0.9}, {"top_p": 1e-6}, {"top_k": 1}, {"top_k": 7}):
+        shifted = jnp.asarray(logits - logits.max(axis=1, keepdims=True))
+        sampling = Sampling(temperature=1.0, **options)
+        kept = np.asarray(_kept(shifted, jnp.exp(shifted), sampling)) > 0
+        scores = torch.tensor(logits)
+        for name, make in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper)):
+            scores = make(options[name])(None, scores) if name in options else scores
+        want = (scores.softmax(-1) > 0).numpy()
+        np.testing.assert_array_equal(kept[5:], want[5:], err_msg=str(options))
+        assert (kept[:5] >= want[:5]).all()  # of tied tokens transformers may drop some
+
+
 def test_temperature_zero_takes_the_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert choose(logits, Sampling(), jax.random.key(0)).tolist() == [1, 0]
+    keys = jnp.zeros((2, 2), jnp.uint32)
+    tokens, log_probs = draw(logits, Sampling(), keys, jnp.zeros(2, jnp.int32))
+    assert tokens.tolist() == [1, 0]
+    want = torch.tensor(np.asarray(logits)).log_softmax(-1).max(-1).values.numpy()
+    np.testing.assert_allclose(log_probs, want, atol=1e-6)

@@ -1,0 +1,317 @@
+"""Answers to many prompts at once: rows that end make room for the next (continuous batching)."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax.inference.decoding import (
+    Program,
+    admit,
+    advance,
+    empty_slots,
+    gathered,
+    unstack_layers,
+)
+from kd_jax.inference.drawing import GREEDY, Sampling
+from kd_jax.models.decoder import DecoderSpec
+from kd_jax.parallel.mesh import num_batch_shards
+from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.platforms import PLATFORMS
+
+CACHE_BYTES = 2**30
+"""Bytes of the KV cache on each device where its memory is unknown, as on a CPU."""
+CACHE_SHARE = 0.2
+"""Share of a device's memory for the KV cache."""
+
+
+class Sampled(NamedTuple):
+    """Answers in the order of their prompts."""
+
+    tokens: list[np.ndarray]
+    """New tokens of each prompt, int32; a stop token that ended the row is the last."""
+    log_probs: list[np.ndarray]
+    """Log-probabilities of those tokens in nats, float32: the model's at temperature 1, without
+    top-k or top-p."""
+    ended: np.ndarray
+    """[N] bool: True for rows that ended by a stop token."""
+
+
+def sample(
+    spec: DecoderSpec,
+    arrays: Arrays,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Any,
+    max_new_tokens: int | Sequence[int],
+    stop_tokens: Collection[int] = (),
+    sampling: Sampling = GREEDY,
+    batch_rows: int | None = None,
+    vocab_size: int | None = None,
+) -> Sampled:
+    """Returns an answer to each prompt.
+
+    An answer depends on the weights, its prompt, its key and `max_new_tokens`. The other prompts,
+    their order, `batch_rows` and the devices change it by rounding only.
+
+    Args:
+      arrays: the decoder's arrays by path, not changed. Stacked layers are copied in the spec's
+        dtype, adapters merged, for the time of the call.
+      prompts: token ids, of any lengths above 0.
+      keys: [N] jax PRNG keys, or integer seeds.
+      max_new_tokens: for all prompts, or for each.
+      batch_rows: rows decoded at once; None: as many as `cache_rows` allows.
+      vocab_size: vocabulary entries without padding; None: all.
+    """
+    most = np.broadcast_to(np.asarray(max_new_tokens, np.int32), len(prompts))
+    rows = [Row(*row) for row in zip(prompts, most.tolist(), _key_data(keys), strict=True)]
+    found: list[Any] = [None] * len(rows)
+    for i, answer in sample_rows(
+        spec, arrays, rows, stop_tokens=stop_tokens, sampling=sampling, batch_rows=batch_rows,
+        vocab_size=vocab_size,
+    ):  # fmt: skip
+        found[i] = answer
+    tokens, log_probs, ended = zip(*found, strict=True) if found else ((), (), ())
+    return Sampled(list(tokens), list(log_probs), np.array(ended, bool))
+
+
+class Row(NamedTuple):
+    """A prompt to answer."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    most: int
+    """Most new tokens."""
+    key: np.ndarray
+    """[2] uint32, data of a jax PRNG key."""
+
+
+def sample_rows(
+    spec: DecoderSpec,
+    arrays: Arrays,
+    rows: Sequence[Row],
+    *,
+    stop_tokens: Collection[int],
+    sampling: Sampling,
+    batch_rows: int | None,
+    vocab_size: int | None,
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, bool]]]:
+    """Yields the index of each row and its tokens, log-probabilities and whether a stop token
+    ended it, as rows end; arguments as for `sample`."""
+    if not rows:
+        return
+    spec, arrays = _prepare(spec, arrays)
+    length = _cache_length(rows)
+    num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
+    program = make_program(spec, arrays, length, sampling, vocab_size)
+    batch = _Batch(program, arrays, num_slots, stop_tokens)
+    waiting = _longest_first(rows)
+    refill = num_slots if len(rows) <= num_slots else max(1, num_slots // 8)
+    while waiting or batch.owners:
+        while waiting and batch.free:
+            batch.admit(rows, waiting, refill)
+        # With rows waiting, the device stops where a group of slots is free, else at the end.
+        batch.advance(num_slots - refill if waiting else 0)
+        yield from batch.take_ended()
+
+
+class _Batch:
+    """The slots on the devices, and which row is in which."""
+
+    def __init__(
+        self, program: Program, arrays: Arrays, num_slots: int, stop_tokens: Collection[int]
+    ):
+        unstacked = "layers.self_attn.o_proj.weight" not in arrays
+        self.program, self.arrays = program, arrays
+        stops = np.array(sorted(stop_tokens), np.int32)
+        self.slots = empty_slots(program, num_slots, unstacked, stops)
+        self.free = list(range(num_slots))
+        self.owners: dict[int, int] = {}  # slot -> row
+        self.begins = np.zeros(num_slots, np.int64)  # clock at each row's first new token
+        self.clock = 0
+
+    def admit(self, rows: Sequence[Row], waiting: list[int], group: int) -> None:
+        """Moves up to `group` rows from `waiting` into free slots."""
+        num_slots, platform = len(self.begins), _platform(self.arrays)
+        P = bucket(len(rows[waiting[0]].prompt))
+        size = min(group, max(1, PLATFORMS[platform].scored_tokens // P))
+        size = -(-size // _row_shards(self.program.spec)) * _row_shards(self.program.spec)
+        chosen = waiting[: min(size, len(self.free))]
+        del waiting[: len(chosen)]
+        places = np.full(size, num_slots, np.int32)  # the others are dropped
+        places[: len(chosen)] = self.free[: len(chosen)]
+        del self.free[: len(chosen)]
+        group_rows = [rows[i] for i in chosen]
+        group_rows += group_rows[:1] * (size - len(chosen))
+        tokens = left_pad([row.prompt for row in group_rows], P)
+        numbers = np.array([[len(row.prompt), row.most] for row in group_rows], np.int32).T
+        keys = np.stack([row.key for row in group_rows])
+        self.slots = admit(self.program, self.arrays, self.slots, tokens, numbers, places, keys)
+        for place, row in zip(places.tolist(), chosen, strict=False):
+            self.owners[place], self.begins[place] = row, self.clock
+
+    def advance(self, fewest: int) -> None:
+        """Decodes until at most `fewest` rows are alive."""
+        steps = np.int32(self.program.length)
+        self.slots, _ = advance(self.program, self.arrays, self.slots, np.int32(fewest), steps)
+        self.clock = int(self.slots.clock)
+
+    def take_ended(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, bool]]]:
+        """Yields rows that ended, with their tokens, and frees their slots."""
+        slots, T = self.slots, self.program.length
+        alive, ended, counts = (np.asarray(x) for x in (slots.alive, slots.ended, slots.counts))
+        tokens, log_probs = np.asarray(slots.tokens), np.asarray(slots.log_probs)
+        for slot in [slot for slot in self.owners if not alive[slot]]:
+            at = (self.begins[slot] + np.arange(counts[slot])) % T
+            self.free.append(slot)
+            yield self.owners.pop(slot), (tokens[slot, at], log_probs[slot, at], bool(ended[slot]))
+
+
+def generate(
+    spec: DecoderSpec,
+    arrays: Arrays,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Collection[int] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields each row's next token at every step; None for rows that have ended.
+
+    A row ends before its first stop token or after `max_new_tokens`. Arguments as for `sample`;
+    stacked layers are used as they are.
+    """
+    keys = _key_data(jax.random.split(jax.random.key(seed), len(prompts)))
+    rows = [Row(*row) for row in zip(prompts, [max_new_tokens] * len(prompts), keys, strict=True)]
+    length = _cache_length(rows)
+    program = make_program(spec, arrays, length, sampling, vocab_size)
+    num_slots = _num_slots(spec, arrays, length, len(prompts), len(prompts))
+    batch = _Batch(program, arrays, num_slots, ())
+    waiting = _longest_first(rows)
+    while waiting:
+        batch.admit(rows, waiting, len(rows))
+    slots = sorted(batch.owners, key=batch.owners.__getitem__)  # by row
+    yield from _stream(batch, slots, max_new_tokens, stop_tokens)
+
+
+def _stream(
+    batch: _Batch, places: list[int], max_new_tokens: int, stop_tokens: Collection[int]
+) -> Iterator[list[int | None]]:
+    alive = np.ones(len(places), bool)
+    none, one = np.int32(0), np.int32(1)
+    slots, next_tokens = advance(batch.program, batch.arrays, batch.slots, none, none)
+    for i in range(max_new_tokens):
+        here = next_tokens
+        if i + 1 < max_new_tokens:  # dispatched before this step's tokens are read
+            slots, next_tokens = advance(batch.program, batch.arrays, slots, none, one)
+        found = np.asarray(here)[places]
+        alive &= ~np.isin(found, list(stop_tokens))
+        if not alive.any():
+            return
+        yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
+
+
+def generate_all(
+    spec: DecoderSpec, arrays: Arrays, prompts: Sequence[Sequence[int]], **options
+) -> list[list[int]]:
+    """Returns all new tokens of each row; options as for `generate`."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate(spec, arrays, prompts, **options):
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def make_program(
+    spec: DecoderSpec,
+    arrays: Arrays,
+    length: int,
+    sampling: Sampling,
+    vocab_size: int | None,
+) -> Program:
+    return Program(
+        spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,
+        length=length, as_bits=PLATFORMS[_platform(arrays)].integer_residuals,
+    )  # fmt: skip
+
+
+def _prepare(spec: DecoderSpec, arrays: Arrays) -> tuple[DecoderSpec, Arrays]:
+    """Returns a spec and unstacked arrays, whole on each device but for its `tensor` shard."""
+    if "layers.self_attn.o_proj.weight" not in arrays:
+        return spec, arrays
+    arrays = dict(arrays)
+    unstack_layers(spec, arrays, gather=True)
+    return gathered(spec), arrays
+
+
+def cache_rows(spec: DecoderSpec, length: int, arrays: Arrays) -> int:
+    """Returns the rows of `length` tokens whose keys and values fit CACHE_SHARE of the devices'
+    memory, or CACHE_BYTES where it is unknown."""
+    arch, device = spec.arch, _device(arrays)
+    memory = (device.memory_stats() or {}).get("bytes_limit") or CACHE_BYTES / CACHE_SHARE
+    heads = arch.num_hidden_layers * arch.num_key_value_heads
+    row_bytes = 2 * heads * length * arch.head_dim * jnp.dtype(spec.dtype).itemsize
+    fit = int(CACHE_SHARE * memory // row_bytes) * _row_shards(spec)
+    return max(1, min(fit, PLATFORMS[device.platform].sampled_rows * _row_shards(spec)))
+
+
+def _num_slots(
+    spec: DecoderSpec, arrays: Arrays, length: int, batch_rows: int | None, num_rows: int
+) -> int:
+    number = min(batch_rows or cache_rows(spec, length, arrays), num_rows)
+    if spec.dtype == jnp.bfloat16:
+        number = max(number, PLATFORMS[_platform(arrays)].decoded_rows)
+    return _round_up(number, _row_shards(spec))
+
+
+def _row_shards(spec: DecoderSpec) -> int:
+    return 1 if spec.layout is None else num_batch_shards(spec.layout.mesh)
+
+
+def _key_data(keys: Any) -> np.ndarray:
+    """Returns the data [N, 2] uint32 of PRNG keys, or of the keys of integer seeds."""
+    if not (isinstance(keys, jax.Array) and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
+        keys = jax.vmap(jax.random.key)(jnp.asarray(keys, jnp.uint32))
+    return np.asarray(jax.random.key_data(keys))
+
+
+def _longest_first(rows: Sequence[Row]) -> list[int]:
+    """Returns the order in which rows start: prompts of like lengths together, in like slots."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt))
+
+
+def _cache_length(rows: Sequence[Row]) -> int:
+    """Returns T, rounded up so that few programs are compiled."""
+    least = max(bucket(len(row.prompt)) for row in rows)
+    return _round_up(max(least, *(len(row.prompt) + row.most for row in rows)), 64)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Returns left-padded tokens [B, length] int32."""
+    assert all(prompts)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    return tokens
+
+
+def bucket(length: int) -> int:
+    """Returns the padded length of a prompt; few of them, so that few programs are compiled."""
+    return _round_up(length, 32 if length <= 256 else 256)
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _device(arrays: Arrays) -> jax.Device:
+    return next(iter(arrays["norm.weight"].devices()))
+
+
+def _platform(arrays: Arrays) -> str:
+    return _device(arrays).platform
