@@ -1,7 +1,6 @@
 """The environment of processes that tests start."""
 
 import os
-import re
 
 from paths import ROOT
 
@@ -11,6 +10,4 @@ def environment(num_devices: int) -> dict[str, str]:
 
     The flags for cheap compilation and the cache of compiled programs stay.
     """
-    flag = "--xla_force_host_platform_device_count="
-    flags = re.sub(rf"{flag}\d+", f"{flag}{num_devices}", os.environ["XLA_FLAGS"])
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(ROOT)}

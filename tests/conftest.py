@@ -1,4 +1,4 @@
-"""Fixtures. Tests run offline on eight fake CPU devices, so that no sharding test is skipped."""
+"""Fixtures. Tests run offline on two fake CPU devices, files with `devices(8)` on eight."""
 
 import atexit
 import importlib.util
@@ -15,11 +15,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "")
-    + " --xla_force_host_platform_device_count=8"
     # Independent collectives run in program order: the same order on every device.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     + " --xla_cpu_collective_call_terminate_timeout_seconds=100"  # then XLA aborts
 )
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ.setdefault("NPROC", "32")  # threads of all fake devices; collectives block them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin beside the other worker
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +35,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 import tiny
+from jax.extend.backend import clear_backends
 from samples import write_stand_ins
 from tiny_run import make_run_config
 
@@ -88,8 +89,18 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
-    """Frees a file's compiled programs: each uses about 600 of Linux's 65,530 memory mappings."""
+def _devices(request):
+    """The fake devices of a file and of the processes it starts; two compile faster than eight.
+
+    Afterwards a file's compiled programs are freed: each uses about 600 of Linux's 65,530 memory
+    mappings.
+    """
+    marker = request.node.get_closest_marker("devices")
+    count = marker.args[0] if marker else 2
+    if count != jax.config.jax_num_cpu_devices:
+        clear_backends()
+        jax.config.update("jax_num_cpu_devices", count)
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(count)
     yield
     jax.clear_caches()
 

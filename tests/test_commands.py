@@ -121,7 +121,7 @@ def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
     assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
 
     if trainable == "lora":
-        other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 4, "--mesh.fsdp", 2)
+        other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 1, "--mesh.fsdp", 2)
         assert run(train.main, *config, *other, "--workdir", tmp_path / "again") == 0
         assert read_losses(tmp_path / "again") == pytest.approx(losses, rel=1e-2)  # bfloat16
 

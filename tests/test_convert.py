@@ -47,6 +47,8 @@ from kd_jax.weights import load as weights_load
 from kd_jax.weights.orbax import OrbaxArrays
 from kd_jax.workdir import checkpoints, claim
 
+pytestmark = pytest.mark.devices(8)
+
 LORA = LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj", "o_proj", "down_proj"))
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37
 PLACES = (np.broadcast_to(np.arange(20, dtype=np.int32), (2, 20)), np.ones((2, 20), np.int32))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from children import environment
 from paths import ROOT
 
 from kd_jax import demo
@@ -191,14 +191,14 @@ STEPS = {"teacher": (500, 300), "finetune": (150, 100), "distil": (150, 100)}
 
 def start(root):
     """Starts the small demo as a user does: one CPU device, its own caches."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(root)}
-    environment.pop("NPROC", None)
+    alone = {**environment(1), "HOME": str(root)}
+    del alone["NPROC"]
     # Less time to compile, at the cost of slower steps.
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
+    alone["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
     words = ["--out", str(root / "run"), "--json"]
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, str(root / "configs"), *words],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def test_every_step_keeps_the_layout_and_the_program_of_the_first(run_train, tmp
         return train_step(*arguments)
 
     monkeypatch.setattr(step, "train_step", counted)
-    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    mesh = ("--mesh.data", "1", "--mesh.tensor", "2")
     assert run_train(tmp_path / "run", *mesh) == 0
     assert len(traces) == 1
 
@@ -190,7 +190,7 @@ def start_process(config_file, workdir, *flags):
     command = [sys.executable, "-m", "kd_jax.train", "--config", str(config_file)]
     return subprocess.Popen(
         [*command, "--workdir", str(workdir), *flags],
-        env=environment(8),
+        env=environment(2),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -280,7 +280,7 @@ def test_a_resumed_full_run_reads_its_trained_weights_from_the_checkpoint_alone(
 
 def test_a_full_runs_model_is_loaded_without_its_base(full_run, read):
     opened = open_model(str(full_run), "bfloat16")
-    models = load_model(opened, make_mesh(MeshConfig(), 8))
+    models = load_model(opened, make_mesh(MeshConfig(), 2))
     assert read == [0]
     assert {x.dtype.name for x in models.frozen.values()} == {"bfloat16"}
 
@@ -288,7 +288,7 @@ def test_a_full_runs_model_is_loaded_without_its_base(full_run, read):
 def test_a_run_resumes_on_other_devices(lora_run, run_train, tmp_path):
     copy = shutil.copytree(lora_run, tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "6")
-    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    mesh = ("--mesh.data", "1", "--mesh.tensor", "2")
     assert run_train(copy, *mesh) == 0
     for ours, theirs in zip(losses(copy), losses(lora_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -342,8 +342,8 @@ def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--data.batch-size", "6"], ["data.batch-size", "8 devices"]),
-        (["--mesh.fsdp", "3"], ["mesh", "8"]),
+        (["--data.batch-size", "7"], ["data.batch-size", "2 devices"]),
+        (["--mesh.fsdp", "3"], ["mesh", "product of 2"]),
         (["--student.path", "/nowhere/model"], ["student.path", "/nowhere/model"]),
         (["--data.path", "/nowhere.json"], ["/nowhere.json"]),
         (["--data.seq-len", "20"], ["no token with a loss"]),

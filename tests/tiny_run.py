@@ -1,5 +1,6 @@
 """Runs of tiny models, built as in kd_jax.train, for tests of the step."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -57,7 +58,7 @@ def make_run_config(
         trainable=trainable,
         lora=LoraConfig(rank=4, alpha=8.0, **(lora or {})),
         loss=LossConfig(**{"chunk_tokens": 32, **(loss or {})}),
-        mesh=MeshConfig(**(mesh or {"data": 8})),
+        mesh=MeshConfig(**(mesh or {"data": 2})),
         optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),
         steps=steps,
     )
@@ -68,6 +69,8 @@ class Run:
 
     def __init__(self, config, devices=None):
         self.config = config
+        sizes = (max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "tensor"))
+        devices = devices or jax.devices()[: math.prod(sizes)]
         student, teacher, self.mesh = open_inputs(config, devices)
         template = chat_template_of(config.data, student.tokenizer)
         prompt = prompt_of(config)

@@ -33,6 +33,8 @@ from kd_jax.parallel.mesh import Layout, make_mesh, replicated
 from kd_jax.planning.chips import find_topology
 from kd_jax.planning.topology import devices_of, prepare
 
+pytestmark = pytest.mark.devices(8)
+
 NEW = 200
 
 

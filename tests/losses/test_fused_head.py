@@ -29,6 +29,8 @@ from kd_jax.losses.vocabulary import Vocab, _plain_sums, sum_over_vocab, top_k
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.teachers.live import Live
 
+pytestmark = pytest.mark.devices(8)
+
 B, S, DS, DT, V = 4, 11, 8, 12, 50
 CONFIG = HeadConfig(loss=LossConfig(kd_ratio=0.4), chunk_tokens=4, vocab_size=V)
 

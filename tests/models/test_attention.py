@@ -16,7 +16,7 @@ from kd_jax.models.attention import Window, attention
 from kd_jax.models.matmul import project
 from kd_jax.parallel.mesh import Layout, make_mesh
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
 
 B, N, K, H = 2, 4, 2, 8
 

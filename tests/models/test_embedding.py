@@ -13,6 +13,8 @@ from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.training.abstract import abstract_run
 
+pytestmark = pytest.mark.devices(8)
+
 V, D = 40, 8
 
 

@@ -29,6 +29,8 @@ from kd_jax.weights import adapters, load
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights.adapters import peft_name
 
+pytestmark = pytest.mark.devices(8)
+
 CONFIG = tiny.make_config()
 ARCH = read_architecture(CONFIG, "config")
 TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20) % 37

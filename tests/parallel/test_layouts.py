@@ -20,6 +20,8 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training import hlo
 from kd_jax.training.step import jit_train_step
 
+pytestmark = pytest.mark.devices(8)
+
 STEPS = 5
 CHUNK = 32  # tokens of the head's
 LAYOUTS = {

@@ -22,6 +22,8 @@ from kd_jax.config.command import run_command
 from kd_jax.training.step import train_step
 from kd_jax.workdir import checkpoints
 
+pytestmark = pytest.mark.devices(8)
+
 # The student has three layers of width 64, the teacher two of width 96, or three of 64.
 ON = HiddenConfig(weight=0.7, student_layers=(0, -1), teacher_layers=(0, 1))
 
@@ -227,7 +229,7 @@ def compiled(run):
 
 
 def test_the_compiled_step_keeps_the_chosen_layers_of_its_own_rows_alone(make_config):
-    shape = {"batch_size": 16, "trainable": "lora"}
+    shape = {"batch_size": 16, "trainable": "lora", "mesh": {"data": 8}}
     hidden = HiddenConfig(weight=1.0, student_layers=(2, 0), teacher_layers=(1, 1))
     texts = [compiled(Run(make_config(x, **shape))).as_text() for x in (HiddenConfig(), hidden)]
     plain, on = (

@@ -13,7 +13,7 @@ from kd_jax.models.embedding import _sum_by_token
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training import hlo
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
 
 PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
 HALVES = [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -17,6 +17,8 @@ from kd_jax.models.decoder import Decoder, logits
 from kd_jax.setup.program import loss_scalars, targets
 from kd_jax.training.step import jit_train_step, train_step
 
+pytestmark = pytest.mark.devices(8)
+
 
 def torch_loss(student, teacher, batch, kd_ratio):
     """Returns the mean loss over target tokens, from torch's own functions."""

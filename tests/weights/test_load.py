@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import tiny
+from children import environment
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -22,6 +23,8 @@ from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights import export, safetensors
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
+
+pytestmark = pytest.mark.devices(8)
 
 MESHES = {
     "data": MeshConfig(data=8),
@@ -198,11 +201,10 @@ def test_each_of_two_processes_reads_only_its_rows(folder):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = str(listener.getsockname()[1])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, folder, port, str(number)],
-            env=os.environ | flags,
+            env=environment(4),
             stdout=subprocess.PIPE,
             text=True,
         )
