@@ -1,22 +1,53 @@
-"""python -m kd_jax.generate: answers prompts, printing tokens as they are generated."""
+"""python -m kd_jax.generate: answers prompts, printing tokens as they are generated.
+
+With --data and --out it answers the prompts of a file, several at a time, and writes records that
+kd_jax.train reads. The same command goes on where a killed one stopped; several processes, started
+as for training, share the prompts.
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from kd_jax.config import MeshConfig
+from kd_jax.config import DataConfig, DistributedConfig, MeshConfig
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, parse_args, run_command
-from kd_jax.inference.prompts import TextWriter, chat_stops, check_length, encode, stop_tokens
+from kd_jax.inference.prompts import (
+    TextWriter,
+    chat_stops,
+    check_length,
+    context_length,
+    encode,
+    stop_tokens,
+)
+
+if TYPE_CHECKING:
+    from kd_jax.inference.answer_file import Options
+    from kd_jax.inference.load import OpenModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateArgs(ModelArgs):
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """User messages; several are answered in one batch."""
+    data: str | None = None
+    """Data with prompts, in any form that training reads: conversations up to their last answer,
+    which may be missing."""
+    split: str | None = None
+    """Split of the data, or a slice such as train[:100]; None: train, or the folder's only one."""
+    max_conversations: Annotated[int | None, Range(least=1)] = None
+    """Use only the first records of the data; None uses all."""
+    out: str | None = None
+    """File of JSON lines for the answers to --data: messages with the answer as the last turn, and
+    index, sample, ended, tokens."""
+    samples: Annotated[int, Range(least=1)] = 1
+    """Answers to each prompt of --data."""
+    batch_rows: Annotated[int | None, Range(least=1)] = None
+    """Answers to --data that are decoded at once; None: as many as fit a fifth of the device's
+    memory, or 1 GiB on a CPU, at most 32 on a CPU and 256 on a GPU or TPU."""
     system: str | None = None
-    """System message before each prompt."""
+    """System message before each prompt; with --data in place of a record's own."""
     raw: bool = False
     """Continue the prompt as text, without a chat template."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256
@@ -37,9 +68,19 @@ class GenerateArgs(ModelArgs):
     """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26; None: the run's, or
     26 Jul 2024."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def check(self, checks: Checks) -> None:
-        checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
+        if self.data is None:
+            checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
+            checks.require(self.out is None, "--out", "--data as well", self.out)
+            checks.require(self.samples == 1, "--samples", "--data as well", self.samples)
+        else:
+            checks.require(not self.prompt, "--prompt", "either --prompt or --data", self.prompt)
+            checks.require(self.out is not None, "--out", "a file for the answers", self.out)
+            checks.require(not self.raw, "--raw", "no --raw with --data", self.raw)
+        several = self.samples > 1 and self.temperature == 0
+        checks.require(not several, "--temperature", "above 0 with --samples", 0)
         checks.require(all(self.stop), "--stop", "text", self.stop)
         greedy = self.temperature == 0 and (self.top_k or self.top_p)
         checks.require_date(self.date or "26 Jul 2024", "--date")
@@ -48,6 +89,9 @@ class GenerateArgs(ModelArgs):
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(GenerateArgs, argv, __doc__)
+    if args.data is not None:
+        answer_data(args)
+        return
     shown = [""] * len(args.prompt)
     alone = len(args.prompt) == 1
     for row, text in answers(args):
@@ -111,6 +155,118 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     for row, writer in enumerate(writers):
         if text := writer.flush():
             yield row, text
+
+
+def answer_data(args: GenerateArgs) -> None:
+    """Writes the answers to the prompts of args.data into args.out."""
+    from kd_jax.inference.load import open_model
+    from kd_jax.parallel.processes import joined, say
+    from kd_jax.setup.runtime import start_jax
+
+    opened = open_model(args.model, args.dtype, args.step)
+    start_jax(opened.config.compilation_cache)  # before `joined`, which starts jax
+    with joined(args.distributed):
+        counts = _write_answers(args, opened)
+        if counts is not None:
+            share = counts["ended"] / counts["answers"]
+            say(
+                f"{args.out}: {counts['answers']:,} answers of {counts['tokens']:,} tokens, "
+                f"{share:.1%} ended by themselves"
+                + f"; {counts['empty']:,} empty ones left out"
+                * (counts["empty"] > 0)
+            )
+
+
+def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | None:
+    import jax
+
+    from kd_jax.data.questions import read_questions
+    from kd_jax.inference.answer_file import AnswerFile, fit_context, write_answers
+    from kd_jax.inference.decoding import unstack_layers
+    from kd_jax.inference.load import describe_dtype, load_model
+    from kd_jax.parallel.mesh import make_mesh
+    from kd_jax.parallel.processes import say
+
+    tokenizer = opened.source.tokenizer
+    data, template = _data(args, opened)
+    mesh = make_mesh(args.mesh, jax.local_device_count(), jax.local_devices())
+    options = _options(args, opened, template, data.date)
+    identity = _identity(args, opened, data, template)
+    file = AnswerFile(args.out or "", identity)
+    if file.is_whole:
+        say(f"{args.out}: the answers are there")
+        return None
+    questions, left_out = read_questions(data, tokenizer, template, args.system)
+    fitting, notes = fit_context(questions, options)
+    for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
+        say(line)
+    file.begin()
+    models = load_model(opened, mesh)
+    unstack_layers(models.student, models.frozen)
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    return write_answers(file, models.student, models.frozen, fitting, options, decode)
+
+
+def _data(args: GenerateArgs, opened: "OpenModel") -> tuple[DataConfig, Any]:
+    """Returns where the prompts are, and the chat template."""
+    from kd_jax.data.chat import chat_template_of
+    from kd_jax.data.files import check_source, default_split
+
+    assert args.data is not None
+    split = default_split(args.data) if args.split is None else args.split
+    check_source(args.data, split, "--data")
+    data = DataConfig(
+        path=args.data,
+        split=split,
+        date=args.date or opened.config.data.date,
+        chat_template=args.chat_template,
+        max_conversations=args.max_conversations,
+    )
+    return data, chat_template_of(data, opened.source.tokenizer)
+
+
+def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) -> "Options":
+    from kd_jax.inference.answer_file import Options
+    from kd_jax.inference.drawing import Sampling
+
+    tokenizer, folder = opened.source.tokenizer, opened.source.folder
+    ends, texts = chat_stops(tokenizer, args.chat_template, date)
+    return Options(
+        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+        samples=args.samples,
+        seed=args.seed,
+        stop_tokens=ends | stop_tokens(folder, tokenizer),
+        stop_texts=[*args.stop, *texts],
+        max_new_tokens=args.max_new_tokens,
+        context=context_length(folder),
+        batch_rows=args.batch_rows,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+    )
+
+
+def _identity(
+    args: GenerateArgs, opened: "OpenModel", data: DataConfig, template: Any
+) -> dict[str, Any]:
+    """Returns what the answers depend on, as JSON."""
+    from kd_jax.data.files import hash_source
+
+    assert args.data is not None
+    names = (
+        "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples", "stop",
+        "dtype", "step", "max_conversations",
+    )  # fmt: skip
+    return {
+        **{name: getattr(args, name) for name in names},
+        "model": opened.source.hashes,
+        "data": hash_source(args.data, data.split),
+        "date": data.date,
+        "template": template,
+    }
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from convert import to_hf
 from kd_jax import generate, train
 from kd_jax.config.command import run_command
+from kd_jax.data.answers import render
+from kd_jax.data.fields import IS_METADATA
+from kd_jax.data.records import make_record
+from kd_jax.inference import answer_file
 from kd_jax.inference.prompts import TextWriter
 
 pytestmark = pytest.mark.fast
@@ -23,6 +27,17 @@ def folder(tmp_path_factory):
 
 def run(*argv):
     return run_command(generate.main, [str(word) for word in argv])
+
+
+def shortened(folder, short, context):
+    """Returns a copy of a model with another context length."""
+    short.mkdir()
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (short / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    return short
 
 
 def answer(capsys, model, *argv):
@@ -110,26 +125,13 @@ def get_config():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_mistake_is_one_message(flags, said, folder, tmp_path, capsys):
-    short = tmp_path / "short"
-    short.mkdir()
-    for file in folder.iterdir():
-        (short / file.name).symlink_to(file)
-    config = json.loads((folder / "config.json").read_text())
-    (short / "config.json").unlink()
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
-    assert run("--model", short, *flags) == 2
+    assert run("--model", shortened(folder, tmp_path / "short", 128), *flags) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 
 
 def test_no_answer_is_longer_than_the_context(folder, tmp_path, capsys):
-    config = json.loads((folder / "config.json").read_text())
-    short = tmp_path / "short"
-    short.mkdir()
-    for file in folder.iterdir():
-        if file.name != "config.json":
-            (short / file.name).symlink_to(file)
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    short = shortened(folder, tmp_path / "short", 40)
     assert run("--model", short, "--prompt", "Hi.", "--raw", "--max-new-tokens", 100) == 0
     assert "room for" in capsys.readouterr().err
 
@@ -156,3 +158,138 @@ def test_nothing_of_a_stop_text_is_shown(tokenizer):
     pieces = [writer.push(token) for token in tokenizer("go on, STand STOP here")["input_ids"]]
     assert "".join(pieces) + writer.flush() == "go on, STand "
     assert writer.ended
+
+
+# Answers to data.
+
+MODES = ("--temperature", 1, "--samples", 2, "--max-new-tokens", 12, "--dtype", "float32")
+
+
+def write_questions(file):
+    records = [
+        {"instruction": "Hi.", "output": "unused"},
+        {"messages": [{"role": "user", "content": "Name the colour of the sky."}]},
+        {"conversations": [{"from": "human", "value": "How many legs has a cat?"}]},
+        {"prompt": "Say a word.", "completion": " blue"},
+        {"prompt": [{"role": "user", "content": "What is two plus three?"}]},
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def answered(folder, tmp_path_factory):
+    """A folder with data and the file of their answers."""
+    place = tmp_path_factory.mktemp("answered")
+    data = write_questions(place / "data.jsonl")
+    assert run("--model", folder, "--data", data, "--out", place / "out.jsonl", *MODES) == 0
+    return place
+
+
+def records_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_prompt_of_a_file_is_answered_in_its_template(answered, folder, tmp_path, capsys):
+    found = records_of(answered / "out.jsonl")
+    assert [(x["index"], x["sample"]) for x in found] == [(i, s) for i in range(5) for s in (0, 1)]
+    assert found[6]["prompt"] == "Say a word." and found[6]["completion"] != " blue"
+    assert [turn["role"] for turn in found[0]["messages"]] == ["user", "assistant"]
+    assert len({json.dumps(x.get("messages")) for x in found[:2]}) == 2
+    assert all(0 < x["tokens"] <= 12 for x in found)
+    assert sorted(x.name for x in answered.iterdir()) == [
+        "data.jsonl", "out.jsonl", "out.jsonl.config.json"
+    ]  # fmt: skip
+    greedy = ("--data", answered / "data.jsonl", "--max-conversations", 2, "--batch-rows", 1)
+    answer(capsys, folder, *greedy, "--out", tmp_path / "greedy.jsonl")
+    texts = [x["messages"][-1]["content"] for x in records_of(tmp_path / "greedy.jsonl")]
+    for prompt, text in zip(("Hi.", "Name the colour of the sky."), texts, strict=True):
+        assert answer(capsys, folder, "--prompt", prompt) == text + "\n"
+
+
+def test_training_reads_answers(answered, tokenizer):
+    for number, line in enumerate((answered / "out.jsonl").read_bytes().splitlines()):
+        record = make_record(f"line {number}", line)
+        assert {why for _, why in record.ignored} == {IS_METADATA}
+        assert render(tokenizer, record, tiny.TEMPLATE, "26 Jul 2024").spans
+
+
+def test_a_killed_command_goes_on_at_whole_lines(answered, folder, tmp_path, monkeypatch):
+    want = (answered / "out.jsonl").read_bytes()
+    lines = want.splitlines(keepends=True)
+    (tmp_path / "out.jsonl.part0").write_bytes(b"".join(lines[:7:2]) + lines[7][:20])
+    record = (answered / "out.jsonl.config.json").read_bytes()
+    (tmp_path / "out.jsonl.config.json").write_bytes(record)
+    drawn = []
+    sampled = answer_file.sample_rows
+
+    def counted(spec, arrays, rows, **options):
+        drawn.append(len(rows))
+        return sampled(spec, arrays, rows, **options)
+
+    monkeypatch.setattr(answer_file, "sample_rows", counted)
+    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", tmp_path / "out.jsonl")
+    assert run(*argv, *MODES) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == want
+    assert sum(drawn) == len(lines) - 4
+    assert run(*argv, *MODES) == 0  # nothing is left to do
+    assert sum(drawn) == len(lines) - 4
+
+
+def test_processes_share_the_prompts(answered, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(answer_file, "together", lambda name, work: work()[0])
+    monkeypatch.setattr(answer_file, "is_first", lambda: answer_file.jax.process_index() == 0)
+    monkeypatch.setattr(answer_file.jax, "process_count", lambda: 2)
+    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", tmp_path / "out.jsonl")
+    for process in (1, 0):
+        monkeypatch.setattr(answer_file.jax, "process_index", lambda process=process: process)
+        if process == 0:
+            assert len(records_of(tmp_path / "out.jsonl.part1")) == 5
+        assert run(*argv, *MODES) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (answered / "out.jsonl").read_bytes()
+
+
+def test_answers_of_another_configuration_are_refused(answered, folder, capsys):
+    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", answered / "out.jsonl")
+    assert run(*argv, *MODES, "--seed", 1) == 2
+    assert "begun with another configuration: seed 0 (now 1)" in capsys.readouterr().err
+    assert run(*argv[:4], "--out", answered / "data.jsonl", *MODES) == 2
+    assert "which is another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record, flags, said",
+    [
+        ({"text": "words"}, (), "expected records with a prompt"),
+        ({"messages": []}, (), "data.jsonl:1: messages: expected a list of turns"),
+        ({"prompt": "word " * 300}, (), "expected prompts of 1 to 127 tokens"),
+        ({"prompt": "Hi."}, ("--samples", 2), "--temperature: expected above 0 with --samples"),
+        ({"prompt": "Hi."}, ("--prompt", "Hi."), "--prompt: expected either"),
+        ({"prompt": "Hi."}, ("--chat-template", "bare"), "template with a generation prompt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_in_data_is_one_message(record, flags, said, folder, tmp_path, capsys):
+    short = shortened(folder, tmp_path / "short", 128)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(record) + "\n")
+    bare = tmp_path / "bare.jinja"
+    turn = "{{ '<|start|>' + m.role + '<|end|>' + m.content + '<|eot|>' }}"
+    bare.write_text("{% for m in messages %}" + turn + "{% endfor %}")
+    flags = [bare if flag == "bare" else flag for flag in flags]
+    assert run("--model", short, "--data", data, "--out", tmp_path / "out.jsonl", *flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_prompts_without_room_are_counted(folder, tmp_path, capsys):
+    short = shortened(folder, tmp_path / "short", 100)
+    data = tmp_path / "data.jsonl"
+    prompts = ["Hi.", "word " * 300, "word " * 10]
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    argv = ("--model", short, "--data", data, "--out", tmp_path / "out.jsonl")
+    assert run(*argv, "--max-new-tokens", 60, "--dtype", "float32") == 0
+    error = capsys.readouterr().err
+    assert "1 prompts leave no room in the context of 100 tokens and are skipped" in error
+    assert "prompts leave room for less than --max-new-tokens" in error

@@ -27,8 +27,8 @@ FLOORS = [
         ],
         "data": [
             "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
-            "answers", "encode", "vocabulary", "prompts", "chat", "prepare", "pool", "arrays",
-            "store", "packing", "rows", "documents", "batches",
+            "answers", "encode", "vocabulary", "prompts", "chat", "questions", "prepare",
+            "pool", "arrays", "store", "packing", "rows", "documents", "batches",
         ],
     },
     {
@@ -60,8 +60,9 @@ FLOORS = [
     },
     {
         "inference": [
-            "load", "drawing", "decoding", "sampling", "prompts", "scores", "evaluation",
-            "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check", "cache_import",
+            "load", "drawing", "decoding", "sampling", "prompts", "answer_file", "scores",
+            "evaluation", "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check",
+            "cache_import",
         ],
         "reporting": ["arms", "tables", "curves", "page"],
     },

@@ -18,7 +18,8 @@ METADATA = {
     "metadata", "created", "created_at", "timestamp", "date", "model", "model_name", "hash",
     "prompt_id", "message_id", "conversation_id", "conversation_hash", "score", "rating",
     "quality", "difficulty", "subset", "split", "type", "task", "task_type", "license",
-    "author", "user_id", "num_tokens", "token_count", "length", "turn", "turns",
+    "author", "user_id", "num_tokens", "token_count", "length", "turn", "turns", "sample", "ended",
+    "tokens",
     "__index_level_0__",
 }  # fmt: skip
 IS_METADATA = "it says something about the record"

@@ -45,7 +45,7 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     Raises:
       UserError: a prompt fills the context, or is empty.
     """
-    context = read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
+    context = context_length(folder)
     for number, prompt in enumerate(prompts, start=1):
         if not 0 < len(prompt) < context:
             raise UserError(
@@ -56,6 +56,11 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     if room < max_new_tokens:
         print(f"note: the context has room for {room} new tokens", file=sys.stderr)
     return room
+
+
+def context_length(folder: Path) -> int:
+    """Returns the model's most tokens of prompt and answer."""
+    return read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
 
 
 def chat_stops(tokenizer: Any, chat_template: str | None, date: str) -> tuple[set[int], list[str]]:

@@ -1,0 +1,167 @@
+"""Prompts of any data: each conversation up to its last answer, as tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kd_jax.config import DataConfig, UserError
+from kd_jax.config.errors import first_lines
+from kd_jax.data.fields import decoded, is_empty, parse
+from kd_jax.data.files import list_sources, read_raw, slice_of
+from kd_jax.data.forms import form_of
+from kd_jax.data.readers import Raw
+from kd_jax.data.records import Conversation, Record, make_record
+from kd_jax.data.templates import Template, apply_template, choose, need_template
+from kd_jax.data.turns import as_taken, content_of
+
+_STAND_IN = "-"  # for the answer of a record that has none
+_ANSWER = {"role": "assistant", "content": _STAND_IN}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, and the answer that the data have."""
+
+    index: int
+    """Of the record in the data, from 0."""
+    place: str
+    """`file:line` or `file, record n`, for messages."""
+    tokens: list[int]
+    """The prompt, up to the start of the answer."""
+    answer: str
+    """The record's own last answer; "" if it has none."""
+    messages: Conversation
+    """Turns before the answer; [] for text."""
+    tools: list[Any] | None = None
+    text: str | None = None
+    """A prompt of text, which has no chat template."""
+
+    def answered(self, text: str) -> dict[str, Any]:
+        """Returns the record of this prompt with another answer, in a form that training reads."""
+        if self.text is not None:
+            return {"prompt": self.text, "completion": text}
+        record: dict[str, Any] = {
+            "messages": [*self.messages, {"role": "assistant", "content": text}]
+        }
+        return record | ({"tools": self.tools} if self.tools else {})
+
+
+def read_questions(
+    data: DataConfig, tokenizer: Any, template: Template | None, system: str | None = None
+) -> tuple[list[Question], str]:
+    """Returns the prompts of the data in order, and a line about records without one, or "".
+
+    Args:
+      system: message at the start of every conversation, in place of its own.
+
+    Raises:
+      UserError: lists file and line of each bad record; or no record has a prompt.
+    """
+    questions: list[Question] = []
+    problems: list[str] = []
+    count = 0
+    for index, (place, raw) in enumerate(_raw_records(data)):
+        count += 1
+        try:
+            record, has_answer = _record(place, raw)
+            record = _with_system(record, system)
+            question = _question(tokenizer, template, data.date, index, record, has_answer)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        if question is not None:
+            questions.append(question)
+    if problems and data.on_bad_record == "error":
+        raise UserError("\n".join(first_lines(problems)))
+    if not questions:
+        raise UserError(
+            f"{data.path}: expected records with a prompt (messages, instruction, or prompt), got "
+            f"{count:,} records without one, such as plain text"
+        )
+    left = count - len(questions)
+    return questions, f"{data.path}: {left:,} records have no prompt and are left out" * (left > 0)
+
+
+def _raw_records(data: DataConfig) -> Iterator[tuple[str, Raw]]:
+    number = 0
+    for path, _ in list_sources(data.path):
+        begin, end = slice_of(path, data.split)
+        for record in read_raw(path, data.split, begin, end):
+            if data.max_conversations is not None and number >= data.max_conversations:
+                return
+            number += 1
+            yield record
+
+
+def _record(place: str, raw: Raw) -> tuple[Record, bool]:
+    """Returns a record, and whether its last answer is its own."""
+    tree = parse(raw) if isinstance(raw, bytes) else raw
+    if not isinstance(tree, dict):
+        return make_record(place, tree), True
+    changed = _with_answer(tree)
+    return make_record(place, changed), changed is tree
+
+
+def _with_answer(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a raw record with a stand-in for the answer that it lacks, or the record itself."""
+    for key in ("messages", "conversations"):
+        turns = decoded(tree.get(key))
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            speaker = str(turns[-1].get("role", turns[-1].get("from"))).lower()
+            lacks = speaker in ("user", "human", "tool") and "chosen" not in tree
+            return {**tree, key: [*turns, _ANSWER]} if lacks else tree
+    if "instruction" in tree and _lacks(tree, "output", "chosen"):
+        return {**tree, "output": _STAND_IN}
+    if "prompt" in tree and _lacks(tree, "completion", "chosen"):
+        prompt, rest = decoded(tree["prompt"]), {k: x for k, x in tree.items() if k != "prompt"}
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return {**rest, "messages": [*turns, _ANSWER] if isinstance(turns, list) else turns}
+    return tree
+
+
+def _lacks(tree: dict[str, Any], *keys: str) -> bool:
+    return all(is_empty(tree.get(key)) for key in keys)
+
+
+def _with_system(record: Record, system: str | None) -> Record:
+    if system is None or not record.messages:
+        return record
+    own = record.messages[0]["role"] in ("system", "developer")
+    turns = [{"role": "system", "content": system}, *record.messages[own:]]
+    return replace(record, messages=turns, learn=(True, *record.learn[own:]))
+
+
+def _question(
+    tokenizer: Any, template: Template | None, date: str, index: int, record: Record, own: bool
+) -> Question | None:
+    """Returns a record's prompt; None if it has none.
+
+    Raises:
+      ValueError: the template rejects it.
+    """
+    if record.text is not None:
+        begin, end = record.answers[0]
+        if begin == 0:
+            return None
+        prompt = record.text[:begin]
+        tokens = tokenizer(prompt)["input_ids"]
+        answer = record.text[begin:end] if own else ""
+        return Question(index, record.place, tokens, answer, [], text=prompt)
+    roles = [turn["role"] for turn in record.messages]
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    if last == 0:
+        return None
+    turns = record.messages[:last]
+    special = tokenizer.special_tokens_map
+    chosen = choose(need_template(template), record.tools)
+    form = form_of(special, chosen, date, bool(record.tools))
+    taken = [as_taken(turn, form.parts) for turn in turns]
+    text, _ = apply_template(special, taken, chosen, date, tools=record.tools or None, prompt=True)
+    if form.header and text == apply_template(special, taken, chosen, date, tools=record.tools)[0]:
+        raise UserError(
+            "data.chat-template: expected a template with a generation prompt "
+            f"(add_generation_prompt), got one that leaves out {form.header.strip()!r}"
+        )
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = content_of(record.messages[last]) if own else ""
+    return Question(index, record.place, tokens, answer, turns, record.tools)

@@ -1,0 +1,292 @@
+"""Answers to all prompts of a file, written as records that training reads.
+
+Answers are written as rows end, to a part beside the file: a killed command loses those in
+progress. When all are there, the file is written whole, in the order of the prompts.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kd_jax.config import UserError
+from kd_jax.config.errors import first_lines
+from kd_jax.data.questions import Question
+from kd_jax.inference.drawing import Sampling
+from kd_jax.inference.sampling import Row, sample_rows
+from kd_jax.models.decoder import DecoderSpec
+from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.processes import is_first, together
+from kd_jax.weights.files import write_whole
+
+_TOLD_SECONDS = 10.0
+Place = tuple[int, int]
+"""Index of a record in the data, and number of the sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How answers are drawn."""
+
+    sampling: Sampling
+    samples: int
+    """Answers to each prompt."""
+    seed: int
+    stop_tokens: Collection[int]
+    stop_texts: Sequence[str]
+    """Texts that end an answer, cut off afterwards."""
+    max_new_tokens: int
+    context: int
+    """Most tokens of prompt and answer."""
+    batch_rows: int | None
+    vocab_size: int
+
+
+class AnswerFile:
+    """The file of answers, and the parts of each process beside it."""
+
+    def __init__(self, path: str, identity: Mapping[str, Any]):
+        """Checks the file; `identity` is what its answers depend on, as JSON.
+
+        Raises:
+          UserError: the file is another one, or was begun with another configuration.
+        """
+        self.path = Path(path).expanduser()
+        self.record = self.path.with_name(f"{self.path.name}.config.json")
+        self.identity = json.loads(json.dumps(identity))
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise UserError(f"--out: expected a file in an existing folder, got {path}")
+        if not self.record.exists():
+            if self.path.exists():
+                raise UserError(
+                    f"--out: expected a new file, or answers of this command, got {path}, which is "
+                    "another file. Give another name"
+                )
+            return
+        earlier = json.loads(self.record.read_text())
+        changed = sorted(
+            name for name in earlier.keys() | self.identity.keys()
+            if earlier.get(name) != self.identity.get(name)
+        )  # fmt: skip
+        if changed:
+            shown = ", ".join(
+                f"{name} {earlier.get(name)!r:.60} (now {self.identity.get(name)!r:.60})"
+                for name in changed
+            )
+            raise UserError(
+                f"--out: {path} was begun with another configuration: {shown}. Give another name"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        return self.path.exists()
+
+    def begin(self) -> None:
+        if is_first() and not self.record.exists():
+            write_whole(self.record, json.dumps(self.identity, indent=1) + "\n")
+
+    def parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+
+    def part(self, process: int) -> Path:
+        """Returns this process's part, without the line that a kill may have torn."""
+        part = self.path.with_name(f"{self.path.name}.part{process}")
+        if part.exists():
+            whole = part.read_bytes()
+            part.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        return part
+
+    def read(self) -> dict[Place, dict[str, Any]]:
+        """Returns the answers of all parts, without torn lines."""
+        found = {}
+        for part in self.parts():
+            whole = part.read_bytes()
+            for line in whole[: whole.rfind(b"\n") + 1].splitlines():
+                record = json.loads(line)
+                found[record["index"], record["sample"]] = record
+        return found
+
+    def finish(self, wanted: Sequence[Place]) -> dict[str, int]:
+        """Writes the whole file and removes the parts; returns counts of the answers.
+
+        Empty answers are left out, since training takes none.
+        """
+        found = self.read()
+        if missing := [place for place in wanted if place not in found]:
+            raise UserError(
+                f"--out: {len(missing):,} answers are missing beside {self.path}. All processes "
+                "must write to one folder; run the same command again"
+            )
+        records = [found[place] for place in wanted]
+        full = [record for record in records if not record.get("empty")]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in full]
+        write_whole(self.path, "".join(lines))
+        for part in self.parts():
+            part.unlink()
+        ended = sum(record["ended"] for record in records)
+        return {
+            "answers": len(records), "empty": len(records) - len(full), "ended": ended,
+            "tokens": sum(record["tokens"] for record in records),
+        }  # fmt: skip
+
+
+class Fit(NamedTuple):
+    questions: list[Question]
+    notes: list[str]
+
+
+def fit_context(questions: Sequence[Question], options: Options) -> Fit:
+    """Returns the questions that leave room for an answer, and lines about the others.
+
+    Raises:
+      UserError: none does.
+    """
+    long = [q for q in questions if not 0 < len(q.tokens) < options.context]
+    fitting = [q for q in questions if 0 < len(q.tokens) < options.context]
+    if not fitting:
+        raise UserError(
+            f"--data: expected prompts of 1 to {options.context - 1} tokens (the model's context "
+            f"is {options.context}), got none. The first: {questions[0].place}, "
+            f"{len(questions[0].tokens):,} tokens"
+        )
+    notes = []
+    if long:
+        shown = ", ".join(first_lines([f"{q.place} ({len(q.tokens):,})" for q in long]))
+        notes.append(
+            f"warning: {len(long):,} prompts leave no room in the context of {options.context} "
+            f"tokens and are skipped: {shown}"
+        )
+    cut = sum(len(q.tokens) + options.max_new_tokens > options.context for q in fitting)
+    if cut:
+        notes.append(f"warning: {cut:,} prompts leave room for less than --max-new-tokens")
+    return Fit(fitting, notes)
+
+
+def write_answers(
+    file: AnswerFile,
+    spec: DecoderSpec,
+    arrays: Arrays,
+    questions: Sequence[Question],
+    options: Options,
+    decode: Callable[[list[int]], str],
+) -> dict[str, int] | None:
+    """Writes this process's share of the answers; returns counts on process 0 once all are there.
+
+    Args:
+      arrays: whole on this process's devices.
+      decode: maps tokens to text.
+    """
+    me, count = jax.process_index(), jax.process_count()
+    wanted = [(q.index, sample) for q in questions for sample in range(options.samples)]
+    by_index = {q.index: q for q in questions}
+    done = file.read()
+    mine = [place for place in wanted[me::count] if place not in done]
+    progress = _Progress(len(wanted[me::count]), len(wanted[me::count]) - len(mine))
+    with file.part(me).open("a", encoding="utf-8") as part:
+        for place, record in _draw(spec, arrays, mine, by_index, options, decode):
+            line = {**record, "index": place[0], "sample": place[1]}
+            part.write(json.dumps(line, ensure_ascii=False) + "\n")
+            part.flush()
+            progress.tell(record["tokens"])
+    progress.end()
+    together("answers/parts", lambda: (None, {}))  # all of them are written
+    return together("answers/whole", lambda: (file.finish(wanted) if is_first() else None, {}))
+
+
+def _draw(
+    spec: DecoderSpec,
+    arrays: Arrays,
+    places: Sequence[Place],
+    questions: Mapping[int, Question],
+    options: Options,
+    decode: Callable[[list[int]], str],
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yields places and records as answers end, rows of like lengths together."""
+    if not places:
+        return
+    keys = _keys(options.seed, places)
+    rows = []
+    for (index, _), key in zip(places, keys, strict=True):
+        prompt = questions[index].tokens
+        rows.append(Row(prompt, min(options.max_new_tokens, options.context - len(prompt)), key))
+    classes: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):  # one long row would lengthen the cache of all others
+        classes.setdefault(max(8, (len(row.prompt) + row.most - 1).bit_length()), []).append(i)
+    for _, members in sorted(classes.items(), reverse=True):
+        found = sample_rows(
+            spec, arrays, [rows[i] for i in members], stop_tokens=options.stop_tokens,
+            sampling=options.sampling, batch_rows=options.batch_rows,
+            vocab_size=options.vocab_size,
+        )  # fmt: skip
+        for i, (tokens, _, ended) in found:
+            place = places[members[i]]
+            yield place, _record(questions[place[0]], tokens, ended, options, decode)
+
+
+def _record(
+    question: Question,
+    tokens: np.ndarray,
+    ended: bool,
+    options: Options,
+    decode: Callable[[list[int]], str],
+) -> dict[str, Any]:
+    text = decode(tokens[:-1].tolist() if ended else tokens.tolist())
+    cuts = [at for stop in options.stop_texts if (at := text.find(stop)) >= 0]
+    if cuts:
+        text, ended = text[: min(cuts)], True
+    facts = {"ended": bool(ended), "tokens": len(tokens)}
+    return facts | ({"empty": True} if not text.strip() else question.answered(text))
+
+
+def _keys(seed: int, places: Sequence[Place]) -> np.ndarray:
+    """Returns the key data [N, 2] of each answer, which its place and the seed determine."""
+
+    @jax.jit
+    def key_of(place):
+        key = jax.random.fold_in(jax.random.key(seed), place[0])
+        return jax.random.key_data(jax.random.fold_in(key, place[1]))
+
+    return np.asarray(jax.vmap(key_of)(np.array(places, np.int32)))
+
+
+class _Progress:
+    """Prints answers, rate and time left now and then, on process 0."""
+
+    def __init__(self, total: int, done: int):
+        self.total, self.done, self.tokens = total, done, 0
+        self.first = self.done
+        self.begin = self.told = time.monotonic()
+        if done:
+            self._say(f"{done:,} of {total:,} answers were there")
+
+    def tell(self, tokens: int) -> None:
+        self.done, self.tokens = self.done + 1, self.tokens + tokens
+        now = time.monotonic()
+        if now - self.told > _TOLD_SECONDS:
+            self.told = now
+            left = (self.total - self.done) * (now - self.begin) / (self.done - self.first)
+            self._say(
+                f"{self.done:,} of {self.total:,} answers, {self._rate(now):,.0f} tokens/s, "
+                f"{left / 60:,.1f} min left"
+            )
+
+    def end(self) -> None:
+        if self.tokens:
+            seconds = time.monotonic() - self.begin
+            self._say(
+                f"{self.tokens:,} tokens in {seconds:,.1f} s: "
+                f"{self._rate(time.monotonic()):,.0f} tokens/s"
+            )
+
+    def _rate(self, now: float) -> float:
+        return self.tokens / max(now - self.begin, 1e-9)
+
+    def _say(self, text: str) -> None:
+        if is_first():
+            print(text, file=sys.stderr, flush=True)
