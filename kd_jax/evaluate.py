@@ -30,6 +30,11 @@ class EvaluateArgs(ModelArgs):
     teacher_cache_missing: Literal["error", "compute"] = "error"
     """Documents that the cache lacks: stop with their number, or run the teacher on them and add
     them."""
+    teacher_system: str | None = None
+    """System text that only the teacher sees, or @FILE; also --teacher.system. None: that of the
+    run whose teacher it is; '' is none."""
+    teacher_messages: bool = False
+    """Give the teacher the records' teacher_messages; also --teacher.messages."""
     against: str | None = None
     """Second model, in any of --model's forms: differences (model minus against) on the same data
     with 95 % confidence intervals."""
@@ -65,10 +70,13 @@ class EvaluateArgs(ModelArgs):
         plain = self.teacher is not None and not is_run(Path(self.teacher).expanduser())
         expected = "a folder or a hub id with --teacher-cache"
         checks.require(plain or self.teacher_cache is None, "--teacher", expected, self.teacher)
+        alone = not self.teacher_system and not self.teacher_messages
+        fits, expected = alone or self.teacher is not None, "a model with a prompt for the teacher"
+        checks.require(fits, "--teacher", expected, self.teacher)
 
 
 def main(argv: Sequence[str]) -> None:
-    argv = [re.sub(r"^--teacher\.(?=cache)", "--teacher-", word) for word in argv]
+    argv = [re.sub(r"^--teacher\.(?=cache|system|messages)", "--teacher-", word) for word in argv]
     args = parse_args(EvaluateArgs, argv, __doc__)
     places = {"--out": args.out, "--save": f"{args.model}/evaluation.json" if args.save else None}
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
@@ -94,6 +102,7 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     import jax  # takes seconds, which --help avoids
 
     from kd_jax.data.chat import chat_template_of
+    from kd_jax.data.prompts import read_prompt
     from kd_jax.data.rows import make_rows
     from kd_jax.inference.evaluation import rows_at_once
     from kd_jax.inference.load import describe_dtype, load_head, load_model
@@ -107,7 +116,8 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     mesh = make_mesh(config.mesh, config.data.batch_size)
     tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
     template = chat_template_of(config.data, *tokenizers)
-    rows = make_rows(config.data, tokenizers[0], template)
+    prompt = read_prompt(_prompted(args, student.config))
+    rows = make_rows(config.data, tokenizers[0], template, prompt=prompt)
     context = describe_context(student.source, config.data.seq_len, "model")
     for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)
@@ -190,6 +200,23 @@ def _open(args: EvaluateArgs):
     return student, teacher, against, shares
 
 
+def _prompted(args: EvaluateArgs, run: Config) -> TeacherConfig | None:
+    """Returns the teacher with the prompt that only it sees: the arguments', or its run's."""
+    from kd_jax.parallel.processes import say
+    from kd_jax.weights.folder import same_path
+
+    if args.teacher is None:
+        return None
+    part = TeacherConfig(
+        path=args.teacher, system=args.teacher_system or None, messages=args.teacher_messages
+    )
+    own, given = run.teacher, args.teacher_system is not None or args.teacher_messages
+    if given or own is None or not own.has_prompt or not same_path(own.path, args.teacher):
+        return part
+    say(f"the teacher sees the prompt of its run {args.model}; --teacher-system '' removes it")
+    return dataclasses.replace(part, system=own.system, messages=own.messages, seq_len=own.seq_len)
+
+
 def _with_cache(args, config, teacher, mesh):
     """Returns the configuration with the teacher and its cache."""
     from kd_jax.parallel.mesh import platform
@@ -234,6 +261,7 @@ def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh)
             teacher=loaded_teacher.student,
             teacher_arrays=arrays,
             teacher_kind="live" if cached is None else cached.kind,
+            own_rows=cached is None and rows.teacher is not None,
         )
     program = make_program(config, models, vocab_size, mesh)
     head = dataclasses.replace(program.head, top_k=args.top_k)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
+from samples import write_lines
 from scipy.stats import bootstrap, norm
 
 from kd_jax import evaluate
@@ -214,6 +215,17 @@ def test_without_a_teacher_only_the_students_own_is_given(root, capsys):
     own = {"ce", "perplexity", "entropy", "ece"}
     assert got.keys() == {*own, "target_tokens", "by_position", "against", "arguments"}
     assert got["against"].keys() == own
+
+
+def test_the_teachers_prompt_is_what_a_model_says_with_it(root, capsys, tmp_path):
+    """The teacher's cross-entropy is the student's on data that have the system message."""
+    lines = map(json.loads, (root / "data.jsonl").read_text().splitlines())
+    prompted = write_lines(tmp_path / "data.jsonl", [{**x, "system": "Meow."} for x in lines])
+    want = evaluated(capsys, root, "--data", prompted)
+    flags = ("--teacher", root / "student", "--teacher.system")
+    got = evaluated(capsys, root, *flags, "Meow.")
+    assert got["teacher_ce"] == pytest.approx(want["ce"], rel=1e-6)
+    assert got["ce"] != pytest.approx(want["ce"], rel=1e-3) and got["kl_forward"] > 1e-3
 
 
 def test_people_get_lines_and_tables(root, capsys):

@@ -58,13 +58,13 @@ def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
     return future
 
 
-def describe_context(source: Source, seq_len: int, field: str) -> str:
+def describe_context(source: Source, seq_len: int, field: str, option: str = "data.seq-len") -> str:
     """Returns a warning if rows are longer than the model's context, else ""."""
     context = read_json(source.folder / "config.json").get("max_position_embeddings")
     if not isinstance(context, int) or seq_len <= context:
         return ""
     return (
-        f"warning: data.seq-len: rows of {seq_len:,} tokens exceed the {field}'s context "
+        f"warning: {option}: rows of {seq_len:,} tokens exceed the {field}'s context "
         f"(max_position_embeddings {context:,}). A longer document is read at positions that the "
         "model has not seen"
     )
@@ -104,13 +104,21 @@ def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
 def check_shared(
     shared: SharedVocab, student: Source, teacher: Source | None, rows: Rows | None, field: str
 ) -> None:
-    """Raises UserError if targets of the rows are tokens that the models do not share."""
+    """Raises UserError if targets of the rows are tokens that the models do not share.
+
+    Warns of prompt tokens that they do not share, and of the teacher's own rows that exceed its
+    context.
+    """
     if teacher is None or rows is None:
         return
     least = min(student.arch.vocab_size, teacher.arch.vocab_size)
     for side in filter(None, (rows, rows.teacher)):
         if warning := check_tokens(shared, side.tokens, side.loss_mask, least, field):
             say(f"warning: {warning}")
+    if rows.teacher is not None:
+        own = (rows.teacher.tokens.shape[1], "teacher", "teacher.seq-len")
+        if warning := describe_context(teacher, *own):
+            say(warning)
 
 
 def check_adapter(source: Source, config: LoraConfig) -> None:

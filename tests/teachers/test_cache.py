@@ -128,6 +128,19 @@ def test_another_packing_and_batch_change_rounding_alone(make_config, cache):
     assert np.abs(shifted["teacher_ce"] - live["teacher_ce"]).max() > 0.1
 
 
+def test_a_cache_has_what_a_prompted_teacher_says(make_config, tmp_path):
+    """Twin: without the prompt the teacher has other documents."""
+    options, one = {"mesh": {"data": 1}, "batch_size": 2, "seq_len": 96}, jax.devices()[:1]
+    live = make_config(prompt={"system": "Answer as the cat."}, **options)
+    make_cache(live, str(tmp_path / "cache"), devices=one)
+    found = token_sums(with_teacher(live, cache=str(tmp_path / "cache")))
+    for name, want in token_sums(live).items():
+        np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-4, err_msg=name)
+    plain = with_teacher(make_config(**options), cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="lacks 24 of 24 documents"):
+        open_rows(plain, Run(plain, one))
+
+
 def test_a_documents_key_depends_on_its_tokens_and_targets_alone(make_config):
     packed, plain = (find_documents(Run(make_config(pack=x)).rows) for x in (True, False))
     assert sorted(packed.keys) == sorted(plain.keys) and packed.keys != plain.keys
