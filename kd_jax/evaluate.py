@@ -175,14 +175,13 @@ def _open(args: EvaluateArgs):
     from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
     from kd_jax.parallel.processes import say
-    from kd_jax.weights.folder import same_path
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None
     if args.teacher is not None:
         own = student.config.teacher
         adapter = None if own is None else own.adapter
-        if own is not None and adapter is not None and not same_path(own.path, args.teacher):
+        if own is not None and adapter is not None and not _is_teacher(student.config, args):
             say(
                 f"warning: --teacher {args.teacher} is not the run's teacher {own.path}, so the "
                 f"run's teacher.adapter {adapter} is not used"
@@ -200,10 +199,17 @@ def _open(args: EvaluateArgs):
     return student, teacher, against, shares
 
 
+def _is_teacher(run: Config, args: EvaluateArgs) -> bool:
+    """Returns whether --teacher is the folder or hub id of the run's teacher."""
+    from kd_jax.weights.folder import same_path
+
+    part = run.teacher_part
+    return part is not None and part.path is not None and same_path(part.path, args.teacher or "")
+
+
 def _prompted(args: EvaluateArgs, run: Config) -> TeacherConfig | None:
     """Returns the teacher with the prompt that only it sees: the arguments', or its run's."""
     from kd_jax.parallel.processes import say
-    from kd_jax.weights.folder import same_path
 
     if args.teacher is None:
         return None
@@ -211,7 +217,7 @@ def _prompted(args: EvaluateArgs, run: Config) -> TeacherConfig | None:
         path=args.teacher, system=args.teacher_system or None, messages=args.teacher_messages
     )
     own, given = run.teacher, args.teacher_system is not None or args.teacher_messages
-    if given or own is None or not own.has_prompt or not same_path(own.path, args.teacher):
+    if given or own is None or not own.has_prompt or not _is_teacher(run, args):
         return part
     say(f"the teacher sees the prompt of its run {args.model}; --teacher-system '' removes it")
     return dataclasses.replace(part, system=own.system, messages=own.messages, seq_len=own.seq_len)

@@ -78,7 +78,8 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
     student = find_architecture(config.student.path, "student.path")
     teacher = None
     if config.teacher is not None and config.distils:
-        teacher = find_architecture(config.teacher.path, "teacher.path")
+        own = config.teacher.path
+        teacher = student if own is None else find_architecture(own, "teacher.path")
     devices: Sequence[Any] = ()
     if not args.analytic or topology.name == "local":
         prepare(topology)

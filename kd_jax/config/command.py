@@ -170,11 +170,13 @@ def _open_to_flags(config: Config, argv: Sequence[str]) -> Config:
         config = dataclasses.replace(config, steps=None, epochs=1)
     of_teacher = sorted(flag for flag in flags if flag.startswith("--teacher."))
     if config.teacher is None and of_teacher:
-        if "--teacher.path" not in of_teacher:
+        if not {"--teacher.path", "--teacher.kind"} & {*of_teacher}:
             raise UserError(
                 f"{of_teacher[0]}: expected --teacher.path as well, since the file has no teacher"
             )
-        config = dataclasses.replace(config, teacher=TeacherConfig(path="placeholder"))
+        path = "placeholder" if "--teacher.path" in of_teacher else None
+        kind: Any = "model" if path else "ema"
+        config = dataclasses.replace(config, teacher=TeacherConfig(path=path, kind=kind))
     return config
 
 

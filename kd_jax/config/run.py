@@ -300,9 +300,20 @@ class Config:
         fits = not (self.compares_hidden and self.reads_cache)
         expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
         checks.require(fits, "hidden.weight", expected, self.hidden.weight)
+        if self.teacher is not None and self.teacher.is_student:
+            self._check_own_teacher(checks, self.teacher)
         fits = not self.prompts_teacher or self.data.train_on == "assistant"
         expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
         checks.require(fits, "data.train-on", expected, self.data.train_on)
+
+    def _check_own_teacher(self, checks: Checks, teacher: TeacherConfig) -> None:
+        fits = teacher.kind != "base" or self.trainable == "lora"
+        expected = "model or ema with trainable full, which changes the base"
+        checks.require(fits, "teacher.kind", expected, teacher.kind)
+        for name, default in (("dtype", "auto"), ("shard_over", ("fsdp", "tensor"))):
+            own, theirs = getattr(self.student, name), getattr(teacher, name)
+            flag, expected = name.replace("_", "-"), f"student's, {own!r}, whose weights it has"
+            checks.require(theirs in (default, own), f"teacher.{flag}", f"the {expected}", theirs)
 
     @property
     def distils(self) -> bool:
@@ -329,3 +340,16 @@ class Config:
     def prompts_teacher(self) -> bool:
         """True if a teacher takes part that sees another prompt than the student."""
         return self.distils and self.teacher is not None and self.teacher.has_prompt
+
+    @property
+    def teacher_seq_len(self) -> int:
+        """Tokens in a row of the teacher; without teacher.seq_len as in the student's."""
+        own = self.teacher.seq_len if self.teacher is not None and self.prompts_teacher else None
+        return self.data.seq_len if own is None else own
+
+    @property
+    def teacher_part(self) -> StudentConfig | TeacherConfig | None:
+        """Whose path, dtype and shard_over the teacher has: in self-distillation the student's."""
+        return (
+            self.student if self.teacher is not None and self.teacher.is_student else self.teacher
+        )

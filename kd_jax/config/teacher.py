@@ -8,12 +8,22 @@ from kd_jax.config.checks import Checks, Range
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 
+EMA_DECAY = 0.99
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """The frozen teacher. `teacher=None`, or loss.kd_ratio 0, is plain fine-tuning."""
 
-    path: str
-    """The teacher: Hugging Face folder, output of convert.from_hf, or hub id."""
+    path: str | None = None
+    """The teacher: Hugging Face folder, output of convert.from_hf, or hub id; None with another
+    teacher.kind than model."""
+    kind: Literal["model", "base", "ema"] = "model"
+    """model: teacher.path. Self-distillation takes the student, whose weights are held once: base
+    is the student without its adapter, ema an exponential average of what is trained."""
+    ema_decay: Annotated[float, Range(least=0, below=1)] = EMA_DECAY
+    """With teacher.kind ema, after each update average = decay * average + (1 - decay) * weights
+    (arXiv 1703.01780); before the first it is the student."""
     adapter: str | None = None
     """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
     dtype: Dtype = "auto"
@@ -48,7 +58,25 @@ class TeacherConfig:
         """True if the teacher sees another prompt than the student."""
         return self.system is not None or self.messages
 
+    @property
+    def is_student(self) -> bool:
+        """True in self-distillation."""
+        return self.kind != "model"
+
     def check(self, checks: Checks) -> None:
+        given = self.path is not None
+        if self.is_student:
+            for name, value in (("path", self.path), ("adapter", self.adapter)):
+                expected = f"None with teacher.kind {self.kind}, which is the student"
+                checks.require(value is None, f"teacher.{name}", expected, value)
+        else:
+            expected = "a model, or teacher.kind base or ema, which take the student"
+            checks.require(given, "teacher.path", expected, self.path)
+        fits, expected = self.kind == "ema" or self.ema_decay == EMA_DECAY, "teacher.kind ema"
+        checks.require(fits, "teacher.ema-decay", f"{EMA_DECAY} without {expected}", self.ema_decay)
+        fits, expected = self.kind != "ema" or self.cache is None, "None with teacher.kind ema, "
+        expected += "which changes with each step"
+        checks.require(fits, "teacher.cache", expected, self.cache)
         fits = self.system is None or bool(self.system.strip("@ \n"))
         checks.require(fits, "teacher.system", "a text or @FILE", self.system)
         fits, expected = self.seq_len is None or self.has_prompt, "None without "

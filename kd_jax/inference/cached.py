@@ -218,9 +218,16 @@ def with_live_teacher(config: Config) -> Config:
     """
     if config.teacher is None or not config.distils:
         raise UserError("teacher: expected a teacher and loss.kd-ratio above 0, got none")
+    if config.teacher.kind == "ema":
+        raise UserError(
+            "teacher.kind: expected model or base, got ema, which has no stored outputs"
+        )
     teacher = dataclasses.replace(config.teacher, cache=None, cache_missing="error")
-    config = dataclasses.replace(config, teacher=teacher)
-    return choose_dtypes(config, jax.devices()[0].platform)
+    config = choose_dtypes(dataclasses.replace(config, teacher=teacher), jax.devices()[0].platform)
+    if config.teacher is None or not config.teacher.is_student:
+        return config
+    own = dataclasses.replace(config.teacher, kind="model", path=config.student.path)
+    return dataclasses.replace(config, teacher=own)
 
 
 def _check_fields(cache: Cache, fields: Fields) -> None:

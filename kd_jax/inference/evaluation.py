@@ -15,7 +15,7 @@ from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated, traits
 from kd_jax.parallel.placement import put_batch
-from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars
+from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars, teacher_weights
 
 
 def evaluate_rows(
@@ -84,6 +84,7 @@ def eval_step(
 ) -> tuple[jax.Array, Arrays]:
     """Returns the target mask [B, S] bool, and token metrics [B, S] float32."""
     student = Decoder(program.student, student_arrays)
-    inputs, _ = head_inputs(program, student, teacher_arrays, batch)
+    theirs = teacher_weights(program, student_arrays, teacher_arrays)
+    inputs, _ = head_inputs(program, student, theirs, batch)
     scalars = loss_scalars(program, None)
     return inputs[-1].mask, token_metrics(program.head, scalars, *inputs)

@@ -15,9 +15,11 @@ def choose_dtypes(config: Config, platform: str) -> Config:
     def chosen(part):
         return part and dataclasses.replace(part, dtype=choose_dtype(part.dtype, platform))
 
-    return dataclasses.replace(
-        config, teacher=chosen(config.teacher), student=chosen(config.student)
-    )
+    teacher, student = config.teacher, chosen(config.student)
+    if teacher is not None:
+        own = student if teacher.is_student else chosen(teacher)
+        teacher = dataclasses.replace(teacher, dtype=own.dtype)
+    return dataclasses.replace(config, teacher=teacher, student=student)
 
 
 def choose_remat(case: Case) -> Remat:

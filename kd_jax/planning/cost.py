@@ -22,6 +22,8 @@ from kd_jax.planning.chips import GIB, Chip, Topology
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
+TEACHER_BYTES = 4 + 4 + 4  # tokens, positions, segment ids of a token of the teacher's own rows
+PLACE_BYTES = 4  # of the teacher's hidden state, for each of the student's tokens
 
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
 
@@ -102,7 +104,8 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     arguments: dict[str, int]
-    """teacher and student (frozen weights), trainable, optimizer (both moments), batch."""
+    """teacher and student (frozen weights), trainable, optimizer (both moments, and the average
+    that is the teacher with teacher.kind ema), batch."""
     temporaries: int
 
 
@@ -183,21 +186,21 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
     """Returns the student's shares and the teacher's; None without a teacher."""
     config, sizes = case.config, case.sizes
 
-    def shares(part: StudentConfig | TeacherConfig, arch: Architecture) -> Shares:
+    def shares(part: StudentConfig | TeacherConfig, arch: Architecture, seq_len: int) -> Shares:
         rows = config.data.batch_size // config.optim.accumulation_steps
         own = rows // axes_size(sizes, row_axes(sizes, part.shard_over, rows))
         return Shares(
             arch=arch,
             sizes=sizes,
             axes=part.shard_over,
-            tokens=own * config.data.seq_len,
+            tokens=own * seq_len,
             itemsize=DTYPE_BYTES[choose_dtype(part.dtype, case.topology.platform)],
         )
 
-    ours = shares(config.student, case.student)
-    if case.teacher is None or config.teacher is None:
+    ours = shares(config.student, case.student, config.data.seq_len)
+    if case.teacher is None or config.teacher_part is None:
         return ours, None
-    return ours, shares(config.teacher, case.teacher)
+    return ours, shares(config.teacher_part, case.teacher, config.teacher_seq_len)
 
 
 def head_weight(arch: Architecture) -> dict[str, Weight]:
@@ -237,7 +240,8 @@ def step_flops(
     needed = num_tokens * (passes * products + 3 * adapters + 3 * attention)
     needed += num_targets * passes * head
     if teacher is not None and not config.reads_cache:
-        needed += num_tokens * sum(layer_flops(teacher, config.data.seq_len))
+        longer = config.teacher_seq_len / config.data.seq_len
+        needed += num_tokens * longer * sum(layer_flops(teacher, config.teacher_seq_len))
     if teacher is not None:
         needed += num_targets * 2.0 * teacher.vocab_size * teacher.hidden_size
     again = {"layer": products + adapters + attention, "attention": products + adapters}
@@ -274,13 +278,18 @@ def memory(case: Case) -> Memory:
     trainable = ours.stored(trained_weights(config, student), 4)
     frozen = weights(student) if config.trainable == "lora" else {}
     loaded = head_weights if config.reads_cache else weights
-    token_bytes = BATCH_BYTES + cached_bytes(case)
+    token_bytes: float = BATCH_BYTES + cached_bytes(case)
+    if config.prompts_teacher and not config.reads_cache:
+        token_bytes += PLACE_BYTES
+        token_bytes += TEACHER_BYTES * config.teacher_seq_len / config.data.seq_len
+    own = config.teacher is not None and config.teacher.is_student  # has no weights of its own
+    kind = config.teacher.kind if config.teacher is not None and theirs is not None else "model"
     arguments = {
-        "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs else 0,
+        "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs and not own else 0,
         "student": ours.stored(frozen, ours.itemsize),
         "trainable": trainable,
-        "optimizer": 2 * trainable,
-        "batch": case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes,
+        "optimizer": (3 if kind == "ema" else 2) * trainable,
+        "batch": int(case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes),
     }
     return Memory(arguments, _temporaries(case, ours, theirs, trainable))
 

@@ -157,7 +157,9 @@ def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) ->
 
 
 def _problems(config: Config, sizes: Sizes, field: str, arch: Architecture) -> list[str]:
-    axes, tolerance = getattr(config, field).shard_over, config.mesh.unsharded_tolerance
+    part = config.student if field == "student" else config.teacher_part
+    assert part is not None
+    axes, tolerance = part.shard_over, config.mesh.unsharded_tolerance
     problems, whole, total = [], {}, 0
     size, N, K = sizes["tensor"], arch.num_attention_heads, arch.num_key_value_heads
     if "tensor" in axes and (N % size or (K % size and size % K)):

@@ -24,7 +24,7 @@ from kd_jax.planning.cost import Case
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
-from kd_jax.setup.sources import Source, describe_context, open_source
+from kd_jax.setup.sources import Source, describe_context, open_source, own_teacher
 
 BatchSource = Callable[[int, Any], Arrays]
 """Maps (step, state before it) to the step's batch, [A, B, S] on the mesh."""
@@ -53,7 +53,10 @@ def open_inputs(
     student = attempt(open_source, config.student.path, config.student.adapter, "student")
     teacher = None
     if config.teacher is not None and config.distils:
-        teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+        if config.teacher.path is None:
+            teacher = student and own_teacher(student)
+        else:
+            teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
     if config.compares_hidden:
         attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
     archs = (student and student.arch, teacher and teacher.arch)

@@ -30,6 +30,8 @@ from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
 
 TeacherKind = Literal["live", "hidden", "topk", "sampled"]
+TeacherSource = Literal["model", "base", "ema"]
+"""As teacher.kind of the configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Models:
     """The teacher's weights; of a cached one the lm_head or, without hidden states, none."""
     teacher_kind: TeacherKind = "live"
     """A model in the program, or what of it comes with the batches, from a cache."""
+    teacher_source: TeacherSource = "model"
+    """Whose weights the teacher has; in self-distillation it has no arrays here."""
     own_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
 
@@ -95,10 +99,15 @@ def abstract_models(
     if config.trainable == "lora":
         frozen = _abstract(spec, weights(student), spec.dtype.name)
     teacher_spec, teacher_arrays = None, dict[str, Any]()
+    source: TeacherSource = "model"
     if teacher is not None and config.teacher is not None:
-        teacher_spec = make_spec(config, config.teacher, teacher, mesh)
+        assert config.teacher_part is not None
+        source = config.teacher.kind
+        teacher_spec = make_spec(config, config.teacher_part, teacher, mesh)
+        teacher_spec = replace(teacher_spec, lora_scale=spec.lora_scale if source == "ema" else 0.0)
         tables = {"live": weights(teacher), "hidden": head_weights(teacher)}
-        teacher_arrays = _abstract(teacher_spec, tables.get(kind, {}), teacher_spec.dtype.name)
+        table = tables.get(kind, {}) if source == "model" else {}
+        teacher_arrays = _abstract(teacher_spec, table, teacher_spec.dtype.name)
     return Models(
         student=spec,
         trainable=trainable,
@@ -106,6 +115,7 @@ def abstract_models(
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
         teacher_kind=kind,
+        teacher_source=source,
         own_rows=kind == "live" and config.prompts_teacher,
     )
 
@@ -137,7 +147,7 @@ def load_models(
     if with_trainable:
         trainable = _first_values(config, student, models)
     arrays = {}
-    if teacher is not None:
+    if teacher is not None and models.teacher_arrays:
         arrays = load_arrays(
             teacher.folder, teacher.arch, models.teacher_arrays, adapter=teacher.adapter
         )

@@ -17,7 +17,7 @@ from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import chunk_tokens
-from kd_jax.setup.models import Models
+from kd_jax.setup.models import Models, TeacherSource
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.stored import StoredModel
 from kd_jax.teachers.topk import TopKModel
@@ -30,6 +30,10 @@ class Program:
     student: DecoderSpec
     teacher: LiveModel | StoredModel | TopKModel | None
     """Gives the teacher's side of a batch."""
+    teacher_source: TeacherSource = "model"
+    """Whose weights the teacher has."""
+    ema_decay: float = 0.0
+    """With teacher_source ema: the share of the average that an update leaves."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
@@ -53,6 +57,18 @@ def targets(batch: Arrays) -> Targets:
         labels.shape[-1] - 1
     )
     return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows)
+
+
+def teacher_weights(program: Program, student: Arrays, given: Arrays) -> Arrays:
+    """Returns the teacher's arrays: its own, or in self-distillation the student's.
+
+    Args:
+      student: the student's arrays by path, trained ones included.
+      given: the teacher's own; with teacher.kind ema the average of the trained ones.
+    """
+    if program.teacher_source == "base":
+        return {name: x for name, x in student.items() if not name.endswith(("lora_A", "lora_B"))}
+    return student | given if program.teacher_source == "ema" else given
 
 
 def head_inputs(
@@ -148,6 +164,8 @@ def make_program(
     return Program(
         student=models.student,
         teacher=_make_teacher(config, models),
+        teacher_source=models.teacher_source,
+        ema_decay=config.teacher.ema_decay if config.teacher is not None else 0.0,
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,

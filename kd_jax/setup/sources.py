@@ -49,11 +49,21 @@ def open_source(path: str, adapter: str | None, field: str) -> Source:
     return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, folders=folders)
 
 
+def own_teacher(student: Source) -> Source:
+    """Returns the student without its adapter, as the teacher of self-distillation."""
+    return replace(student, adapter=None, folders={"teacher.path": student.folder})
+
+
 def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
     """Returns a future of the sources' content hashes, computed in a thread."""
     pool = ThreadPoolExecutor(1)
-    given = [source for source in sources if source is not None]
-    future = pool.submit(lambda: {k: v for source in given for k, v in source.hashes.items()})
+    folders = {k: v for source in sources if source is not None for k, v in source.folders.items()}
+
+    def compute() -> dict[str, str]:
+        found = {folder: fingerprint(folder) for folder in {*folders.values()}}
+        return {field: found[folder] for field, folder in folders.items()}
+
+    future = pool.submit(compute)
     pool.shutdown(wait=False)
     return future
 

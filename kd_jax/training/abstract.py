@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kd_jax.config import Config
@@ -57,6 +58,17 @@ def abstract_run(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in COLUMNS.items()
     }
+    if models.own_rows:
+        own = (*shape[:2], config.teacher_seq_len)
+        batch |= {
+            f"{PREFIX}{name}": jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
+            for name, size in {
+                "tokens": own,
+                "positions": own,
+                "segment_ids": own,
+                "places": shape,
+            }.items()
+        }
     if teacher is not None and models.teacher is not None and config.reads_cache:
         batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
             (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)

@@ -36,7 +36,13 @@ from kd_jax.setup.sources import (
     start_hashing,
     without_tokenizer,
 )
-from kd_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
+from kd_jax.training.step import (
+    TrainState,
+    abstract_state,
+    given_teacher,
+    init_state,
+    jit_train_step,
+)
 from kd_jax.weights.files import write_whole
 from kd_jax.workdir import checkpoints, claim, integrity
 from kd_jax.workdir.history import find_checkpoints
@@ -193,7 +199,7 @@ def _evaluate(
     writer: Writer,
 ) -> float:
     """Evaluates the held-out rows, writes the means and returns the loss."""
-    ours, theirs = frozen
+    ours, theirs = frozen[0], given_teacher(program, state, frozen[1])
     arrays = ours | state.trainable["student"]
     assert run.eval_rows is not None
     extra = None if run.cached is None else run.cached.held_out
@@ -257,7 +263,10 @@ def describe_models(models: Models) -> str:
 
     trained, teacher = count(models.trainable["student"]), count(models.teacher_arrays)
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
-    if models.teacher_kind == "hidden":
+    if models.teacher_source != "model":
+        own = {"base": "without its adapter", "ema": "as an exponential average"}
+        beside = f"its teacher is itself, {own[models.teacher_source]}"
+    elif models.teacher_kind == "hidden":
         beside = f"teacher's lm_head {teacher:,}, its hidden states from teacher.cache"
     elif models.teacher_kind != "live":
         beside = f"teacher from teacher.cache ({models.teacher_kind})"

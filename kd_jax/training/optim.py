@@ -1,6 +1,6 @@
 """The learning-rate schedule and the optimizer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +42,25 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+class AverageState(NamedTuple):
+    average: Any
+
+
+def track_average(decay: float) -> optax.GradientTransformation:
+    """Returns the last link of a chain, which averages the weights and changes no update.
+
+    After each update average = decay * average + (1 - decay) * weights, float32 (mean teacher,
+    arXiv 1703.01780); before the first the average is the weights.
+    """
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))  # the step donates both
+
+    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+        weights = optax.apply_updates(params, updates)
+        moved = jax.tree.map(lambda a, w: a + (1 - decay) * (w - a), state.average, weights)
+        return updates, AverageState(moved)
+
+    return optax.GradientTransformation(init, update)

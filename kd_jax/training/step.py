@@ -12,8 +12,8 @@ from kd_jax.losses.hidden import hidden_loss
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, constrain, replicated
 from kd_jax.parallel.placement import Arrays
-from kd_jax.setup.program import Program, head_inputs, loss_scalars, targets
-from kd_jax.training.optim import make_optimizer, make_schedule
+from kd_jax.setup.program import Program, head_inputs, loss_scalars, targets, teacher_weights
+from kd_jax.training.optim import make_optimizer, make_schedule, track_average
 
 
 class TrainState(NamedTuple):
@@ -58,7 +58,10 @@ def abstract_state(program: Program, trainable: dict[str, Any]) -> TrainState:
 
 def _optimizer(program: Program) -> optax.GradientTransformation:
     assert program.optim is not None and program.num_steps is not None
-    return make_optimizer(program.optim, program.num_steps)
+    optimizer = make_optimizer(program.optim, program.num_steps)
+    if program.teacher_source != "ema":
+        return optimizer
+    return optax.chain(optimizer, track_average(program.ema_decay))
 
 
 def train_step(
@@ -89,14 +92,14 @@ def loss_gradients(
     The mean is over the target tokens of all micro-batches.
     """
     num_tokens = jnp.sum(targets(batch).mask).astype(jnp.float32)
+    given = given_teacher(program, state, teacher_arrays)
     scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_loss(trainable, micro_batch, key):
-        student = Decoder(program.student, frozen | trainable["student"])
-        inputs, outputs = head_inputs(
-            program, student, teacher_arrays, micro_batch, key, program.hidden
-        )
+        arrays = frozen | trainable["student"]
+        student, theirs = Decoder(program.student, arrays), teacher_weights(program, arrays, given)
+        inputs, outputs = head_inputs(program, student, theirs, micro_batch, key, program.hidden)
         loss, metrics = kd_head(program.head, scalars, *inputs)
         if program.hidden is not None:
             projection = trainable.get("projection")
@@ -127,6 +130,13 @@ def loss_gradients(
     if program.head.loss.is_scheduled:
         metrics |= scalars._asdict()
     return gradients, metrics
+
+
+def given_teacher(program: Program, state: TrainState, teacher_arrays: Arrays) -> Arrays:
+    """Returns `given` of setup.program.teacher_weights: the teacher's arrays, or the average."""
+    if program.teacher_source != "ema":
+        return teacher_arrays
+    return optax.tree.get(state.opt_state, "average")["student"]
 
 
 def jit_train_step(mesh: Mesh, layout: Any) -> Any:

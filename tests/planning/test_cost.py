@@ -60,13 +60,17 @@ def with_cache(config):
 def open_config(name, **changes):
     """Returns a configuration of this repository and its models' architectures.
 
-    A name that ends in "cached" has a teacher from a cache.
+    A name that ends in "cached" has a teacher from a cache, one that ends in "ema" the student's
+    average with a prompt of its own.
     """
-    name, _, cached = name.partition(" ")
+    name, _, kind = name.partition(" ")
     config = dataclasses.replace(load_config(CONFIGS / f"{name}.py"), **changes)
-    if cached:
+    if kind == "cached":
         config = with_cache(config)
-    parts = [config.student] + ([config.teacher] if config.teacher else [])
+    elif kind == "ema":
+        teacher = TeacherConfig(kind="ema", system="Meow.", seq_len=3 * config.data.seq_len // 2)
+        config = dataclasses.replace(config, teacher=teacher)
+    parts = [config.student] + ([config.teacher_part] if config.teacher_part else [])
     archs = [read_architecture(KNOWN_MODELS[part.path], part.path) for part in parts]
     return config, archs[0], (archs[1] if config.teacher else None)
 
@@ -82,7 +86,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("mesh, student", LAYOUTS, ids=str)
 @pytest.mark.parametrize("trainable", ["lora", "full"])
-@pytest.mark.parametrize("name", ["8b_to_1b", "8b_to_1b cached", "qwen2p5_7b_to_3b", "1b_sft"])
+@pytest.mark.parametrize("name", ["8b_to_1b", "8b_to_1b cached", "8b_to_1b ema", "1b_sft"])
 def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, student):
     config, ours, theirs = open_config(name, trainable=trainable, mesh=mesh)
     config = dataclasses.replace(
@@ -120,6 +124,15 @@ def test_a_cached_teacher_costs_its_head_alone():
     )
     layers = sum(cost.layer_flops(archs[1], config.data.seq_len))
     assert live - cached == pytest.approx(1000 * layers) and layers > 1e10
+
+
+def test_a_teacher_with_longer_rows_does_more_and_own_weights_cost_nothing():
+    config, *archs = open_config("8b_to_1b ema")
+    short = dataclasses.replace(config, teacher=TeacherConfig(kind="ema"))
+    prompted, plain = (cost.step_flops(x, *archs, 1000, 500)[0] for x in (config, short))
+    S, arch = config.data.seq_len, archs[1]
+    more = 1500 * sum(cost.layer_flops(arch, 3 * S // 2)) - 1000 * sum(cost.layer_flops(arch, S))
+    assert prompted - plain == pytest.approx(more) and more > 1e11
 
 
 def tiny_case(trainable="lora"):

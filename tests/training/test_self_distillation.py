@@ -1,0 +1,120 @@
+"""A student that is its own teacher: its base without the adapter, or its average."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import Run, flat
+
+from kd_jax import train
+from kd_jax.config import TeacherConfig
+from kd_jax.config.command import run_command
+from kd_jax.training.step import given_teacher, jit_train_step, train_step
+from kd_jax.workdir.checkpoints import open_trained
+
+ONE = {"mesh": {"data": 1}, "batch_size": 2}
+
+
+def steps(run, count):
+    """Yields the state and the metrics after each step."""
+    step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
+    for _ in range(count):
+        run.state, metrics = step(run.program, *run.arguments(run.batch()))
+        yield run.state, jax.device_get(metrics)
+
+
+def with_teacher(config, **fields):
+    return replace(config, teacher=TeacherConfig(**fields))
+
+
+def test_the_base_is_the_student_of_disk_and_held_once(make_config):
+    """Bit for bit: the same metrics and weights as with the student's folder as the teacher."""
+    config = make_config(trainable="lora", **ONE)
+    same = {"system": "Meow."}
+    base = Run(with_teacher(config, kind="base", **same), jax.devices()[:1])
+    folder = with_teacher(config, path=config.student.path, dtype="float32", **same)
+    folder = Run(folder, jax.devices()[:1])
+    assert not base.models.teacher_arrays and len(folder.models.teacher_arrays) > 5
+    for (ours, some), (theirs, others) in zip(steps(base, 2), steps(folder, 2), strict=True):
+        assert some == others and some["kd_loss"] > 1e-3
+        jax.tree.map(np.testing.assert_array_equal, ours.trainable, theirs.trainable)
+
+
+@pytest.mark.parametrize(
+    "trainable, mesh",
+    [("lora", {"data": 1}), ("full", {"data": 2, "fsdp": 2, "tensor": 2})],
+)
+def test_the_average_follows_the_weights(trainable, mesh, make_config):
+    """Twin: the weights themselves are no such average."""
+    config = make_config(trainable=trainable, mesh=mesh)
+    devices = jax.devices()[: math.prod(mesh.values())]
+    run = Run(with_teacher(config, kind="ema", ema_decay=0.75), devices)
+    average = {name: np.array(x, np.float64) for name, x in flat(run.state.trainable).items()}
+    distances = []
+    for state, metrics in steps(run, 3):
+        weights = {name: np.array(x, np.float64) for name, x in flat(state.trainable).items()}
+        distances.append(metrics["kd_loss"])
+        found = given_teacher(run.program, state, {})
+        for name, weight in weights.items():
+            average[name] = 0.75 * average[name] + 0.25 * weight
+            scale = np.abs(weight).max()
+            np.testing.assert_allclose(found[name], average[name], rtol=0, atol=1e-6 * scale)
+            assert found[name].sharding == state.trainable["student"][name].sharding
+    moved = "layers.self_attn.q_proj." + ("lora_B" if trainable == "lora" else "weight")
+    assert np.abs(average[moved] - weights[moved]).max() > 1e-3 * np.abs(weights[moved]).max()
+    # The first step's teacher is the student.
+    assert distances[0] == pytest.approx(0, abs=1e-6) and distances[-1] > 1e-5
+    if trainable == "full":
+        assert_measured_to(run, average)
+
+
+def assert_measured_to(run, average):
+    """Compares the next step with that of a run whose teacher is a model with these weights."""
+    given = {n: x.astype(np.float32) for n, x in average.items()}
+    program = replace(run.program, teacher_source="model")
+    state, frozen, _, batch = run.arguments(run.batch())
+    step = jax.jit(lambda s, g: train_step(program, s, frozen, g, batch))
+    plain = state._replace(opt_state=state.opt_state[0])
+    metrics = step(plain, given)[1]
+    ((_, want),) = steps(run, 1)
+    assert float(metrics["kd_loss"]) == pytest.approx(float(want["kd_loss"]), rel=1e-4)
+
+
+def test_a_run_goes_on_bit_for_bit_with_its_average_and_prompt(
+    tiny_student, tiny_data, tmp_path, capsys
+):
+    (tmp_path / "config.py").write_text(f"""
+from kd_jax.config import *
+def get_config():
+    return Config(
+        workdir="unset", steps=4, compilation_cache=None, mesh=MeshConfig(data=1),
+        teacher=TeacherConfig(kind="ema", ema_decay=0.5, system="Meow."),
+        student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
+        data=DataConfig(path={str(tiny_data)!r}, seq_len=128, batch_size=8,
+                        cache_dir={str(tmp_path / "rows")!r}),
+        eval=EvalConfig(fraction=0.2, every_steps=2), checkpoint=CheckpointConfig(every_steps=2),
+        lora=LoraConfig(rank=4, alpha=8.0), optim=OptimConfig(warmup_steps=0, learning_rate=1e-2))
+""")
+    flags = ["--config", str(tmp_path / "config.py"), "--mesh.data", "8"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_command(train.main, [*flags, "--workdir", str(whole)]) == 0
+    assert "its teacher is itself, as an exponential average" in capsys.readouterr().out
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "4")
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(lines[:3]))
+    assert run_command(train.main, [*flags, "--workdir", str(broken)]) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert numbers(broken) == numbers(whole)
+    assert numbers(whole)[-1]["eval/kl_forward"] > 0
+    assert not any("average" in name for name in open_trained(whole).shapes)
+
+
+def numbers(workdir):
+    clock = ("_seconds", "_per_second", "_bytes")
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.endswith(clock)} for line in lines]
