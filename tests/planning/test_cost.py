@@ -86,7 +86,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("mesh, student", LAYOUTS, ids=str)
 @pytest.mark.parametrize("trainable", ["lora", "full"])
-@pytest.mark.parametrize("name", ["8b_to_1b", "8b_to_1b cached", "8b_to_1b ema", "1b_sft"])
+@pytest.mark.parametrize(
+    "name", ["8b_to_1b", "8b_to_1b cached", "8b_to_1b ema", "qwen2p5_7b_to_3b", "1b_sft"]
+)
 def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, student):
     config, ours, theirs = open_config(name, trainable=trainable, mesh=mesh)
     config = dataclasses.replace(
