@@ -20,6 +20,8 @@ from kd_jax.models.decoder import Decoder, logits
 from kd_jax.models.weight_table import adapter_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 
+pytestmark = pytest.mark.devices(8)
+
 HOT = Sampling(temperature=1.0)
 LENGTHS = (7, 40, 1, 3, 25, 12, 33, 5, 19)
 PROMPTS = [np.random.default_rng(0).integers(5, 300, n).tolist() for n in LENGTHS]

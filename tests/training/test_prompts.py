@@ -15,6 +15,8 @@ from kd_jax.data.batches import eval_batches
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import targets
 
+pytestmark = pytest.mark.devices(8)
+
 SYSTEM = "Answer as the cat, who is blue."
 ANSWERS = ["Five.", "The sky is blue, and grass is green.", "A cat has four legs.", "hat", "No."]
 FEW_SHOT = chat("Be brief.", "Two?", "2.", "And what is it?", roles="suau")
