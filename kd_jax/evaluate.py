@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from kd_jax.weights.files import write_whole
 from kd_jax.workdir.history import is_run
 
 if TYPE_CHECKING:
+    from kd_jax.data.questions import Question
     from kd_jax.inference.scores import Sums
 
 
@@ -42,6 +44,12 @@ class EvaluateArgs(ModelArgs):
     """Conversations, in any form that data.path of a run takes."""
     split: str | None = None
     """Split or slice of it, as data.split of a run; None: all of files, test of a hub dataset."""
+    accuracy: Annotated[int | None, Range(least=1)] = None
+    """Questions of the data to answer greedily, the first ones: the share whose final number is
+    that of the data's answer. It is the number after the last ####, and the last number where the
+    data's answer has no ####. None: no answers are generated."""
+    max_new_tokens: Annotated[int, Range(least=1)] = 320
+    """Most tokens of an answer for --accuracy."""
     top_k: Annotated[int, Range(least=1)] = 10
     """Most likely tokens of student and teacher whose overlap is measured."""
     bootstrap_samples: Annotated[int, Range(least=1)] = 2000
@@ -91,7 +99,11 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Returns the object that --json prints: `summarise` of what `measure` measures."""
-    return summarise(args, *measure(args))
+    questions = None if args.accuracy is None else _questions(args)
+    result = summarise(args, *measure(args))
+    if questions is not None:
+        result |= _accuracy(args, questions)
+    return result
 
 
 def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
@@ -165,6 +177,60 @@ def summarise(
     result["arguments"] = {name: getattr(args, name) for name in shown}
     result["arguments"]["dtype"] = choose_dtype(args.dtype, jax.devices()[0].platform)
     return result
+
+
+def _questions(args: EvaluateArgs) -> "list[Question]":
+    """Returns the first args.accuracy questions of the data that have a final number."""
+    from kd_jax.data.chat import chat_template_of
+    from kd_jax.data.questions import read_questions
+    from kd_jax.inference.accuracy import has_final_number
+    from kd_jax.inference.load import open_model
+
+    model = open_model(args.model, args.dtype, args.step)
+    config, tokenizer = _config(args, model.config, 1), model.source.tokenizer
+    template = chat_template_of(config.data, tokenizer)
+    questions, _ = read_questions(config.data, tokenizer, template)
+    asked = [question for question in questions if has_final_number(question)]
+    if not asked:
+        raise UserError(
+            f"--accuracy: expected data whose answers have a final number, as GSM8K's after ####, "
+            f"got none in {args.data}"
+        )
+    return asked[: args.accuracy]
+
+
+def _accuracy(args: EvaluateArgs, questions: "list[Question]") -> dict[str, Any]:
+    """Returns the exact-answer accuracy, its standard error and what it is of."""
+    import jax
+
+    from kd_jax.inference.accuracy import accuracy
+    from kd_jax.inference.load import load_model, open_model
+    from kd_jax.inference.prompts import chat_stops, context_length, stop_tokens
+    from kd_jax.parallel.mesh import make_mesh
+
+    model = open_model(args.model, args.dtype, args.step)
+    folder, tokenizer = model.source.folder, model.source.tokenizer
+    config = _config(args, model.config, jax.device_count())
+    models = load_model(model, make_mesh(config.mesh, config.data.batch_size))
+    ends, _ = chat_stops(tokenizer, args.chat_template, config.data.date)
+    found = accuracy(
+        models.student,
+        models.frozen,
+        questions,
+        partial(tokenizer.decode, skip_special_tokens=True),
+        max_new_tokens=args.max_new_tokens,
+        context=context_length(folder),
+        stop_tokens=ends | stop_tokens(folder, tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+    )
+    if found is None:
+        raise UserError("--accuracy: expected prompts that leave room in the model's context")
+    return {
+        "accuracy": found.share,
+        "accuracy_standard_error": found.standard_error,
+        "accuracy_questions": found.questions,
+        "answers_ended": found.ended / found.questions,
+    }
 
 
 def _open(args: EvaluateArgs):

@@ -1,0 +1,74 @@
+"""Exact-answer accuracy: final numbers, and the share over greedy answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kd_jax import evaluate
+from kd_jax.config.command import run_command
+from kd_jax.data.questions import Question
+from kd_jax.inference import accuracy as module
+from kd_jax.inference.accuracy import accuracy, final_number, is_correct
+from kd_jax.inference.sampling import Sampled
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("48/2 = 24.\n#### 72", 72),
+        ("#### 1 #### $1,234,567.50.", 1234567.5),
+        ("#### -3 apples", -3),
+        ("#### .5", 0.5),
+        ("the answer is 72", None),
+        ("####", None),
+    ],
+)
+def test_the_number_after_the_last_mark_counts(text, number):
+    assert final_number(text, marked=True) == number
+
+
+def test_without_marks_the_last_number_counts():
+    assert final_number("Weng earns 12/60 = $0.2. She earned 0.2 x 50 = $10.", False) == 10
+    assert is_correct("so it is 1,000.", "She has 1000 left.")
+    assert not is_correct("12 then 13", "12")
+    assert not is_correct("the answer is 72", "#### 72")  # unmarked
+    assert is_correct("24 + 48 = 72\n#### 72.0", "48\n#### 72")
+
+
+def test_the_share_is_over_questions_with_a_number_and_room(monkeypatch):
+    answers = {1: "#### 4", 2: "#### 5", 3: "no number", 4: "#### 6"}
+    questions = [
+        Question(i, f"line {i}", [i] * (9 if i == 4 else 2), a, []) for i, a in answers.items()
+    ]
+    asked = []
+
+    def sample(spec, arrays, prompts, *, max_new_tokens, **options):
+        asked.extend(zip(prompts, max_new_tokens, strict=True))
+        assert options["stop_tokens"] == {7}
+        return Sampled([np.array([4]), np.array([4])], [], np.array([True, False]))
+
+    monkeypatch.setattr(module, "sample", sample)
+    found = accuracy(
+        None, {}, questions, lambda tokens: f"#### {tokens[0]}", max_new_tokens=6, context=7,
+        stop_tokens={7},
+    )  # fmt: skip
+    assert asked == [([1, 1], 5), ([2, 2], 5)]
+    assert found == (1, 2, 1) and found.share == 0.5
+    assert found.standard_error == pytest.approx((0.25 / 2) ** 0.5)
+
+
+def test_evaluate_reports_the_accuracy(tiny_student, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    records = [{"instruction": f"What is {i}?", "output": f"It is #### {i}"} for i in range(3)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    argv = ["--model", tiny_student, "--data", data, "--seq-len", 64, "--dtype", "float32"]
+    argv = [str(word) for word in [*argv, "--json", "--accuracy", 2, "--max-new-tokens", 4]]
+    assert run_command(evaluate.main, argv) == 0, capsys.readouterr().err
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy_questions"] == 2 and result["accuracy"] == 0
+    data.write_text(json.dumps({"instruction": "Say a word.", "output": "blue"}) + "\n")
+    assert run_command(evaluate.main, argv) == 2
+    assert "--accuracy: expected data whose answers have a final number" in capsys.readouterr().err
