@@ -18,7 +18,7 @@ def divergence(name, student, teacher, *, temperature=1.0, weight=None, **option
     """Returns the divergence of each token [...] from its definition; logits are [..., V].
 
     Args:
-      weight: weight of the forward KL in adaptive_kl, constant in its gradient.
+      weight: weight of the forward KL in adaptive_kl and lk_hybrid, constant in its gradient.
       options: fields of LossConfig.
     """
     log_q, log_p = (
@@ -52,6 +52,11 @@ def divergence(name, student, teacher, *, temperature=1.0, weight=None, **option
         if weight is None:
             weight = adaptive_weight(q, p, options.get("akl_mass", 0.5))
         return weight * forward + (1 - weight) * reverse
+    if name == "nla":
+        return -np.log(np.minimum(p, q).sum(-1))
+    if name == "lk_hybrid":
+        weight = hybrid_weight(q, p) if weight is None else weight
+        return weight * forward + (1 - weight) * np.abs(p - q).sum(-1) / 2
     assert name == "alpha_beta"
     return alpha_beta(q, p, options.get("ab_alpha", 0.2), options.get("ab_beta", 0.7))
 
@@ -64,6 +69,11 @@ def adaptive_weight(q, p, mass):
     head[..., 0] = True
     error = np.abs(p - q)
     return (error * head).sum(-1) / error.sum(-1)
+
+
+def hybrid_weight(q, p):
+    """Returns the forward KL's weight in lk_hybrid (arXiv 2602.23881)."""
+    return np.exp(-3 * np.minimum(p, q).sum(-1))
 
 
 def alpha_beta(q, p, A, B):

@@ -66,6 +66,8 @@ class LossConfig:
         "tvd",
         "adaptive_kl",
         "alpha_beta",
+        "nla",
+        "lk_hybrid",
     ] = "forward_kl"
     """Divergence between teacher and student to minimise; docs/losses.md defines each."""
     symmetric_weight: Annotated[float, Share, UsedBy(["symmetric_kl"])] = 0.5

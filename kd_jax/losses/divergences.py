@@ -22,6 +22,11 @@ from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
 # Exponents are clipped here, because powers of p / q are unbounded.
 MAX_EXPONENT = 60.0
 
+# The acceptance rate is clipped here, near the least positive float32.
+LEAST_RATE = 1e-37
+# Decay of the KL's weight in lk_hybrid with the acceptance rate.
+HYBRID_DECAY = 3.0
+
 
 class Terms(NamedTuple):
     """A divergence entry by entry, [..., V] float32, or its sums over the vocabulary, [..., 1]."""
@@ -145,6 +150,52 @@ def tvd(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     return Terms(0.5 * jnp.abs(excess), 0.5 * q * jnp.sign(excess))
 
 
+def nla(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None = None
+) -> Terms:
+    """-log of the acceptance rate A = sum min(p, q) of draft tokens, nats (arXiv 2602.23881).
+
+    Args:
+      weight: A, [..., 1], from acceptance_rate; None computes it.
+    """
+    rate = acceptance_rate(log_q, log_p) if weight is None else weight
+    rate = jnp.maximum(rate, LEAST_RATE)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    # The entries with q below p, and half of the ties. In this form no term is above A.
+    below = jnp.where(q < p, q, jnp.where(q > p, 0.0, 0.5 * q))
+    return Terms(-jnp.log(rate) * (jnp.minimum(p, q) / rate), -below / rate)
+
+
+def lk_hybrid(
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None = None
+) -> Terms:
+    """w KL(teacher || student) + (1 - w) TVD, w = exp(-3 A) without gradient (arXiv 2602.23881).
+
+    Args:
+      weight: w, [..., 1], from hybrid_weight; None computes it.
+    """
+    weight = hybrid_weight(log_q, log_p) if weight is None else weight
+    kl, distance = forward_kl(log_q, log_p, config), tvd(log_q, log_p, config)
+    return Terms(
+        weight * kl.value + (1 - weight) * distance.value,
+        weight * kl.slope + (1 - weight) * distance.slope,
+    )
+
+
+def acceptance_rate(log_q: jax.Array, log_p: jax.Array, axis: str | None = None) -> jax.Array:
+    """Returns A = sum min(p, q), [..., 1], of log-probabilities [..., V] (arXiv 2211.17192).
+
+    Args:
+      axis: mesh axis that shards the vocabulary, inside a shard_map.
+    """
+    return sum_over_vocab(jnp.exp(jnp.minimum(log_q, log_p)), axis)
+
+
+def hybrid_weight(log_q: jax.Array, log_p: jax.Array, axis: str | None = None) -> jax.Array:
+    """Returns the weight of the KL in lk_hybrid, [..., 1]: from 1 at A = 0 to exp(-3) at A = 1."""
+    return jnp.exp(-HYBRID_DECAY * acceptance_rate(log_q, log_p, axis))
+
+
 def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     """Alpha-beta divergence (ABKD, arXiv 2505.04560): forward KL at (1, 0), reverse at (0, 1).
 
@@ -185,6 +236,8 @@ DIVERGENCES: dict[str, Callable[..., Terms]] = {
     "tvd": tvd,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "nla": nla,
+    "lk_hybrid": lk_hybrid,
 }
 
 
@@ -216,8 +269,11 @@ def token_weight(
       log_q, log_p: [..., V] float32.
       axis: mesh axis that shards the vocabulary, inside a shard_map.
     """
-    adaptive = config.divergence == "adaptive_kl"
-    return adaptive_weight(log_q, log_p, config.akl_mass, axis) if adaptive else None
+    if config.divergence == "adaptive_kl":
+        return adaptive_weight(log_q, log_p, config.akl_mass, axis)
+    weights = {"nla": acceptance_rate, "lk_hybrid": hybrid_weight}
+    weight = weights.get(config.divergence)
+    return None if weight is None else weight(log_q, log_p, axis)
 
 
 def divergence(

@@ -28,6 +28,8 @@ CASES = [
     *({"divergence": "skew_forward_kl", "skew_alpha": alpha} for alpha in (0.0, 0.1, 0.7)),
     *({"divergence": "skew_reverse_kl", "skew_alpha": alpha} for alpha in (0.0, 0.1, 0.7)),
     {"divergence": "tvd"},
+    {"divergence": "nla"},
+    {"divergence": "lk_hybrid"},
     *({"divergence": "adaptive_kl", "akl_mass": mass} for mass in (0.5, 0.9)),
     *(
         {"divergence": "alpha_beta", "ab_alpha": alpha, "ab_beta": beta}
@@ -73,14 +75,18 @@ def options_of(case):
     return {**options, "name": case["divergence"]}
 
 
+def weight_of(case, student, teacher, temperature):
+    """Returns the weight of the forward KL, which is constant in the gradient, if there is one."""
+    q, p = (np.exp(reference.log_softmax(np.float64(z) / temperature)) for z in (student, teacher))
+    if case["divergence"] == "adaptive_kl":
+        return {"weight": reference.adaptive_weight(q, p, case["akl_mass"])}
+    return {"weight": reference.hybrid_weight(q, p)} if case["divergence"] == "lk_hybrid" else {}
+
+
 def expected(case, student, teacher, temperature=1.0):
     """Returns the same from the definitions, the gradient by central differences."""
     options = {**options_of(case), "temperature": temperature}
-    if case["divergence"] == "adaptive_kl":
-        q, p = (
-            np.exp(reference.log_softmax(np.float64(z) / temperature)) for z in (student, teacher)
-        )
-        options["weight"] = reference.adaptive_weight(q, p, case["akl_mass"])
+    options |= weight_of(case, student, teacher, temperature)
     student, gradient = np.float64(student), np.zeros(student.shape)
     for v in range(student.shape[1]):
         step = 1e-5 * (np.arange(student.shape[1]) == v)
@@ -135,10 +141,13 @@ def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
         sums = sum_over_vocab(terms)
         return divergences.Terms(sums.value, 0 * sums.slope)
 
-    weight = divergences.adaptive_weight  # which takes sums of its own
-    monkeypatch.setattr(
-        divergences, "adaptive_weight", lambda *x: jax.jit(weight, static_argnums=2)(*x)
+    # These take sums of their own.
+    weight, rate = (
+        jax.jit(divergences.adaptive_weight, static_argnums=2),
+        jax.jit(divergences.acceptance_rate),
     )
+    monkeypatch.setattr(divergences, "adaptive_weight", lambda *x: weight(*x))
+    monkeypatch.setattr(divergences, "acceptance_rate", lambda u, v, axis=None: rate(u, v))
     assert not is_seen(ONE_EACH[name])
     monkeypatch.setattr(divergences, "sum_over_vocab", no_slope)
     assert is_seen(ONE_EACH[name])
@@ -234,6 +243,27 @@ def test_bounds_hold(beta):
     terms = divergences.agreement_terms(*map(jax.nn.log_softmax, logits))
     accepted = sum_over_vocab(terms["acceptance"])
     np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
+    # The mixture of the KL and the distance is between them.
+    hybrid = value_of(*logits, divergence="lk_hybrid")
+    low, high = np.minimum(distance, forward), np.maximum(distance, forward)
+    assert ((low - 1e-6 <= hybrid) & (hybrid <= high * (1 + 1e-6) + 1e-6)).all()
+    assert (value_of(*logits, divergence="nla") >= distance - 1e-6).all()  # -log(1 - x) >= x
+
+
+def test_acceptance_losses_are_those_of_torch_autograd():
+    torch = pytest.importorskip("torch")
+    student, teacher = make_logits()
+    z = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+    q, p = z.softmax(-1), torch.tensor(teacher, dtype=torch.float64).softmax(-1)
+    rate = torch.minimum(p, q).sum(-1)
+    weight = torch.exp(-3 * rate.detach())
+    kl = (p * (p.log() - q.log())).sum(-1)
+    losses = {"nla": -rate.log(), "lk_hybrid": weight * kl + (1 - weight) * (1 - rate)}
+    for name, loss in losses.items():
+        (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
+        value, got = run({"divergence": name}, student, teacher)
+        np.testing.assert_allclose(value, loss.detach(), rtol=1e-6)
+        np.testing.assert_allclose(got, gradient, atol=1e-6)
 
 
 FORWARD, REVERSE = {"divergence": "forward_kl"}, {"divergence": "reverse_kl"}
@@ -359,10 +389,7 @@ def run_head(case, temperature, padding, length):
     teacher = np.float64(h_t) @ np.float64(w_t[:V]).T
     options = {**options_of(case), "kd_ratio": 0.4, "temperature": temperature}
     options |= {"scale": temperature**2, "divergence_name": options.pop("name")}
-    if case["divergence"] == "adaptive_kl":
-        logits = np.float64(h_s) @ np.float64(w_s[:V]).T
-        q, p = (np.exp(reference.log_softmax(z / temperature)) for z in (logits, teacher))
-        options["weight"] = reference.adaptive_weight(q, p, case["akl_mass"])
+    options |= weight_of(case, np.float64(h_s) @ np.float64(w_s[:V]).T, teacher, temperature)
 
     def exact(hidden):
         return reference.distil(hidden @ np.float64(w_s[:V]).T, teacher, labels, mask, **options)
