@@ -1,9 +1,10 @@
 """Kills tiny runs by SIGKILL at random instants, and compares them with one that was left alone.
 
-python -m benchmarks.kills [--kills 50] [--seed 0] [--steps 400]
+python -m benchmarks.kills [--kills 50] [--seed 0] [--steps 400] [--on-policy]
 
-A third of the kills falls anywhere in a start, a third between two steps, a third into a save.
-Every line of metrics.jsonl must be the same but for its times, and every bit of the last weights.
+With --on-policy, half of the rows are samples, drawn every third step. A third of the kills falls
+anywhere in a start, a third between two steps, a third into a save. Every line of metrics.jsonl
+must be the same but for its times, all of samples.jsonl, and every bit of the last weights.
 Starts are forks of a process that has imported the modules, which saves most of their time.
 """
 
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,10 @@ def get_config():
         checkpoint=CheckpointConfig(every_steps=7), log=LogConfig(tensorboard=False),
         optim=OptimConfig(warmup_steps=5), compilation_cache="{root}/xla")
 """
+ON_POLICY = (
+    "--on-policy.fraction", "0.5", "--on-policy.max-new-tokens", "16",
+    "--on-policy.every-steps", "3", "--on-policy.log-samples", "1",
+)  # fmt: skip
 KINDS = ("start", "step", "save")
 CLOCKS = ("_seconds", "_per_second", "_bytes")
 
@@ -58,19 +64,19 @@ def make_inputs(root: Path, steps: int) -> None:
     (root / "config.py").write_text(CONFIG.format(root=root, steps=steps))
 
 
-def run(root: str, name: str) -> None:
+def run(root: str, name: str, flags: Sequence[str]) -> None:
     """Trains in ROOT/NAME as the command does; its output goes to a file."""
     from kd_jax.train import main
 
     log = os.open(f"{root}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    argv = ["--config", f"{root}/config.py", "--workdir", f"{root}/{name}"]
+    argv = ["--config", f"{root}/config.py", "--workdir", f"{root}/{name}", *flags]
     exit_now(run_command(main, argv))
 
 
-def start(context: Any, root: Path, name: str) -> Any:
-    process = context.Process(target=run, args=(str(root), name))
+def start(context: Any, root: Path, name: str, flags: Sequence[str]) -> Any:
+    process = context.Process(target=run, args=(str(root), name, flags))
     process.start()
     return process
 
@@ -98,9 +104,17 @@ def wait(process: Any, happened: Callable[[], bool]) -> None:
 
 
 def kill_at_random(
-    context: Any, root: Path, kills: int, steps: int, start_seconds: float, rng: random.Random
+    begin: Callable[[str], Any],
+    root: Path,
+    kills: int,
+    steps: int,
+    start_seconds: float,
+    rng: random.Random,
 ) -> tuple[Counter[str], list[str]]:
     """Starts and kills runs, the next one when one is done.
+
+    Args:
+      begin: starts the run of a name.
 
     Returns:
       the number of kills by kind, and the runs' names, of which the last is unfinished.
@@ -109,7 +123,7 @@ def kill_at_random(
     while done.total() < kills:
         workdir, kind = root / names[-1], rng.choice(KINDS)
         goal = last_step(workdir) + rng.randint(1, max(2, steps // kills))
-        process = start(context, root, names[-1])
+        process = begin(names[-1])
         if kind == "start":
             process.join(rng.random() * start_seconds)
         else:
@@ -140,6 +154,12 @@ def trace(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.endswith(CLOCKS)} for line in lines]
 
 
+def samples(workdir: Path) -> str:
+    """Returns samples.jsonl, "" without it."""
+    file = workdir / "samples.jsonl"
+    return file.read_text() if file.is_file() else ""
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """Returns the steps whose lines differ, and the last checkpoint's arrays that do."""
     from kd_jax.workdir.checkpoints import open_trained
@@ -148,6 +168,7 @@ def differences(one: Path, other: Path) -> list[str]:
     found = [f"step {x['step']}" for x, y in zip(first, second, strict=False) if x != y]
     if len(first) != len(second):
         found.append(f"{len(first)} and {len(second)} lines")
+    found += ["samples.jsonl"] if samples(one) != samples(other) else []
     ours, theirs = open_trained(one), open_trained(other)
     return found + [
         name for name in theirs.shapes if not np.array_equal(ours.read(name), theirs.read(name))
@@ -159,30 +180,33 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--on-policy", action="store_true")
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     tokenizers = "transformers.tokenization_utils_tokenizers"
     context.set_forkserver_preload(["kd_jax.training.loop", "kd_jax.train", tokenizers])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        begin = partial(start, context, root, flags=ON_POLICY if args.on_policy else ())
         make_inputs(root, args.steps)
         began = time.monotonic()
-        process = start(context, root, "undisturbed")
+        process = begin("undisturbed")
         wait(process, lambda: last_step(root / "undisturbed") > 0)
         start_seconds = (time.monotonic() - began) / 2  # later starts find compiled programs
         finish(process, root, "undisturbed")
         rng = random.Random(args.seed)
-        done, names = kill_at_random(context, root, args.kills, args.steps, start_seconds, rng)
-        finish(start(context, root, names[-1]), root, names[-1])
+        done, names = kill_at_random(begin, root, args.kills, args.steps, start_seconds, rng)
+        finish(begin(names[-1]), root, names[-1])
         wrong = [x for name in names for x in differences(root / name, root / "undisturbed")]
         lines = trace(root / "undisturbed")
+        drawn = samples(root / "undisturbed").count("\n")
     kinds = ", ".join(f"{done[kind]} in a {kind}" for kind in KINDS)
     evaluations = sum("loss" not in line for line in lines)
     verdict = f"differ: {', '.join(wrong[:5])}" if wrong else "bit-equal"
     print(
         f"{done.total()} SIGKILLs ({kinds}) of {len(names)} runs: losses of "
-        f"{len(lines) - evaluations} steps, {evaluations} evaluations and the last weights "
-        f"{verdict}"
+        f"{len(lines) - evaluations} steps, {evaluations} evaluations"
+        f"{f', {drawn} samples' if args.on_policy else ''} and the last weights {verdict}"
     )
     return int(bool(wrong))
 

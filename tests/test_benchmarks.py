@@ -40,3 +40,11 @@ def test_a_run_that_is_killed_five_times_is_bit_equal_to_one_left_alone():
     done = run("--kills", 5, "--steps", 60, name="kills")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "losses of 60 steps, 6 evaluations and the last weights bit-equal" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+def test_an_on_policy_run_that_is_killed_three_times_is_bit_equal_to_one_left_alone():
+    done = run("--kills", 3, "--steps", 40, "--on-policy", name="kills")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 evaluations, 14 samples and the last weights bit-equal" in done.stdout

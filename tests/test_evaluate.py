@@ -141,7 +141,7 @@ def expected_values(root, top_k):
     source = open_source(str(root / "student"), None, "student")
     rows = data_rows.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
     batch = {name: np.array(getattr(rows, name)) for name in data_rows.COLUMNS}
-    labels, mask = map(np.asarray, targets(batch))
+    labels, mask = map(np.asarray, targets(batch)[:2])
     mesh = make_mesh(evaluate.MeshConfig(), 8)
     both = []
     for name in ("student", "teacher"):

@@ -18,7 +18,8 @@ from kd_jax.config.flags import flag_names
 FLOORS = [
     {
         "config": [
-            "errors", "checks", "loss", "teacher", "run", "record", "flags", "streams", "command",
+            "errors", "checks", "loss", "on_policy", "teacher", "run", "record", "flags", "streams",
+            "command",
         ],
     },
     {
@@ -64,10 +65,11 @@ FLOORS = [
             "scores", "evaluation", "likelihoods", "lm_eval_model", "teacher_pass", "cached",
             "cache_check", "cache_import",
         ],
-        "reporting": ["arms", "tables", "curves", "page"],
+        "reporting": ["arms", "tables", "curves", "texts", "page"],
     },
+    {"onpolicy": ["prompts", "sampler", "samples", "source"]},
     {
-        "training": ["optim", "step", "loop", "abstract", "hlo", "ahead"],
+        "training": ["optim", "step", "step_log", "loop", "abstract", "hlo", "ahead"],
         "toy": ["grammar", "models", "outcome"],
     },
 ]  # fmt: skip

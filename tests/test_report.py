@@ -30,6 +30,7 @@ from kd_jax.config.record import dump
 from kd_jax.reporting import curves, tables
 from kd_jax.reporting import page as reporting_page
 from kd_jax.reporting.arms import find_controls, make_arms
+from kd_jax.reporting.texts import samples_tables
 from kd_jax.workdir import history
 
 STEPS = 20
@@ -468,6 +469,19 @@ def test_extra_tables_stand_first(tmp_path, one_figure):
     assert titles[:2] == ["CE against the known entropy", "Arms"]
     assert "The text has 1.1 nats a token." in page
     assert reporting_page.spread_widths(extra) == [None, 6]
+
+
+def test_samples_of_a_run_are_shown_without_a_torn_line(tmp_path, one_figure):
+    run_folder = write_run(tmp_path / "run")
+    line = {"prompt": "Why <b>?", "answer": "1 ± 2 so", "ended": True, "log_prob": -0.5}
+    lines = [json.dumps({"step": step, **line}) for step in range(1, 10)]
+    (run_folder / "samples.jsonl").write_text("\n".join([*lines, '{"step": 10, "pro']))
+    (table,) = samples_tables(arms_of([run_folder, write_run(tmp_path / "other", ratio=0.0)]))
+    assert [row[1] for row in table.rows] == ["1", "2", "6", "7", "8", "9"]
+    assert run(run_folder, "--out", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<summary>Samples</summary>" in page and "Why &lt;b&gt;?" in page
+    assert "1 ±\N{NO-BREAK SPACE}2 so" in page and "-0.500" in page
 
 
 def test_an_earlier_report_is_replaced(tmp_path):

@@ -30,7 +30,7 @@ from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup import models as setup_models
-from kd_jax.training import loop, step
+from kd_jax.training import step, step_log
 from kd_jax.training.step import TrainState, train_step
 from kd_jax.workdir import checkpoints
 from kd_jax.workdir import claim as workdir_record
@@ -517,12 +517,12 @@ def test_the_student_can_go_on_from_an_adapter(lora_run, run_train, tmp_path):
 
 def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
     """Metrics are read after the next step starts; nothing is queued behind that step."""
-    log, flush = loop._Loop.log, loop._Loop.flush
+    log, flush = step_log.StepLog.log, step_log.StepLog.flush
     started, read, compiled = [], [], []
 
-    def watched_log(self, step, metrics):
+    def watched_log(self, step, metrics, facts):
         started.append(step)
-        log(self, step, metrics)
+        log(self, step, metrics, facts)
 
     def watched_flush(self):
         before, pending = len(compiled), self.pending
@@ -534,8 +534,8 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
         if event.startswith("/jax/core/compile/"):
             compiled.append(event)
 
-    monkeypatch.setattr(loop._Loop, "log", watched_log)
-    monkeypatch.setattr(loop._Loop, "flush", watched_flush)
+    monkeypatch.setattr(step_log.StepLog, "log", watched_log)
+    monkeypatch.setattr(step_log.StepLog, "flush", watched_flush)
     jax.clear_caches()  # compiles everything that is dispatched
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -2,6 +2,7 @@
 
 from kd_jax.config.errors import UserError
 from kd_jax.config.loss import LossConfig
+from kd_jax.config.on_policy import OnPolicyConfig
 from kd_jax.config.run import (
     CheckpointConfig,
     Config,

@@ -12,7 +12,7 @@ from kd_jax.config.run import Config
 RESUMABLE = re.compile(
     r"workdir|(teacher|student)\.(path|adapter|shard_over)|teacher\.cache(_missing)?"
     r"|data\.(path|cache_dir|chat_template|num_processes)"
-    r"|compilation_cache|remat|attention|loss\.chunk_tokens"
+    r"|compilation_cache|remat|attention|loss\.chunk_tokens|on_policy\.log_samples"
     r"|(log|mesh|distributed|checkpoint)\..*|eval\.(?!fraction).*"
 )
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from kd_jax.config.checks import INF, Checks, Range, check_fields
 from kd_jax.config.loss import LossConfig
+from kd_jax.config.on_policy import OnPolicyConfig
 from kd_jax.config.teacher import Dtype, TeacherConfig
 
 Remat = Literal["none", "dots", "attention", "layer"]
@@ -254,6 +255,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -305,6 +307,13 @@ class Config:
         fits = not self.prompts_teacher or self.data.train_on == "assistant"
         expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
         checks.require(fits, "data.train-on", expected, self.data.train_on)
+        if self.samples:
+            self.on_policy.check_run(checks, self)
+
+    @property
+    def samples(self) -> bool:
+        """True if rows are sampled from the student: on-policy distillation."""
+        return self.on_policy.highest_fraction > 0
 
     def _check_own_teacher(self, checks: Checks, teacher: TeacherConfig) -> None:
         fits = teacher.kind != "base" or self.trainable == "lora"

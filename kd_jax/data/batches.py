@@ -1,7 +1,7 @@
 """Batches of rows: shuffled and endless for training, in order and once for evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -105,13 +105,21 @@ def train_batches(
 def _order(rows: Rows, seed: int) -> grain.MapDataset:
     """Returns the endless order of row numbers; each source of a weighted blend has its own."""
     weights = [weight for _, weight, _ in rows.sources if weight]
-    sizes = [size for *_, size in rows.sources] if weights else [len(rows)]
+    orders = shuffled([size for *_, size in rows.sources] if weights else [len(rows)], seed)
+    return grain.MapDataset.mix(orders, weights) if weights else orders[0]
+
+
+def shuffled(sizes: Sequence[int], seed: int) -> list[grain.MapDataset]:
+    """Returns an endless order of each source's numbers, a new one in each pass.
+
+    Args:
+      sizes: of the sources, whose numbers follow each other.
+    """
     starts = np.cumsum([0, *sizes]).tolist()
-    orders = [
+    return [
         grain.MapDataset.range(start, start + size).seed(seed).shuffle().repeat()
         for start, size in zip(starts, sizes, strict=False)
     ]
-    return grain.MapDataset.mix(orders, weights) if weights else orders[0]
 
 
 def eval_batches(

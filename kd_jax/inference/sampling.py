@@ -50,6 +50,7 @@ def sample(
     sampling: Sampling = GREEDY,
     batch_rows: int | None = None,
     vocab_size: int | None = None,
+    longest: int = 0,
 ) -> Sampled:
     """Returns an answer to each prompt.
 
@@ -64,13 +65,15 @@ def sample(
       max_new_tokens: for all prompts, or for each.
       batch_rows: rows decoded at once; None: as many as `cache_rows` allows.
       vocab_size: vocabulary entries without padding; None: all.
+      longest: tokens of the longest prompt and answer of later calls, which then need no other
+        program; 0: of this call's.
     """
     most = np.broadcast_to(np.asarray(max_new_tokens, np.int32), len(prompts))
     rows = [Row(*row) for row in zip(prompts, most.tolist(), _key_data(keys), strict=True)]
     found: list[Any] = [None] * len(rows)
     for i, answer in sample_rows(
         spec, arrays, rows, stop_tokens=stop_tokens, sampling=sampling, batch_rows=batch_rows,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size, longest=longest,
     ):  # fmt: skip
         found[i] = answer
     tokens, log_probs, ended = zip(*found, strict=True) if found else ((), (), ())
@@ -97,13 +100,14 @@ def sample_rows(
     sampling: Sampling,
     batch_rows: int | None,
     vocab_size: int | None,
+    longest: int = 0,
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, bool]]]:
     """Yields the index of each row and its tokens, log-probabilities and whether a stop token
     ended it, as rows end; arguments as for `sample`."""
     if not rows:
         return
     spec, arrays = _prepare(spec, arrays)
-    length = _cache_length(rows)
+    length = max(_cache_length(rows), _round_up(longest, 64))
     num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
     program = make_program(spec, arrays, length, sampling, vocab_size)
     batch = _Batch(program, arrays, num_slots, stop_tokens)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
 from kd_jax.losses.divergences import overlap
-from kd_jax.losses.head_inputs import Seen, Side, Targets, Teacher
+from kd_jax.losses.head_inputs import NUM_GROUPS, Seen, Side, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -79,12 +79,12 @@ def kd_head(
       student: hidden [B, S, D] and head [V, D], V at least config.vocab_size.
       teacher: at least config.vocab_size entries; gets no gradient. None: the loss is
         cross-entropy.
-      targets: labels [B, S] int32 and mask [B, S] bool.
+      targets: labels [B, S] int32, mask [B, S] bool, and perhaps groups.
 
     Returns:
       (loss, metrics): the float32 sum over tokens of (1 - kd_ratio) * CE + kd_ratio * divergence,
       differentiable in student.hidden and, with head_trainable, student.head; float32 sums by the
-      names in METRICS, or SINGLE_METRICS without a teacher.
+      names in METRICS, or SINGLE_METRICS without a teacher, [NUM_GROUPS] where targets have groups.
     """
     loss, metrics, _ = _run(config, scalars, student, teacher, targets)
     return loss, metrics
@@ -278,7 +278,7 @@ def _device_gradients(config, scalars, share):
         sums, d_hidden, d_head = carry
         rows, z_s, z_t = _chunk(config, share, index)
         values, d_logits = token_losses(config.loss, scalars, z_s, z_t, rows.targets, share.vocab)
-        sums = {n: x + jnp.sum(values[n], where=rows.targets.mask) for n, x in sums.items()}
+        sums = {n: x + _sum_targets(values[n], rows.targets) for n, x in sums.items()}
         d_logits = d_logits.astype(hidden.dtype)  # that of the matmuls
         product = "CV,DV->CD" if config.transpose_head else "CV,VD->CD"
         d_rows = jnp.einsum(product, d_logits, share.head, preferred_element_type=jnp.float32)
@@ -290,7 +290,8 @@ def _device_gradients(config, scalars, share):
         return sums, d_hidden, d_head
 
     names = ("loss", *(SINGLE_METRICS if share.teacher_logits is None else METRICS))
-    sums = dict.fromkeys(names, jnp.zeros((), jnp.float32))
+    shape = () if share.rows.targets.group is None else (NUM_GROUPS,)
+    sums = dict.fromkeys(names, jnp.zeros(shape, jnp.float32))
     # Float32 where devices have parts of a sum.
     d_hidden = jnp.zeros(hidden.shape, hidden.dtype if axis is None else jnp.float32)
     d_head = None
@@ -298,7 +299,17 @@ def _device_gradients(config, scalars, share):
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
     carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
     sums, d_hidden, d_head = carry if config.mesh is None else _add_up(config, *carry)
-    return sums.pop("loss"), sums, Side(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
+    loss = sums.pop("loss")
+    loss = loss if loss.ndim == 0 else jnp.sum(loss)
+    return loss, sums, Side(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
+
+
+def _sum_targets(values, targets):
+    """Returns the sum of values [C] over unmasked tokens, or [NUM_GROUPS] sums of each group's."""
+    if targets.group is None:
+        return jnp.sum(values, where=targets.mask)
+    there = targets.mask[:, None] & (targets.group[:, None] == jnp.arange(NUM_GROUPS)[None])
+    return jnp.sum(jnp.where(there, values[:, None], 0.0), axis=0)
 
 
 def _write(config, array, chunk, index):

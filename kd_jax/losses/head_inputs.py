@@ -16,6 +16,11 @@ class Side(NamedTuple):
     """[V, D]: the lm_head, or the tied embedding. V may include padding."""
 
 
+FIRST_OF_BIN = (0, 4, 16, 64, 256, 1024)
+"""The first position in a sampled answer of each bin, by which metrics of samples are summed."""
+NUM_GROUPS = 1 + len(FIRST_OF_BIN)
+
+
 class Targets(NamedTuple):
     """The token that each position predicts."""
 
@@ -23,6 +28,9 @@ class Targets(NamedTuple):
     """[B, S] int32."""
     mask: jax.Array
     """[B, S] bool; a position without a loss contributes nothing."""
+    group: jax.Array | None = None
+    """[B, S] int32: 0 for a token of the data; for a token that the student sampled, whose loss is
+    the divergence alone, 1 + its bin in FIRST_OF_BIN. None: all are the data's."""
 
 
 class Seen(NamedTuple):

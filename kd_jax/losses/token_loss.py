@@ -54,20 +54,21 @@ def token_losses(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns each token's loss and metrics, and the gradient of the masked loss.
 
-    Makes four passes over the vocabulary: maxima, sums of exponentials, losses, gradient.
+    A token that the student sampled has kd_ratio 1. Makes four passes over the vocabulary: maxima,
+    sums of exponentials, losses, gradient.
 
     Args:
       scalars: None without a teacher.
       z_s: [N, V] float32, the student's logits.
       z_t: [N, V] float32, the teacher's logits; None: the loss is cross-entropy.
-      targets: labels [N] int32 and mask [N] bool; the gradient is 0 where masked.
+      targets: labels and group [N] int32, mask [N] bool; the gradient is 0 where masked.
       vocab: the entries of these logits.
 
     Returns:
       (values, gradient): values by the names above, [N] float32, also of masked tokens; the
       gradient with respect to z_s, [N, V] float32.
     """
-    labels, mask = targets
+    labels, mask, group = targets
     if z_t is None:
         (student,) = _softmaxes([z_s], None, vocab.axis)
         values = _model_values(student, z_s, labels, vocab)
@@ -75,6 +76,8 @@ def token_losses(
         return values, _ce_gradient(student, z_s, labels, mask, vocab)
     assert scalars is not None
     T, ratio = static_temperature(config) or scalars.temperature, scalars.kd_ratio
+    if group is not None:
+        ratio = jnp.where(group > 0, 1.0, ratio)
     student, teacher = _softmaxes([z_s, z_t], T, vocab.axis)
     log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
     weight = divergences.token_weight(log_q, log_p, config, vocab.axis)

@@ -17,6 +17,7 @@ from kd_jax.reporting.tables import (
     runs_table,
     setup_table,
 )
+from kd_jax.reporting.texts import samples_tables
 from kd_jax.workdir.history import read_runs
 
 PAGE = "index.html"
@@ -60,6 +61,7 @@ def make_report(
         "extra": list(extra),
         "results": [arms_table(arms, controls), *result_tables(arms, controls)],
         "details": [cost_table(arms), runs_table(arms), setup_table(arms)],
+        "samples": samples_tables(arms),
         "config": [config_table(arms)],
     }
     return _write(out, _render(arms, tables, figures, title, reason), figures)

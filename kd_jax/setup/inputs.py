@@ -1,8 +1,9 @@
 """Opens and checks a configuration's models, mesh and rows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +14,7 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, default_split
 from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
+from kd_jax.data.store import Batch
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture
 from kd_jax.parallel.mesh import make_mesh, platform
@@ -26,8 +28,35 @@ from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
 from kd_jax.setup.sources import Source, describe_context, open_source, own_teacher
 
-BatchSource = Callable[[int, Any], Arrays]
-"""Maps (step, state before it) to the step's batch, [A, B, S] on the mesh."""
+
+class BatchSource(Protocol):
+    """Where a run's batches come from; it is called for consecutive steps."""
+
+    def __call__(self, step: int, state: Any) -> Arrays:
+        """Returns the batch of a step, [A, B, S] on the mesh; `state` is that before the step."""
+
+    def facts(self) -> dict[str, float | None]:
+        """Returns what metrics.jsonl says of the last batch; None: the step has no such metric."""
+
+    def kept(self, step: int) -> Batch:
+        """Returns arrays that a run which resumes at `step` needs beside the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """The rows of the data, which seed and step determine."""
+
+    batches: Iterator[Batch]
+    mesh: Mesh
+
+    def __call__(self, step: int, state: Any) -> Arrays:
+        return put_batch(next(self.batches), self.mesh)
+
+    def facts(self) -> dict[str, float | None]:
+        return {}
+
+    def kept(self, step: int) -> Batch:
+        return {}
 
 
 def open_inputs(
@@ -165,7 +194,7 @@ def held_out_data(config: Config) -> DataConfig | None:
 
 def row_source(
     config: Config, rows: Rows, mesh: Mesh, start_step: int, extra: Extra | None = None
-) -> BatchSource:
+) -> RowSource:
     """Returns the source of training batches; it must be called for consecutive steps.
 
     Each process reads only the rows of its own devices.
@@ -183,4 +212,4 @@ def row_source(
         wanted=local_rows(mesh, size // count),
         extra=extra,
     )
-    return lambda step, state: put_batch(next(batches), mesh)
+    return RowSource(batches, mesh)

@@ -50,13 +50,17 @@ class Program:
 
 
 def targets(batch: Arrays) -> Targets:
-    """Returns labels and mask, [..., S]: position t predicts token t + 1 of its document."""
+    """Returns labels, mask and, of an on-policy batch, groups, [..., S].
+
+    Position t predicts token t + 1 of its document.
+    """
     labels = jnp.roll(batch["tokens"], -1, axis=-1)
     follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
     follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
         labels.shape[-1] - 1
     )
-    return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows)
+    group = jnp.roll(batch["group"], -1, axis=-1) if "group" in batch else None
+    return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows, group)
 
 
 def teacher_weights(program: Program, student: Arrays, given: Arrays) -> Arrays:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
 from kd_jax.models.architecture import Architecture
+from kd_jax.onpolicy.samples import GROUP
 from kd_jax.parallel.mesh import batch_sharding
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, abstract_models
@@ -69,6 +70,8 @@ def abstract_run(
                 "places": shape,
             }.items()
         }
+    if config.samples:
+        batch[GROUP] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     if teacher is not None and models.teacher is not None and config.reads_cache:
         batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
             (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)

@@ -1,8 +1,6 @@
 """The training loop: opens a run, steps, evaluates, logs and saves."""
 
 import json
-import math
-import time
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,15 +15,18 @@ from kd_jax.config.record import dump, flatten
 from kd_jax.data.batches import count_steps
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.rows import Rows
+from kd_jax.data.store import Batch
 from kd_jax.data.templates import TEMPLATE_FILE, Template
 from kd_jax.inference import scores
 from kd_jax.inference.cached import open_cached
 from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.onpolicy.sampler import Sampler, make_sampler
+from kd_jax.onpolicy.source import OnPolicySource
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.cached import CachedTeacher
-from kd_jax.setup.inputs import choose, open_inputs, read_rows, row_source
+from kd_jax.setup.inputs import BatchSource, choose, open_inputs, read_rows, row_source
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
 from kd_jax.setup.sources import (
@@ -43,10 +44,11 @@ from kd_jax.training.step import (
     init_state,
     jit_train_step,
 )
+from kd_jax.training.step_log import StepLog
 from kd_jax.weights.files import write_whole
 from kd_jax.workdir import checkpoints, claim, integrity
 from kd_jax.workdir.history import find_checkpoints
-from kd_jax.workdir.metrics import Writer, peak_memory_bytes
+from kd_jax.workdir.metrics import SampleWriter, Writer
 
 _PATHS = ("path", "adapter", "cache_dir", "teacher.cache")  # may differ between hosts
 
@@ -65,6 +67,7 @@ class _Run:
     eval_rows: Rows | None
     template: Template | None
     cached: CachedTeacher | None
+    sampler: Sampler | None
     num_steps: int
     workdir: Path
     hashing: Future[dict[str, str]]
@@ -84,18 +87,17 @@ def train(config: Config) -> None:
         checkpoints.open_checkpointer(run.workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
-        program, state, frozen = _load(config, run, checkpointer)
+        program, state, frozen, kept = _load(config, run, checkpointer)
         step = int(state.step)
         writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
-        loop = stack.enter_context(closing(_Loop(config, writer, checkpointer)))
+        loop = stack.enter_context(closing(StepLog(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
-        extra = None if run.cached is None else run.cached.train
-        source = row_source(config, run.rows, run.mesh, step, extra)
+        source = _make_source(config, run, program, frozen[0], step, kept)
         while step < run.num_steps and not (stop := should_stop(step)):
             loop.profile(step)
             state, metrics = run_step(program, state, *frozen, source(step, state))
             step += 1
-            loop.log(step, metrics)
+            loop.log(step, metrics, source.facts())
             last = step == run.num_steps
             eval_loss = None
             if run.eval_rows is not None and (last or step % config.eval.every_steps == 0):
@@ -104,10 +106,10 @@ def train(config: Config) -> None:
                 loop.restart_clock()
             if last or step % config.checkpoint.every_steps == 0:
                 loop.flush()  # raises if not finite, so that such a state is not saved
-                checkpoints.save(checkpointer, state, step, eval_loss)
+                checkpoints.save(checkpointer, state, step, eval_loss, source.kept(step))
         loop.flush()
         if step < run.num_steps:
-            checkpoints.save(checkpointer, state, step, None)
+            checkpoints.save(checkpointer, state, step, None, source.kept(step))
             checkpointer.wait()
             say(f"stopped by {stop} at step {step}; the same command resumes")
             raise SystemExit(exit_status(stop))
@@ -135,6 +137,10 @@ def _open_run(config: Config) -> _Run:
         hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
         cached = open_cached(config, teacher, mesh, hashes, template, (rows, eval_rows))
         cached.check_vocab(shared.size)
+    sampler = None
+    if config.samples:
+        assert teacher is not None
+        sampler = make_sampler(config, student, teacher, template, rows)
     return _Run(
         config=config,
         student=without_tokenizer(student),
@@ -145,6 +151,7 @@ def _open_run(config: Config) -> _Run:
         eval_rows=eval_rows,
         template=template,
         cached=cached,
+        sampler=sampler,
         num_steps=num_steps,
         workdir=workdir,
         hashing=hashing,
@@ -169,11 +176,11 @@ def _check_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]
 
 def _load(
     config: Config, run: _Run, checkpointer: Any
-) -> tuple[Program, TrainState, tuple[Arrays, Arrays]]:
+) -> tuple[Program, TrainState, tuple[Arrays, Arrays], Batch]:
     """Returns the program, the first state, and the frozen arrays of student and teacher.
 
-    The state comes from the latest checkpoint, if there is one. The workdir is claimed once the
-    models' hashes are known.
+    Also returns what the checkpoint keeps for the source of batches. The state comes from the
+    latest checkpoint, if there is one. The workdir is claimed once the models' hashes are known.
     """
     resumes = checkpointer.latest is not None
     kind = None if run.cached is None else run.cached.kind
@@ -181,13 +188,36 @@ def _load(
     models = load_models(config, *sources, run.mesh, with_trainable=not resumes, kind=kind)
     together("inputs", lambda: _claim(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
+    kept: Batch = {}
     if resumes:
-        state = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
+        state, kept = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
         say(f"resumed at step {int(state.step)}")
     else:
         state = init_state(program, models.trainable)
         say(describe_models(models))
-    return program, state, (models.frozen, models.teacher_arrays)
+    return program, state, (models.frozen, models.teacher_arrays), kept
+
+
+def _make_source(
+    config: Config, run: _Run, program: Program, frozen: Arrays, step: int, kept: Batch
+) -> BatchSource:
+    """Returns the source of batches from `step` on."""
+    extra = None if run.cached is None else run.cached.train
+    rows = row_source(config, run.rows, run.mesh, step, extra)
+    if run.sampler is None:
+        return rows
+    return OnPolicySource(
+        config=config,
+        sampler=run.sampler,
+        batches=rows.batches,
+        mesh=run.mesh,
+        student=program.student,
+        frozen=frozen,
+        vocab_size=run.vocab_size,
+        num_steps=run.num_steps,
+        write=SampleWriter(run.workdir, step).write,
+        columns=kept,
+    )
 
 
 def _evaluate(
@@ -274,70 +304,3 @@ def describe_models(models: Models) -> str:
         beside += f", projection {count(models.trainable['projection']):,}"
     total = trained + count(models.frozen)
     return f"student {total:,} parameters, {trained:,} of them trained; {beside}; compiling"
-
-
-class _Loop:
-    """Metrics and profiling. Logs one step late, so that the device never waits for the host."""
-
-    def __init__(self, config: Config, writer: Writer, checkpointer: Any):
-        self.config = config
-        self.writer = writer
-        self.checkpointer = checkpointer
-        self.pending: tuple[int, Arrays] | None = None
-        self.profiling = False
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
-
-    def log(self, step: int, metrics: Arrays) -> None:
-        """Stores this step's metrics and writes the previous step's."""
-        self.flush()
-        self.pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Waits for the pending step and writes its metrics; raises UserError if not finite."""
-        if self.pending is None:
-            return
-        step, metrics = self.pending
-        self.pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        if not all(math.isfinite(value) for value in values.values()):
-            self._refuse(step, values)
-        values["target_tokens"] = int(values["target_tokens"])
-        values |= {
-            "tokens_per_second": values.pop("tokens") / seconds,
-            "target_tokens_per_second": values["target_tokens"] / seconds,
-            "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        if step % self.config.log.every_steps == 0:
-            self.writer.write(step, values)
-
-    def _refuse(self, step: int, values: dict[str, float]) -> None:
-        shown = ", ".join(f"{name} {value:g}" for name, value in sorted(values.items()))
-        raise UserError(
-            f"step {step}: expected finite values, got {shown}. "
-            f"{checkpoints.last_good(self.checkpointer)}. Lower optim.learning-rate, or check "
-            "the data"
-        )
-
-    def profile(self, step: int) -> None:
-        """Starts or stops the XLA profile at its first or last step."""
-        first = self.config.log.profile_start
-        if first is None:
-            return
-        if step == first:
-            jax.profiler.start_trace(str(Path(self.config.workdir).expanduser() / "profile"))
-            self.profiling = True
-        if step == first + self.config.log.profile_steps:
-            self.flush()
-            self.close()
-
-    def close(self) -> None:
-        """Stops a running profile."""
-        if self.profiling:
-            jax.profiler.stop_trace()
-            self.profiling = False

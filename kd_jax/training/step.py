@@ -8,12 +8,22 @@ import optax
 from jax.sharding import Mesh
 
 from kd_jax.losses.fused_head import kd_head
+from kd_jax.losses.head_inputs import FIRST_OF_BIN, NUM_GROUPS, Targets
 from kd_jax.losses.hidden import hidden_loss
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, constrain, replicated
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.program import Program, head_inputs, loss_scalars, targets, teacher_weights
 from kd_jax.training.optim import make_optimizer, make_schedule, track_average
+
+# Metrics of sampled tokens: the name in metrics.jsonl and the sign, by kd_head's name.
+SAMPLED = {
+    "ce_loss": ("student_log_prob", -1),
+    "teacher_ce": ("teacher_log_prob", -1),
+    "entropy": ("entropy", 1),
+    "kl_forward": ("kl_forward", 1),
+    "kl_reverse": ("kl_reverse", 1),
+}
 
 
 class TrainState(NamedTuple):
@@ -73,7 +83,7 @@ def train_step(
 
     Args:
       batch: tokens, positions, segment_ids (int32) and loss_mask (bool) of A micro-batches,
-        [A, B, S] each.
+        [A, B, S] each; of an on-policy run also group (int32).
     """
     gradients, metrics = loss_gradients(program, state, frozen, teacher_arrays, batch)
     updates, opt_state = _optimizer(program).update(gradients, state.opt_state, state.trainable)
@@ -127,6 +137,8 @@ def loss_gradients(
     metrics = {name: jnp.sum(x) / jnp.maximum(num_tokens, 1) for name, x in sums.items()}
     metrics["target_tokens"] = num_tokens
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
+    if "group" in batch:
+        metrics |= sample_metrics(sums, targets(batch))
     if program.head.loss.is_scheduled:
         metrics |= scalars._asdict()
     return gradients, metrics
@@ -137,6 +149,28 @@ def given_teacher(program: Program, state: TrainState, teacher_arrays: Arrays) -
     if program.teacher_source != "ema":
         return teacher_arrays
     return optax.tree.get(state.opt_state, "average")["student"]
+
+
+def sample_metrics(sums: Arrays, targets: Targets) -> Arrays:
+    """Returns metrics of the tokens that the student sampled, means but for the counts.
+
+    Args:
+      sums: of each group, [..., NUM_GROUPS], by kd_head's names.
+    """
+    assert targets.group is not None
+    groups = jnp.arange(NUM_GROUPS)
+    there = targets.mask.reshape(-1, 1) & (targets.group.reshape(-1, 1) == groups[None])
+    counts = jnp.sum(there, axis=0).astype(jnp.float32)
+    by_group = {name: sums[name].reshape(-1, NUM_GROUPS).sum(axis=0) for name in SAMPLED}
+    num_tokens = jnp.sum(counts[1:])
+    found = {"samples/tokens": num_tokens}
+    for name, (shown, sign) in SAMPLED.items():
+        found[f"samples/{shown}"] = sign * by_group[name][1:].sum() / jnp.maximum(num_tokens, 1)
+    for bin, first in enumerate(FIRST_OF_BIN, start=1):
+        for name in ("kl_forward", "kl_reverse"):
+            mean = by_group[name][bin] / jnp.maximum(counts[bin], 1)
+            found[f"samples/{name}_from_{first}"] = mean
+    return found
 
 
 def jit_train_step(mesh: Mesh, layout: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from kd_jax.config import UserError
@@ -18,6 +19,8 @@ from kd_jax.parallel.processes import is_first, say
 from kd_jax.weights.orbax import OrbaxArrays, absl_silent
 from kd_jax.workdir.history import find_checkpoints
 from kd_jax.workdir.integrity import choose_checkpoint, seal
+
+KEPT = "kept"  # the arrays beside the state, in a checkpoint's tree
 
 
 @contextmanager
@@ -65,9 +68,16 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer, state: Any, step: int, eval_loss: float | None
+    checkpointer: ocp.training.Checkpointer,
+    state: Any,
+    step: int,
+    eval_loss: float | None,
+    kept: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Starts to write the state after `step` updates, unless that step is already saved.
+
+    Args:
+      kept: more that a resumed run needs, the same in all processes.
 
     Raises:
       UserError: a trained weight is NaN or infinite; nothing is written.
@@ -80,7 +90,8 @@ def save(
             f"{last_good(checkpointer)}. Lower optim.learning-rate, or check the data"
         )
     metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-    response = checkpointer.save_async(step, state._asdict(), force=True, metrics=metrics)
+    tree = state._asdict() | ({KEPT: kept} if kept else {})
+    response = checkpointer.save_async(step, tree, force=True, metrics=metrics)
     if response is not None and is_first():
         response.on_complete(lambda _: seal(Path(checkpointer.directory) / str(step)))
 
@@ -99,20 +110,27 @@ def last_good(checkpointer: ocp.training.Checkpointer) -> str:
     return f"Last good checkpoint: {where}"
 
 
-def restore(checkpointer: ocp.training.Checkpointer, abstract: Any) -> Any:
-    """Returns the latest state, with the type, dtypes and shardings of `abstract`."""
+def restore(
+    checkpointer: ocp.training.Checkpointer, abstract: Any
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Returns the latest state, with the type, dtypes and shardings of `abstract`, and what `save`
+    was given beside it."""
     assert checkpointer.latest is not None
     step = checkpointer.latest.step
     try:
         with absl_silent():
-            saved = checkpointer.load(step, abstract._asdict())
+            found = checkpointer.metadata(step).metadata.get(KEPT, {})
+            kept = {name: np.empty(x.shape, x.dtype) for name, x in found.items()}
+            tree = abstract._asdict() | ({KEPT: kept} if kept else {})
+            saved = checkpointer.load(step, tree)
     except Exception as error:  # Orbax raises no narrower class for a damaged file
         reason = first_line(error.__cause__ or error)
         place = checkpointer.directory / str(step)
         raise UserError(
             f"{place}: cannot be read ({reason}). Rename it to resume from the checkpoint before it"
         ) from error
-    return type(abstract)(**saved)
+    kept = saved.pop(KEPT, {})
+    return type(abstract)(**saved), kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

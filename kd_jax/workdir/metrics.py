@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Writer:
             return
         path = workdir / "metrics.jsonl"
         last_logged = start_step // config.every_steps * config.every_steps
-        if _keep_until(path, start_step) < last_logged:
+        if keep_until(path, start_step) < last_logged:
             say(f"warning: {path}: lines of steps until {last_logged} are missing")
         self.file = path.open("a")
         if config.tensorboard:
@@ -82,6 +83,23 @@ class Writer:
             self.bar.stop()
 
 
+class SampleWriter:
+    """Writes samples as text to samples.jsonl; a resumed run first drops those of later steps."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        self.path = workdir / "samples.jsonl"
+        if jax.process_index() == 0:
+            keep_until(self.path, start_step)
+
+    def write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Writes samples on which `step`, the number of updates taken with it, trains first."""
+        if jax.process_index() > 0:
+            return
+        lines = [json.dumps({"step": step, **record}, ensure_ascii=False) for record in records]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
 def _make_event(step: int, values: dict[str, Any]) -> Any:
     """Returns a step's values as a TensorBoard event."""
     from tensorboard.compat.proto.event_pb2 import Event
@@ -91,8 +109,8 @@ def _make_event(step: int, values: dict[str, Any]) -> Any:
     return Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
 
 
-def _keep_until(path: Path, last_step: int) -> int:
-    """Drops lines of metrics.jsonl after `last_step`, and damaged ones; returns the last step."""
+def keep_until(path: Path, last_step: int) -> int:
+    """Drops lines of a file after `last_step`, and damaged ones; returns the last step."""
     if not path.is_file():
         return 0
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -105,7 +123,7 @@ def _keep_until(path: Path, last_step: int) -> int:
 
 
 def _step_of(line: str) -> int | None:
-    """Returns the step of a line of metrics.jsonl; None for a damaged line."""
+    """Returns the step of a JSON line; None for a damaged line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):

@@ -23,11 +23,13 @@ from kd_jax.config import (
     LoraConfig,
     LossConfig,
     MeshConfig,
+    OnPolicyConfig,
     OptimConfig,
     StudentConfig,
     TeacherConfig,
     UserError,
     loss,
+    on_policy,
     record,
     run,
     teacher,
@@ -74,7 +76,7 @@ LEAVES = sorted(leaves(Config))
 def documented() -> dict[str, str]:
     """Returns the docstring under each field of each dataclass, as `Class.field`."""
     found = {}
-    files = [Path(module.__file__) for module in (run, loss, teacher)]
+    files = [Path(module.__file__) for module in (run, loss, on_policy, teacher)]
     for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in pairwise(body):
@@ -382,6 +384,20 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
          ["loss.schedule", "loss.schedule-steps"]),
         ({"loss": LossConfig(schedule="linear", temperature_end=2.0, schedule_steps=11)},
          ["loss.schedule-steps"]),
+        ({"on_policy": OnPolicyConfig(fraction=1.5, temperature=-1.0, top_p=0.0, max_new_tokens=0,
+                                      every_steps=0, log_samples=-1)},
+         ["on-policy.every-steps", "on-policy.fraction", "on-policy.log-samples",
+          "on-policy.max-new-tokens", "on-policy.temperature", "on-policy.temperature",
+          "on-policy.top-p"]),
+        ({"on_policy": OnPolicyConfig(fraction=0.05, schedule_steps=11, temperature=0.0, top_p=0.5),
+          "teacher": None},
+         ["on-policy.fraction", "on-policy.fraction", "on-policy.schedule-steps",
+          "on-policy.schedule-steps", "on-policy.temperature"]),
+        ({"on_policy": OnPolicyConfig(fraction=1.0, schedule="linear", max_new_tokens=63),
+          "data": DataConfig(path="d", seq_len=64, train_on="all"),
+          "teacher": TeacherConfig(path="t", cache="c")},
+         ["on-policy.fraction", "on-policy.fraction", "on-policy.max-new-tokens",
+          "on-policy.schedule"]),
         ({"lora": LoraConfig(rank=0, alpha=0.0, dropout=1.0, target_modules=())},
          ["lora.alpha", "lora.dropout", "lora.rank", "lora.target-modules"]),
         ({"mesh": MeshConfig(data=-1, fsdp=-1, tensor=-2)}, ["mesh", "mesh.tensor"]),
@@ -442,6 +458,8 @@ def test_problems_say_what_was_expected():
         {"loss": LossConfig(divergence="alpha_beta", ab_alpha=1.5, ab_beta=-0.5)},
         {"loss": LossConfig(compat="maxtext", temperature=2.0, scale_by_t2=True)},
         {"loss": LossConfig(temperature_end=2.0, schedule="linear", schedule_steps=10)},
+        {"on_policy": OnPolicyConfig(fraction_end=1.0, schedule="cosine", schedule_steps=10)},
+        {"teacher": None, "on_policy": OnPolicyConfig(max_new_tokens=4096)},
     ],
 )
 def test_what_is_meant_is_accepted(changes):
@@ -462,7 +480,7 @@ def set_leaf(tree: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 PARTS = ("log", "mesh", "distributed", "checkpoint", "eval")
 FREE = {
     "workdir", "compilation_cache", "data.cache_dir", "data.num_processes", "data.chat_template",
-    "remat", "attention", "loss.chunk_tokens",
+    "remat", "attention", "loss.chunk_tokens", "on_policy.log_samples",
     "teacher.path", "teacher.adapter", "teacher.shard_over", "data.path",
     "teacher.cache", "teacher.cache_missing",
     "student.path", "student.adapter", "student.shard_over",
@@ -499,6 +517,7 @@ def test_choices_are_what_is_implemented():
     assert (
         literal(OptimConfig, "schedule") == literal(LossConfig, "schedule") == set(schedules.SHAPES)
     )
+    assert literal(OnPolicyConfig, "schedule") == set(schedules.SHAPES)
     assert literal(Config, "attention") == {"auto", *get_args(attention.Implementation)}
 
 

@@ -16,7 +16,7 @@ from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.losses import divergences, token_loss
 from kd_jax.losses.divergences import DIVERGENCES
 from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
-from kd_jax.losses.head_inputs import Side, Targets
+from kd_jax.losses.head_inputs import NUM_GROUPS, Side, Targets
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -320,6 +320,47 @@ def test_devices_change_nothing(sizes):
     alone = token_values(config, *inputs)
     for name, value in token_values(sharded, *placed).items():
         np.testing.assert_allclose(value, alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_a_sampled_token_has_the_divergence_alone_and_sums_of_its_own(sizes):
+    config = dataclasses.replace(make_head(temperature=2.0), head_trainable=True)
+    inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
+    inputs[2], inputs[3] = make_inputs()[2:4]
+    group = np.random.default_rng(1).integers(0, 4, inputs[5].shape, np.int32)
+    mask, sampled = inputs[5], group > 0
+    if sizes is not None:
+        mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), 2 * B)
+        config = dataclasses.replace(config, mesh=mesh)
+
+    def loss(hidden, head):
+        student, teacher, targets = sides(hidden, inputs[1], head, *inputs[3:])
+        targets = targets._replace(group=group)
+        return kd_head(config, scalars_of(config), student, teacher, targets)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, metrics), gradients = run(inputs[0], inputs[2])
+    alone = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kd_ratio=1.0))
+    parts = [
+        (config, mask & ~sampled),
+        *((alone, mask & (group == number)) for number in range(1, NUM_GROUPS)),
+    ]
+    each = [expected(one, *inputs[:5], part) for one, part in parts]
+    assert float(value) == pytest.approx(sum(x["loss"] for x in each), rel=1e-6)
+    for name, sums in metrics.items():
+        assert sums.shape == (NUM_GROUPS,)
+        want = [x[name] for x in each]
+        np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5, err_msg=name)
+    plain = dataclasses.replace(config, mesh=None)
+    data, drawn = (
+        value_and_gradients(one, *inputs[:5], part)[1]
+        for one, part in (
+            (plain, mask & ~sampled),
+            (dataclasses.replace(alone, mesh=None), mask & sampled),
+        )
+    )
+    for ours, *theirs in zip(gradients, data, drawn, strict=True):
+        close(ours, sum(map(np.asarray, theirs)), 1e-5)
 
 
 class Table(NamedTuple):

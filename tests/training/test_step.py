@@ -293,6 +293,6 @@ def test_a_position_predicts_the_next_token_of_its_document():
         "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0]]),
         "loss_mask": jnp.array([[False, True, True, True, True, False]]),
     }
-    labels, mask = targets(batch)
+    labels, mask, _ = targets(batch)
     assert labels[0, :5].tolist() == [6, 7, 8, 9, 0]
     assert mask[0].tolist() == [True, True, False, True, False, False]

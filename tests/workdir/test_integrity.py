@@ -46,7 +46,7 @@ def restored_step(workdir):
     step, damaged = integrity.choose_checkpoint(workdir)
     integrity.set_aside(workdir, damaged)
     with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
-        found = checkpoints.restore(checkpointer, state(0))
+        found, _ = checkpoints.restore(checkpointer, state(0))
         assert int(found.step) == step
         np.testing.assert_array_equal(found.trainable["student"]["a"], np.arange(4096.0) + step)
         checkpoints.save(checkpointer, state(4), 4, None)  # the step that was damaged

@@ -1,0 +1,76 @@
+"""The configuration of on-policy distillation."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from kd_jax.config.checks import INF, Checks, Range
+
+Share = Range(least=0, most=1)
+LEAST_PROMPT = 2
+"""Tokens of a prompt, at least; a text of its own has none or a begin of text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnPolicyConfig:
+    """On-policy distillation (GKD, arXiv 2306.13649): a share of each step's rows is sampled from
+    the student, and its loss there is the divergence alone."""
+
+    fraction: Annotated[float, Share] = 0.0
+    """Share of each step's rows that the student samples, GKD's lambda; the others are the data's.
+    0 samples nothing."""
+    fraction_end: Annotated[float | None, Share] = None
+    """fraction at the end of the schedule; None keeps it constant."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How fraction changes from the first optimizer step to its end value."""
+    schedule_steps: Annotated[int | None, Range(least=2)] = None
+    """Optimizer steps of the schedule; None: all steps of the run."""
+    max_new_tokens: Annotated[int, Range(least=1)] = 256
+    """Most tokens of a sampled answer. Rows are filled with prompts that leave room for as many."""
+    temperature: Annotated[float, Range(least=0, below=INF)] = 1.0
+    """Temperature of sampling; 0 is greedy decoding. The loss has its own, loss.temperature."""
+    top_p: Annotated[float | None, Range(above=0, most=1)] = None
+    """Sample from the fewest most likely tokens with this total probability."""
+    every_steps: Annotated[int, Range(least=1)] = 1
+    """Optimizer steps between drawings; in between, the last samples are used again."""
+    log_samples: Annotated[int, Range(least=0)] = 50
+    """Optimizer steps between drawings of which a few samples are written as text to
+    WORKDIR/samples.jsonl; 0 writes none."""
+
+    def check(self, checks: Checks) -> None:
+        name, scheduled = "on-policy.schedule", self.fraction_end is not None
+        if self.schedule == "constant":
+            expected = "linear or cosine with on-policy.fraction-end"
+            checks.require(not scheduled, name, expected, self.schedule)
+            expected, count = "None with on-policy.schedule constant", self.schedule_steps
+            checks.require(count is None, "on-policy.schedule-steps", expected, count)
+        else:
+            expected = "constant without on-policy.fraction-end"
+            checks.require(scheduled, name, expected, self.schedule)
+        fits = self.temperature > 0 or self.top_p is None
+        checks.require(fits, "on-policy.temperature", "above 0 with on-policy.top-p", 0)
+
+    def check_run(self, checks: Checks, config: Any) -> None:
+        """Checks the other parts of an on-policy run's Config."""
+        name, share, data = "on-policy.fraction", self.highest_fraction, config.data
+        teacher = config.teacher is not None and config.loss.kd_ratio > 0
+        expected = "0 without a teacher or with loss.kd-ratio 0"
+        checks.require(teacher, name, expected, share)
+        expected = "0 with teacher.cache: a stored teacher cannot score new text"
+        checks.require(not config.reads_cache, name, expected, share)
+        expected = "0 with data.train-on all: prompts are what has no loss"
+        checks.require(data.train_on == "assistant", name, expected, share)
+        fits, expected = (
+            share * data.batch_size >= 0.5,
+            f"a row of data.batch-size {data.batch_size}",
+        )
+        checks.require(fits, name, f"at least {expected}", share)
+        longest, name = data.seq_len - LEAST_PROMPT, "on-policy.max-new-tokens"
+        expected = f"at most {longest}, for which data.seq-len {data.seq_len} has room"
+        checks.require(self.max_new_tokens <= longest, name, expected, self.max_new_tokens)
+        steps, longest = config.steps, self.schedule_steps or 0
+        fits, name = steps is None or longest <= steps, "on-policy.schedule-steps"
+        checks.require(fits, name, f"at most steps ({steps})", longest)
+
+    @property
+    def highest_fraction(self) -> float:
+        return max(self.fraction, self.fraction_end or 0.0)

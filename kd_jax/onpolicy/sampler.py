@@ -1,0 +1,82 @@
+"""What samples are drawn with, found before weights load: prompts and tokens that end a text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd_jax.config import Config, UserError
+from kd_jax.data.chat import end_of_turn
+from kd_jax.data.rows import Rows
+from kd_jax.data.templates import Template
+from kd_jax.inference.prompts import stop_tokens
+from kd_jax.onpolicy.prompts import Prompts, check_prompts, find_prompts
+from kd_jax.parallel.processes import say
+from kd_jax.setup.sources import Source
+from kd_jax.weights.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """What samples are drawn with."""
+
+    prompts: Prompts
+    stops: frozenset[int]
+    """Tokens that end an answer."""
+    pad: int
+    decode: Callable[[np.ndarray], str]
+    """Maps tokens to text, special tokens included."""
+
+
+def make_sampler(
+    config: Config, student: Source, teacher: Source, template: Template | None, rows: Rows
+) -> Sampler:
+    """Returns what a run's samples are drawn with, and prints a line about the prompts.
+
+    Raises:
+      UserError: the data have no prompt that can be used, or no token ends an answer.
+    """
+    tokenizer, count = student.tokenizer, config.on_policy.max_new_tokens
+    own = rows.teacher is not None
+    models = {"student": student} if own else {"student": student, "teacher": teacher}
+    room, field = _room(config.data.seq_len, "data.seq-len", models)
+    theirs = rows.tokens.shape[1] if rows.teacher is None else rows.teacher.tokens.shape[1]
+    theirs, other = _room(theirs, "the teacher's rows", {"teacher": teacher})
+    prompts = find_prompts(rows, room - count, theirs - count)
+    why = f"{field} {room:,}{f' and {other} {theirs:,}' if own else ''} less on-policy."
+    say(check_prompts(prompts, config.data.path, room - count, f"{why}max-new-tokens"))
+    pad = tokenizer.pad_token_id
+    return Sampler(
+        prompts=prompts,
+        stops=frozenset(_stops(config, student, template)),
+        pad=0 if pad is None else pad,
+        decode=lambda tokens: tokenizer.decode(tokens, clean_up_tokenization_spaces=False),
+    )
+
+
+def _room(seq_len: int, name: str, models: dict[str, Source]) -> tuple[int, str]:
+    """Returns the tokens that a prompt and its answer may have together, and what bounds them."""
+    rooms = [(seq_len, name)]
+    for name, source in models.items():
+        context = read_json(source.folder / "config.json").get("max_position_embeddings")
+        rooms += [(context, f"the {name}'s context")] if isinstance(context, int) else []
+    return min(rooms)
+
+
+def _stops(config: Config, student: Source, template: Template | None) -> set[int]:
+    """Returns the tokens that end an answer: those of the student's folder and of the template."""
+    stops = stop_tokens(student.folder, student.tokenizer)
+    if template is not None:
+        ids, text = end_of_turn(student.tokenizer, template, config.data.date)
+        if len(ids) > 1:
+            say(
+                f"warning: on-policy: the chat template ends an answer with {text!r}, which is "
+                f"{len(ids)} tokens: samples end only at other tokens that end a text"
+            )
+        stops |= set(ids) if len(ids) == 1 else set()
+    if not stops:
+        raise UserError(
+            f"student.path: expected a token that ends an answer, such as eos_token_id in "
+            f"{student.folder}, with on-policy.fraction above 0, got none. Add it"
+        )
+    return stops
