@@ -15,8 +15,6 @@ from kd_jax.models.weight_table import is_adapter
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training.abstract import abstract_run
 
-pytestmark = pytest.mark.fast
-
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HALVED = "runs/smollm2_80m"  # every second layer of it, which benchmarks/quality.py writes
 MODELS = {**KNOWN_MODELS, HALVED: {**KNOWN_MODELS[TEACHER], "num_hidden_layers": 15}}

@@ -445,7 +445,6 @@ def source(tmp_path):
     return folder
 
 
-@pytest.mark.fast
 def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     (source / "README.md").write_text("not the model's")
     config = make_config(source)
@@ -459,7 +458,6 @@ def test_an_export_keeps_the_configuration_and_the_tokenizer(source, tmp_path):
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "name, shape",
     [
@@ -480,7 +478,6 @@ def test_trained_arrays_of_another_model_are_refused_by_name(name, shape, source
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_checkpoint_without_a_trained_array_is_refused_by_name(trainable, source, tmp_path):
     config = make_config(source, trainable=trainable)
@@ -492,7 +489,6 @@ def test_a_checkpoint_without_a_trained_array_is_refused_by_name(trainable, sour
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.fast
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "out"
     with export.new_folder(out) as folder:
@@ -544,7 +540,6 @@ def test_a_disk_that_fills_up_gives_one_message_and_no_folder(
     assert not list(out.parent.iterdir())
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "main, argv, message",
     [

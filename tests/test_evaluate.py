@@ -24,8 +24,6 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.program import targets
 from kd_jax.setup.sources import open_source
 
-pytestmark = pytest.mark.fast
-
 
 def make_values(count=500, seed=0):
     """Returns values of tokens and their documents, which have very different lengths."""

@@ -16,8 +16,6 @@ from kd_jax.data.records import make_record
 from kd_jax.inference import answer_file
 from kd_jax.inference.prompts import TextWriter
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -18,7 +18,7 @@ from kd_jax.planning import cost, mesh_choice, topology
 from kd_jax.planning.chips import Topology, find_topology
 from kd_jax.training import ahead
 
-pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
+pytestmark = pytest.mark.devices(8)
 
 MAIN = str(CONFIGS / "8b_to_1b.py")
 FIELDS = {

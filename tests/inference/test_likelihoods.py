@@ -17,8 +17,6 @@ from kd_jax.models.decoder import Decoder, logits
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.sources import shared_vocab
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):

@@ -68,7 +68,6 @@ def compute(decoder):
     return np.asarray(jax.jit(logits)(decoder, TOKENS, *PLACES))
 
 
-@pytest.mark.fast
 def test_adapters_change_nothing_before_training():
     plain = compute(random_model())
     decoder = adapted(LoraConfig(rank=4, target_modules=LINEAR_NAMES))
@@ -79,7 +78,6 @@ def test_adapters_change_nothing_before_training():
     assert np.abs(compute(changed) - plain).max() > 0.1
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("targets", [("q_proj",), ("down_proj", "k_proj"), LINEAR_NAMES])
 def test_the_target_projections_get_float32_factors_and_no_others(targets):
     arrays = tiny.arrays_of(adapted(LoraConfig(rank=5, target_modules=targets)))
@@ -95,7 +93,6 @@ def test_the_target_projections_get_float32_factors_and_no_others(targets):
     assert arrays.keys() - factors.keys() == weights(ARCH).keys()
 
 
-@pytest.mark.fast
 def test_each_factor_a_is_its_own_draw_and_follows_the_seed():
     config = LoraConfig(rank=4, target_modules=LINEAR_NAMES)
     first, again, other = (tiny.arrays_of(adapted(config, seed=seed)) for seed in (0, 0, 1))
@@ -168,7 +165,6 @@ def by_definition(linear, x, x_low):
     return x @ W.T + linear.spec.lora_scale * (x_low @ A.T) @ B.T
 
 
-@pytest.mark.fast
 def test_the_output_is_that_of_the_definition():
     linear, x = make_linear()
     np.testing.assert_allclose(linear(x), by_definition(linear, x, x), rtol=0, atol=1e-5)
@@ -182,7 +178,6 @@ def seen_by_adapter(x, key, dropout):
     return np.asarray(linear(x, key))
 
 
-@pytest.mark.fast
 def test_dropout_zeroes_inputs_of_a_and_scales_the_rest():
     p, key = 0.25, jax.random.key(0)
     x = jax.random.normal(jax.random.key(1), (8, 64, 7))
@@ -197,7 +192,6 @@ def test_dropout_zeroes_inputs_of_a_and_scales_the_rest():
     np.testing.assert_allclose(full(x, key), by_definition(full, x, low), rtol=0, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_dropout_follows_its_key_and_is_off_without_one():
     linear, x = make_linear(dropout=0.5)
     one, two = jax.random.key(1), jax.random.key(2)
@@ -208,7 +202,6 @@ def test_dropout_follows_its_key_and_is_off_without_one():
     np.testing.assert_allclose(linear(x, one), by_definition(linear, x, x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_the_decoder_passes_its_dropout_key_down():
     config = LoraConfig(rank=4, dropout=0.5, target_modules=("q_proj",))
     grown = {
@@ -222,7 +215,6 @@ def test_the_decoder_passes_its_dropout_key_down():
     assert (outputs[0] != outputs[2]).any() and (outputs[0] != off).any()
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_merging_rounds_once_from_float32(dtype):
     rng = np.random.default_rng(0)
@@ -237,7 +229,6 @@ def test_merging_rounds_once_from_float32(dtype):
     assert (np.abs(got.astype(np.float64) - exact) <= 0.5 * ulp + 4e-6).all()
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_merging_nothing_keeps_every_bit(dtype):
     kind = f"u{np.dtype(dtype).itemsize}"
@@ -417,7 +408,6 @@ UNFIT = {
 }  # fmt: skip
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("case", UNFIT)
 def test_an_adapter_that_cannot_be_honoured_is_refused_by_name(case, adapter):
     assert len(adapters.load_adapter(adapter, ARCH).factors) == 12
@@ -429,7 +419,6 @@ def test_an_adapter_that_cannot_be_honoured_is_refused_by_name(case, adapter):
     assert message in str(error.value)
 
 
-@pytest.mark.fast
 def test_all_that_is_wrong_with_an_adapter_is_listed(adapter):
     edit(adapter, drop=[FIRST_A], use_dora=True, bias="all", lora_bias=True, r=8)
     with pytest.raises(UserError) as error:
@@ -454,7 +443,6 @@ def test_what_peft_writes_for_other_methods_is_refused(case, tmp_path):
         adapters.load_adapter(tmp_path, ARCH)
 
 
-@pytest.mark.fast
 def test_training_cannot_go_on_from_factors_in_some_layers_only(adapter):
     gone = [
         peft_name(f"model.layers.1.self_attn.{name}.{factor}")
@@ -468,7 +456,6 @@ def test_training_cannot_go_on_from_factors_in_some_layers_only(adapter):
         assert f"layers.self_attn.{name}: none in layers 1" in str(error.value)
 
 
-@pytest.mark.fast
 def test_a_folder_without_an_adapter_is_refused(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights"):
@@ -480,7 +467,6 @@ def test_a_folder_without_an_adapter_is_refused(adapter):
         adapters.load_adapter(adapter, ARCH)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "dtype, remat, tolerance", [("float32", "layer", 1e-4), ("bfloat16", "dots", 3e-2)]
 )
@@ -507,7 +493,6 @@ def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, remat, tol
     assert min(gaps) > tolerance
 
 
-@pytest.mark.fast
 def test_only_rows_on_one_device_are_multiplied_so():
     one, two = (Layout(make_mesh(MeshConfig(), n, jax.devices()[:n])) for n in (1, 2))
     spec, rows = random_model().spec, jnp.zeros((2, 5, 3))

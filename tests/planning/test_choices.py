@@ -12,8 +12,6 @@ from kd_jax.planning.chips import Topology, find_topology
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import estimate
 
-pytestmark = pytest.mark.fast
-
 
 def open_case(topology, **changes):
     config = dataclasses.replace(load_config(CONFIGS / "8b_to_1b.py"), **changes)

@@ -28,7 +28,7 @@ from kd_jax.planning import cost, network
 from kd_jax.planning.chips import CHIPS, find_topology
 from kd_jax.training.abstract import abstract_run
 
-pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
+pytestmark = pytest.mark.devices(8)
 
 
 def test_a_chunk_holds_about_the_tokens_asked_for():

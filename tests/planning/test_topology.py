@@ -15,8 +15,6 @@ from kd_jax.planning.estimate import estimate
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize(
     "device_kind, name",

@@ -72,7 +72,6 @@ def test_updates_equal_torchs_adamw(schedule, clip_norm):
         np.testing.assert_allclose(params[name], value, rtol=1e-6, atol=atol, err_msg=name)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_the_learning_rate_rises_to_its_peak_and_ends_near_zero(name):
     config = dataclasses.replace(PLAIN, schedule=name)
@@ -83,7 +82,6 @@ def test_the_learning_rate_rises_to_its_peak_and_ends_near_zero(name):
     assert rates[STEPS] == pytest.approx(0.1 if name == "constant" else 0.0, abs=1e-8)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("ends", [(0.2, 0.8), (4.0, 1.0)])
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_scheduled_value_goes_from_its_start_to_its_end_and_stays(shape, ends):
