@@ -14,7 +14,7 @@ from kd_jax.config.command import run_command
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.weights.safetensors import open_folder
 
-pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
+pytestmark = [pytest.mark.slow, pytest.mark.fast, pytest.mark.devices(8)]
 
 # One tokenizer, two padded sizes, as Qwen2.5's 151,936 and 152,064.
 STUDENT_ROWS, TEACHER_ROWS = 320, 344

@@ -78,13 +78,13 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_an_end(kind, words,
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a config, tiny models, and students with a NaN and an infinity."""
+    """A folder with a config, tiny models, and a student with a NaN."""
     root = tmp_path_factory.mktemp("models")
-    for name in ("teacher", "student", "nan", "inf"):
+    for name in ("teacher", "student", "nan"):
         file = tiny.write_plain_model(root / name, num_hidden_layers=1) / "model.safetensors"
-        if name in ("nan", "inf"):
+        if name == "nan":
             tensors = load_file(file)
-            tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = float(name)
+            tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
             save_file(tensors, file, metadata={"format": "pt"})
     tiny.write_data(root / "train.jsonl")
     (root / "config.py").write_text(f"""
@@ -104,13 +104,12 @@ def get_config():
     "flags, words",
     [
         (("--student.path", "{root}/nan"), "step 1: expected finite values"),
-        (("--student.path", "{root}/inf"), "step 1: expected finite values"),
         (
             ("--trainable", "full", "--optim.learning-rate", "3.4e38", "--steps", "1"),
             "step 1: expected finite weights after the update",
         ),
     ],
-    ids=["nan", "inf", "update"],
+    ids=["nan", "update"],
 )
 def test_a_run_that_is_not_finite_stops_and_saves_nothing(flags, words, root, tmp_path):
     workdir = tmp_path / "run"
