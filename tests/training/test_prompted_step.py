@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd_jax.config import MeshConfig
 from kd_jax.data.batches import eval_batches
+from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.program import targets
 
@@ -130,7 +131,9 @@ def probabilities(run, batch, wanted):
     """Returns the teacher's probabilities [n, V] of each document, the run's and the wanted."""
     placed = put_batch({name: x[0] for name, x in batch.items()}, run.mesh)
     arrays = run.models.teacher_arrays
-    side, _ = jax.jit(lambda *x: run.program.teacher(*x))(arrays, placed)
+    side, outputs = jax.jit(lambda *x: run.program.teacher(*x, layers=(0, -1)))(arrays, placed)
+    last = Decoder(run.models.teacher, arrays).final_norm(outputs[1])
+    np.testing.assert_allclose(last, side.hidden, rtol=1e-5, atol=1e-5)  # at the same places
     z = np.asarray(side.hidden, np.float64) @ np.asarray(side.head, np.float64).T
     p = np.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)

@@ -8,7 +8,10 @@ import tiny
 from samples import chat, rows_of, write_lines
 
 from kd_jax.config import UserError
+from kd_jax.data.prompts import TeacherPrompt
+from kd_jax.data.rows import make_rows
 from kd_jax.onpolicy.prompts import Order, check_prompts, find_prompts
+from kd_jax.onpolicy.samples import Sample, fill_rows, with_teacher
 
 CHATS = [
     {"messages": chat("What is it?", "A cat.", "Sure?", "It is a cat, a cat.")},
@@ -38,6 +41,30 @@ def test_each_answers_prompt_is_that_of_transformers(rows, tokenizer):
     ]  # fmt: skip
     assert len(rows) < len(CHATS)  # packed
     assert len(theirs) == 6 and ours == sorted(theirs)
+
+
+def test_the_teachers_own_prompts_precede_the_same_samples(tokenizer, config, tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", CHATS)
+    data = dataclasses.replace(config, path=str(path), seq_len=256)
+    rows = make_rows(data, tokenizer, tiny.TEMPLATE, prompt=TeacherPrompt("Meow.", False, None))
+    found = find_prompts(rows, 256, 512)
+    assert len(found) == len(found.teacher) == 6
+    answers = [np.arange(5 + i, dtype=np.int32) + 9 for i in range(6)]
+    ours, theirs = (
+        [Sample(side.tokens(i), x, np.zeros(len(x), np.float32)) for i, x in enumerate(answers)]
+        for side in (found, found.teacher)
+    )
+    for sample, own in zip(ours, theirs, strict=True):
+        plain, prompted = (tokenizer.decode(x.prompt) for x in (sample, own))
+        assert "Meow." in prompted and "Meow." not in plain
+        question = plain.rindex("<|start|>user")
+        assert prompted.endswith(plain[question:])
+    columns = fill_rows([ours[:3], ours[3:]], 512, 0)
+    columns = with_teacher(columns, [theirs[:3], theirs[3:]], 640)
+    mask = np.roll(columns["loss_mask"], -1, -1)
+    following = np.roll(columns["teacher_tokens"], -1, -1)
+    following = np.take_along_axis(following, columns["teacher_places"], -1)
+    assert following[mask].tolist() == np.concatenate(answers).tolist()
 
 
 def test_prompts_that_are_too_long_are_counted(rows):
