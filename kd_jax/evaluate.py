@@ -44,6 +44,9 @@ class EvaluateArgs(ModelArgs):
     """Conversations, in any form that data.path of a run takes."""
     split: str | None = None
     """Split or slice of it, as data.split of a run; None: all of files, test of a hub dataset."""
+    draft: bool = False
+    """Report the expected tokens of a pass of --teacher in speculative decoding, in which --model
+    proposes 4 and 8 tokens at a time: accepted_length_4 and accepted_length_8."""
     accuracy: Annotated[int | None, Range(least=1)] = None
     """Questions of the data to answer greedily, the first ones: the share whose final number is
     that of the data's answer. It is the number after the last ####, and the last number where the
@@ -75,6 +78,12 @@ class EvaluateArgs(ModelArgs):
     def check(self, checks: Checks) -> None:
         ours = not self.save or is_run(Path(self.model).expanduser())
         checks.require(ours, "--save", "a workdir as --model", self.model)
+        checks.require(
+            not self.draft or self.teacher is not None,
+            "--teacher",
+            "the model that checks the drafts, with --draft",
+            self.teacher,
+        )
         plain = self.teacher is not None and not is_run(Path(self.teacher).expanduser())
         expected = "a folder or a hub id with --teacher-cache"
         checks.require(plain or self.teacher_cache is None, "--teacher", expected, self.teacher)
@@ -313,6 +322,7 @@ def _open_cache(config, teacher, template, rows, mesh):
 
 def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh):
     """Returns a model's sums by document and by position; its weights are freed on return."""
+    from kd_jax.inference import scores
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
     from kd_jax.setup.program import make_program
@@ -339,7 +349,9 @@ def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh)
     head = dataclasses.replace(program.head, top_k=args.top_k)
     program = dataclasses.replace(program, head=head)
     arrays = (models.frozen, models.teacher_arrays)
-    return evaluate_rows(program, mesh, *arrays, rows, config, cached and cached.train)
+    lengths = scores.DRAFT_LENGTHS if args.draft else ()
+    extra = cached and cached.train
+    return evaluate_rows(program, mesh, *arrays, rows, config, extra, draft_lengths=lengths)
 
 
 def _check_finite(model: str | None, values: dict[str, float]) -> None:

@@ -50,6 +50,11 @@ class GenerateArgs(ModelArgs):
     """System message before each prompt; with --data in place of a record's own."""
     raw: bool = False
     """Continue the prompt as text, without a chat template."""
+    draft: str | None = None
+    """Smaller model, in any of --model's forms, that proposes tokens which --model checks several
+    at a time (speculative decoding). The answers have the same distribution."""
+    draft_tokens: Annotated[int, Range(least=1)] = 4
+    """Tokens that the draft model proposes at a time."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256
     """Most tokens of an answer."""
     temperature: Annotated[float, Range(least=0)] = 0.0
@@ -79,6 +84,7 @@ class GenerateArgs(ModelArgs):
             checks.require(not self.prompt, "--prompt", "either --prompt or --data", self.prompt)
             checks.require(self.out is not None, "--out", "a file for the answers", self.out)
             checks.require(not self.raw, "--raw", "no --raw with --data", self.raw)
+            checks.require(self.draft is None, "--draft", "none with --data", self.draft)
         several = self.samples > 1 and self.temperature == 0
         checks.require(not several, "--temperature", "above 0 with --samples", 0)
         checks.require(all(self.stop), "--stop", "text", self.stop)
@@ -109,10 +115,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
     import jax  # takes seconds, which --help avoids
 
-    from kd_jax.inference.decoding import unstack_layers
-    from kd_jax.inference.drawing import Sampling
-    from kd_jax.inference.load import describe_dtype, load_model, open_model
-    from kd_jax.inference.sampling import generate
+    from kd_jax.inference.load import describe_dtype, open_model
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
 
@@ -132,29 +135,67 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     mesh = make_mesh(args.mesh, jax.device_count())
     if line := describe_dtype(args.dtype, mesh):
         print(line, file=sys.stderr)
-    models = load_model(opened, mesh)
-    unstack_layers(models.student, models.frozen)
     ends, texts = (set(), []) if args.raw else chat_stops(tokenizer, args.chat_template, date)
     writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]
-    steps = generate(
-        models.student,
-        models.frozen,
-        prompts,
-        max_new_tokens=room,
-        stop_tokens=ends | stop_tokens(folder, tokenizer),
-        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
-        seed=args.seed,
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-    )
-    for tokens in steps:
-        for row, (writer, token) in enumerate(zip(writers, tokens, strict=True)):
-            if token is not None and (text := writer.push(token)):
-                yield row, text
+    ends |= stop_tokens(folder, tokenizer)
+    draft = None if args.draft is None else _open_draft(args, opened)
+    for pieces in _token_pieces(args, opened, draft, mesh, prompts, room, ends):
+        for row, (writer, tokens) in enumerate(zip(writers, pieces, strict=True)):
+            for token in tokens:
+                if text := writer.push(token):
+                    yield row, text
         if all(writer.ended for writer in writers):
             break
     for row, writer in enumerate(writers):
         if text := writer.flush():
             yield row, text
+
+
+def _token_pieces(
+    args: GenerateArgs,
+    opened: "OpenModel",
+    draft: "tuple[OpenModel, int] | None",
+    mesh: Any,
+    prompts: list[list[int]],
+    room: int,
+    ends: set[int],
+) -> Iterator[list[list[int]]]:
+    """Yields the next tokens of each row, none for rows that have ended."""
+    from kd_jax.inference.decoding import unstack_layers
+    from kd_jax.inference.drawing import Sampling
+    from kd_jax.inference.load import load_model
+    from kd_jax.inference.sampling import generate
+    from kd_jax.inference.speculative import Model, speculate
+
+    def load(model: "OpenModel") -> Model:
+        models = load_model(model, mesh)
+        unstack_layers(models.student, models.frozen)
+        return Model(models.student, models.frozen)
+
+    target = load(opened)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    options: dict[str, Any] = {
+        "max_new_tokens": room, "stop_tokens": ends, "sampling": sampling, "seed": args.seed,
+        "vocab_size": max(opened.source.tokenizer.get_vocab().values()) + 1,
+    }  # fmt: skip
+    if draft is not None:
+        options |= {"proposed": args.draft_tokens, "shared_size": draft[1]}
+        yield from speculate(target, load(draft[0]), prompts, **options)
+        return
+    for tokens in generate(*target, prompts, **options):
+        yield [[] if token is None else [token] for token in tokens]
+
+
+def _open_draft(args: GenerateArgs, opened: "OpenModel") -> "tuple[OpenModel, int]":
+    """Returns the draft model, and the vocabulary entries that it shares with the target."""
+    from kd_jax.data.vocabulary import share_vocab
+    from kd_jax.inference.load import open_model
+
+    assert args.draft is not None
+    draft = open_model(args.draft, args.dtype)
+    ours, theirs = opened.source, draft.source
+    pair = (ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder)
+    return draft, share_vocab(*pair, "--model, --draft").size
 
 
 def answer_data(args: GenerateArgs) -> None:

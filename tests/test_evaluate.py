@@ -49,6 +49,18 @@ def test_means_weigh_tokens_not_documents():
     assert got["ce"] != pytest.approx(by_document.mean(), rel=1e-2)
 
 
+def test_the_accepted_length_is_that_of_drawn_drafts():
+    rng = np.random.default_rng(0)
+    rates, documents = rng.random(30), np.repeat([0, 1, 2], [4, 6, 20])
+    got = scores.accepted_length(rates, documents, 4)
+    for start in range(30):
+        there = rates[start : start + 4][documents[start : start + 4] == documents[start]]
+        assert got[start] == pytest.approx(1 + np.cumprod(there).sum())
+    tries = rng.random((40_000, 4)) < rates[10:14]  # accepted until the first refusal
+    assert got[10] == pytest.approx(1 + np.cumprod(tries, axis=1).sum(axis=1).mean(), abs=0.03)
+    np.testing.assert_allclose(scores.accepted_length(np.ones(9), np.zeros(9, int), 8)[:2], [9, 9])
+
+
 def test_the_calibration_error_is_that_of_the_definition():
     values, documents = make_values()
     want = reference.calibration_error(values["confidence"], values["correct"])
@@ -153,8 +165,11 @@ def expected_values(root, top_k):
 
 
 def test_the_command_reports_what_float64_says(root, capsys):
-    values, _, position = expected_values(root, 4)
-    got = evaluated(capsys, root, "--teacher", root / "teacher", "--top-k", 4)
+    values, document, position = expected_values(root, 4)
+    for length in (4, 8):
+        expected = scores.accepted_length(values["acceptance"], document, length)
+        values[f"accepted_length_{length}"] = expected
+    got = evaluated(capsys, root, "--teacher", root / "teacher", "--top-k", 4, "--draft")
 
     def reported(keep):
         of = {name: value[keep].astype(np.float64) for name, value in values.items()}
@@ -193,7 +208,7 @@ def test_a_model_beside_itself_is_no_distance_away(root, capsys):
 
 
 def test_differences_from_a_second_model_are_those_of_its_own_evaluation(root, capsys):
-    teacher = ("--teacher", root / "teacher")
+    teacher = ("--teacher", root / "teacher", "--draft")
     first = evaluated(capsys, root, *teacher, "--against", root / "other", "--seed", 5)
     second = evaluated(capsys, root, *teacher, model="other")
     against = first["against"]

@@ -64,6 +64,14 @@ def test_the_template_the_system_message_and_the_seed_count(folder, capsys):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_draft_model_changes_no_greedy_answer(folder, tmp_path_factory, capsys):
+    draft = tmp_path_factory.mktemp("draft")
+    tiny.write_plain_model(draft, seed=2, num_hidden_layers=1)
+    prompts = ("--prompt", "Name the colour of the sky.", "Hi.")
+    plain = answer(capsys, folder, *prompts)
+    assert answer(capsys, folder, *prompts, "--draft", draft, "--draft-tokens", 3) == plain
+
+
 def test_an_answer_ends_before_a_stop_text(folder, capsys):
     whole = answer(capsys, folder, "--prompt", "Hi.")
     middle = whole[len(whole) // 2 :][:3]

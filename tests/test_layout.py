@@ -61,9 +61,9 @@ FLOORS = [
     },
     {
         "inference": [
-            "load", "drawing", "decoding", "sampling", "prompts", "answer_file", "accuracy",
-            "scores", "evaluation", "likelihoods", "lm_eval_model", "teacher_pass", "cached",
-            "cache_check", "cache_import",
+            "load", "drawing", "decoding", "sampling", "speculative", "prompts", "answer_file",
+            "accuracy", "scores", "evaluation", "likelihoods", "lm_eval_model", "teacher_pass",
+            "cached", "cache_check", "cache_import",
         ],
         "reporting": ["arms", "tables", "curves", "texts", "page"],
     },

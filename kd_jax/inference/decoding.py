@@ -163,7 +163,7 @@ def _storage(program: Program) -> Any:
     return jnp.dtype("uint16") if program.as_bits and dtype == jnp.bfloat16 else dtype
 
 
-def _stored(program: Program, x: jax.Array) -> jax.Array:
+def stored(program: Program, x: jax.Array) -> jax.Array:
     dtype = _storage(program)
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
@@ -203,7 +203,7 @@ def admit(
 
     x, cache = model.over_layers(run_layer, x, slots.cache, P)
     none = jnp.zeros_like(most)
-    token, log_prob = draw(_logits(program, model, x[:, -1]), program.sampling, keys, none)
+    token, log_prob = draw(logits_of(program, model, x[:, -1]), program.sampling, keys, none)
     stops = jnp.isin(token, slots.stops)
     changed = {
         "lengths": lengths, "counts": none + 1, "most": most, "keys": keys,
@@ -227,7 +227,7 @@ def _write_rows(program: Program, old, new, clock, places):
     P, T = new.shape[1], program.length
     rows = jnp.pad(jnp.swapaxes(new, 1, 2), ((0, 0), (0, 0), (0, T - P), (0, 0)))
     rows = jnp.roll(rows, (clock - P) % T, axis=2)
-    return program.rows(old.at[places].set(_stored(program, rows), mode="drop"))
+    return program.rows(old.at[places].set(stored(program, rows), mode="drop"))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -264,12 +264,12 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
                 for old, new in zip(pair, (k, v), strict=True)
             )
             mask = seen if window is None else seen & (age < window)[None]
-            return _attend(program, q, keys, values, mask), (keys, values)
+            return attend_cache(program, q, keys, values, mask[:, None]), (keys, values)
 
         return layer(x, rope, attend, kind)
 
     x, cache = model.over_layers(run_layer, x, slots.cache, T)
-    logits = _logits(program, model, x[:, 0])
+    logits = logits_of(program, model, x[:, 0])
     token, log_prob = draw(logits, program.sampling, slots.keys, slots.counts)
     stops = slots.alive & jnp.isin(token, slots.stops)
     counts = slots.counts + slots.alive
@@ -290,7 +290,7 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
 
 def _write_token(program: Program, old, new, at):
     """Returns a layer's cache [B, K, T, H] with [B, 1, K, H] at one place of every row."""
-    new = _stored(program, jnp.swapaxes(new, 1, 2))
+    new = stored(program, jnp.swapaxes(new, 1, 2))
     return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
 
 
@@ -301,26 +301,28 @@ def _write_new(old: jax.Array, new: jax.Array, at: jax.Array, alive: jax.Array) 
     return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
 
 
-def _attend(program: Program, q, keys, values, mask):
-    """Returns attention [B, 1, N, H] of queries [B, 1, N, H] over a cache [B, K, T, H].
+def attend_cache(program: Program, q, keys, values, mask):
+    """Returns attention [B, C, N, H] of queries [B, C, N, H] over a cache [B, K, T, H].
 
     Args:
-      mask: [B, T] bool, True for keys that the row attends to.
+      mask: [B, C, T] bool, True for keys that the query attends to.
     """
-    B, _, N, H = q.shape
+    B, C, N, H = q.shape
     K = keys.shape[1]
     scale = program.spec.arch.attention_scale
     keys, values = _loaded(program, keys), _loaded(program, values)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    z = product("BKGH,BKTH->BKGT", q.reshape(B, K, N // K, H), keys)
-    z = z * (H**-0.5 if scale is None else scale)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], z, -jnp.inf), axis=-1)
+    queries = jnp.swapaxes(q.reshape(B, C, K, -1, H), 1, 2)  # [B, K, C, G, H]
+    z = product("BKRH,BKTH->BKRT", queries.reshape(B, K, -1, H), keys)
+    z = z.reshape(B, K, C, N // K, -1) * (H**-0.5 if scale is None else scale)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, :, None], z, -jnp.inf), axis=-1)
     weights = weights.astype(values.dtype)  # the matmul's dtype
-    out = product("BKGT,BKTH->BKGH", weights, values)
-    return out.reshape(B, 1, N, H).astype(q.dtype)
+    out = product("BKRT,BKTH->BKRH", weights.reshape(B, K, C * N // K, -1), values)
+    out = jnp.swapaxes(out.reshape(B, K, C, N // K, H), 1, 2)
+    return out.reshape(B, C, N, H).astype(q.dtype)
 
 
-def _logits(program: Program, model: Decoder, x: jax.Array) -> jax.Array:
+def logits_of(program: Program, model: Decoder, x: jax.Array) -> jax.Array:
     """Returns the logits [B, V] float32 of the last layer's hidden states x [B, D]."""
     hidden = model.final_norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)

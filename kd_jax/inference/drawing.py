@@ -43,10 +43,19 @@ def draw(
         token = argmax(logits)
     else:
         uniforms = jax.vmap(_uniform)(keys, counts)
-        token = _invert(_kept(logits - highest, weights, sampling), uniforms)
+        token = invert(_kept(logits - highest, weights, sampling), uniforms)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
     log_probs = chosen - highest - jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
     return token, log_probs[:, 0]
+
+
+def distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns the probabilities [B, V] float32 that `draw` draws from; greedy: one entry is 1."""
+    if sampling.temperature == 0:
+        return jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    weights = _kept(logits, jnp.exp(logits), sampling)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _uniform(key: jax.Array, count: jax.Array) -> jax.Array:
@@ -89,7 +98,7 @@ def _without_tail(weights: jax.Array, masses: jax.Array, limit: jax.Array) -> ja
     return jnp.where(weights < jax.lax.bitcast_convert_type(least, jnp.float32), 0, weights)
 
 
-def _invert(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+def invert(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
     """Returns the first place where the cumulative weights exceed uniforms * total, [B] int32.
 
     Cumulative sums are of blocks of the vocabulary, then within one block. A CPU draws one number

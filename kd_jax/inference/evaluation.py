@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config
 from kd_jax.data.batches import Extra, eval_batches
 from kd_jax.data.rows import Rows
-from kd_jax.inference.scores import Sums, tally
+from kd_jax.inference.scores import Sums, accepted_length, tally
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated, traits
@@ -26,6 +26,7 @@ def evaluate_rows(
     rows: Rows,
     config: Config,
     extra: Extra | None = None,
+    draft_lengths: tuple[int, ...] = (),
 ) -> tuple[Sums, Sums]:
     """Returns sums over target tokens by document, and by position bucket in the document.
 
@@ -33,6 +34,7 @@ def evaluate_rows(
 
     Args:
       extra: adds arrays to a batch, such as a cached teacher's.
+      draft_lengths: tokens proposed at a time, for which scores.accepted_length is measured.
     """
     run = _jit_eval_step(mesh)
     num_rows = config.data.batch_size // config.optim.accumulation_steps
@@ -43,6 +45,10 @@ def evaluate_rows(
         mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
         values = {name: value[mask] for name, value in metrics.items()}
         groups, num_groups = _documents(batch["segment_ids"], mask)
+        for length in draft_lengths:
+            runs = _runs(batch["segment_ids"], mask)
+            expected = accepted_length(values["acceptance"], runs, length)
+            values[f"accepted_length_{length}"] = expected
         documents.append(tally(values, groups, num_groups))
         position = batch["positions"][mask] + 1  # of the predicted token
         buckets = np.frexp(position)[1] - 1  # floor(log2)
@@ -77,6 +83,13 @@ def _documents(segment_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, i
     number = np.arange(len(segment_ids))[:, None] * per_row + segment_ids
     found, groups = np.unique(number[mask], return_inverse=True)
     return groups, len(found)
+
+
+def _runs(segment_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns the number of each unmasked token's run of such tokens in one document, [n]."""
+    begins = mask.copy()
+    begins[:, 1:] &= ~(mask[:, :-1] & (segment_ids[:, 1:] == segment_ids[:, :-1]))
+    return np.cumsum(begins).reshape(mask.shape)[mask]
 
 
 def eval_step(

@@ -69,7 +69,7 @@ def sample(
         program; 0: of this call's.
     """
     most = np.broadcast_to(np.asarray(max_new_tokens, np.int32), len(prompts))
-    rows = [Row(*row) for row in zip(prompts, most.tolist(), _key_data(keys), strict=True)]
+    rows = [Row(*row) for row in zip(prompts, most.tolist(), key_data(keys), strict=True)]
     found: list[Any] = [None] * len(rows)
     for i, answer in sample_rows(
         spec, arrays, rows, stop_tokens=stop_tokens, sampling=sampling, batch_rows=batch_rows,
@@ -107,7 +107,7 @@ def sample_rows(
     if not rows:
         return
     spec, arrays = _prepare(spec, arrays)
-    length = max(_cache_length(rows), _round_up(longest, 64))
+    length = max(_cache_length(rows), round_up(longest, 64))
     num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
     program = make_program(spec, arrays, length, sampling, vocab_size)
     batch = _Batch(program, arrays, num_slots, stop_tokens)
@@ -189,7 +189,7 @@ def generate(
     A row ends before its first stop token or after `max_new_tokens`. Arguments as for `sample`;
     stacked layers are used as they are.
     """
-    keys = _key_data(jax.random.split(jax.random.key(seed), len(prompts)))
+    keys = key_data(jax.random.split(jax.random.key(seed), len(prompts)))
     rows = [Row(*row) for row in zip(prompts, [max_new_tokens] * len(prompts), keys, strict=True)]
     length = _cache_length(rows)
     program = make_program(spec, arrays, length, sampling, vocab_size)
@@ -270,14 +270,14 @@ def _num_slots(
     number = min(batch_rows or cache_rows(spec, length, arrays), num_rows)
     if spec.dtype == jnp.bfloat16:
         number = max(number, PLATFORMS[_platform(arrays)].decoded_rows)
-    return _round_up(number, _row_shards(spec))
+    return round_up(number, _row_shards(spec))
 
 
 def _row_shards(spec: DecoderSpec) -> int:
     return 1 if spec.layout is None else num_batch_shards(spec.layout.mesh)
 
 
-def _key_data(keys: Any) -> np.ndarray:
+def key_data(keys: Any) -> np.ndarray:
     """Returns the data [N, 2] uint32 of PRNG keys, or of the keys of integer seeds."""
     if not (isinstance(keys, jax.Array) and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
         keys = jax.vmap(jax.random.key)(jnp.asarray(keys, jnp.uint32))
@@ -292,7 +292,7 @@ def _longest_first(rows: Sequence[Row]) -> list[int]:
 def _cache_length(rows: Sequence[Row]) -> int:
     """Returns T, rounded up so that few programs are compiled."""
     least = max(bucket(len(row.prompt)) for row in rows)
-    return _round_up(max(least, *(len(row.prompt) + row.most for row in rows)), 64)
+    return round_up(max(least, *(len(row.prompt) + row.most for row in rows)), 64)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -306,10 +306,10 @@ def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
 
 def bucket(length: int) -> int:
     """Returns the padded length of a prompt; few of them, so that few programs are compiled."""
-    return _round_up(length, 32 if length <= 256 else 256)
+    return round_up(length, 32 if length <= 256 else 256)
 
 
-def _round_up(number: int, unit: int) -> int:
+def round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 

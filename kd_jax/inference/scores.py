@@ -9,11 +9,13 @@ import numpy as np
 Sums = dict[str, np.ndarray]
 
 NUM_BINS = 15
+DRAFT_LENGTHS = (4, 8)
+"""Tokens that a draft model proposes at a time, for which accepted_length is reported."""
 # Reported scores in order. Some need a teacher, and topk_overlap needs a k.
 NAMES = (
     "ce", "perplexity", "entropy", "ece", "kl_forward", "kl_reverse", "top1_agreement",
     "topk_overlap", "acceptance", "teacher_ce", "teacher_entropy", "teacher_ece", "entropy_gap",
-    "target_tokens",
+    *(f"accepted_length_{k}" for k in DRAFT_LENGTHS), "target_tokens",
 )  # fmt: skip
 TEACHERS = ("teacher_ce", "teacher_entropy", "teacher_ece")
 
@@ -38,6 +40,25 @@ def tally(values: dict[str, np.ndarray], groups: np.ndarray, num_groups: int) ->
             by_cell = np.bincount(cells, gap, minlength=num_groups * NUM_BINS)
             sums[f"{model}calibration"] = by_cell.reshape(num_groups, NUM_BINS)
     return sums
+
+
+def accepted_length(acceptance: np.ndarray, documents: np.ndarray, proposed: int) -> np.ndarray:
+    """Returns the expected tokens of a pass of the target model, [n]: 1 + a_1 + a_1 a_2 + ...
+
+    The sum is over the `proposed` tokens from each token on, those of its document that are there;
+    one token is the target's own (arXiv 2211.17192).
+
+    Args:
+      acceptance: [n] of consecutive target tokens, the chance that each one's draft is accepted.
+      documents: [n] int, in order.
+    """
+    total, product = np.ones(len(acceptance)), np.ones(len(acceptance))
+    for ahead in range(min(proposed, len(acceptance))):
+        inside = np.zeros(len(acceptance), bool)
+        inside[: len(inside) - ahead] = documents[ahead:] == documents[: len(documents) - ahead]
+        product *= np.where(inside, np.roll(acceptance, -ahead), 0.0)
+        total += product
+    return total
 
 
 def means(sums: Sums) -> Sums:
