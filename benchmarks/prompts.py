@@ -1,6 +1,6 @@
 """A system prompt distilled into the weights, on the demo's language.
 
-python -m benchmarks.prompts OUT [--seeds 3] [--steps 150] [--base-steps 500] [--rank 16]
+python -m benchmarks.prompts OUT [--seeds 3] [--steps 50] [--base-steps 500] [--rank 16]
 
 A base model learns the language plainly and, after the system message SYSTEM, as a sailor speaks
 it. Students are this base with LoRA and never see the message. They learn from a few exchanges of
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--base-steps", type=int, default=500)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args(argv)

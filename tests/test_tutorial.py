@@ -72,7 +72,7 @@ def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
         module = importlib.import_module(words[2])
         assert run_command(module.main, words[3:]) == 0, f"{command}\n{capsys.readouterr().err}"
     runs = sorted(path.parent for path in small.glob("runs/**/metrics.jsonl"))
-    assert len(runs) == 10  # teacher, control, distilled, Qwen's, two sweeps, on-policy
+    assert len(runs) == 11  # teacher, control, distilled, Qwen's, two sweeps, on-policy, prompt
     for folder in ("8b_adapter", "llama-1b-distilled"):
         assert list((small / "out" / folder).glob("*.safetensors"))
     assert list((small / "out" / "report").glob("*.html"))
