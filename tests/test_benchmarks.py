@@ -71,3 +71,15 @@ def get_config():
     assert measured["tokens_per_second"] > measured["target_tokens_per_second"] > 0
     assert measured["flop_per_step"] > 0 and len(measured["seconds"]) == 3
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)  # seven commands
+def test_a_prompt_is_distilled_and_the_table_printed(tmp_path):
+    done = run(tmp_path / "out", "--seeds", 1, "--steps", 6, "--base-steps", 4, name="prompts")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    names = [row[0].strip("| ") for row in rows[2:]]
+    assert names == ["untouched", "fine-tuned", "distilled from itself", "base with the message"]
+    untouched, _, distilled, _ = (float(row[2]) for row in rows[2:])
+    assert 0 < distilled < untouched

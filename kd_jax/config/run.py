@@ -302,11 +302,8 @@ class Config:
         fits = not (self.compares_hidden and self.reads_cache)
         expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
         checks.require(fits, "hidden.weight", expected, self.hidden.weight)
-        if self.teacher is not None and self.teacher.is_student:
-            self._check_own_teacher(checks, self.teacher)
-        fits = not self.prompts_teacher or self.data.train_on == "assistant"
-        expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
-        checks.require(fits, "data.train-on", expected, self.data.train_on)
+        if self.teacher is not None:
+            self.teacher.check_run(checks, self)
         if self.samples:
             self.on_policy.check_run(checks, self)
 
@@ -314,15 +311,6 @@ class Config:
     def samples(self) -> bool:
         """True if rows are sampled from the student: on-policy distillation."""
         return self.on_policy.highest_fraction > 0
-
-    def _check_own_teacher(self, checks: Checks, teacher: TeacherConfig) -> None:
-        fits = teacher.kind != "base" or self.trainable == "lora"
-        expected = "model or ema with trainable full, which changes the base"
-        checks.require(fits, "teacher.kind", expected, teacher.kind)
-        for name, default in (("dtype", "auto"), ("shard_over", ("fsdp", "tensor"))):
-            own, theirs = getattr(self.student, name), getattr(teacher, name)
-            flag, expected = name.replace("_", "-"), f"student's, {own!r}, whose weights it has"
-            checks.require(theirs in (default, own), f"teacher.{flag}", f"the {expected}", theirs)
 
     @property
     def distils(self) -> bool:

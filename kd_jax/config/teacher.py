@@ -1,7 +1,7 @@
 """The configuration of the teacher, and of the prompt that only it sees."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kd_jax.config.checks import Checks, Range
 
@@ -85,3 +85,20 @@ class TeacherConfig:
         fits = self.cache is not None or self.cache_missing == "error"
         expected = "error without teacher.cache"
         checks.require(fits, "teacher.cache-missing", expected, self.cache_missing)
+
+    def check_run(self, checks: Checks, config: Any) -> None:
+        """Checks the other parts of a run's Config."""
+        train_on = config.data.train_on
+        fits = not config.prompts_teacher or train_on == "assistant"
+        expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
+        checks.require(fits, "data.train-on", expected, train_on)
+        if not self.is_student:
+            return
+        fits = self.kind != "base" or config.trainable == "lora"
+        expected = "model or ema with trainable full, which changes the base"
+        checks.require(fits, "teacher.kind", expected, self.kind)
+        for name, default in (("dtype", "auto"), ("shard_over", ("fsdp", "tensor"))):
+            own, theirs = getattr(config.student, name), getattr(self, name)
+            flag = f"teacher.{name.replace('_', '-')}"
+            expected = f"the student's, {own!r}, whose weights it has"
+            checks.require(theirs in (default, own), flag, expected, theirs)
