@@ -220,8 +220,15 @@ class EvalConfig:
     """Optimizer steps between evaluations; the last step is always evaluated."""
     max_conversations: Annotated[int | None, AtLeast1] = None
     """Use only the first conversations of path; None uses all."""
+    accuracy: Annotated[int, AtLeast0] = 0
+    """Questions of path to answer greedily in each evaluation; eval/accuracy is the share of
+    answers whose final number, as GSM8K's after ####, is the data's. 0: none."""
+    max_new_tokens: Annotated[int, AtLeast1] = 256
+    """Most tokens of an answer for accuracy."""
 
     def check(self, checks: Checks) -> None:
+        fits = not self.accuracy or self.path is not None
+        checks.require(fits, "eval.accuracy", "0 without eval.path", self.accuracy)
         alone = not self.fraction or (self.path is None and self.max_conversations is None)
         expected = "0 with eval.path or eval.max-conversations"
         checks.require(alone, "eval.fraction", expected, self.fraction)

@@ -18,7 +18,7 @@ from kd_jax.inference.decoding import (
 from kd_jax.inference.drawing import GREEDY, Sampling
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards
-from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.placement import Arrays, fetch
 from kd_jax.parallel.platforms import PLATFORMS
 
 CACHE_BYTES = 2**30
@@ -165,8 +165,8 @@ class _Batch:
     def take_ended(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, bool]]]:
         """Yields rows that ended, with their tokens, and frees their slots."""
         slots, T = self.slots, self.program.length
-        alive, ended, counts = (np.asarray(x) for x in (slots.alive, slots.ended, slots.counts))
-        tokens, log_probs = np.asarray(slots.tokens), np.asarray(slots.log_probs)
+        alive, ended, counts = map(fetch, (slots.alive, slots.ended, slots.counts))
+        tokens, log_probs = fetch(slots.tokens), fetch(slots.log_probs)
         for slot in [slot for slot in self.owners if not alive[slot]]:
             at = (self.begins[slot] + np.arange(counts[slot])) % T
             self.free.append(slot)
@@ -314,7 +314,7 @@ def round_up(number: int, unit: int) -> int:
 
 
 def _device(arrays: Arrays) -> jax.Device:
-    return next(iter(arrays["norm.weight"].devices()))
+    return arrays["norm.weight"].addressable_shards[0].device
 
 
 def _platform(arrays: Arrays) -> str:

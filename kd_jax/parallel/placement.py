@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import batch_sharding
 
 Arrays = dict[str, jax.Array]
@@ -31,3 +32,11 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
         name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         for name, x in batch.items()
     }
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """Returns a whole array in host memory, on every process."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    gather = experimental("jax.experimental.multihost_utils", "process_allgather")
+    return gather(x, tiled=True)

@@ -20,6 +20,7 @@ from kd_jax.data.templates import TEMPLATE_FILE, Template
 from kd_jax.inference import scores
 from kd_jax.inference.cached import open_cached
 from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.inference.exam import Exam, grade, make_exam
 from kd_jax.onpolicy.sampler import Sampler, make_sampler
 from kd_jax.onpolicy.source import OnPolicySource
 from kd_jax.parallel.placement import Arrays
@@ -68,6 +69,7 @@ class _Run:
     template: Template | None
     cached: CachedTeacher | None
     sampler: Sampler | None
+    exam: Exam | None
     num_steps: int
     workdir: Path
     hashing: Future[dict[str, str]]
@@ -152,6 +154,7 @@ def _open_run(config: Config) -> _Run:
         template=template,
         cached=cached,
         sampler=sampler,
+        exam=make_exam(config, student, template),
         num_steps=num_steps,
         workdir=workdir,
         hashing=hashing,
@@ -235,6 +238,8 @@ def _evaluate(
     extra = None if run.cached is None else run.cached.held_out
     documents, _ = evaluate_rows(program, run.mesh, arrays, theirs, run.eval_rows, config, extra)
     values = scores.whole(documents)
+    if run.exam is not None:
+        values = values | grade(run.exam, program.student, arrays, run.vocab_size)
     writer.write(int(state.step), {f"eval/{name}": value for name, value in values.items()})
     return values["loss"]
 
