@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
@@ -24,6 +24,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
 TEACHER_BYTES = 4 + 4 + 4  # tokens, positions, segment ids of a token of the teacher's own rows
 PLACE_BYTES = 4  # of the teacher's hidden state, for each of the student's tokens
+
+CACHE_SHARE = 0.2
+"""Share of a device's memory for the keys and values of samples."""
 
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
 
@@ -291,7 +294,26 @@ def memory(case: Case) -> Memory:
         "optimizer": (3 if kind == "ema" else 2) * trainable,
         "batch": int(case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes),
     }
-    return Memory(arguments, _temporaries(case, ours, theirs, trainable))
+    temporaries = _temporaries(case, ours, theirs, trainable)
+    if config.samples:
+        temporaries = max(temporaries, sampling_bytes(case, ours))
+    return Memory(arguments, temporaries)
+
+
+def sampling_bytes(case: Case, ours: Shares) -> int:
+    """Returns the bytes of a drawing of samples: keys and values, and the student's weights.
+
+    Prompts are taken to be as long as answers; keys and values have room for a row of the data
+    each, and fill at most CACHE_SHARE of the device.
+    """
+    config, topology = case.config, case.topology
+    S, rows = config.data.seq_len, config.on_policy.highest_fraction * config.data.batch_size
+    prompts = math.ceil(rows * max(1, S // (2 * config.on_policy.max_new_tokens)))
+    prompts = math.ceil(prompts / axes_size(case.sizes, BATCH_AXES))
+    slots = min(prompts, PLATFORMS[topology.platform].sampled_rows)
+    cache = 2 * replace(ours, tokens=slots * S).keys * ours.arch.num_hidden_layers
+    cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
+    return cache + ours.in_use(weights(ours.arch), ours.itemsize)
 
 
 def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int) -> int:

@@ -15,6 +15,7 @@ from kd_jax.config import (
     LoraConfig,
     LossConfig,
     MeshConfig,
+    OnPolicyConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -211,3 +212,20 @@ def test_a_collectives_least_time_is_its_slowest_links():
     assert seconds[0] == pytest.approx(size / 2 / 4 / chip.network_bandwidth)
     assert seconds[1] == pytest.approx(2 * size * 3 / 4 / chip.link_bandwidth)
     assert seconds[2] == pytest.approx(2 * size / 2 / chip.network_bandwidth)
+
+
+def test_a_drawing_of_samples_has_room_for_keys_values_and_a_copy_of_the_student():
+    config = load_config(CONFIGS / "8b_to_1b.py")
+    config = dataclasses.replace(config, on_policy=OnPolicyConfig(fraction=0.5))
+    arch = read_architecture(KNOWN_MODELS["meta-llama/Llama-3.2-1B-Instruct"], "1b")
+    case = cost.Case(
+        config=config,
+        student=arch,
+        teacher=arch,
+        sizes={"data": 1, "fsdp": 1, "tensor": 1},
+        topology=find_topology("h200:1x1"),
+    )
+    rows = config.data.batch_size // 2
+    slots = rows * 2048 // (2 * 256)  # prompts as long as answers
+    cache = 2 * 16 * slots * 2048 * 8 * 64 * 2  # keys and values of 16 layers, bfloat16
+    assert cost.sampling_bytes(case, cost.make_shares(case)[0]) == cache + 1_235_814_400 * 2
