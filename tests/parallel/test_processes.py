@@ -135,6 +135,28 @@ def test_two_processes_train_as_one_does(alone, stopped):
     assert all(line["tokens_per_second"] > 0 for line in lines(stopped[0]))
 
 
+ON_POLICY = (
+    "--on-policy.fraction", "0.5", "--on-policy.max-new-tokens", "8", "--on-policy.every-steps",
+    "2", "--on-policy.log-samples", "1", "--steps", "5", "--checkpoint.every-steps", "3",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_train_on_the_samples_of_one(file, tmp_path):
+    (status,), output = finish([start(file, tmp_path / "alone", *ON_POLICY, num_devices=8)])
+    assert status == 0, output
+    statuses, outputs = finish(start_two(file, tmp_path / "pair", *ON_POLICY))
+    assert statuses == [0, 0], "".join(outputs)
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / x / "samples.jsonl").read_text().splitlines()]
+        for x in ("pair", "alone")
+    )
+    assert [x["answer"] for x in ours] == [x["answer"] for x in theirs] and len(ours) > 3
+    gaps = [abs(x["log_prob"] - y["log_prob"]) for x, y in zip(ours, theirs, strict=True)]
+    assert max(gaps) < 1e-4
+    np.testing.assert_allclose(*(losses(tmp_path / x) for x in ("pair", "alone")), rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_losses_repeat(file, stopped, tmp_path, victim):
