@@ -127,9 +127,10 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     from kd_jax.data.rows import make_rows
     from kd_jax.inference.evaluation import rows_at_once
     from kd_jax.inference.load import describe_dtype, load_head, load_model
+    from kd_jax.models.architecture import describe_context
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
-    from kd_jax.setup.sources import check_shared, describe_context
+    from kd_jax.setup.sources import check_shared
 
     student, teacher, against, shares = _open(args)
     start_jax(student.config.compilation_cache)
@@ -139,7 +140,7 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     template = chat_template_of(config.data, *tokenizers)
     prompt = read_prompt(_prompted(args, student.config))
     rows = make_rows(config.data, tokenizers[0], template, prompt=prompt)
-    context = describe_context(student.source, config.data.seq_len, "model")
+    context = describe_context(student.source.arch, config.data.seq_len, "model")
     for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)
     for other, shared in shares:
@@ -228,7 +229,7 @@ def _accuracy(args: EvaluateArgs, questions: "list[Question]") -> dict[str, Any]
         questions,
         partial(tokenizer.decode, skip_special_tokens=True),
         max_new_tokens=args.max_new_tokens,
-        context=context_length(folder),
+        context=context_length(model.source.arch),
         stop_tokens=ends | stop_tokens(folder, tokenizer),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
     )

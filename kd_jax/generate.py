@@ -130,7 +130,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
         chat_template=args.chat_template,
         date=date,
     )
-    room = check_length(prompts, args.max_new_tokens, folder)
+    room = check_length(prompts, args.max_new_tokens, context_length(opened.source.arch))
     start_jax(opened.config.compilation_cache)
     mesh = make_mesh(args.mesh, jax.device_count())
     if line := describe_dtype(args.dtype, mesh):
@@ -284,7 +284,7 @@ def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) 
         stop_tokens=ends | stop_tokens(folder, tokenizer),
         stop_texts=[*args.stop, *texts],
         max_new_tokens=args.max_new_tokens,
-        context=context_length(folder),
+        context=context_length(opened.source.arch),
         batch_rows=args.batch_rows,
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
     )

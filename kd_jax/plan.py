@@ -15,7 +15,7 @@ from kd_jax.config import UserError
 from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
-from kd_jax.models.architecture import Architecture, read_architecture
+from kd_jax.models.architecture import Architecture, describe_context, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.planning.chips import GIB, find_topology
 from kd_jax.planning.choices import choose_dtypes, choose_remat, with_remat
@@ -80,6 +80,9 @@ def open_case(args: PlanArgs, flags: Sequence[str]) -> tuple[Case, Sequence[Any]
     if config.teacher is not None and config.distils:
         own = config.teacher.path
         teacher = student if own is None else find_architecture(own, "teacher.path")
+    for arch, field in ((student, "student"), (teacher, "teacher")):
+        if arch is not None and (line := describe_context(arch, config.data.seq_len, field)):
+            print(line, file=sys.stderr)
     devices: Sequence[Any] = ()
     if not args.analytic or topology.name == "local":
         prepare(topology)

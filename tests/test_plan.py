@@ -233,6 +233,15 @@ def test_an_architecture_comes_from_its_folder_or_what_is_known_of_it(tmp_path):
         plan.find_architecture("nobody/nothing", "teacher.path")
 
 
+def test_rows_beyond_the_models_context_are_warned_of(capsys):
+    flags = ("--topology", "h200:1x8", "--analytic", "--data.seq-len", "131073")
+    argv = ["--config", str(CONFIGS / "8b_to_1b.py"), *flags]
+    assert run_command(plan.main, argv) == 0
+    warning = capsys.readouterr().err
+    assert "exceed the student's context (max_position_embeddings 131,072)" in warning
+    assert "the teacher's context" in warning
+
+
 def test_no_layout_is_refused_for_its_rows_where_tensor_takes_the_devices():
     config = load_config(MAIN)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))

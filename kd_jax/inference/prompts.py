@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.chat import chat_template_of, end_of_turn, render_prompt
+from kd_jax.models.architecture import Architecture
 from kd_jax.weights.files import read_json
 
 
@@ -39,13 +40,12 @@ def _data(chat_template: str | None) -> DataConfig:
     return DataConfig(path="unused", chat_template=chat_template)
 
 
-def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) -> int:
+def check_length(prompts: list[list[int]], max_new_tokens: int, context: int) -> int:
     """Returns the number of new tokens that fit the context, at most `max_new_tokens`.
 
     Raises:
       UserError: a prompt fills the context, or is empty.
     """
-    context = context_length(folder)
     for number, prompt in enumerate(prompts, start=1):
         if not 0 < len(prompt) < context:
             raise UserError(
@@ -58,9 +58,9 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, folder: Path) ->
     return room
 
 
-def context_length(folder: Path) -> int:
+def context_length(arch: Architecture) -> int:
     """Returns the model's most tokens of prompt and answer."""
-    return read_json(folder / "config.json").get("max_position_embeddings") or sys.maxsize
+    return arch.max_position_embeddings or sys.maxsize
 
 
 def chat_stops(tokenizer: Any, chat_template: str | None, date: str) -> tuple[set[int], list[str]]:

@@ -1,6 +1,6 @@
 """config.json: every constant of the decoder, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kd_jax.config import UserError
@@ -54,6 +54,9 @@ class Architecture:
     layer_windows: tuple[int | None, ...] = ()
     """Tokens that each layer attends to, its own included; None: all before it. (): all in every
     layer."""
+    max_position_embeddings: int | None = field(default=None, compare=False)
+    """Tokens of the longest text the model was made for; no computation depends on it. None:
+    unknown."""
 
 
 # Sizes, and a limit of each far above those of known models.
@@ -97,9 +100,15 @@ def read_architecture(config: dict[str, Any], source: str) -> Architecture:
         rms_norm_eps=float(config["rms_norm_eps"]),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         layer_windows=windows,
+        max_position_embeddings=_context(config),
         **ropes,
         **fields,
     )
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    context = config.get("max_position_embeddings")
+    return context if type(context) is int and context > 0 else None
 
 
 def _size_problems(config: dict[str, Any]) -> list[str]:
@@ -146,3 +155,17 @@ def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     return kv_heads, config.get("head_dim") or config["hidden_size"] // heads
+
+
+def describe_context(
+    arch: Architecture, seq_len: int, field: str, option: str = "data.seq-len"
+) -> str:
+    """Returns a warning if rows are longer than the model's context, else ""."""
+    context = arch.max_position_embeddings
+    if context is None or seq_len <= context:
+        return ""
+    return (
+        f"warning: {option}: rows of {seq_len:,} tokens exceed the {field}'s context "
+        f"(max_position_embeddings {context:,}). A longer document is read at positions that the "
+        "model has not seen"
+    )

@@ -13,7 +13,6 @@ from kd_jax.inference.prompts import stop_tokens
 from kd_jax.onpolicy.prompts import Prompts, check_prompts, find_prompts
 from kd_jax.parallel.processes import say
 from kd_jax.setup.sources import Source
-from kd_jax.weights.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ def _room(seq_len: int, name: str, models: dict[str, Source]) -> tuple[int, str]
     """Returns the tokens that a prompt and its answer may have together, and what bounds them."""
     rooms = [(seq_len, name)]
     for name, source in models.items():
-        context = read_json(source.folder / "config.json").get("max_position_embeddings")
-        rooms += [(context, f"the {name}'s context")] if isinstance(context, int) else []
+        context = source.arch.max_position_embeddings
+        rooms += [] if context is None else [(context, f"the {name}'s context")]
     return min(rooms)
 
 

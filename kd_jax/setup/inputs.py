@@ -16,7 +16,7 @@ from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.data.store import Batch
 from kd_jax.losses.hidden import check_layers
-from kd_jax.models.architecture import Architecture
+from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.mesh import make_mesh, platform
 from kd_jax.parallel.placement import Arrays, local_rows, put_batch
 from kd_jax.parallel.processes import say
@@ -26,7 +26,7 @@ from kd_jax.planning.cost import Case
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
 from kd_jax.setup.runtime import check_attention
-from kd_jax.setup.sources import Source, describe_context, open_source, own_teacher
+from kd_jax.setup.sources import Source, open_source, own_teacher
 
 
 class BatchSource(Protocol):
@@ -97,7 +97,7 @@ def open_inputs(
     if problems:
         raise UserError("\n".join(problems))
     for source, field in ((student, "student"), (teacher, "teacher")):
-        if source is not None and (warning := describe_context(source, seq_len, field)):
+        if source is not None and (warning := describe_context(source.arch, seq_len, field)):
             say(warning)
     return student, teacher, mesh
 

@@ -9,10 +9,9 @@ from kd_jax.config import LoraConfig, UserError
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.data.rows import Rows
 from kd_jax.data.vocabulary import SharedVocab, check_tokens, share_vocab
-from kd_jax.models.architecture import Architecture
+from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter, load_adapter
-from kd_jax.weights.files import read_json
 from kd_jax.weights.folder import fingerprint, load_architecture, resolve
 from kd_jax.weights.load import check_source
 
@@ -68,18 +67,6 @@ def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
     return future
 
 
-def describe_context(source: Source, seq_len: int, field: str, option: str = "data.seq-len") -> str:
-    """Returns a warning if rows are longer than the model's context, else ""."""
-    context = read_json(source.folder / "config.json").get("max_position_embeddings")
-    if not isinstance(context, int) or seq_len <= context:
-        return ""
-    return (
-        f"warning: {option}: rows of {seq_len:,} tokens exceed the {field}'s context "
-        f"(max_position_embeddings {context:,}). A longer document is read at positions that the "
-        "model has not seen"
-    )
-
-
 def without_tokenizer(source: Source) -> Source:
     """Returns the source without its tokenizer, which can use more memory than a small model."""
     return replace(source, tokenizer=None)
@@ -127,7 +114,7 @@ def check_shared(
             say(f"warning: {warning}")
     if rows.teacher is not None:
         own = (rows.teacher.tokens.shape[1], "teacher", "teacher.seq-len")
-        if warning := describe_context(teacher, *own):
+        if warning := describe_context(teacher.arch, *own):
             say(warning)
 
 
