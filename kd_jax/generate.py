@@ -2,7 +2,7 @@
 
 With --data and --out it answers the prompts of a file, several at a time, and writes records that
 kd_jax.train reads. The same command goes on where a killed one stopped; several processes, started
-as for training, share the prompts.
+as for training, share the prompts. Both change answers by rounding only.
 """
 
 import sys

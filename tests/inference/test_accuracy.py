@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from kd_jax import evaluate
 from kd_jax.config.command import run_command
@@ -60,11 +61,12 @@ def test_the_share_is_over_questions_with_a_number_and_room(monkeypatch):
     assert found.standard_error == pytest.approx((0.25 / 2) ** 0.5)
 
 
-def test_evaluate_reports_the_accuracy(tiny_student, tmp_path, capsys):
+def test_evaluate_reports_the_accuracy(tmp_path, tmp_path_factory, capsys):
+    model = tiny.write_plain_model(tmp_path_factory.mktemp("model"), seed=1)
     data = tmp_path / "data.jsonl"
     records = [{"instruction": f"What is {i}?", "output": f"It is #### {i}"} for i in range(3)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    argv = ["--model", tiny_student, "--data", data, "--seq-len", 64, "--dtype", "float32"]
+    argv = ["--model", model, "--data", data, "--seq-len", 64, "--dtype", "float32"]
     argv = [str(word) for word in [*argv, "--json", "--accuracy", 2, "--max-new-tokens", 4]]
     assert run_command(evaluate.main, argv) == 0, capsys.readouterr().err
     result = json.loads(capsys.readouterr().out)

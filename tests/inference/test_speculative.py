@@ -15,6 +15,8 @@ from kd_jax.inference.decoding import unstack_layers
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.speculative import Model, accept, speculate
 
+LONG = (pytest.mark.slow, pytest.mark.timeout(480))
+
 
 def model_of(seed, **changes):
     theirs = tiny.make_torch_model("llama", seed, tie_word_embeddings=False, **changes)
@@ -67,8 +69,8 @@ def test_another_architecture_can_draft(target):
     "count, options",
     [
         (20, {"temperature": 1.0, "top_p": 0.7}),
-        pytest.param(200, {"temperature": 0.8}, marks=pytest.mark.slow),
-        pytest.param(200, {"temperature": 1.0, "top_p": 0.7}, marks=pytest.mark.slow),
+        pytest.param(200, {"temperature": 0.8}, marks=LONG),
+        pytest.param(200, {"temperature": 1.0, "top_p": 0.7}, marks=LONG),
     ],
 )
 def test_drawn_tokens_have_the_targets_distribution(target, near, count, options):
