@@ -36,7 +36,7 @@ def make_exam(config: Config, student: Source, template: Template | None) -> Exa
     data = held_out_data(config)
     if not config.eval.accuracy or data is None:
         return None
-    tokenizer, context = student.tokenizer, context_length(student.folder)
+    tokenizer, context = student.tokenizer, context_length(student.arch)
     found, _ = read_questions(data, tokenizer, template)
     asked = [x for x in found if has_final_number(x) and 0 < len(x.tokens) < context]
     if not asked:
