@@ -48,7 +48,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Without torch (extra `test`) only the fast tests run; these files have none.
 NEED_TORCH = [
     "inference/test_decoding.py", "inference/test_sampling.py", "inference/test_speculative.py",
-    "models/test_decoder.py", "training/test_hidden_step.py",
+    "models/test_decoder.py", "training/test_hidden_step.py", "training/test_prompted_step.py",
     "training/test_step.py", "test_train.py",
 ]  # fmt: skip
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH

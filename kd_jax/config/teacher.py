@@ -51,7 +51,8 @@ class TeacherConfig:
     """Give the teacher the records' teacher_messages in place of their own turns. The answers with
     a loss must be the same texts."""
     seq_len: Annotated[int | None, Range(least=2)] = None
-    """Tokens in a row of the teacher with a prompt of its own; None: as many as the data need."""
+    """Tokens in a row of the teacher with a prompt of its own; None: as many as the data need,
+    which kd_jax.plan does not know and takes to be data.seq-len."""
 
     @property
     def has_prompt(self) -> bool:
