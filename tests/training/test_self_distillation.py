@@ -43,13 +43,9 @@ def test_the_base_is_the_student_of_disk_and_held_once(make_config):
         jax.tree.map(np.testing.assert_array_equal, ours.trainable, theirs.trainable)
 
 
-@pytest.mark.parametrize(
-    "trainable, mesh",
-    [("lora", {"data": 1}), ("full", {"data": 1, "fsdp": 2})],
-)
-def test_the_average_follows_the_weights(trainable, mesh, make_config):
+def test_the_average_follows_the_weights(make_config):
     """Twin: the weights themselves are no such average."""
-    config = make_config(trainable=trainable, mesh=mesh)
+    config = make_config(mesh={"data": 1, "fsdp": 2})
     run = Run(with_teacher(config, kind="ema", ema_decay=0.75))
     average = {name: np.array(x, np.float64) for name, x in flat(run.state.trainable).items()}
     distances = []
@@ -62,12 +58,11 @@ def test_the_average_follows_the_weights(trainable, mesh, make_config):
             scale = np.abs(weight).max()
             np.testing.assert_allclose(found[name], average[name], rtol=0, atol=1e-6 * scale)
             assert found[name].sharding == state.trainable["student"][name].sharding
-    moved = "layers.self_attn.q_proj." + ("lora_B" if trainable == "lora" else "weight")
+    moved = "layers.self_attn.q_proj.weight"
     assert np.abs(average[moved] - weights[moved]).max() > 1e-3 * np.abs(weights[moved]).max()
     # The first step's teacher is the student.
     assert distances[0] == pytest.approx(0, abs=1e-6) and distances[-1] > 1e-5
-    if trainable == "full":
-        assert_measured_to(run, average)
+    assert_measured_to(run, average)
 
 
 def assert_measured_to(run, average):
