@@ -12,8 +12,10 @@ from kd_jax import generate, train
 from kd_jax.config.command import run_command
 from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
+from kd_jax.data.questions import Question
 from kd_jax.data.records import make_record
 from kd_jax.inference import answer_file
+from kd_jax.inference.drawing import GREEDY
 from kd_jax.inference.prompts import TextWriter
 
 
@@ -66,7 +68,7 @@ def test_the_template_the_system_message_and_the_seed_count(folder, capsys):
 
 def test_a_draft_model_changes_no_greedy_answer(folder, tmp_path_factory, capsys):
     draft = tmp_path_factory.mktemp("draft")
-    tiny.write_plain_model(draft, seed=2, num_hidden_layers=1)
+    tiny.write_plain_model(draft, seed=2, num_hidden_layers=1, vocab_size=352)
     prompts = ("--prompt", "Name the colour of the sky.", "Hi.")
     plain = answer(capsys, folder, *prompts)
     assert answer(capsys, folder, *prompts, "--draft", draft, "--draft-tokens", 3) == plain
@@ -242,17 +244,36 @@ def test_a_killed_command_goes_on_at_whole_lines(answered, folder, tmp_path, mon
     assert sum(drawn) == len(lines) - 4
 
 
-def test_processes_share_the_prompts(answered, folder, tmp_path, monkeypatch):
+def questions_of(lengths):
+    return [Question(i, f"line {i}", [5] * n, "", [], text=str(i)) for i, n in enumerate(lengths)]
+
+
+OPTIONS = answer_file.Options(
+    sampling=GREEDY, samples=2, seed=0, stop_tokens=(), stop_texts=(), max_new_tokens=6,
+    context=10, batch_rows=None, vocab_size=300,
+)  # fmt: skip
+
+
+def test_processes_share_the_prompts_and_one_joins_their_parts(tmp_path, monkeypatch):
+    def draw(spec, arrays, places, questions, options, decode):
+        for place in places:
+            record = {"ended": True, "tokens": 3, **questions[place[0]].answered("yes")}
+            yield place, {**record, "empty": True} if place == (2, 1) else record
+
+    monkeypatch.setattr(answer_file, "_draw", draw)
     monkeypatch.setattr(answer_file, "together", lambda name, work: work()[0])
-    monkeypatch.setattr(answer_file, "is_first", lambda: answer_file.jax.process_index() == 0)
     monkeypatch.setattr(answer_file.jax, "process_count", lambda: 2)
-    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", tmp_path / "out.jsonl")
+    file = answer_file.AnswerFile(str(tmp_path / "out.jsonl"), {"seed": 0})
     for process in (1, 0):
         monkeypatch.setattr(answer_file.jax, "process_index", lambda process=process: process)
-        if process == 0:
-            assert len(records_of(tmp_path / "out.jsonl.part1")) == 5
-        assert run(*argv, *MODES) == 0
-    assert (tmp_path / "out.jsonl").read_bytes() == (answered / "out.jsonl").read_bytes()
+        monkeypatch.setattr(answer_file, "is_first", lambda process=process: process == 0)
+        counts = answer_file.write_answers(file, None, {}, questions_of([4] * 5), OPTIONS, str)
+        if process == 1:
+            assert len(records_of(tmp_path / "out.jsonl.part1")) == 5 and counts is None
+    assert counts == {"answers": 10, "empty": 1, "ended": 10, "tokens": 30}
+    places = [(x["index"], x["sample"]) for x in records_of(tmp_path / "out.jsonl")]
+    assert places == [(i, s) for i in range(5) for s in (0, 1) if (i, s) != (2, 1)]
+    assert not file.parts()
 
 
 def test_answers_of_another_configuration_are_refused(answered, folder, capsys):
@@ -289,13 +310,9 @@ def test_a_mistake_in_data_is_one_message(record, flags, said, folder, tmp_path,
     assert not list(tmp_path.glob("out*"))
 
 
-def test_prompts_without_room_are_counted(folder, tmp_path, capsys):
-    short = shortened(folder, tmp_path / "short", 100)
-    data = tmp_path / "data.jsonl"
-    prompts = ["Hi.", "word " * 300, "word " * 10]
-    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
-    argv = ("--model", short, "--data", data, "--out", tmp_path / "out.jsonl")
-    assert run(*argv, "--max-new-tokens", 60, "--dtype", "float32") == 0
-    error = capsys.readouterr().err
-    assert "1 prompts leave no room in the context of 100 tokens and are skipped" in error
-    assert "prompts leave room for less than --max-new-tokens" in error
+def test_prompts_without_room_are_counted():
+    fitting, (skipped, cut) = answer_file.fit_context(questions_of([4, 10, 0, 5, 9]), OPTIONS)
+    assert [question.index for question in fitting] == [0, 3, 4]
+    assert "2 prompts leave no room in the context of 10 tokens" in skipped
+    assert "line 1 (10), line 2 (0)" in skipped
+    assert "2 prompts leave room for less than --max-new-tokens" in cut

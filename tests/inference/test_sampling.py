@@ -25,6 +25,7 @@ pytestmark = pytest.mark.devices(8)
 HOT = Sampling(temperature=1.0)
 LENGTHS = (7, 40, 1, 3, 25, 12, 33, 5, 19)
 PROMPTS = [np.random.default_rng(0).integers(5, 300, n).tolist() for n in LENGTHS]
+SHORT = [prompt for prompt in PROMPTS if len(prompt) < 30][:6]  # one program reads them all
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,11 @@ def greedy_by_transformers(model, prompts, count, stop):
     return [row[: end + 1] for row, end in zip(out, ends, strict=True)]
 
 
-@pytest.mark.parametrize("batch_rows", [None, 3])
-def test_greedy_rows_and_their_ends_are_those_of_transformers(pair, batch_rows):
+def test_greedy_rows_and_their_ends_are_those_of_transformers(pair):
     theirs, ours = pair
-    free = drawn(ours, sampling=Sampling())
-    stop = [int(free.tokens[0][9]), int(free.tokens[1][15])]
-    found = drawn(ours, sampling=Sampling(), stop_tokens=stop, batch_rows=batch_rows)
+    free = greedy_by_transformers(theirs, PROMPTS[:2], 24, [-1])
+    stop = [free[0][9], free[1][15]]
+    found = drawn(ours, sampling=Sampling(), stop_tokens=stop, batch_rows=3)
     want = greedy_by_transformers(theirs, PROMPTS, 24, stop)
     assert lists(found) == want
     assert found.ended.tolist() == [row[-1] in stop for row in want]
@@ -78,39 +78,53 @@ def test_windows_hold_in_the_ring():
 
 def test_a_row_depends_on_its_prompt_and_key_alone(pair):
     _, ours = pair
-    free = drawn(ours)
-    stop = [int(free.tokens[i][4 * i + 2]) for i in range(5)]
-    whole = drawn(ours, stop_tokens=stop)
-    assert len({len(row) for row in whole.tokens}) > 2
-    order = np.random.default_rng(1).permutation(len(PROMPTS))
-    mixed = [PROMPTS[i] for i in order]
+    stop = [16, 65, 183]
+    whole = drawn(ours, SHORT, stop_tokens=stop)
+    order = np.random.default_rng(1).permutation(len(SHORT))
+    mixed = [SHORT[i] for i in order]
     found = drawn(ours, mixed, keys=order, stop_tokens=stop, batch_rows=2)
     assert lists(found) == [lists(whole)[i] for i in order]
-    alone = drawn(ours, PROMPTS[4:5], keys=[4], stop_tokens=stop)
-    np.testing.assert_allclose(alone.log_probs[0], whole.log_probs[4], atol=1e-5)
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(PROMPTS)))
-    assert lists(drawn(ours, keys=keys, stop_tokens=stop)) == lists(whole)
-    assert lists(drawn(ours, keys=range(1, 10), stop_tokens=stop)) != lists(whole)
+    for place, i in enumerate(order):
+        np.testing.assert_allclose(found.log_probs[place], whole.log_probs[i], atol=1e-4)
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(SHORT)))
+    assert lists(drawn(ours, SHORT, keys=keys, stop_tokens=stop)) == lists(whole)
+    assert lists(drawn(ours, SHORT, keys=range(1, 7), stop_tokens=stop)) != lists(whole)
 
 
 def test_log_probabilities_are_those_of_the_training_forward(pair):
     _, ours = pair
     hot = Sampling(temperature=1.7, top_p=0.8)
-    found = drawn(ours, sampling=hot, batch_rows=4)
-    for prompt, tokens, log_probs in zip(PROMPTS, found.tokens, found.log_probs, strict=True):
-        row = jnp.asarray([[*prompt, *tokens]], jnp.int32)
-        place = jnp.arange(row.shape[1])[None]
-        exact = jax.nn.log_softmax(logits(ours, row, place, jnp.zeros_like(row)))
-        want = np.asarray(exact)[0, len(prompt) - 1 : -1][np.arange(len(tokens)), tokens]
+    found = drawn(ours, SHORT, sampling=hot, batch_rows=4)
+    want = by_the_trainer(ours, SHORT, found.tokens)
+    for log_probs, exact in zip(found.log_probs, want, strict=True):
         # Sums of float32 in another order.
-        np.testing.assert_allclose(log_probs, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(log_probs, exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.7}])
+def by_the_trainer(model, prompts, answers):
+    """Returns the log-probabilities of the answers' tokens by the forward pass of training."""
+    rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, answers, strict=True)]
+    size = max(map(len, rows))
+    tokens = jnp.array([row + [0] * (size - len(row)) for row in rows], jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(size)[None], tokens.shape)
+    exact = np.asarray(jax.nn.log_softmax(logits(model, tokens, place, jnp.zeros_like(tokens))))
+    return [
+        row[len(prompt) - 1 :][np.arange(len(answer)), answer]
+        for row, prompt, answer in zip(exact, prompts, answers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "top_p": 0.9},
+        pytest.param({"temperature": 1.3}, marks=pytest.mark.slow),
+    ],
+)
 def test_20000_draws_have_the_exact_distribution(pair, options):
     theirs, ours = pair
     rows, length = 100, 200
-    prompts = [PROMPTS[i % 9] for i in range(rows)]
+    prompts = [SHORT[i % len(SHORT)] for i in range(rows)]
     found = drawn(ours, prompts, max_new_tokens=length, sampling=Sampling(**options))
     exact = np.concatenate(
         [
@@ -151,7 +165,7 @@ def p_value(tokens, exact):
 def test_devices_change_probabilities_by_rounding(pair):
     _, ours = pair
     arrays = tiny.arrays_of(ours)
-    want = drawn(ours, batch_rows=8)
+    want = drawn(ours, SHORT, max_new_tokens=12, batch_rows=8)
     layout = Layout(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8))
     spec = replace(ours.spec, layout=layout)
     placed = {
@@ -159,7 +173,7 @@ def test_devices_change_probabilities_by_rounding(pair):
         for name, weight in weights(spec.arch).items()
     }
     found = sample(
-        spec, placed, PROMPTS, keys=range(9), max_new_tokens=24, sampling=HOT, batch_rows=8
+        spec, placed, SHORT, keys=range(6), max_new_tokens=12, sampling=HOT, batch_rows=8
     )
     assert lists(found) == lists(want)
     for one, other in zip(found.log_probs, want.log_probs, strict=True):
@@ -178,25 +192,21 @@ def test_adapters_of_the_trained_state_are_used_and_left_as_they_are(pair):
     arrays = tiny.arrays_of(ours) | factors
     before = dict(arrays)
     spec = replace(ours.spec, lora_scale=1.5)
-    found = sample(spec, arrays, PROMPTS, keys=range(9), max_new_tokens=24, sampling=HOT)
+    found = sample(spec, arrays, SHORT, keys=range(6), max_new_tokens=12, sampling=HOT)
     assert arrays == before
-    assert lists(found) != lists(drawn(ours))
-    model = Decoder(spec, arrays)
-    row = jnp.asarray([[*PROMPTS[1], *found.tokens[1]]], jnp.int32)
-    exact = logits(model, row, jnp.arange(row.shape[1])[None], jnp.zeros_like(row))
-    want = jax.nn.log_softmax(exact)[0, 39:-1][np.arange(24), found.tokens[1]]
-    np.testing.assert_allclose(found.log_probs[1], want, rtol=1e-5, atol=1e-5)
+    assert lists(found) != lists(drawn(ours, SHORT, max_new_tokens=12))
+    want = by_the_trainer(Decoder(spec, arrays), SHORT, found.tokens)
+    for log_probs, exact in zip(found.log_probs, want, strict=True):
+        np.testing.assert_allclose(log_probs, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_rows_have_the_trainers_probabilities(pair):
     _, ours = pair
     spec = replace(ours.spec, dtype=jnp.dtype("bfloat16"))
-    found = drawn(ours, spec=spec, batch_rows=4)
-    model = Decoder(spec, tiny.arrays_of(ours))
-    row = jnp.asarray([[*PROMPTS[1], *found.tokens[1]]], jnp.int32)
-    exact = logits(model, row, jnp.arange(row.shape[1])[None], jnp.zeros_like(row))
-    want = jax.nn.log_softmax(exact)[0, 39:-1][np.arange(24), found.tokens[1]]
-    np.testing.assert_allclose(found.log_probs[1], want, atol=0.25)  # bfloat16's rounding
+    found = drawn(ours, SHORT, spec=spec, max_new_tokens=12)
+    want = by_the_trainer(Decoder(spec, tiny.arrays_of(ours)), SHORT, found.tokens)
+    for log_probs, exact in zip(found.log_probs, want, strict=True):
+        np.testing.assert_allclose(log_probs, exact, atol=0.4)  # bfloat16's rounding
 
 
 def test_rows_at_once_fit_the_cache(pair, monkeypatch):
