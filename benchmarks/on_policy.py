@@ -4,9 +4,10 @@ python -m benchmarks.on_policy --config FILE [any flag of kd_jax.train] [--round
 
 --on-policy.fraction must be above 0. Models, data and rows are loaded as by kd_jax.train, but
 nothing is written to the workdir. Each round times, in turn: a whole on-policy step, as the
-training loop takes it; the drawing of its samples alone; the same step on rows of the data; and
-that without a teacher. Prints medians. The teacher's cost is what a step takes longer with it: its
-forward pass, its logits and the divergence.
+training loop takes it; a drawing of samples alone; the step on them alone; the same on rows of the
+data; and that without a teacher. Prints medians, and for a shared machine the ratio of the fastest
+rounds. The teacher's cost is what a step takes longer with it: its forward pass, its logits and
+the divergence.
 """
 
 import json
@@ -53,10 +54,12 @@ def main(argv: Sequence[str]) -> None:
     start_jax(config.compilation_cache)
     times, facts = measure(config, args.rounds)
     medians = {name: statistics.median(x[2:]) for name, x in times.items()}
+    least = {name: min(x[2:]) for name, x in times.items()}
     whole, parts = medians["whole"], medians["sampling"] + medians["step"]
     out = {
         **{f"{name}_seconds": value for name, value in medians.items()},
         "whole_over_parts": whole / parts,
+        "fastest_whole_over_parts": least["whole"] / (least["sampling"] + least["step"]),
         "sampling_share": medians["sampling"] / whole,
         "teacher_share": (medians["data"] - medians["alone"]) / whole,
         "sampled_tokens_per_second": facts["tokens"] / medians["sampling"],

@@ -108,7 +108,8 @@ def check_prompts(prompts: Prompts, path: str, longest: int, why: str) -> str:
         )
     line = f"on-policy: {len(prompts):,} prompts of at most {longest:,} tokens"
     if prompts.num_long:
-        line += f"; {prompts.num_long:,} longer ones are not used ({why})"
+        ones = "one is" if prompts.num_long == 1 else "ones are"
+        line += f"; {prompts.num_long:,} longer {ones} not used ({why})"
     if prompts.num_without:
         line += f"; {prompts.num_without:,} texts have none"
     return line
