@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+from contextlib import suppress
 from typing import Any, get_args
 
+from kd_jax.config.errors import UserError
 from kd_jax.config.run import Config
 
 # Fields that a resumed run may change: paths, memory and speed, never results. Files behind a path
@@ -55,7 +57,12 @@ def part_of(kind: Any) -> Any:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns `field: old -> new` for each field of two dumps that a resumed run may not change."""
+    """Returns `field: old -> new` for each field of two dumps that a resumed run may not change.
+
+    Fields that `old` lacks, since it is of an earlier version of kd_jax, have their defaults.
+    """
+    with suppress(UserError, KeyError, TypeError):  # a field is unknown or has another type
+        old = dump(from_json(old))
     old_fields, new_fields = flatten(old), flatten(new)
     changed = []
     for name in sorted(old_fields.keys() | new_fields.keys()):
