@@ -121,6 +121,7 @@ def test_a_run_resumed_between_drawings_has_the_same_samples_and_losses(
     assert read(copy, "samples.jsonl") == read(reused, "samples.jsonl")
 
 
+@pytest.mark.slow  # it compiles programs of its own
 def test_the_share_of_samples_may_fall_to_none(run_train, tmp_path):
     flags = ("--on-policy.fraction", "1", "--on-policy.fraction-end", "0")
     flags += ("--on-policy.schedule", "linear", "--on-policy.log-samples", "0")
