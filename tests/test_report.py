@@ -319,7 +319,7 @@ def test_rows_made_with_other_options_are_named_by_these(tmp_path):
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b", data=longer, inputs={"data.path": "e" * 20}),
     ]
-    assert [arm.name for arm in arms_of(folders)] == ["seq-len=2048", "seq-len=4096"]
+    assert [arm.name for arm in arms_of(folders)] == ["data.seq-len=2048", "data.seq-len=4096"]
 
 
 def test_a_run_without_a_teacher_differs_by_its_ratio_alone(tmp_path):

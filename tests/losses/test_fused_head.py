@@ -497,7 +497,8 @@ def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
         lambda *x: value_and_gradients(config, *x), compiler_options=compiler_options(mesh)
     )
     memory = run.lower(*arrays).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 4 * 64 * 8000 * 4
+    logits = 64 * 8000 * 4  # bytes of a chunk's, beside which the hidden states are small
+    assert memory.temp_size_in_bytes <= 4.1 * logits
 
 
 @pytest.mark.parametrize("size", [49_152, 128_256, 151_936])
