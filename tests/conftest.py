@@ -45,11 +45,11 @@ from kd_jax.data.chat import load_tokenizer
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Without torch (extra `test`) only the fast tests run; these files have none.
+# Files that need torch or lm_eval (extra `test`); what needs neither runs without them.
 NEED_TORCH = [
     "inference/test_decoding.py", "inference/test_sampling.py", "inference/test_speculative.py",
     "models/test_decoder.py", "training/test_hidden_step.py", "training/test_prompted_step.py",
-    "training/test_step.py", "test_train.py",
+    "training/test_step.py", "test_lm_eval.py", "test_train.py",
 ]  # fmt: skip
 collect_ignore = [] if importlib.util.find_spec("torch") else NEED_TORCH
 if not importlib.util.find_spec("lm_eval"):
@@ -64,12 +64,15 @@ SLOW = [
 ]  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     def rank(item):
         return SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW)
 
     items.sort(key=rank)
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in NEED_TORCH:
+            item.add_marker(pytest.mark.torch)
         if item.path.name in ("test_demo.py", "test_tutorial.py"):  # one test has a dozen runs
             item.add_marker(pytest.mark.timeout(480))
 

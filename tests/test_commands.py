@@ -113,7 +113,7 @@ def ce_of(folders, model, capsys):
     return json.loads(capsys.readouterr().out)["ce"]
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("trainable", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
     config = ("--config", folders / "config.py", "--trainable", trainable)
     assert run(train.main, *config, "--workdir", tmp_path / "whole") == 0
@@ -136,6 +136,7 @@ def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
     assert saved["against"]["ce"]["high"] < 0  # of the interval: better than untouched
 
 
+@pytest.mark.slow
 def test_an_orbax_form_trains_as_its_source_does(folders, tmp_path):
     config = ("--config", folders / "config.py", "--steps", 2)
     for name in ("student", "teacher"):

@@ -145,6 +145,7 @@ def test_rolling_log_likelihoods_are_hfs(max_length, folder):
     assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_are_hfs(folder):
     options = {"until": ["cat", "<|end|>"], "max_gen_toks": 40, "do_sample": False}
     asked = [(text, options) for text in (*tiny.WORDS, "<|begin|>a")]
@@ -204,6 +205,7 @@ def run(*argv):
     return run_command(command.main, [str(word) for word in argv])
 
 
+@pytest.mark.slow
 def test_the_command_takes_workdirs(folder, tasks, tmp_path, capsys):
     tiny.write_data(tmp_path / "train.jsonl")
     (tmp_path / "config.py").write_text(f"""

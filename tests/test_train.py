@@ -239,6 +239,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, lo
         np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, capsys):
     flags = ("--loss.kd-ratio", "1", "--loss.kd-ratio-end", "0", "--loss.schedule", "linear")
     flags += ("--loss.temperature-end", "3", "--loss.schedule-steps", "5")

@@ -143,6 +143,7 @@ def test_adapters_are_merged_into_the_weights_once():
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_stacked_layers_and_many_devices_generate_the_same_tokens():
     model, prompts = port(tiny.make_torch_model("llama", 3)), prompts_of((7, 40, 1, 3))
     stacked = tiny.arrays_of(model)

@@ -290,6 +290,7 @@ def read_state(workdir, step):
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_with_its_projection(finished, run_train, tmp_path):
     workdir = finished
     copy = shutil.copytree(workdir, tmp_path / "run")
