@@ -484,7 +484,6 @@ def test_metrics_of_losses_handle_entries_without_probability():
     np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
