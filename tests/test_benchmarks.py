@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from children import environment
 from paths import ROOT
 
@@ -51,7 +52,8 @@ def test_an_on_policy_run_that_is_killed_three_times_is_bit_equal_to_one_left_al
 
 
 @pytest.mark.slow
-def test_the_step_is_measured(tiny_student, tiny_teacher, tiny_data, tmp_path):
+def test_the_step_is_measured(tiny_data, tmp_path):
+    student, teacher = (tiny.write_plain_model(tmp_path / name) for name in ("s", "t"))
     file = tmp_path / "tiny.py"
     file.write_text(f"""
 from kd_jax.config import *
@@ -59,8 +61,8 @@ from kd_jax.config import *
 def get_config():
     return Config(
         workdir="unused", steps=1, compilation_cache=None,
-        teacher=TeacherConfig(path={str(tiny_teacher)!r}),
-        student=StudentConfig(path={str(tiny_student)!r}),
+        teacher=TeacherConfig(path={str(teacher)!r}),
+        student=StudentConfig(path={str(student)!r}),
         data=DataConfig(path={str(tiny_data)!r}, seq_len=128, batch_size=8,
                         cache_dir={str(tmp_path / "rows")!r}))
 """)
