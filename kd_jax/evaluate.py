@@ -19,6 +19,7 @@ from kd_jax.workdir.history import is_run
 
 if TYPE_CHECKING:
     from kd_jax.data.questions import Question
+    from kd_jax.inference.load import OpenModel
     from kd_jax.inference.scores import Sums
 
 
@@ -108,11 +109,9 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Returns the object that --json prints: `summarise` of what `measure` measures."""
-    questions = None if args.accuracy is None else _questions(args)
+    asked = None if args.accuracy is None else _questions(args)
     result = summarise(args, *measure(args))
-    if questions is not None:
-        result |= _accuracy(args, questions)
-    return result
+    return result if asked is None else result | _accuracy(args, *asked)
 
 
 def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
@@ -189,8 +188,8 @@ def summarise(
     return result
 
 
-def _questions(args: EvaluateArgs) -> "list[Question]":
-    """Returns the first args.accuracy questions of the data that have a final number."""
+def _questions(args: EvaluateArgs) -> "tuple[OpenModel, list[Question]]":
+    """Returns the model, and the first args.accuracy questions that have a final number."""
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.questions import read_questions
     from kd_jax.inference.accuracy import has_final_number
@@ -206,19 +205,21 @@ def _questions(args: EvaluateArgs) -> "list[Question]":
             f"--accuracy: expected data whose answers have a final number, as GSM8K's after ####, "
             f"got none in {args.data}"
         )
-    return asked[: args.accuracy]
+    return model, asked[: args.accuracy]
 
 
-def _accuracy(args: EvaluateArgs, questions: "list[Question]") -> dict[str, Any]:
+def _accuracy(
+    args: EvaluateArgs, model: "OpenModel", questions: "list[Question]"
+) -> dict[str, Any]:
     """Returns the exact-answer accuracy, its standard error and what it is of."""
     import jax
 
+    from kd_jax.data.vocabulary import num_entries
     from kd_jax.inference.accuracy import accuracy
-    from kd_jax.inference.load import load_model, open_model
+    from kd_jax.inference.load import load_model
     from kd_jax.inference.prompts import chat_stops, context_length, stop_tokens
     from kd_jax.parallel.mesh import make_mesh
 
-    model = open_model(args.model, args.dtype, args.step)
     folder, tokenizer = model.source.folder, model.source.tokenizer
     config = _config(args, model.config, jax.device_count())
     models = load_model(model, make_mesh(config.mesh, config.data.batch_size))
@@ -231,7 +232,7 @@ def _accuracy(args: EvaluateArgs, questions: "list[Question]") -> dict[str, Any]
         max_new_tokens=args.max_new_tokens,
         context=context_length(model.source.arch),
         stop_tokens=ends | stop_tokens(folder, tokenizer),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=num_entries(tokenizer),
     )
     if found is None:
         raise UserError("--accuracy: expected prompts that leave room in the model's context")

@@ -20,6 +20,7 @@ from kd_jax.inference.prompts import (
     context_length,
     encode,
     stop_tokens,
+    template_stops,
 )
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _token_pieces(
     ends: set[int],
 ) -> Iterator[list[list[int]]]:
     """Yields the next tokens of each row, none for rows that have ended."""
+    from kd_jax.data.vocabulary import num_entries
     from kd_jax.inference.decoding import unstack_layers
     from kd_jax.inference.drawing import Sampling
     from kd_jax.inference.load import load_model
@@ -176,7 +178,7 @@ def _token_pieces(
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options: dict[str, Any] = {
         "max_new_tokens": room, "stop_tokens": ends, "sampling": sampling, "seed": args.seed,
-        "vocab_size": max(opened.source.tokenizer.get_vocab().values()) + 1,
+        "vocab_size": num_entries(opened.source.tokenizer),
     }  # fmt: skip
     if draft is not None:
         options |= {"proposed": args.draft_tokens, "shared_size": draft[1]}
@@ -272,11 +274,12 @@ def _data(args: GenerateArgs, opened: "OpenModel") -> tuple[DataConfig, Any]:
 
 
 def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) -> "Options":
+    from kd_jax.data.vocabulary import num_entries
     from kd_jax.inference.answer_file import Options
     from kd_jax.inference.drawing import Sampling
 
     tokenizer, folder = opened.source.tokenizer, opened.source.folder
-    ends, texts = chat_stops(tokenizer, args.chat_template, date)
+    ends, texts = template_stops(tokenizer, template, date)
     return Options(
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         samples=args.samples,
@@ -286,7 +289,7 @@ def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) 
         max_new_tokens=args.max_new_tokens,
         context=context_length(opened.source.arch),
         batch_rows=args.batch_rows,
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=num_entries(tokenizer),
     )
 
 

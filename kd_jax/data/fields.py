@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+SYSTEM_ROLES = ("system", "developer")
 # Names of speakers in ShareGPT's `from`.
 _SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",

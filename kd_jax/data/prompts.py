@@ -9,14 +9,13 @@ import numpy as np
 from kd_jax.config import TeacherConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.answers import HIDDEN, Rendered, render
-from kd_jax.data.fields import decoded, turn_of
+from kd_jax.data.fields import SYSTEM_ROLES, decoded, turn_of
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
 from kd_jax.data.turns import content_of
 
 OWN = "teacher_messages"
 """The key of a record's turns for the teacher."""
-_SYSTEM = ("system", "developer")
 _SHOWN = ("system", "user", "tool")  # what the teacher must see; keys of answers.HIDDEN
 _ASKED = "zqasked"
 
@@ -78,7 +77,7 @@ def check_prompt(
 def with_system(turns: Conversation, system: str) -> Conversation:
     """Returns the turns after a system message, which begins their own if they have one."""
     first, rest = turns[0], turns[1:]
-    if first["role"] not in _SYSTEM:
+    if first["role"] not in SYSTEM_ROLES:
         return [{"role": "system", "content": system}, *turns]
     return [{**first, "content": f"{system}\n\n{content_of(first)}"}, *rest]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
-from kd_jax.data.fields import decoded, is_empty, parse
+from kd_jax.data.fields import SYSTEM_ROLES, decoded, is_empty, parse
 from kd_jax.data.files import list_sources, read_raw, slice_of
 from kd_jax.data.forms import form_of
 from kd_jax.data.readers import Raw
@@ -126,7 +126,7 @@ def _lacks(tree: dict[str, Any], *keys: str) -> bool:
 def _with_system(record: Record, system: str | None) -> Record:
     if system is None or not record.messages:
         return record
-    own = record.messages[0]["role"] in ("system", "developer")
+    own = record.messages[0]["role"] in SYSTEM_ROLES
     turns = [{"role": "system", "content": system}, *record.messages[own:]]
     return replace(record, messages=turns, learn=(True, *record.learn[own:]))
 

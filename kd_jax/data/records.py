@@ -8,6 +8,7 @@ from typing import Any
 from kd_jax.data.fields import (
     IS_METADATA,
     METADATA,
+    SYSTEM_ROLES,
     decoded,
     is_empty,
     parse,
@@ -107,7 +108,7 @@ def _chat(place: str, tree: dict[str, Any], turns: Any, name: str, context: int 
     if all(message["role"] != "assistant" for message in messages[context:]):
         raise ValueError("expected a turn of the assistant, got none")
     if not is_empty(system := tree.get("system")):
-        if messages[0]["role"] in ("system", "developer"):
+        if messages[0]["role"] in SYSTEM_ROLES:
             if messages[0]["content"] != system:
                 raise ValueError("system: expected none beside a system turn, got another text")
         else:

@@ -21,8 +21,9 @@ Batch = dict[str, np.ndarray]
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
-# Of the teacher's own rows, without padding; `ends` of the rows.
 TEACHER = "teacher_"
+"""Stands before the names of the teacher's arrays in a store and in a batch."""
+# Of the teacher's own rows, without padding; `ends` of the rows.
 TEACHER_COLUMNS = {f"{TEACHER}{name}": dtype for name, dtype in COLUMNS.items()}
 TEACHER_ENDS = f"{TEACHER}ends"
 _BLOCK_BYTES = 2**22

@@ -28,6 +28,11 @@ def check_ids(file: Path) -> None:
         raise UserError(f"{file}: expected token ids below 10,000,000, got {largest}")
 
 
+def num_entries(tokenizer: Any) -> int:
+    """Returns the vocabulary entries up to a tokenizer's highest id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocab(tokenizer: Any, folder: Path) -> None:
     """Raises UserError for a tokenizer without tokens, or with far larger ids than tokens."""
     ids = tokenizer.get_vocab().values()

@@ -65,6 +65,11 @@ def has_final_number(question: Question) -> bool:
     return final_number(question.answer, MARK in question.answer) is not None
 
 
+def askable(questions: Sequence[Question], context: int) -> list[Question]:
+    """Returns those whose own answer has a final number and whose prompt leaves room for one."""
+    return [q for q in questions if has_final_number(q) and 0 < len(q.tokens) < context]
+
+
 def accuracy(
     spec: DecoderSpec,
     arrays: Arrays,
@@ -84,7 +89,7 @@ def accuracy(
       decode: maps tokens to text.
       context: most tokens of prompt and answer.
     """
-    asked = [q for q in questions if has_final_number(q) and 0 < len(q.tokens) < context]
+    asked = askable(questions, context)
     if not asked:
         return None
     room = [min(max_new_tokens, context - len(q.tokens)) for q in asked]

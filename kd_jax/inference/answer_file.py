@@ -98,16 +98,14 @@ class AnswerFile:
         """Returns this process's part, without the line that a kill may have torn."""
         part = self.path.with_name(f"{self.path.name}.part{process}")
         if part.exists():
-            whole = part.read_bytes()
-            part.write_bytes(whole[: whole.rfind(b"\n") + 1])
+            part.write_bytes(_whole_lines(part))
         return part
 
     def read(self) -> dict[Place, dict[str, Any]]:
         """Returns the answers of all parts, without torn lines."""
         found = {}
         for part in self.parts():
-            whole = part.read_bytes()
-            for line in whole[: whole.rfind(b"\n") + 1].splitlines():
+            for line in _whole_lines(part).splitlines():
                 record = json.loads(line)
                 found[record["index"], record["sample"]] = record
         return found
@@ -134,6 +132,12 @@ class AnswerFile:
             "answers": len(records), "empty": len(records) - len(full), "ended": ended,
             "tokens": sum(record["tokens"] for record in records),
         }  # fmt: skip
+
+
+def _whole_lines(file: Path) -> bytes:
+    """Returns a file without the line that a kill may have torn."""
+    found = file.read_bytes()
+    return found[: found.rfind(b"\n") + 1]
 
 
 class Fit(NamedTuple):

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from kd_jax.config import Config, UserError
-from kd_jax.data.chat import end_of_turn
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.templates import Template
-from kd_jax.inference.accuracy import accuracy, has_final_number
-from kd_jax.inference.prompts import context_length, stop_tokens
+from kd_jax.inference.accuracy import accuracy, askable
+from kd_jax.inference.prompts import context_length, stop_tokens, template_stops
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.inputs import held_out_data
@@ -38,20 +37,17 @@ def make_exam(config: Config, student: Source, template: Template | None) -> Exa
         return None
     tokenizer, context = student.tokenizer, context_length(student.arch)
     found, _ = read_questions(data, tokenizer, template)
-    asked = [x for x in found if has_final_number(x) and 0 < len(x.tokens) < context]
+    asked = askable(found, context)
     if not asked:
         raise UserError(
             "eval.accuracy: expected data whose answers have a final number, as GSM8K's after "
             f"####, and prompts that leave room in the student's context, got none in {data.path}"
         )
-    stops = stop_tokens(student.folder, tokenizer)
-    if template is not None:
-        ids, _ = end_of_turn(tokenizer, template, data.date)
-        stops |= set(ids) if len(ids) == 1 else set()
+    ends, _ = template_stops(tokenizer, template, data.date)
     return Exam(
         questions=asked[: config.eval.accuracy],
         decode=partial(tokenizer.decode, skip_special_tokens=True),
-        stops=frozenset(stops),
+        stops=frozenset(ends | stop_tokens(student.folder, tokenizer)),
         context=context,
         max_new_tokens=config.eval.max_new_tokens,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.chat import chat_template_of, end_of_turn, render_prompt
+from kd_jax.data.templates import Template
 from kd_jax.models.architecture import Architecture
 from kd_jax.weights.files import read_json
 
@@ -64,8 +65,14 @@ def context_length(arch: Architecture) -> int:
 
 
 def chat_stops(tokenizer: Any, chat_template: str | None, date: str) -> tuple[set[int], list[str]]:
+    """Returns template_stops of a Jinja file or, without one, of the tokenizer's template."""
+    return template_stops(tokenizer, chat_template_of(_data(chat_template), tokenizer), date)
+
+
+def template_stops(
+    tokenizer: Any, template: Template | None, date: str
+) -> tuple[set[int], list[str]]:
     """Returns the template's end of turn as a token or, if it is several tokens, as a text."""
-    template = chat_template_of(_data(chat_template), tokenizer)
     if template is None:
         return set(), []
     ids, text = end_of_turn(tokenizer, template, date)

@@ -140,7 +140,7 @@ class _Batch:
         num_slots, platform = len(self.begins), _platform(self.arrays)
         P = bucket(len(rows[waiting[0]].prompt))
         size = min(group, max(1, PLATFORMS[platform].scored_tokens // P))
-        size = -(-size // _row_shards(self.program.spec)) * _row_shards(self.program.spec)
+        size = round_up(size, _row_shards(self.program.spec))
         chosen = waiting[: min(size, len(self.free))]
         del waiting[: len(chosen)]
         places = np.full(size, num_slots, np.int32)  # the others are dropped

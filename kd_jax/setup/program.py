@@ -13,6 +13,7 @@ from kd_jax.losses.head_inputs import Side, Targets, Teacher
 from kd_jax.losses.schedules import interpolate
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder, DecoderSpec
+from kd_jax.models.weight_table import is_adapter
 from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
@@ -71,7 +72,7 @@ def teacher_weights(program: Program, student: Arrays, given: Arrays) -> Arrays:
       given: the teacher's own; with teacher.kind ema the average of the trained ones.
     """
     if program.teacher_source == "base":
-        return {name: x for name, x in student.items() if not name.endswith(("lora_A", "lora_B"))}
+        return {name: x for name, x in student.items() if not is_adapter(name)}
     return student | given if program.teacher_source == "ema" else given
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from kd_jax.config import LoraConfig, UserError
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.data.rows import Rows
-from kd_jax.data.vocabulary import SharedVocab, check_tokens, share_vocab
+from kd_jax.data.vocabulary import SharedVocab, check_tokens, num_entries, share_vocab
 from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter, load_adapter
@@ -81,7 +81,7 @@ def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
     fields = "student.path" if teacher is None else "student.path, teacher.path"
     sources = [student] if teacher is None else [student, teacher]
     if teacher is None:
-        shared = SharedVocab(max(student.tokenizer.get_vocab().values()) + 1, {})
+        shared = SharedVocab(num_entries(student.tokenizer), {})
     else:
         pair = (student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
         shared = share_vocab(*pair)
@@ -93,7 +93,7 @@ def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
             f"{fields}: expected at least {shared.size} vocabulary entries (the tokenizer's), got "
             + " and ".join(map(str, sizes))
         )
-    true_sizes = {max(source.tokenizer.get_vocab().values()) + 1 for source in sources}
+    true_sizes = {num_entries(source.tokenizer) for source in sources}
     whole = len(set(sizes)) == len(true_sizes) == 1
     return replace(shared, size=sizes[0]) if whole else shared
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kd_jax.data.store import TEACHER
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.placement import Arrays
 
@@ -42,21 +43,22 @@ class LiveModel:
 
     spec: DecoderSpec
     own_rows: bool = False
-    """The batch has the teacher's rows as data.batches.TeacherRows adds them."""
+    """The batch has the teacher's rows as data.batches.read_batch adds them."""
 
     def __call__(
         self, arrays: Arrays, batch: Arrays, layers: tuple[int, ...] = ()
     ) -> tuple[Live, jax.Array | None]:
         """Returns the side of rows [B, S], and the outputs of `layers`, [len(layers), B, S, Dt]."""
         model = Decoder(self.spec, arrays)
-        prefix = "teacher_" if self.own_rows else ""
+        prefix = TEACHER if self.own_rows else ""
         tokens, positions, segments = (
             batch[f"{prefix}{name}"] for name in ("tokens", "positions", "segment_ids")
         )
         hidden, outputs = model.with_layers(tokens, positions, segments, layers)
         if self.own_rows:
-            gather = jax.vmap(lambda x, places: x[places])  # [T, D], [S]
-            hidden = gather(hidden, batch["teacher_places"])
+            places = batch[f"{TEACHER}places"]
+            gather = jax.vmap(lambda x, at: x[at])  # [T, D], [S]
+            hidden = gather(hidden, places)
             if outputs is not None:
-                outputs = jax.vmap(gather, (0, None))(outputs, batch["teacher_places"])
+                outputs = jax.vmap(gather, (0, None))(outputs, places)
         return Live(hidden, model.head_weight()), outputs

@@ -8,10 +8,9 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.documents import Documents, predicts_target
 from kd_jax.data.rows import Rows
-from kd_jax.data.store import Batch
+from kd_jax.data.store import TEACHER, Batch
 from kd_jax.teachers.manifest import Cache, part_folder
 from kd_jax.teachers.storage import numpy_dtype, open_array
-from kd_jax.teachers.stored import PREFIX
 
 Span = tuple[int, int]
 """First token and one past the last, in all parts' tokens."""
@@ -52,7 +51,7 @@ class CachedRows:
             for i, mask, parts in zip(there, masks, futures, strict=True):
                 if parts:
                     dense[i, mask] = self._join(parts)
-            out[f"{PREFIX}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
+            out[f"{TEACHER}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
         return out
 
     def _spans(self, row: int) -> list[Span]:

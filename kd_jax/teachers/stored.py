@@ -6,14 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kd_jax.data.store import TEACHER
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.placement import Arrays
 from kd_jax.teachers.storage import Field, Fields
-
-PREFIX = "teacher_"
-"""Stands before the names of stored arrays in a batch."""
-
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Largest value of dtypes that need a scale for each token."""
@@ -86,5 +83,5 @@ class StoredModel:
         """Returns the side of rows [B, S]; there are no outputs of layers."""
         assert not layers
         (path,) = head_weights(self.arch)
-        scales = batch.get(f"{PREFIX}scales")
-        return Stored(batch[f"{PREFIX}hidden"], scales, arrays[path]), None
+        scales = batch.get(f"{TEACHER}scales")
+        return Stored(batch[f"{TEACHER}hidden"], scales, arrays[path]), None

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kd_jax.data.store import TEACHER
 from kd_jax.losses.head_inputs import Seen
 from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
 from kd_jax.parallel.placement import Arrays
 from kd_jax.teachers.storage import Field, Fields
-from kd_jax.teachers.stored import PREFIX
 
 Rest = Literal["bucket", "uniform", "label", "renormalize"]
 MOST_ENTRIES = 2**20  # ids have 20 bits
@@ -124,7 +124,7 @@ class TopKModel:
     ) -> tuple[TopK, None]:
         """Returns the side of rows [B, S]; there are no outputs of layers."""
         assert not layers
-        values = {name: batch[PREFIX + name] for name in topk_fields(2)}
+        values = {name: batch[TEACHER + name] for name in topk_fields(2)}
         entries = jnp.arange(self.num_entries, dtype=jnp.int32)
         return TopK(**values, entries=entries, treatment=self.treatment), None
 

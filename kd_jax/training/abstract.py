@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config
 from kd_jax.data.rows import COLUMNS
+from kd_jax.data.store import TEACHER
 from kd_jax.models.architecture import Architecture
 from kd_jax.onpolicy.samples import GROUP
 from kd_jax.parallel.mesh import batch_sharding
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, abstract_models
 from kd_jax.setup.program import Program, make_program
-from kd_jax.teachers.stored import PREFIX
 from kd_jax.training.step import TrainState, abstract_state, jit_train_step
 
 
@@ -62,7 +62,7 @@ def abstract_run(
     if models.own_rows:
         own = (*shape[:2], config.teacher_seq_len)
         batch |= {
-            f"{PREFIX}{name}": jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
+            f"{TEACHER}{name}": jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
             for name, size in {
                 "tokens": own,
                 "positions": own,
@@ -73,7 +73,7 @@ def abstract_run(
     if config.samples:
         batch[GROUP] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     if teacher is not None and models.teacher is not None and config.reads_cache:
-        batch[f"{PREFIX}hidden"] = jax.ShapeDtypeStruct(
+        batch[f"{TEACHER}hidden"] = jax.ShapeDtypeStruct(
             (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)
         )
     state = abstract_state(program, models.trainable)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from kd_jax.config import LossConfig
+from kd_jax.data.store import TEACHER
 from kd_jax.losses.fused_head import HeadConfig, kd_head
 from kd_jax.losses.head_inputs import Seen, Side, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import Vocab
 from kd_jax.teachers.storage import token_bytes
-from kd_jax.teachers.stored import PREFIX
 from kd_jax.teachers.topk import Selection, TopKModel, topk_fields
 
 B, S, D, V, K = 2, 4, 16, 40, 6
@@ -37,7 +37,7 @@ def choose(states, kind="topk", k=K):
 
 
 def side(stored, treatment="bucket", num_entries=V):
-    batch = {PREFIX + name: x for name, x in stored.items()}
+    batch = {TEACHER + name: x for name, x in stored.items()}
     return TopKModel(num_entries, treatment)({}, batch)[0]
 
 
