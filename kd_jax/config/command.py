@@ -191,8 +191,10 @@ def _blank_config() -> Config:
         data=DataConfig(path=""),
         epochs=1,
     )
-    for part in (config.teacher, config.student, config.data):
-        object.__setattr__(part, "path", tyro.MISSING)  # validation refuses it
+    # Validation refuses these values.
+    for part in (config.student, config.data):
+        object.__setattr__(part, "path", tyro.MISSING)
+    object.__setattr__(config.teacher, "path", None)  # another teacher.kind needs none
     object.__setattr__(config, "workdir", tyro.MISSING)
     object.__setattr__(config, "epochs", None)
     return config

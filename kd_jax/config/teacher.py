@@ -13,7 +13,7 @@ EMA_DECAY = 0.99
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """The frozen teacher. `teacher=None`, or loss.kd_ratio 0, is plain fine-tuning."""
+    """The teacher, which is not trained. teacher=None, or loss.kd_ratio 0, is plain fine-tuning."""
 
     path: str | None = None
     """The teacher: Hugging Face folder, output of convert.from_hf, or hub id; None with another

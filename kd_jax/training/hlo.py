@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4}  # dtypes whose names do not end in a mult
 _WITH_INPUTS = {"all-gather-start", "reduce-scatter-start", "collective-permute-start"}
 
 _FUSIONS = {"fusion", "fusion-start"}
+
+_PACKAGE = f"{Path(__file__).parents[1]}/"
 
 _NO_ARRAY = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 
@@ -116,7 +119,7 @@ def _sources(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for frame, (place, above) in frames.items():  # callers come first
         file, line = places.get(place, ("", ""))
-        own = f"{file.rpartition('/kd_jax/')[2]}:{line}" if "/kd_jax/" in file else ""
+        own = f"{file.removeprefix(_PACKAGE)}:{line}" if file.startswith(_PACKAGE) else ""
         if source := own or found.get(above):
             found[frame] = source
     return found

@@ -1,6 +1,7 @@
 """Analysis of compiled programs with known answers."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import kd_jax
 from kd_jax.config import MeshConfig
 from kd_jax.models.embedding import _sum_by_token
 from kd_jax.parallel.mesh import make_mesh
@@ -107,3 +109,27 @@ def test_an_instruction_is_named_by_its_innermost_line_of_this_package():
     lowered = jax.jit(run).lower(jnp.ones((1, 8, 4)), jnp.zeros((1, 8), jnp.int32))
     sources = hlo.read_program(lowered.compile().as_text()).sources.values()
     assert sources and all(re.fullmatch(r"models/embedding\.py:\d+", x) for x in sources)
+
+
+def test_a_file_beside_the_package_in_a_clone_of_its_name_is_not_of_this_package():
+    text = """HloModule jit_f
+
+FileNames
+1 "/home/kd_jax/.venv/lib/python3.11/site-packages/jax/numpy.py"
+2 "{package}/models/rope.py"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=3 end_line=3 column=1 end_column=2}}
+2 {{file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=2}}
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+2 {{file_location_id=2 parent_frame_id=1}}
+3 {{file_location_id=1 parent_frame_id=2}}
+
+ENTRY %main () -> f32[] {{
+  ROOT %a = f32[] constant(0)
+}}
+"""
+    program = hlo.read_program(text.format(package=Path(kd_jax.__file__).parent))
+    assert program.sources == {"2": "models/rope.py:7", "3": "models/rope.py:7"}
