@@ -77,20 +77,15 @@ class EvaluateArgs(ModelArgs):
     """Use only the first conversations of the data; None uses all."""
 
     def check(self, checks: Checks) -> None:
-        ours = not self.save or is_run(Path(self.model).expanduser())
-        checks.require(ours, "--save", "a workdir as --model", self.model)
-        checks.require(
-            not self.draft or self.teacher is not None,
-            "--teacher",
-            "the model that checks the drafts, with --draft",
-            self.teacher,
-        )
-        plain = self.teacher is not None and not is_run(Path(self.teacher).expanduser())
-        expected = "a folder or a hub id with --teacher-cache"
-        checks.require(plain or self.teacher_cache is None, "--teacher", expected, self.teacher)
-        alone = not self.teacher_system and not self.teacher_messages
-        fits, expected = alone or self.teacher is not None, "a model with a prompt for the teacher"
-        checks.require(fits, "--teacher", expected, self.teacher)
+        if self.save and not is_run(Path(self.model).expanduser()):
+            checks.refuse("--save", "a workdir as --model", self.model)
+        if self.teacher is None and self.draft:
+            checks.refuse("--teacher", "the model that checks the drafts, with --draft", None)
+        if self.teacher is None and (self.teacher_system or self.teacher_messages):
+            checks.refuse("--teacher", "a model with a prompt for the teacher", None)
+        no_folder = self.teacher is None or is_run(Path(self.teacher).expanduser())
+        if self.teacher_cache is not None and no_folder:
+            checks.refuse("--teacher", "a folder or a hub id with --teacher-cache", self.teacher)
 
 
 def main(argv: Sequence[str]) -> None:

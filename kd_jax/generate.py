@@ -78,20 +78,29 @@ class GenerateArgs(ModelArgs):
 
     def check(self, checks: Checks) -> None:
         if self.data is None:
-            checks.require(bool(self.prompt) and all(self.prompt), "--prompt", "text", self.prompt)
-            checks.require(self.out is None, "--out", "--data as well", self.out)
-            checks.require(self.samples == 1, "--samples", "--data as well", self.samples)
+            if not self.prompt or not all(self.prompt):
+                checks.refuse("--prompt", "text", self.prompt)
+            if self.out is not None:
+                checks.refuse("--out", "--data as well", self.out)
+            if self.samples > 1:
+                checks.refuse("--samples", "--data as well", self.samples)
         else:
-            checks.require(not self.prompt, "--prompt", "either --prompt or --data", self.prompt)
-            checks.require(self.out is not None, "--out", "a file for the answers", self.out)
-            checks.require(not self.raw, "--raw", "no --raw with --data", self.raw)
-            checks.require(self.draft is None, "--draft", "none with --data", self.draft)
-        several = self.samples > 1 and self.temperature == 0
-        checks.require(not several, "--temperature", "above 0 with --samples", 0)
-        checks.require(all(self.stop), "--stop", "text", self.stop)
-        greedy = self.temperature == 0 and (self.top_k or self.top_p)
-        checks.require_date(self.date or "26 Jul 2024", "--date")
-        checks.require(not greedy, "--temperature", "above 0 with --top-k or --top-p", 0)
+            if self.prompt:
+                checks.refuse("--prompt", "either --prompt or --data", self.prompt)
+            if self.out is None:
+                checks.refuse("--out", "a file for the answers", self.out)
+            if self.raw:
+                checks.refuse("--raw", "no --raw with --data", self.raw)
+            if self.draft is not None:
+                checks.refuse("--draft", "none with --data", self.draft)
+        if self.temperature == 0 and self.samples > 1:
+            checks.refuse("--temperature", "above 0 with --samples", 0)
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            checks.refuse("--temperature", "above 0 with --top-k or --top-p", 0)
+        if not all(self.stop):
+            checks.refuse("--stop", "text", self.stop)
+        if self.date is not None:
+            checks.check_date(self.date, "--date")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,9 +52,10 @@ class LmEvalArgs(ModelArgs):
 
     def check(self, checks: Checks) -> None:
         folder = self.include_path
-        exists = folder is None or Path(folder).expanduser().is_dir()
-        checks.require(exists, "--include-path", "a folder of YAML files", folder)
-        checks.require(bool(self.tasks.strip(",")), "--tasks", "names with commas", self.tasks)
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            checks.refuse("--include-path", "a folder of YAML files", folder)
+        if not self.tasks.strip(","):
+            checks.refuse("--tasks", "names with commas", self.tasks)
 
 
 def main(argv: Sequence[str]) -> None:

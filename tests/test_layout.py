@@ -18,8 +18,8 @@ from kd_jax.config.flags import flag_names
 FLOORS = [
     {
         "config": [
-            "errors", "checks", "loss", "on_policy", "teacher", "run", "record", "flags", "streams",
-            "command",
+            "errors", "checks", "data", "loss", "on_policy", "teacher", "run", "record", "flags",
+            "streams", "command",
         ],
     },
     {

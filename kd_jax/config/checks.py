@@ -52,35 +52,44 @@ class Checks:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def require(self, holds: bool, name: str, expected: Any, got: Any) -> None:
-        if not holds:
-            self.problems.append(f"{name}: expected {expected}, got {got!r}")
+    def refuse(self, name: str, expected: Any, got: Any) -> None:
+        self.problems.append(f"{name}: expected {expected}, got {got!r}")
 
-    def require_types(self, part: Any, prefix: str) -> None:
-        """Requires values of the annotated types, which a config file in Python may lack."""
+    def check_types(self, part: Any, prefix: str) -> None:
+        """Refuses values of other types than annotated, which a config file in Python may have."""
         for entry, name, value in _fields(part, prefix):
             kind = plain_type(entry.type)
-            fits = _is_a(value, kind)
-            self.require(fits, name, _name_of(kind), value)
-            if fits and dataclasses.is_dataclass(value):
-                self.require_types(value, f"{name}.")
+            if not _is_a(value, kind):
+                self.refuse(name, _name_of(kind), value)
+            elif dataclasses.is_dataclass(value):
+                self.check_types(value, f"{name}.")
 
-    def require_ranges(self, part: Any, prefix: str, skip: str | None = None) -> None:
-        """Requires values within their fields' ranges, and what each part's `check` requires."""
+    def check_ranges(self, part: Any, prefix: str, skip: str | None = None) -> None:
+        """Refuses values outside their fields' ranges, and what each part's `check` refuses."""
         for entry, name, value in _fields(part, prefix):
             if dataclasses.is_dataclass(value) and entry.name != skip:
-                self.require_ranges(value, f"{name}.")
+                self.check_ranges(value, f"{name}.")
             for mark in metadata(entry.type):
-                if isinstance(mark, Range) and value is not None:
-                    self.require(value in mark, name, mark, value)
+                if isinstance(mark, Range) and value is not None and value not in mark:
+                    self.refuse(name, mark, value)
         if callable(getattr(part, "check", None)):  # not a field of that name
             part.check(self)
 
-    def require_date(self, text: str, name: str) -> None:
-        self.require(parse_date(text) is not None, name, "26 Jul 2024 or 2024-07-26", text)
+    def check_date(self, text: str, name: str) -> None:
+        if parse_date(text) is None:
+            self.refuse(name, "26 Jul 2024 or 2024-07-26", text)
 
-    def finish(self) -> None:
-        raise_all(self.problems)
+    def check_schedule(self, part: Any, name: str, has_end: bool, ends: str) -> None:
+        """Refuses a schedule without end values, and end values or steps without a schedule."""
+        if part.schedule != "constant":
+            if not has_end:
+                self.refuse(f"{name}.schedule", f"constant without {ends}", part.schedule)
+            return
+        if has_end:
+            self.refuse(f"{name}.schedule", f"linear or cosine with {ends}", part.schedule)
+        if part.schedule_steps is not None:
+            expected = f"None with {name}.schedule constant"
+            self.refuse(f"{name}.schedule-steps", expected, part.schedule_steps)
 
 
 def parse_date(text: str) -> datetime | None:
@@ -101,10 +110,10 @@ def check_fields(part: Any, prefix: str = "", skip: str | None = None) -> None:
       skip: a part whose ranges do not matter.
     """
     checks = Checks()
-    checks.require_types(part, prefix)
-    checks.finish()  # values of a wrong type cannot be compared
-    checks.require_ranges(part, prefix, skip)
-    checks.finish()
+    checks.check_types(part, prefix)
+    raise_all(checks.problems)  # values of a wrong type cannot be compared
+    checks.check_ranges(part, prefix, skip)
+    raise_all(checks.problems)
 
 
 class Checked:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from kd_jax.config.checks import Checked, metadata, plain_type
+from kd_jax.config.data import DataConfig
 from kd_jax.config.errors import UserError, did_you_mean
 from kd_jax.config.flags import check_flags, plain_switches
-from kd_jax.config.run import Config, DataConfig, StudentConfig
+from kd_jax.config.run import Config, StudentConfig
 from kd_jax.config.streams import flush_streams, is_unread, open_streams
 from kd_jax.config.teacher import Dtype, TeacherConfig
 

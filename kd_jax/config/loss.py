@@ -105,14 +105,8 @@ class LossConfig:
     device's default. Changes memory and speed, not results."""
 
     def check(self, checks: Checks) -> None:
-        if self.schedule == "constant":
-            expected = "linear or cosine with loss.kd-ratio-end or loss.temperature-end"
-            checks.require(not self.is_scheduled, "loss.schedule", expected, self.schedule)
-            expected, count = "None with loss.schedule constant", self.schedule_steps
-            checks.require(count is None, "loss.schedule-steps", expected, count)
-        else:
-            expected = "constant without loss.kd-ratio-end or loss.temperature-end"
-            checks.require(self.is_scheduled, "loss.schedule", expected, self.schedule)
+        ends = "loss.kd-ratio-end or loss.temperature-end"
+        checks.check_schedule(self, "loss", self.is_scheduled, ends)
         self._check_divergence(checks)
         if self.compat != "none":
             self._check_compat(checks)
@@ -121,26 +115,28 @@ class LossConfig:
         for entry in dataclasses.fields(self):
             flag, value = f"loss.{entry.name}".replace("_", "-"), getattr(self, entry.name)
             for users in metadata(entry.type):
-                used = not isinstance(users, UsedBy) or self.divergence in users
-                expected = f"{entry.default}, its default, with divergence {self.divergence}"
-                checks.require(used or value == entry.default, flag, expected, value)
+                unused = isinstance(users, UsedBy) and self.divergence not in users
+                if unused and value != entry.default:
+                    expected = f"{entry.default}, its default, with divergence {self.divergence}"
+                    checks.refuse(flag, expected, value)
         total = self.ab_alpha + self.ab_beta
-        checks.require(total >= 0, "loss.ab-alpha", "ab-alpha + ab-beta at least 0", total)
+        if not total >= 0:  # NaN as well
+            checks.refuse("loss.ab-alpha", "ab-alpha + ab-beta at least 0", total)
 
     def _check_compat(self, checks: Checks) -> None:
         system, beside = COMPATS[self.compat], f"with loss.compat {self.compat}"
-        fits = self.divergence in system.divergences
-        expected = f"{'|'.join(system.divergences)} {beside}"
-        checks.require(fits, "loss.divergence", expected, self.divergence)
-        scales = self.scale_by_t2
-        fits = scales in (None, system.scale_by_t2)
-        checks.require(fits, "loss.scale-by-t2", f"{system.scale_by_t2} {beside}", scales)
+        if self.divergence not in system.divergences:
+            expected = f"{'|'.join(system.divergences)} {beside}"
+            checks.refuse("loss.divergence", expected, self.divergence)
+        if self.scale_by_t2 not in (None, system.scale_by_t2):
+            expected = f"{system.scale_by_t2} {beside}"
+            checks.refuse("loss.scale-by-t2", expected, self.scale_by_t2)
         for name, only in system.fixed.items():
-            flag = f"loss.{name}".replace("_", "-")
-            value = getattr(self, name)
-            checks.require(value == only, flag, f"{only} {beside}", value)
-            end = getattr(self, f"{name}_end", None)
-            checks.require(end in (None, only), f"{flag}-end", f"{only} {beside}", end)
+            for field_name in (name, f"{name}_end"):
+                value = getattr(self, field_name, None)  # only the temperature has an end
+                if value not in (None, only):
+                    flag = f"loss.{field_name}".replace("_", "-")
+                    checks.refuse(flag, f"{only} {beside}", value)
 
     @property
     def warning(self) -> str | None:

@@ -37,39 +37,27 @@ class OnPolicyConfig:
     WORKDIR/samples.jsonl; 0 writes none."""
 
     def check(self, checks: Checks) -> None:
-        name, scheduled = "on-policy.schedule", self.fraction_end is not None
-        if self.schedule == "constant":
-            expected = "linear or cosine with on-policy.fraction-end"
-            checks.require(not scheduled, name, expected, self.schedule)
-            expected, count = "None with on-policy.schedule constant", self.schedule_steps
-            checks.require(count is None, "on-policy.schedule-steps", expected, count)
-        else:
-            expected = "constant without on-policy.fraction-end"
-            checks.require(scheduled, name, expected, self.schedule)
-        fits = self.temperature > 0 or self.top_p is None
-        checks.require(fits, "on-policy.temperature", "above 0 with on-policy.top-p", 0)
+        has_end = self.fraction_end is not None
+        checks.check_schedule(self, "on-policy", has_end, "on-policy.fraction-end")
+        if self.temperature <= 0 and self.top_p is not None:
+            checks.refuse("on-policy.temperature", "above 0 with on-policy.top-p", 0)
 
     def check_run(self, checks: Checks, config: Any) -> None:
         """Checks the other parts of an on-policy run's Config."""
         name, share, data = "on-policy.fraction", self.highest_fraction, config.data
-        teacher = config.teacher is not None and config.loss.kd_ratio > 0
-        expected = "0 without a teacher or with loss.kd-ratio 0"
-        checks.require(teacher, name, expected, share)
-        expected = "0 with teacher.cache: a stored teacher cannot score new text"
-        checks.require(not config.reads_cache, name, expected, share)
-        expected = "0 with data.train-on all: prompts are what has no loss"
-        checks.require(data.train_on == "assistant", name, expected, share)
-        fits, expected = (
-            share * data.batch_size >= 0.5,
-            f"a row of data.batch-size {data.batch_size}",
-        )
-        checks.require(fits, name, f"at least {expected}", share)
-        longest, name = data.seq_len - LEAST_PROMPT, "on-policy.max-new-tokens"
-        expected = f"at most {longest}, for which data.seq-len {data.seq_len} has room"
-        checks.require(self.max_new_tokens <= longest, name, expected, self.max_new_tokens)
-        steps, longest = config.steps, self.schedule_steps or 0
-        fits, name = steps is None or longest <= steps, "on-policy.schedule-steps"
-        checks.require(fits, name, f"at most steps ({steps})", longest)
+        if config.teacher is None or config.loss.kd_ratio == 0:
+            checks.refuse(name, "0 without a teacher or with loss.kd-ratio 0", share)
+        if config.reads_cache:
+            checks.refuse(
+                name, "0 with teacher.cache: a stored teacher cannot score new text", share
+            )
+        if data.train_on != "assistant":
+            checks.refuse(name, "0 with data.train-on all: prompts are what has no loss", share)
+        if share * data.batch_size < 0.5:
+            checks.refuse(name, f"at least a row of data.batch-size {data.batch_size}", share)
+        if self.max_new_tokens > (longest := data.seq_len - LEAST_PROMPT):
+            expected = f"at most {longest}, for which data.seq-len {data.seq_len} has room"
+            checks.refuse("on-policy.max-new-tokens", expected, self.max_new_tokens)
 
     @property
     def highest_fraction(self) -> float:

@@ -1,10 +1,12 @@
 """The configuration of a run: typed, frozen and validated. Needs no jax."""
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from kd_jax.config.checks import INF, Checks, Range, check_fields
+from kd_jax.config.data import DataConfig, EvalConfig
 from kd_jax.config.loss import LossConfig
 from kd_jax.config.on_policy import OnPolicyConfig
 from kd_jax.config.teacher import Dtype, TeacherConfig
@@ -50,12 +52,14 @@ class LoraConfig:
     one if any of their parts is named."""
 
     def check(self, checks: Checks) -> None:
-        checks.require(bool(self.target_modules), "lora.target-modules", "at least one name", ())
+        if not self.target_modules:
+            checks.refuse("lora.target-modules", "at least one name", ())
         for name in self.target_modules:
-            near = difflib.get_close_matches(name, LINEAR_NAMES, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            expected = f"names among {', '.join(LINEAR_NAMES)}"
-            checks.require(name in LINEAR_NAMES, "lora.target-modules", expected, f"{name}{hint}")
+            if name not in LINEAR_NAMES:
+                near = difflib.get_close_matches(name, LINEAR_NAMES, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                expected = f"names among {', '.join(LINEAR_NAMES)}"
+                checks.refuse("lora.target-modules", expected, f"{name}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,50 +81,11 @@ class HiddenConfig:
     """Teacher layer for each of student_layers, in the same order."""
 
     def check(self, checks: Checks) -> None:
-        wanted, given = len(self.student_layers), self.teacher_layers
-        expected = f"as many as hidden.student-layers, {wanted}"
-        checks.require(len(given) == wanted, "hidden.teacher-layers", expected, given)
-        holds, expected = self.weight == 0 or wanted > 0, "at least one with hidden.weight above 0"
-        checks.require(holds, "hidden.student-layers", expected, self.student_layers)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    path: str
-    """Training data: a file (.json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet, .arrow; also .gz
-    or .zst), a folder or glob of such files, an address such as s3://bucket/file.jsonl, or a
-    dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision.
-    Several with commas are one data set; with weights, as in 'a.jsonl:0.7, b.jsonl:0.3', batches
-    draw that share of their rows from each."""
-    split: str = "train"
-    """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. Files have only train; those
-    of a folder have the splits that their names tell."""
-    seq_len: Annotated[int, Range(least=2)] = 2048
-    """Tokens in a row."""
-    batch_size: Annotated[int, AtLeast1] = 8
-    """Rows per optimizer step over all devices and micro-batches."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Target tokens: the assistant's content and end-of-turn tokens, or every token."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """Conversations longer than seq_len: truncate or drop them, or stop with an error."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """Records that cannot be used: stop with a list of them, or skip them with a count."""
-    pack: bool = True
-    """Pack several conversations into a row, with attention masked between them; otherwise one
-    conversation a row, padded."""
-    date: str = "26 Jul 2024"
-    """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26."""
-    chat_template: str | None = None
-    """Jinja file to use instead of the tokenizer's own chat template."""
-    max_conversations: Annotated[int | None, AtLeast1] = None
-    """Use only the first conversations of the data; None uses all."""
-    cache_dir: str = "~/.cache/kd_jax/rows"
-    """Folder of tokenized rows, keyed by tokenizer, source and options."""
-    num_processes: Annotated[int | None, AtLeast1] = None
-    """Processes that tokenize; None: one per CPU core, at most 16. Changes speed, not results."""
-
-    def check(self, checks: Checks) -> None:
-        checks.require_date(self.date, "data.date")
+        if len(self.teacher_layers) != len(self.student_layers):
+            expected = f"as many as hidden.student-layers, {len(self.student_layers)}"
+            checks.refuse("hidden.teacher-layers", expected, self.teacher_layers)
+        if self.weight > 0 and not self.student_layers:
+            checks.refuse("hidden.student-layers", "at least one with hidden.weight above 0", ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +133,8 @@ class MeshConfig:
 
     def check(self, checks: Checks) -> None:
         free = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
-        checks.require(len(free) <= 1, "mesh", "at most one axis of -1", ", ".join(free))
+        if len(free) > 1:
+            checks.refuse("mesh", "at most one axis of -1", ", ".join(free))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,18 +151,16 @@ class DistributedConfig:
     """Seconds to wait for all processes to connect."""
 
     def check(self, checks: Checks) -> None:
-        count, number = self.num_processes, self.process_id
-        several = count is not None and count > 1
-        for name, value in (("coordinator", self.coordinator), ("process-id", number)):
-            expected = "a value with several processes"
-            checks.require(value is not None or not several, f"distributed.{name}", expected, value)
-        alone = self.coordinator is None and number is None
-        checks.require(count is not None or alone, "distributed.num-processes", "a number", count)
-        host, _, port = (self.coordinator or "host:1").rpartition(":")
-        fits = port.isdigit() and bool(host)
-        checks.require(fits, "distributed.coordinator", "HOST:PORT", self.coordinator)
-        fits = number is None or count is None or number < count
-        checks.require(fits, "distributed.process-id", f"0 to {(count or 1) - 1}", number)
+        count, number, coordinator = self.num_processes, self.process_id, self.coordinator
+        for name, value in (("coordinator", coordinator), ("process-id", number)):
+            if value is None and count is not None and count > 1:
+                checks.refuse(f"distributed.{name}", "a value with several processes", value)
+        if count is None and not (coordinator is None and number is None):
+            checks.refuse("distributed.num-processes", "a number", count)
+        if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+            checks.refuse("distributed.coordinator", "HOST:PORT", coordinator)
+        if number is not None and count is not None and number >= count:
+            checks.refuse("distributed.process-id", f"0 to {count - 1}", number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,33 +169,6 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: Annotated[int, AtLeast1] = 2
     """Latest checkpoints to keep; the one with the lowest evaluation loss is kept too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    path: str | None = None
-    """Held-out data, in any form that data.path takes; None disables evaluation."""
-    split: str | None = None
-    """Split or slice of it, as data.split; None: all of files, test of a folder or hub dataset."""
-    fraction: Annotated[float, Range(least=0, below=1)] = 0.0
-    """Instead of path: hold out this share of the training data, by a hash of each record, so that
-    equal records are on one side whatever the seed."""
-    every_steps: Annotated[int, AtLeast1] = 200
-    """Optimizer steps between evaluations; the last step is always evaluated."""
-    max_conversations: Annotated[int | None, AtLeast1] = None
-    """Use only the first conversations of path; None uses all."""
-    accuracy: Annotated[int, AtLeast0] = 0
-    """Questions of path to answer greedily in each evaluation; eval/accuracy is the share of
-    answers whose final number, as GSM8K's after ####, is the data's. 0: none."""
-    max_new_tokens: Annotated[int, AtLeast1] = 256
-    """Most tokens of an answer for accuracy."""
-
-    def check(self, checks: Checks) -> None:
-        fits = not self.accuracy or self.path is not None
-        checks.require(fits, "eval.accuracy", "0 without eval.path", self.accuracy)
-        alone = not self.fraction or (self.path is None and self.max_conversations is None)
-        expected = "0 with eval.path or eval.max-conversations"
-        checks.require(alone, "eval.fraction", expected, self.fraction)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,27 +225,30 @@ class Config:
         check_fields(self, skip=None if self.trainable == "lora" else "lora")
 
     def check(self, checks: Checks) -> None:
-        both = (self.steps, self.epochs)
-        one = (self.steps is None) != (self.epochs is None)
-        checks.require(one, "steps, epochs", "a number for one, None for the other", both)
-        longest = self.loss.schedule_steps or 0
-        fits = self.steps is None or longest <= self.steps
-        checks.require(fits, "loss.schedule-steps", f"at most steps ({self.steps})", longest)
-        expected = "a folder (docs/clusters.md mounts buckets)"
-        checks.require("://" not in self.workdir, "workdir", expected, self.workdir)
+        if (self.steps is None) == (self.epochs is None):
+            both = self.steps, self.epochs
+            checks.refuse("steps, epochs", "a number for one, None for the other", both)
+        for name, part in (("loss", self.loss), ("on-policy", self.on_policy)):
+            longest = part.schedule_steps or 0
+            if self.steps is not None and longest > self.steps:
+                checks.refuse(f"{name}.schedule-steps", f"at most steps ({self.steps})", longest)
+        if "://" in self.workdir:
+            expected = "a folder (docs/clusters.md mounts buckets)"
+            checks.refuse("workdir", expected, self.workdir)
         size, count = self.data.batch_size, self.optim.accumulation_steps
-        fits, expected = count < 1 or size % count == 0, "a multiple of optim.accumulation-steps"
-        checks.require(fits, "data.batch-size", f"{expected} ({count})", size)
-        models = [self.student] + ([] if self.teacher is None else [self.teacher])
-        fits = self.attention != "cudnn" or {m.dtype for m in models} <= {"auto", "bfloat16"}
-        expected = "another than cudnn with a float32 student or teacher"
-        checks.require(fits, "attention", expected, self.attention)
-        fits, expected = self.hidden.weight == 0 or self.distils, "0 without a teacher"
-        expected += " or with loss.kd-ratio 0"
-        checks.require(fits, "hidden.weight", expected, self.hidden.weight)
-        fits = not (self.compares_hidden and self.reads_cache)
-        expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
-        checks.require(fits, "hidden.weight", expected, self.hidden.weight)
+        if count >= 1 and size % count:
+            expected = f"a multiple of optim.accumulation-steps ({count})"
+            checks.refuse("data.batch-size", expected, size)
+        dtypes = {self.student.dtype, "auto" if self.teacher is None else self.teacher.dtype}
+        if self.attention == "cudnn" and "float32" in dtypes:
+            expected = "another than cudnn with a float32 student or teacher"
+            checks.refuse("attention", expected, self.attention)
+        if self.hidden.weight > 0 and not self.distils:
+            expected = "0 without a teacher or with loss.kd-ratio 0"
+            checks.refuse("hidden.weight", expected, self.hidden.weight)
+        if self.compares_hidden and self.reads_cache:
+            expected = "0 with teacher.cache, which has no outputs of the teacher's layers"
+            checks.refuse("hidden.weight", expected, self.hidden.weight)
         if self.teacher is not None:
             self.teacher.check_run(checks, self)
         if self.samples:

@@ -65,41 +65,46 @@ class TeacherConfig:
         return self.kind != "model"
 
     def check(self, checks: Checks) -> None:
-        given = self.path is not None
-        if self.is_student:
-            for name, value in (("path", self.path), ("adapter", self.adapter)):
+        for name, value in (("path", self.path), ("adapter", self.adapter)):
+            if self.is_student and value is not None:
                 expected = f"None with teacher.kind {self.kind}, which is the student"
-                checks.require(value is None, f"teacher.{name}", expected, value)
-        else:
+                checks.refuse(f"teacher.{name}", expected, value)
+        if not self.is_student and self.path is None:
             expected = "a model, or teacher.kind base or ema, which take the student"
-            checks.require(given, "teacher.path", expected, self.path)
-        fits, expected = self.kind == "ema" or self.ema_decay == EMA_DECAY, "teacher.kind ema"
-        checks.require(fits, "teacher.ema-decay", f"{EMA_DECAY} without {expected}", self.ema_decay)
-        fits, expected = self.kind != "ema" or self.cache is None, "None with teacher.kind ema, "
-        expected += "which changes with each step"
-        checks.require(fits, "teacher.cache", expected, self.cache)
-        fits = self.system is None or bool(self.system.strip("@ \n"))
-        checks.require(fits, "teacher.system", "a text or @FILE", self.system)
-        fits, expected = self.seq_len is None or self.has_prompt, "None without "
-        expected += "teacher.system or teacher.messages; data.seq-len is both models'"
-        checks.require(fits, "teacher.seq-len", expected, self.seq_len)
-        fits = self.cache is not None or self.cache_missing == "error"
-        expected = "error without teacher.cache"
-        checks.require(fits, "teacher.cache-missing", expected, self.cache_missing)
+            checks.refuse("teacher.path", expected, self.path)
+        if self.kind != "ema" and self.ema_decay != EMA_DECAY:
+            expected = f"{EMA_DECAY} without teacher.kind ema"
+            checks.refuse("teacher.ema-decay", expected, self.ema_decay)
+        if self.kind == "ema" and self.cache is not None:
+            expected = "None with teacher.kind ema, which changes with each step"
+            checks.refuse("teacher.cache", expected, self.cache)
+        if self.system is not None and not self.system.strip("@ \n"):
+            checks.refuse("teacher.system", "a text or @FILE", self.system)
+        if self.seq_len is not None and not self.has_prompt:
+            expected = (
+                "None without teacher.system or teacher.messages; data.seq-len is both models'"
+            )
+            checks.refuse("teacher.seq-len", expected, self.seq_len)
+        if self.cache is None and self.cache_missing != "error":
+            checks.refuse(
+                "teacher.cache-missing", "error without teacher.cache", self.cache_missing
+            )
 
     def check_run(self, checks: Checks, config: Any) -> None:
         """Checks the other parts of a run's Config."""
         train_on = config.data.train_on
-        fits = not config.prompts_teacher or train_on == "assistant"
-        expected = "assistant with teacher.system or teacher.messages, since prompts then differ"
-        checks.require(fits, "data.train-on", expected, train_on)
+        if config.prompts_teacher and train_on != "assistant":
+            expected = (
+                "assistant with teacher.system or teacher.messages, since prompts then differ"
+            )
+            checks.refuse("data.train-on", expected, train_on)
         if not self.is_student:
             return
-        fits = self.kind != "base" or config.trainable == "lora"
-        expected = "model or ema with trainable full, which changes the base"
-        checks.require(fits, "teacher.kind", expected, self.kind)
+        if self.kind == "base" and config.trainable == "full":
+            expected = "model or ema with trainable full, which changes the base"
+            checks.refuse("teacher.kind", expected, self.kind)
         for name, default in (("dtype", "auto"), ("shard_over", ("fsdp", "tensor"))):
             own, theirs = getattr(config.student, name), getattr(self, name)
-            flag = f"teacher.{name.replace('_', '-')}"
-            expected = f"the student's, {own!r}, whose weights it has"
-            checks.require(theirs in (default, own), flag, expected, theirs)
+            if theirs not in (default, own):
+                expected = f"the student's, {own!r}, whose weights it has"
+                checks.refuse(f"teacher.{name.replace('_', '-')}", expected, theirs)

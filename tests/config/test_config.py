@@ -28,6 +28,7 @@ from kd_jax.config import (
     StudentConfig,
     TeacherConfig,
     UserError,
+    data,
     loss,
     on_policy,
     record,
@@ -76,7 +77,7 @@ LEAVES = sorted(leaves(Config))
 def documented() -> dict[str, str]:
     """Returns the docstring under each field of each dataclass, as `Class.field`."""
     found = {}
-    files = [Path(module.__file__) for module in (run, loss, on_policy, teacher)]
+    files = [Path(module.__file__) for module in (run, data, loss, on_policy, teacher)]
     for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for field, text in pairwise(body):
