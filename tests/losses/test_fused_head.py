@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,7 @@ def both_softmaxes(request, monkeypatch):
     jax.clear_caches()
 
 
+@partial(jax.jit, static_argnums=0)
 def value_and_gradients(config, *inputs):
     """Returns loss, metrics and the gradients in the student's hidden states and head."""
     scalars = scalars_of(config)
@@ -81,7 +82,7 @@ def value_and_gradients(config, *inputs):
     def loss(hidden, head):
         return kd_head(config, scalars, *sides(hidden, inputs[1], head, *inputs[3:]))
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (value, metrics), gradients = run(inputs[0], inputs[2])
     return {"loss": value, **metrics}, gradients
 
@@ -94,19 +95,23 @@ def expected(config, *inputs):
     return reference.distil(*logits, *inputs[4:], **options)
 
 
-def numerical_gradient(config, inputs, which):
-    """Returns the gradient in one of the arrays by central differences in float64."""
-    arrays = [np.asarray(x, np.float64) for x in inputs[:4]]
-    gradient = np.zeros_like(arrays[which])
-    for place in np.ndindex(gradient.shape):
-        values = []
-        for step in (1e-5, -1e-5):
-            moved = list(arrays)
-            moved[which] = arrays[which].copy()
-            moved[which][place] += step
-            values.append(expected(config, *moved, *inputs[4:])["loss"])
-        gradient[place] = (values[0] - values[1]) / 2e-5
-    return gradient
+def numerical_gradients(config, inputs):
+    """Returns the gradients in the student's hidden states and head, in float64.
+
+    Those in the logits are central differences; the rest is the chain rule.
+    """
+    h_s, h_t, w_s, w_t = (np.asarray(x, np.float64) for x in inputs[:4])
+    z_s, z_t, ratio = h_s @ w_s[:V].T, h_t @ w_t[:V].T, config.loss.kd_ratio
+
+    def loss(z):
+        ce = -np.take_along_axis(reference.log_softmax(z), inputs[4][..., None], -1)[..., 0]
+        kl = reference.divergence("forward_kl", z, z_t, temperature=config.loss.temperature)
+        return (1 - ratio) * ce + ratio * kl
+
+    steps = 1e-5 * np.eye(V)
+    slopes = np.stack([(loss(z_s + step) - loss(z_s - step)) / 2e-5 for step in steps], axis=-1)
+    slopes *= inputs[5][..., None]
+    return slopes @ w_s[:V], np.einsum("BSV,BSD->VD", slopes, h_s)
 
 
 def close(got, want, tolerance):
@@ -115,36 +120,26 @@ def close(got, want, tolerance):
     assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-30)
 
 
-SCALARS = [(0.0, 1.0), (0.4, 1.0), (0.4, 2.5), (1.0, 2.5)]
-
-
 @pytest.mark.usefixtures("both_softmaxes")
-@pytest.mark.parametrize("kd_ratio, temperature", SCALARS)
-def test_value_and_metrics_equal_float64(kd_ratio, temperature):
-    config = make_head(kd_ratio=kd_ratio, temperature=temperature)
+@pytest.mark.parametrize("kd_ratio, temperature", [(0.4, 1.0), (0.4, 2.5), (1.0, 2.5)])
+def test_value_metrics_and_gradients_equal_float64(kd_ratio, temperature):
+    config = make_head(kd_ratio=kd_ratio, temperature=temperature, head_trainable=True)
     inputs = make_inputs()
     want = expected(config, *inputs)
-    trained, _ = value_and_gradients(config, *inputs)
-    loss, metrics = jax.jit(kd_head, static_argnums=0)(config, scalars_of(config), *sides(*inputs))
-    assert trained.keys() == {"loss", *METRICS}
-    for values in (trained, {"loss": loss, **metrics}):
-        for name, value in values.items():
-            assert float(value) == pytest.approx(want[name], rel=1e-6), name
-
-
-@cache
-def wanted_gradients(config):
-    """Returns the gradients in the student's hidden states and head, of make_inputs()."""
-    return [numerical_gradient(config, make_inputs(), which) for which in (0, 2)]
-
-
-@pytest.mark.usefixtures("both_softmaxes")
-@pytest.mark.parametrize("kd_ratio, temperature", SCALARS)
-def test_gradients_equal_float64(kd_ratio, temperature):
-    config = make_head(kd_ratio=kd_ratio, temperature=temperature, head_trainable=True)
-    _, got = value_and_gradients(config, *make_inputs())
-    for ours, theirs in zip(got, wanted_gradients(config), strict=True):
+    values, gradients = value_and_gradients(config, *inputs)
+    assert values.keys() == {"loss", *METRICS}
+    for name, value in values.items():
+        assert float(value) == pytest.approx(want[name], rel=1e-6), name
+    for ours, theirs in zip(gradients, numerical_gradients(config, inputs), strict=True):
         close(ours, theirs, 1e-5)
+
+
+def test_values_without_a_gradient_are_the_same():
+    inputs, run = make_inputs(), jax.jit(kd_head, static_argnums=0)
+    loss, metrics = run(CONFIG, scalars_of(CONFIG), *sides(*inputs))
+    want, _ = value_and_gradients(CONFIG, *inputs)
+    for name, value in ({"loss": loss} | metrics).items():
+        assert float(value) == pytest.approx(float(want[name]), rel=1e-6), name
 
 
 def test_bfloat16_inputs_stay_near_float64():
@@ -153,8 +148,8 @@ def test_bfloat16_inputs_stay_near_float64():
     values, (d_hidden, d_head) = value_and_gradients(config, *inputs)
     assert values["loss"].dtype == np.float32 and d_hidden.dtype == jnp.bfloat16
     assert float(values["loss"]) == pytest.approx(expected(config, *inputs)["loss"], rel=1e-5)
-    close(d_hidden, numerical_gradient(config, inputs, 0), 1e-2)
-    close(d_head, numerical_gradient(config, inputs, 2), 1e-2)
+    for ours, theirs in zip((d_hidden, d_head), numerical_gradients(config, inputs), strict=True):
+        close(ours, theirs, 1e-2)
 
 
 def token_values(config, *inputs):
@@ -177,9 +172,7 @@ def expected_tokens(config, *inputs):
 
 
 @pytest.mark.usefixtures("both_softmaxes")
-@pytest.mark.parametrize(
-    "length, sizes", [(1, (V, V)), (4, (V + 7, V)), (4, (V + 3, V + 9)), (64, (V + 3, V + 9))]
-)
+@pytest.mark.parametrize("length, sizes", [(4, (V + 7, V)), (64, (V + 3, V + 9))])
 def test_each_tokens_metrics_equal_float64(length, sizes):
     config = dataclasses.replace(make_head(temperature=2.0), chunk_tokens=length, top_k=3)
     inputs = make_inputs(student_vocab=sizes[0], teacher_vocab=sizes[1])
@@ -211,7 +204,7 @@ def test_the_overlap_is_measured_only_where_a_k_is_given():
     assert "topk_overlap" not in token_values(CONFIG, *make_inputs())
 
 
-@pytest.mark.parametrize("length", [1, 3, 10, 11, 64])
+@pytest.mark.parametrize("length", [1, 3, 64])
 def test_chunks_change_nothing(length):
     one = dataclasses.replace(CONFIG, chunk_tokens=S, head_trainable=True)
     inputs = make_inputs()
@@ -243,15 +236,14 @@ def test_rows_without_any_loss_give_zero():
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
-@pytest.mark.usefixtures("both_softmaxes")
-@pytest.mark.parametrize("sizes", [(V, V + 7), (V + 7, V), (V + 3, V + 9), (V + 5, V + 5)])
+@pytest.mark.parametrize("sizes", [(V, V + 7), (V + 7, V), (V + 3, V + 9)])
 def test_padded_vocabulary_entries_are_absent(sizes):
     config = dataclasses.replace(CONFIG, head_trainable=True)
     inputs = make_inputs(student_vocab=sizes[0], teacher_vocab=sizes[1])
     values, (d_hidden, d_head) = value_and_gradients(config, *inputs)
     assert float(values["loss"]) == pytest.approx(expected(config, *inputs)["loss"], rel=1e-6)
     assert float(values["kd_loss"]) == pytest.approx(expected(config, *inputs)["kd_loss"], rel=1e-6)
-    close(d_hidden, numerical_gradient(config, inputs, 0), 1e-5)
+    close(d_hidden, numerical_gradients(config, inputs)[0], 1e-5)
     assert d_head.shape == inputs[2].shape and (np.asarray(d_head)[V:] == 0).all()
 
 
@@ -299,7 +291,7 @@ def test_without_a_teacher_the_loss_is_cross_entropy():
 
 @pytest.mark.fast
 @pytest.mark.usefixtures("both_softmaxes")
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
 def test_devices_change_nothing(sizes):
     config = dataclasses.replace(CONFIG, head_trainable=True)
     data, fsdp, tensor = sizes
@@ -374,12 +366,11 @@ class Table(NamedTuple):
         return len(self.vocab_arrays)
 
     @staticmethod
-    def logits(rows, vocab_arrays):
+    def logits(rows, vocab_arrays, seen):
         return jnp.take(rows["high"], vocab_arrays, axis=1) + rows["low"][:, None]
 
 
-@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("sizes, shift", [(None, 0), (None, 1), ((2, 2, 2), 0)])
 def test_another_kind_of_teacher_needs_nothing_of_the_head(sizes, shift):
     inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
     inputs[2], inputs[3] = make_inputs(student_vocab=V + 6, teacher_vocab=V + 2)[2:4]
@@ -424,17 +415,15 @@ def loop_bodies(program):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (2, 4)])
-def test_devices_say_nothing_to_each_other_between_chunks(sizes):
+def test_devices_say_nothing_to_each_other_between_chunks():
     config = dataclasses.replace(CONFIG, head_trainable=True, chunk_tokens=2)
-    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1]), 2 * B)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), 2 * B)
     config = dataclasses.replace(config, mesh=mesh)
     inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
     inputs[2], inputs[3] = make_inputs()[2:4]
     rows, whole = (NamedSharding(mesh, PartitionSpec(x)) for x in (("data", "fsdp"), None))
     placed = [jax.device_put(x, whole if i in (2, 3) else rows) for i, x in enumerate(inputs)]
-    run = jax.jit(lambda *x: value_and_gradients(config, *x))
-    program = run.lower(*placed).compile().as_text()
+    program = value_and_gradients.lower(config, *placed).compile().as_text()
     collectives = re.compile("all-(reduce|gather|to-all)|reduce-scatter|collective-permute")
     bodies = list(loop_bodies(program))
     assert collectives.search(program) and any("dot" in body for body in bodies)
@@ -477,15 +466,16 @@ def test_metrics_of_losses_handle_entries_without_probability():
     value, gradient = divergences.divergence(log_q, log_p, LossConfig())
     np.testing.assert_allclose(value, [np.log(2), np.log(2)], rtol=1e-6)
     np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0], [0.25, -0.5, 0.25]], atol=1e-7)
-    terms = divergences.agreement_terms(log_q, log_p)
+    terms = token_loss.agreement_terms(log_q, log_p)
     sums = sum_over_vocab(terms)
     np.testing.assert_allclose(sums["kl_forward"][:, 0], value, rtol=1e-6)
     assert np.isfinite(sums["kl_reverse"]).all()
     np.testing.assert_allclose(sums["acceptance"][:, 0], [0.5, 0.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "divergence, dtype", [*((name, jnp.bfloat16) for name in DIVERGENCES), ("jsd", jnp.float32)]
+)
 def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
     config = dataclasses.replace(make_head(divergence=divergence), chunk_tokens=64, vocab_size=8000)
     shapes = [(2, 128, DS), (2, 128, DT), (8000, DS), (8000, DT)]
