@@ -42,6 +42,7 @@ from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
 from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.losses.token_loss import LossScalars
+from kd_jax.losses.token_weights import token_weight
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.setup.program import make_head
 from kd_jax.setup.runtime import start_jax
@@ -141,7 +142,7 @@ def dense(config: HeadConfig, inputs: Inputs) -> Entry:
     def loss(inputs):
         log_q = log_probs(inputs.student_hidden, inputs.student_head)
         log_p = log_probs(inputs.teacher_hidden, inputs.teacher_head)
-        weight = divergences.token_weight(jax.lax.stop_gradient(log_q), log_p, config.loss)
+        weight = token_weight(jax.lax.stop_gradient(log_q), log_p, config.loss)
         terms = divergences.divergence_terms(log_q, log_p, config.loss, weight).value
         ce = -jnp.take_along_axis(log_q, inputs.labels[..., None], axis=-1)[..., 0]
         ratio = config.loss.kd_ratio

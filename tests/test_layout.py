@@ -40,14 +40,16 @@ FLOORS = [
     },
     {
         "losses": [
-            "vocabulary", "head_inputs", "divergences", "token_loss", "fused_head", "hidden",
-            "schedules",
+            "vocabulary", "head_inputs", "token_weights", "divergences", "token_loss", "fused_head",
+            "hidden", "schedules",
         ],
         "weights": [
             "files", "chat_files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters",
             "load", "export",
         ],
-        "planning": ["chips", "topology", "cost", "network", "estimate", "choices", "mesh_choice"],
+        "planning": [
+            "chips", "topology", "cost", "memory", "network", "estimate", "choices", "mesh_choice",
+        ],
     },
     {
         "teachers": [

@@ -20,7 +20,7 @@ from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards
 from kd_jax.parallel.placement import Arrays, fetch
 from kd_jax.parallel.platforms import PLATFORMS
-from kd_jax.planning.cost import CACHE_SHARE
+from kd_jax.planning.memory import CACHE_SHARE
 
 CACHE_BYTES = 2**30
 """Bytes of the KV cache on each device where its memory is unknown, as on a CPU."""

@@ -8,7 +8,6 @@ student's logits is (a - q sum(a)) / T. Terms c q of a cancel in it and are chos
 where the models agree. docs/losses.md has the table.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,15 +16,13 @@ import jax.numpy as jnp
 
 from kd_jax.config import LossConfig
 from kd_jax.config.loss import COMPATS
-from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
+from kd_jax.losses.token_weights import acceptance_rate, adaptive_weight, hybrid_weight
+from kd_jax.losses.vocabulary import NEGATIVE, sum_over_vocab
 
 # Exponents are clipped here, because powers of p / q are unbounded.
 MAX_EXPONENT = 60.0
-
 # The acceptance rate is clipped here, near the least positive float32.
 LEAST_RATE = 1e-37
-# Decay of the KL's weight in lk_hybrid with the acceptance rate.
-HYBRID_DECAY = 3.0
 
 
 class Terms(NamedTuple):
@@ -55,7 +52,7 @@ def reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
 
 def symmetric_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
     """w KL(teacher || student) + (1 - w) KL(student || teacher), w = symmetric_weight."""
-    return _mix(log_q, log_p, config, config.symmetric_weight, 1 - config.symmetric_weight)
+    return _mix(forward_kl, reverse_kl, log_q, log_p, config, config.symmetric_weight)
 
 
 def adaptive_kl(
@@ -67,14 +64,15 @@ def adaptive_kl(
       weight: w, [..., 1], from adaptive_weight; None computes it.
     """
     weight = adaptive_weight(log_q, log_p, config.akl_mass) if weight is None else weight
-    return _mix(log_q, log_p, config, weight, 1 - weight)
+    return _mix(forward_kl, reverse_kl, log_q, log_p, config, weight)
 
 
-def _mix(log_q, log_p, config, forward_weight, reverse_weight):
-    forward, reverse = forward_kl(log_q, log_p, config), reverse_kl(log_q, log_p, config)
+def _mix(first, second, log_q, log_p, config, weight):
+    """Returns weight times the first divergence's Terms and 1 - weight times the second's."""
+    one, other = first(log_q, log_p, config), second(log_q, log_p, config)
     return Terms(
-        forward_weight * forward.value + reverse_weight * reverse.value,
-        forward_weight * forward.slope + reverse_weight * reverse.slope,
+        weight * one.value + (1 - weight) * other.value,
+        weight * one.slope + (1 - weight) * other.slope,
     )
 
 
@@ -175,25 +173,7 @@ def lk_hybrid(
       weight: w, [..., 1], from hybrid_weight; None computes it.
     """
     weight = hybrid_weight(log_q, log_p) if weight is None else weight
-    kl, distance = forward_kl(log_q, log_p, config), tvd(log_q, log_p, config)
-    return Terms(
-        weight * kl.value + (1 - weight) * distance.value,
-        weight * kl.slope + (1 - weight) * distance.slope,
-    )
-
-
-def acceptance_rate(log_q: jax.Array, log_p: jax.Array, axis: str | None = None) -> jax.Array:
-    """Returns A = sum min(p, q), [..., 1], of log-probabilities [..., V] (arXiv 2211.17192).
-
-    Args:
-      axis: mesh axis that shards the vocabulary, inside a shard_map.
-    """
-    return sum_over_vocab(jnp.exp(jnp.minimum(log_q, log_p)), axis)
-
-
-def hybrid_weight(log_q: jax.Array, log_p: jax.Array, axis: str | None = None) -> jax.Array:
-    """Returns the weight of the KL in lk_hybrid, [..., 1]: from 1 at A = 0 to exp(-3) at A = 1."""
-    return jnp.exp(-HYBRID_DECAY * acceptance_rate(log_q, log_p, axis))
+    return _mix(forward_kl, tvd, log_q, log_p, config, weight)
 
 
 def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig) -> Terms:
@@ -260,22 +240,6 @@ def divergence_terms(
     return terms
 
 
-def token_weight(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, axis: str | None = None
-) -> jax.Array | None:
-    """Returns each token's weight in divergence_terms, [..., 1]; None if it has none.
-
-    Args:
-      log_q, log_p: [..., V] float32.
-      axis: mesh axis that shards the vocabulary, inside a shard_map.
-    """
-    if config.divergence == "adaptive_kl":
-        return adaptive_weight(log_q, log_p, config.akl_mass, axis)
-    weights = {"nla": acceptance_rate, "lk_hybrid": hybrid_weight}
-    weight = weights.get(config.divergence)
-    return None if weight is None else weight(log_q, log_p, axis)
-
-
 def divergence(
     log_q: jax.Array, log_p: jax.Array, config: LossConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -291,69 +255,3 @@ def t2_factor(temperature: float | jax.Array, config: LossConfig) -> float | jax
     if scale is None:
         scale = COMPATS[config.compat].scale_by_t2
     return temperature * temperature if scale else 1.0
-
-
-# Log-probabilities closer than this are ties: four times the rounding error near -10.
-RESOLUTION = 4e-6
-
-# Intervals that one pass of the search divides the remaining range into.
-NUM_INTERVALS = 8
-
-
-def adaptive_weight(
-    log_q: jax.Array, log_p: jax.Array, mass: float, axis: str | None = None
-) -> jax.Array:
-    """Returns the forward KL's weight, [..., 1], without gradient: the head's share of sum |p - q|.
-
-    The head is the set of the teacher's most probable entries with a total of at most `mass`, and
-    always the first entry. Ties are all inside or all outside. A search for the head's smallest
-    probability, with several thresholds in a pass, is much faster than a sort of the vocabulary.
-
-    Args:
-      log_q, log_p: [..., V] float32.
-      axis: mesh axis that shards the vocabulary, inside a shard_map.
-    """
-    p = jnp.exp(log_p)
-    # The most probable entry outside has at least 1 / V of the mass outside.
-    parts = 1 if axis is None else jax.lax.axis_size(axis)
-    depth = math.log(log_p.shape[-1] * parts / (1 - mass))
-    high = max_over_vocab(log_p, axis) - RESOLUTION
-    low = jnp.minimum(high, -depth - RESOLUTION)
-
-    def narrow(_, bounds):
-        low, high = bounds
-        thresholds = [low + (high - low) * (i / NUM_INTERVALS) for i in range(1, NUM_INTERVALS)]
-        inside = [jnp.where(p >= jnp.exp(threshold), p, 0.0) for threshold in thresholds]
-        for threshold, total in zip(thresholds, sum_over_vocab(inside, axis), strict=True):
-            high = jnp.where(total <= mass, jnp.minimum(high, threshold), high)
-            low = jnp.where(total <= mass, low, jnp.maximum(low, threshold))
-        return low, high
-
-    num_passes = math.ceil(math.log(depth / RESOLUTION, NUM_INTERVALS))
-    _, high = jax.lax.fori_loop(0, num_passes, narrow, (low, high))
-    difference = jnp.abs(p - jnp.exp(log_q))
-    # `high` is just above an entry outside, and p may round differently than in the search.
-    in_head = jnp.where(p >= jnp.exp(high + 0.5 * RESOLUTION), difference, 0.0)
-    head, total = sum_over_vocab([in_head, difference], axis)
-    return head / jnp.maximum(total, 1e-30)  # 0 for equal models
-
-
-def agreement_terms(log_q: jax.Array, log_p: jax.Array) -> dict[str, jax.Array]:
-    """Returns the entries, [..., V] float32, whose sums over V measure how close two models are.
-
-    KL(teacher || student) and KL(student || teacher) in nats, and the acceptance rate sum min(p, q)
-    of the student's draft tokens in speculative decoding (arXiv 2211.17192).
-    """
-    log_q, log_p = jnp.maximum(log_q, NEGATIVE), jnp.maximum(log_p, NEGATIVE)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    return {
-        "kl_forward": p * (log_p - log_q),
-        "kl_reverse": q * (log_q - log_p),
-        "acceptance": jnp.minimum(p, q),
-    }
-
-
-def overlap(entries: jax.Array, others: jax.Array) -> jax.Array:
-    """Returns the share of `entries`, [..., k] int32, that is among `others`, [..., k]."""
-    same = entries[..., :, None] == others[..., None, :]
-    return jnp.sum(same, axis=(-1, -2)).astype(jnp.float32) / entries.shape[-1]

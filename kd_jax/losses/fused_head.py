@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
-from kd_jax.losses.divergences import overlap
 from kd_jax.losses.head_inputs import NUM_GROUPS, Seen, Side, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
@@ -34,7 +33,7 @@ from kd_jax.losses.token_loss import (
     LossScalars,
     token_losses,
 )
-from kd_jax.losses.vocabulary import NEGATIVE, Vocab, top_k
+from kd_jax.losses.vocabulary import NEGATIVE, Vocab, overlap, top_k
 from kd_jax.parallel.rules import BATCH_AXES, axes_size
 
 Metrics = dict[str, jax.Array]
@@ -186,7 +185,7 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
     head = student.head[:size].astype(student.hidden.dtype)
     rows, vocab_arrays, teacher_logits = _Rows(student.hidden, None, targets), None, None
     if teacher is not None:
-        rows, teacher_logits = rows._replace(teacher=teacher.rows), _logits_of(teacher)
+        rows, teacher_logits = rows._replace(teacher=teacher.rows), teacher.logits
         vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
 
     def run_device(scalars, rows, head, vocab_arrays):
@@ -203,13 +202,6 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
             check_vma=False,
         )
     return run_device(scalars, rows, head, vocab_arrays)
-
-
-def _logits_of(teacher: Any) -> Callable[[Any, Any, Seen], jax.Array]:
-    """Returns the teacher's logits as a function of (rows, vocab_arrays, seen)."""
-    if hasattr(teacher, "logits_beside"):
-        return teacher.logits_beside
-    return lambda rows, vocab_arrays, _: teacher.logits(rows, vocab_arrays)
 
 
 def _arrange(config, rows, head, vocab_arrays, teacher_logits):

@@ -34,7 +34,7 @@ class Targets(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a chunk's teacher may look at beside its own arrays."""
+    """The student's logits and the labels of a chunk, which a teacher may use."""
 
     student: jax.Array
     """[C, V] float32, the student's logits, at temperature 1."""
@@ -53,9 +53,6 @@ class Teacher(Protocol):
     `vocab_arrays` to the entries that both models have and shards them like the student's head. A
     kind without an lm_head can give the vocabulary ids, [V'] int32, to learn which entries a
     device has. The head masks vocabulary padding itself.
-
-    A kind that needs the student's logits or the labels has, in place of `logits`,
-    `logits_beside(rows, vocab_arrays, seen)` with a Seen.
     """
 
     @property
@@ -70,7 +67,7 @@ class Teacher(Protocol):
     def vocab_arrays(self) -> Any:
         """A pytree of arrays [V', ...] with one entry per vocabulary entry, such as the head."""
 
-    def logits(self, rows: Any, vocab_arrays: Any) -> jax.Array:
+    def logits(self, rows: Any, vocab_arrays: Any, seen: Seen) -> jax.Array:
         """Returns the logits of a chunk, [C, V] float32, at temperature 1.
 
         Runs inside a loop and a shard_map, so it reads no array of `self`.
@@ -78,4 +75,5 @@ class Teacher(Protocol):
         Args:
           rows: `self.rows` of the chunk's tokens, [C, ...].
           vocab_arrays: `self.vocab_arrays` of the device's vocabulary entries, [V, ...].
+          seen: the student's logits and the labels, of use to a kind without an lm_head.
         """

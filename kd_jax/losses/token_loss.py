@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.config import LossConfig
-from kd_jax.losses import divergences
+from kd_jax.losses.divergences import divergence_terms, t2_factor
 from kd_jax.losses.head_inputs import Targets
+from kd_jax.losses.token_weights import token_weight
 from kd_jax.losses.vocabulary import (
     NEGATIVE,
     Vocab,
@@ -80,25 +81,40 @@ def token_losses(
         ratio = jnp.where(group > 0, 1.0, ratio)
     student, teacher = _softmaxes([z_s, z_t], T, vocab.axis)
     log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
-    weight = divergences.token_weight(log_q, log_p, config, vocab.axis)
-    terms = divergences.divergence_terms(log_q, log_p, config, weight)
-    agreement = divergences.agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
+    weight = token_weight(log_q, log_p, config, vocab.axis)
+    terms = divergence_terms(log_q, log_p, config, weight)
+    agreement = agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
     agree = (z_s == student.highest) & (z_t == teacher.highest)
     agreement["top1_agreement"] = agree.astype(jnp.float32)
     sums, values = _pair_sums(terms, agreement, _metric_of(config, T), vocab.axis)
     values |= _model_values(student, z_s, labels, vocab)
     values |= _model_values(teacher, z_t, labels, vocab, "teacher_")
-    scale = divergences.t2_factor(T, config)
+    scale = t2_factor(T, config)
     values |= {"ce_loss": values["ce"], "kd_loss": sums.value[:, 0] * scale}
     values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
     # The barrier makes XLA recompute the exponentials instead of storing them.
     student, teacher = jax.lax.optimization_barrier((student, teacher))
     log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
-    slope = divergences.divergence_terms(log_q, log_p, config, weight).slope
+    slope = divergence_terms(log_q, log_p, config, weight).slope
     kd_weights = jnp.where(mask, ratio * scale / T, 0.0)[:, None]
     gradient = (slope - jnp.exp(log_q) * sums.slope) * kd_weights
     ce_weights = jnp.where(mask, 1 - ratio, 0.0)
     return values, gradient + _ce_gradient(student, z_s, labels, ce_weights, vocab)
+
+
+def agreement_terms(log_q: jax.Array, log_p: jax.Array) -> dict[str, jax.Array]:
+    """Returns the entries, [..., V] float32, whose sums over V measure how close two models are.
+
+    KL(teacher || student) and KL(student || teacher) in nats, and the acceptance rate sum min(p, q)
+    of the student's draft tokens in speculative decoding (arXiv 2211.17192).
+    """
+    log_q, log_p = jnp.maximum(log_q, NEGATIVE), jnp.maximum(log_p, NEGATIVE)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return {
+        "kl_forward": p * (log_p - log_q),
+        "kl_reverse": q * (log_q - log_p),
+        "acceptance": jnp.minimum(p, q),
+    }
 
 
 def _metric_of(config, T):

@@ -104,3 +104,9 @@ def top_k(logits: jax.Array, k: int, vocab: Vocab) -> jax.Array:
         for x in (values, vocab.entries[places])
     )
     return jnp.take_along_axis(found, jax.lax.top_k(values, k)[1], axis=1)
+
+
+def overlap(entries: jax.Array, others: jax.Array) -> jax.Array:
+    """Returns the share of `entries`, [..., k] int32, that is among `others`, [..., k]."""
+    same = entries[..., :, None] == others[..., None, :]
+    return jnp.sum(same, axis=(-1, -2)).astype(jnp.float32) / entries.shape[-1]

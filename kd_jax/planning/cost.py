@@ -1,8 +1,8 @@
-"""Cost of a step from shapes: bytes per device and FLOPs. Needs no jax."""
+"""A run on its devices, each model's share of one, and the FLOPs of a step. Needs no jax."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
@@ -10,53 +10,16 @@ from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import (
     Weight,
     adapter_weights,
-    head_weights,
     layer_weights,
     trained_weights,
-    weights,
 )
-from kd_jax.parallel.platforms import PLATFORMS, Platform, choose_dtype
+from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
-from kd_jax.planning.chips import GIB, Chip, Topology
+from kd_jax.planning.chips import Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
-BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
-TEACHER_BYTES = 4 + 4 + 4  # tokens, positions, segment ids of a token of the teacher's own rows
-PLACE_BYTES = 4  # of the teacher's hidden state, for each of the student's tokens
-
-CACHE_SHARE = 0.2
-"""Share of a device's memory for the keys and values of samples."""
-
 RECOMPUTING = ("layer", "attention")  # remat policies that run a layer's matmuls again
-
-
-def chunk_tokens(
-    wanted: int | None,
-    row: Platform,
-    chip: Chip | None,
-    vocab_size: int,
-    num_tokens: int,
-    *,
-    head_trainable: bool,
-) -> int:
-    """Returns the tokens of a chunk on one device.
-
-    Defaults: the platform's own; else as many as let both float32 logits chunks fill a 32nd of the
-    memory, at most 1 GiB, or 2 GiB where each chunk reads and writes the gradient of the head.
-
-    Args:
-      wanted: the config's; None: the default.
-      chip: None is an unknown chip, assumed to have a large memory.
-      vocab_size: entries on one device.
-      num_tokens: on one device.
-    """
-    if wanted is None:
-        most = 2 * GIB if head_trainable else GIB
-        room = min(most, chip.memory_bytes // 32 if chip else GIB)
-        own = row.trained_chunk_tokens if head_trainable else row.chunk_tokens
-        wanted = own or max(128, room // (2 * 4 * vocab_size) // 128 * 128)
-    return min(wanted, num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,15 +64,6 @@ class Work(NamedTuple):
     """Added by gradient checkpointing."""
     traffic_bytes: float
     """Between one device and its memory: weights, optimizer state, residuals and logits."""
-
-
-class Memory(NamedTuple):
-    """Bytes on one device."""
-
-    arguments: dict[str, int]
-    """teacher and student (frozen weights), trainable, optimizer (both moments, and the average
-    that is the teacher with teacher.kind ema), batch."""
-    temporaries: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,93 +226,3 @@ def work(case: Case) -> Work:
 def _layers(model: Shares) -> int:
     """Returns the bytes of all layers' weights in their matmuls."""
     return model.in_use(layer_weights(model.arch), model.itemsize) * model.arch.num_hidden_layers
-
-
-def memory(case: Case) -> Memory:
-    """Returns an estimate of the memory that XLA allocates; docs/planning.md compares the two."""
-    config, student = case.config, case.student
-    ours, theirs = make_shares(case)
-    trainable = ours.stored(trained_weights(config, student), 4)
-    frozen = weights(student) if config.trainable == "lora" else {}
-    loaded = head_weights if config.reads_cache else weights
-    token_bytes: float = BATCH_BYTES + cached_bytes(case)
-    if config.prompts_teacher and not config.reads_cache:
-        token_bytes += PLACE_BYTES
-        token_bytes += TEACHER_BYTES * config.teacher_seq_len / config.data.seq_len
-    own = config.teacher is not None and config.teacher.is_student  # has no weights of its own
-    kind = config.teacher.kind if config.teacher is not None and theirs is not None else "model"
-    arguments = {
-        "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs and not own else 0,
-        "student": ours.stored(frozen, ours.itemsize),
-        "trainable": trainable,
-        "optimizer": (3 if kind == "ema" else 2) * trainable,
-        "batch": int(case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes),
-    }
-    temporaries = _temporaries(case, ours, theirs, trainable)
-    if config.samples:
-        temporaries = max(temporaries, sampling_bytes(case, ours))
-    return Memory(arguments, temporaries)
-
-
-def sampling_bytes(case: Case, ours: Shares) -> int:
-    """Returns the bytes of a drawing of samples: keys and values, and the student's weights.
-
-    Prompts are taken to be as long as answers; keys and values have room for a row of the data
-    each, and fill at most CACHE_SHARE of the device.
-    """
-    config, topology = case.config, case.topology
-    S, rows = config.data.seq_len, config.on_policy.highest_fraction * config.data.batch_size
-    prompts = math.ceil(rows * max(1, S // (2 * config.on_policy.max_new_tokens)))
-    prompts = math.ceil(prompts / axes_size(case.sizes, BATCH_AXES))
-    slots = min(prompts, PLATFORMS[topology.platform].sampled_rows)
-    cache = 2 * replace(ours, tokens=slots * S).keys * ours.arch.num_hidden_layers
-    cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
-    return cache + ours.in_use(weights(ours.arch), ours.itemsize)
-
-
-def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int) -> int:
-    """Returns the bytes of the largest of the step's phases."""
-    config = case.config
-    rank = config.lora.rank if config.trainable == "lora" else 0
-    residuals = ours.arch.num_hidden_layers * ours.residuals(config.remat_policy, rank)
-    summed = gradients if config.optim.accumulation_steps > 1 else 0
-    layer = 2 * ours.hidden + 2 * ours.stream + ours.heads
-    backward = residuals + summed + gradients + 2 * layer + _gathered_layer(ours)
-    head = residuals + summed + _head(case, ours, theirs)
-    if theirs is None or config.reads_cache:
-        return max(backward, head)
-    return max(backward, head, 2 * (theirs.hidden + theirs.stream) + _gathered_layer(theirs))
-
-
-def _head(case: Case, ours: Shares, theirs: Shares | None) -> int:
-    """Returns the bytes of the fused head: logits of a chunk, hidden states, gathered heads."""
-    config, topology = case.config, case.topology
-    full, entries = config.trainable == "full", ours.arch.vocab_size // ours.sizes["tensor"]
-    shards = config.optim.accumulation_steps * axes_size(ours.sizes, BATCH_AXES)
-    row, chip = PLATFORMS[topology.platform], topology.rated_chip
-    C = chunk_tokens(
-        config.loss.chunk_tokens,
-        row,
-        chip,
-        entries,
-        case.num_tokens // shards,
-        head_trainable=full,
-    )
-    models = [ours] if theirs is None else [ours, theirs]
-    total = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
-    total += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
-    return total + (ours.in_use(head_weight(ours.arch), 4 + ours.itemsize) if full else 0)
-
-
-def _gathered_layer(model: Shares) -> int:
-    """Returns the bytes of all-gathered layers: the one in use and the next."""
-    if model.fsdp == 1:
-        return 0
-    return 2 * model.in_use(layer_weights(model.arch), model.itemsize)
-
-
-def _gathered_head(model: Shares, topology: Topology) -> int:
-    """Returns the bytes of an all-gathered head; a TPU copies shards that fill no tiles of 8."""
-    ragged = model.arch.vocab_size // (model.fsdp * model.tensor) % 8 > 0
-    copies = 2 if ragged and topology.platform == "tpu" else 1
-    return copies * model.in_use(head_weight(model.arch), model.itemsize)

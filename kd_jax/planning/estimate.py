@@ -5,9 +5,9 @@ from typing import Any
 
 from kd_jax.config import Config
 from kd_jax.parallel.platforms import choose_dtype
-from kd_jax.planning import cost
 from kd_jax.planning.chips import Topology
-from kd_jax.planning.cost import Case
+from kd_jax.planning.cost import Case, cached_bytes, work
+from kd_jax.planning.memory import estimate_memory
 from kd_jax.planning.network import Transfer, bound_seconds, transfers
 
 Report = dict[str, Any]
@@ -20,7 +20,7 @@ def estimate(case: Case) -> Report:
     speed.
     """
     config, topology = case.config, case.topology
-    memory = cost.memory(case)
+    memory = estimate_memory(case)
     arguments = sum(memory.arguments.values())
     return {
         "method": "analytic",
@@ -58,7 +58,7 @@ def memory_fields(topology: Topology, arguments: int, temporaries: int) -> Repor
 
 def time_fields(case: Case, transfers: Iterable[Transfer]) -> Report:
     """Returns FLOPs, collectives by kind, and the least time that a step can take."""
-    transfers, needs = list(transfers), cost.work(case)
+    transfers, needs = list(transfers), work(case)
     kinds: dict[str, Report] = {}
     for x in transfers:
         sums = kinds.setdefault(x.kind, {"count": 0, "bytes": 0})
@@ -69,7 +69,7 @@ def time_fields(case: Case, transfers: Iterable[Transfer]) -> Report:
     return {
         "flops_per_step": needs.flops,
         "recomputed_flops_per_step": needs.recomputed_flops,
-        "cache_bytes_per_step": cost.cached_bytes(case) * case.num_targets,
+        "cache_bytes_per_step": cached_bytes(case) * case.num_targets,
         "collectives": kinds,
         "bound_step_seconds": longest,
         "bound_tokens_per_second": longest and case.num_tokens / longest,

@@ -17,7 +17,7 @@ from kd_jax.models.weight_table import is_adapter
 from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
-from kd_jax.planning.cost import chunk_tokens
+from kd_jax.planning.memory import chunk_tokens
 from kd_jax.setup.models import Models, TeacherSource
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.stored import StoredModel

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.data.store import TEACHER
+from kd_jax.losses.head_inputs import Seen
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.placement import Arrays
@@ -62,7 +63,9 @@ class Stored(NamedTuple):
         return self.head
 
     @staticmethod
-    def logits(rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array) -> jax.Array:
+    def logits(
+        rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array, seen: Seen
+    ) -> jax.Array:
         """Returns [C, V] float32 of hidden states [C, Dt], scales [C] and the head [V, Dt]."""
         hidden, scales = rows
         if scales is not None:

@@ -64,9 +64,7 @@ class TopK:
     def vocab_arrays(self) -> jax.Array:
         return self.entries
 
-    def logits_beside(
-        self, rows: tuple[jax.Array, ...], vocab_arrays: jax.Array, seen: Seen
-    ) -> jax.Array:
+    def logits(self, rows: tuple[jax.Array, ...], vocab_arrays: jax.Array, seen: Seen) -> jax.Array:
         """Returns log-probabilities [C, V] float32, those of the rest by `treatment`.
 
         bucket: in the student's proportions, which makes of all other entries one: an f-divergence

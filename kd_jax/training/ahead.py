@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from kd_jax.parallel.rules import BATCH_AXES, axes_size
-from kd_jax.planning import cost
 from kd_jax.planning.chips import GIB
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate, memory_fields, time_fields
+from kd_jax.planning.memory import estimate_memory
 
 LARGEST = 8  # arrays that a report names
 
@@ -60,6 +60,6 @@ def _too_large(case: Case, error: Exception) -> Report:
       error: it is about something else.
     """
     if found := re.search(r"required for HLO temporaries \(([\d.]+)G\)", str(error)):
-        arguments = sum(cost.memory(case).arguments.values())
+        arguments = sum(estimate_memory(case).arguments.values())
         return memory_fields(case.topology, arguments, int(float(found[1]) * GIB))
     raise error

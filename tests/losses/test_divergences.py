@@ -14,7 +14,8 @@ from kd_jax.config import LossConfig
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
 from kd_jax.losses.head_inputs import Side, Targets
-from kd_jax.losses.token_loss import LossScalars
+from kd_jax.losses.token_loss import LossScalars, agreement_terms
+from kd_jax.losses.token_weights import adaptive_weight
 from kd_jax.losses.vocabulary import sum_over_vocab
 from kd_jax.teachers.live import Live
 
@@ -141,13 +142,6 @@ def test_a_missing_term_of_the_softmax_is_seen(name, monkeypatch):
         sums = sum_over_vocab(terms)
         return divergences.Terms(sums.value, 0 * sums.slope)
 
-    # These take sums of their own.
-    weight, rate = (
-        jax.jit(divergences.adaptive_weight, static_argnums=2),
-        jax.jit(divergences.acceptance_rate),
-    )
-    monkeypatch.setattr(divergences, "adaptive_weight", lambda *x: weight(*x))
-    monkeypatch.setattr(divergences, "acceptance_rate", lambda u, v, axis=None: rate(u, v))
     assert not is_seen(ONE_EACH[name])
     monkeypatch.setattr(divergences, "sum_over_vocab", no_slope)
     assert is_seen(ONE_EACH[name])
@@ -163,10 +157,10 @@ def test_the_wrong_side_of_a_mixture_is_seen(name, monkeypatch):
     assert is_seen(ONE_EACH[name])
 
 
-@pytest.mark.parametrize("name", ["symmetric_kl", "adaptive_kl"])
+@pytest.mark.parametrize("name", ["symmetric_kl", "adaptive_kl", "lk_hybrid"])
 def test_the_wrong_share_of_the_forward_kl_is_seen(name, monkeypatch):
     right = divergences._mix
-    monkeypatch.setattr(divergences, "_mix", lambda u, v, config, w, r: right(u, v, config, r, w))
+    monkeypatch.setattr(divergences, "_mix", lambda *inputs: right(*inputs[:-1], 1 - inputs[-1]))
     assert is_seen(ONE_EACH[name])
 
 
@@ -240,7 +234,7 @@ def test_bounds_hold(beta):
     assert distance.max() <= 1 + 1e-6 and distance.max() > 0.9
     forward = value_of(*logits, divergence="forward_kl")
     assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
-    terms = divergences.agreement_terms(*map(jax.nn.log_softmax, logits))
+    terms = agreement_terms(*map(jax.nn.log_softmax, logits))
     accepted = sum_over_vocab(terms["acceptance"])
     np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
     # The mixture of the KL and the distance is between them.
@@ -347,7 +341,7 @@ def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
 def test_the_head_of_the_teachers_mass_is_that_of_a_sort(mass, deviation):
     student, teacher = make_logits(3, num_tokens=40, size=5000, deviation=deviation)
     log_q, log_p = (np.asarray(jax.nn.log_softmax(z)) for z in (student, teacher))
-    got = jax.jit(divergences.adaptive_weight, static_argnums=2)(log_q, log_p, mass)[:, 0]
+    got = jax.jit(adaptive_weight, static_argnums=2)(log_q, log_p, mass)[:, 0]
     q, p = (np.exp(np.float64(x)) for x in (log_q, log_p))
     want = reference.adaptive_weight(q, p, mass)
     assert np.ptp(want) > 0.001
@@ -363,7 +357,7 @@ def test_entries_that_tie_are_in_the_head_together():
     )
     log_q = jnp.log(jnp.array([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3], [0.4, 0.2, 0.2, 0.2]]))
     # Of 0.7 the first alone, since three of 0.2 are too many; all four of 0.25; the first always.
-    got = divergences.adaptive_weight(log_q, log_p, 0.7 - 0.01)
+    got = adaptive_weight(log_q, log_p, 0.7 - 0.01)
     np.testing.assert_allclose(got, [[0.5], [1.0], [0.5]], rtol=1e-5)
 
 

@@ -23,9 +23,10 @@ from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder, logits
 from kd_jax.models.known import KNOWN_MODELS
+from kd_jax.models.weight_table import adapter_weights
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.platforms import PLATFORMS
-from kd_jax.planning import cost, network
+from kd_jax.planning import cost, memory, network
 from kd_jax.planning.chips import CHIPS, find_topology
 from kd_jax.training.abstract import abstract_run
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.devices(8)
 def test_a_chunk_holds_about_the_tokens_asked_for():
     options = {"row": PLATFORMS["gpu"], "chip": CHIPS["h200"], "vocab_size": 128_256}
     for num_tokens, want in ((8192, 1000), (100, 100)):
-        got = cost.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
+        got = memory.chunk_tokens(1000, num_tokens=num_tokens, head_trainable=False, **options)
         assert got == want
 
 
@@ -48,7 +49,7 @@ def test_a_chunk_holds_about_the_tokens_asked_for():
 )  # fmt: skip
 def test_two_models_logits_of_a_chunk_fill_little_of_the_memory(chip, trained, most):
     for vocab_size in (32_000, 128_256, 152_064):
-        tokens = cost.chunk_tokens(
+        tokens = memory.chunk_tokens(
             None, PLATFORMS["tpu"], CHIPS.get(chip), vocab_size, 10**6, head_trainable=trained
         )
         assert most / 2 < 2 * 4 * tokens * vocab_size <= most
@@ -99,7 +100,7 @@ def test_bytes_by_kind_are_those_of_the_runs_arrays(name, trainable, mesh, stude
     )
     devices = make_mesh(mesh, 8)
     run = abstract_run(config, ours, theirs, devices)
-    got = cost.memory(
+    got = memory.estimate_memory(
         cost.Case(
             config=config,
             student=ours,
@@ -174,7 +175,7 @@ def test_a_models_flops_are_what_xla_counts():
     arrays = run.models.frozen | run.models.trainable["student"]
     counted = jax.jit(forward).lower(arrays, ids).compile().cost_analysis()["flops"]
     head = 2.0 * student.vocab_size * student.hidden_size
-    adapters = 2.0 * cost.count(cost.adapter_weights(config.lora, student))
+    adapters = 2.0 * cost.count(adapter_weights(config.lora, student))
     want = 64 * (sum(cost.layer_flops(student, 64)) + adapters + head)
     assert counted == pytest.approx(want, rel=0.03)
 
@@ -195,7 +196,7 @@ def test_remat_adds_a_forward_pass_of_the_student():
     needed, again = cost.step_flops(config, student, teacher, tokens, tokens)
     assert needed / tokens == pytest.approx(21e9, rel=0.03)  # the cost model of the records
     products = sum(cost.layer_flops(student, config.data.seq_len))
-    adapters = 2 * cost.count(cost.adapter_weights(config.lora, student))
+    adapters = 2 * cost.count(adapter_weights(config.lora, student))
     assert again == tokens * (products + adapters)
 
 
@@ -228,4 +229,4 @@ def test_a_drawing_of_samples_has_room_for_keys_values_and_a_copy_of_the_student
     rows = config.data.batch_size // 2
     slots = rows * 2048 // (2 * 256)  # prompts as long as answers
     cache = 2 * 16 * slots * 2048 * 8 * 64 * 2  # keys and values of 16 layers, bfloat16
-    assert cost.sampling_bytes(case, cost.make_shares(case)[0]) == cache + 1_235_814_400 * 2
+    assert memory.sampling_bytes(case, cost.make_shares(case)[0]) == cache + 1_235_814_400 * 2

@@ -46,7 +46,7 @@ def dense(states, stored, treatment):
     teacher, z = side(stored, treatment), log_probs_of(*states[:2]).reshape(-1, V)
     rows = jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), teacher.rows)
     seen = Seen(z, states[-1].reshape(-1), Vocab(teacher.entries), V)
-    return np.exp(teacher.logits_beside(rows, teacher.entries, seen)).reshape(B, S, V)
+    return np.exp(teacher.logits(rows, teacher.entries, seen)).reshape(B, S, V)
 
 
 def test_the_most_likely_entries_are_stored_with_the_mass_of_the_rest(states):
@@ -70,7 +70,7 @@ def test_ids_above_16_bits_are_whole():
     teacher = side(found, num_entries=70_000)
     rows = jax.tree.map(lambda x: x[0], teacher.rows)
     seen = Seen(jnp.zeros((1, 70_000)), jnp.zeros(1, int), Vocab(teacher.entries), 70_000)
-    z = teacher.logits_beside(rows, teacher.entries, seen)[0]
+    z = teacher.logits(rows, teacher.entries, seen)[0]
     assert jax.lax.top_k(z, 4)[1].tolist() == [3, 69_999, 65_536, 65_535]
 
 
