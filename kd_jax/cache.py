@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kd_jax.config.checks import Checked, Range
+from kd_jax.config import Config
+from kd_jax.config.checks import Checked, Checks, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
+from kd_jax.config.errors import raise_all
 from kd_jax.config.flags import split_flags
 from kd_jax.config.streams import outlive_readers
+
+DEFAULT_K = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,7 @@ class CacheArgs(Checked):
     """What is stored of each token with a loss. hidden: the teacher's final-normed hidden state,
     exact for every divergence; topk: its most likely entries, biased; sampled: entries drawn from
     it, of which the forward KL's gradient is unbiased (arXiv 2503.16870)."""
-    k: Annotated[int, Range(least=2)] = 64
+    k: Annotated[int, Range(least=2)] = DEFAULT_K
     """Entries of a token with topk and sampled, an even number; 4.5 bytes each."""
     dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = "auto"
     """dtype of the stored hidden states; auto: the teacher's, which is exact. float8 (e4m3) and
@@ -46,10 +50,33 @@ class CacheArgs(Checked):
     first rows of the training data: the student's divergence from each."""
 
 
+def check_args(args: CacheArgs) -> None:
+    """Raises UserError for flags that contradict each other, or would have no effect."""
+    checks = Checks()
+    given = {
+        "--documents": args.documents,
+        "--source": args.source is not None,
+        "--dry-run": args.dry_run,
+        "--check": args.check,
+    }
+    several = [name for name, value in given.items() if value]
+    if len(several) > 1:
+        checks.refuse(several[0], f"no {' or '.join(several[1:])} beside it", "both")
+    stores_hidden = args.kind == "hidden" and args.source is None
+    if stores_hidden and args.k != DEFAULT_K:
+        checks.refuse("--k", "--kind topk, --kind sampled or --source as well", args.k)
+    if args.source is not None and args.kind == "sampled":
+        checks.refuse("--kind", "topk with --source", args.kind)
+    if not stores_hidden and args.dtype != "auto":
+        checks.refuse("--dtype", "auto without hidden states", args.dtype)
+    raise_all(checks.problems)
+
+
 def main(argv: Sequence[str]) -> None:
-    own, flags = split_flags(CacheArgs, argv)
+    own, flags = split_flags(CacheArgs, Config, argv)
     description = f"{__doc__}\nAny flag of kd_jax.train changes the config file's fields."
     args = parse_args(CacheArgs, own, description)
+    check_args(args)
     config = parse_config(["--config", args.config, *flags])
     from kd_jax.parallel.processes import joined
     from kd_jax.setup.runtime import start_jax

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from kd_jax.config import UserError
+from kd_jax.config import Config, UserError
 from kd_jax.config.checks import Checked, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
@@ -46,7 +46,7 @@ class PlanArgs(Checked):
 
 
 def main(argv: Sequence[str]) -> None:
-    own, flags = split_flags(PlanArgs, argv)
+    own, flags = split_flags(PlanArgs, Config, argv)
     description = f"{__doc__}\nAny flag of kd_jax.train changes the config file's fields."
     args = parse_args(PlanArgs, own, description)
     case, devices = open_case(args, flags)

@@ -104,7 +104,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[st
     Raises:
       UserError: a --set lacks a field or values, repeats one, or contradicts another flag.
     """
-    flags, common = split_flags(SweepArgs, argv)
+    flags, common = split_flags(SweepArgs, Config, argv)
     own: list[str] = []
     grid: dict[str, list[str]] = {}
     problems = []

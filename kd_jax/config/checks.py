@@ -2,13 +2,15 @@
 
 import dataclasses
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from kd_jax.config.errors import raise_all
+from kd_jax.config.errors import UserError, raise_all
 
 INF = float("inf")
 
@@ -90,6 +92,16 @@ class Checks:
         if part.schedule_steps is not None:
             expected = f"None with {name}.schedule constant"
             self.refuse(f"{name}.schedule-steps", expected, part.schedule_steps)
+
+
+def out_path(path: str, flag: str) -> Path:
+    """Returns the path of a file to write; raises UserError unless its folder takes new files."""
+    file = Path(path).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{flag}: expected a file in an existing folder, got {path}")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{flag}: expected a folder that can be written, got {file.parent}")
+    return file
 
 
 def parse_date(text: str) -> datetime | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from kd_jax.config.checks import Checked, metadata, plain_type
+from kd_jax.config.checks import Checked, metadata, out_path, plain_type
 from kd_jax.config.data import DataConfig
 from kd_jax.config.errors import UserError, did_you_mean
 from kd_jax.config.flags import check_flags, plain_switches
@@ -280,9 +280,7 @@ def check_out_file(path: str, flag: str, field: str) -> Path:
     Raises:
       UserError: the folder does not exist, or the path is something else than an earlier result.
     """
-    file = Path(path).expanduser()
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"{flag}: expected a file in an existing folder, got {path}")
+    file = out_path(path, flag)
     try:
         earlier = not file.exists() or (file.is_file() and field in json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):

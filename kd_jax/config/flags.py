@@ -38,14 +38,15 @@ def check_flags(cls: type, argv: Sequence[str]) -> None:
     for name in flag_names(cls, only=tuple):  # tyro would keep only the last values
         if given.count(name) > 1:
             problems.append(f"--{name}: given twice. Give all of its values after one --{name}")
-    for name in given:
-        if name in known:
-            continue
-        group = f"{name.split('.')[0]}."
-        others = ", ".join(f"--{flag}" for flag in sorted(known) if flag.startswith(group))
-        hint = f" There are {others}" if others else " --help lists the flags"
-        problems.append(f"--{name}: no such flag.{did_you_mean(name, known, '--') or hint}")
+    problems += [_unknown(name, known) for name in given if name not in known]
     raise_all(problems)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    group = f"{name.split('.')[0]}."
+    others = ", ".join(f"--{flag}" for flag in sorted(known) if flag.startswith(group))
+    hint = f" There are {others}" if others else " --help lists the flags"
+    return f"--{name}: no such flag.{did_you_mean(name, known, '--') or hint}"
 
 
 def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator[str]:
@@ -64,9 +65,16 @@ def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator
             yield f"{prefix}no-{name}"
 
 
-def split_flags(cls: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the words of `cls`'s flags and of --help, and the words of all other flags."""
+def split_flags(cls: type, other: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words of `cls`'s flags and of --help, and the words of the other class's flags.
+
+    Raises:
+      UserError: a flag is of neither; the message names the nearest.
+    """
     names = set(flag_names(cls)) | {"help"}
+    known = {*names, *flag_names(other)}
+    given = [flag_name(word) for word in argv if word.startswith("--")]
+    raise_all([_unknown(name, known) for name in given if name not in known])
     own: list[str] = []
     others: list[str] = []
     for words in flag_groups(argv):

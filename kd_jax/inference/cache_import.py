@@ -8,20 +8,34 @@ import jax
 import numpy as np
 
 from kd_jax.config import Config, UserError
+from kd_jax.config.checks import out_path
 from kd_jax.data.documents import predicts_target
 from kd_jax.data.rows import Rows
 from kd_jax.data.store import Batch
-from kd_jax.inference.cached import Data, open_cache, open_data, with_live_teacher
+from kd_jax.inference.cached import (
+    Data,
+    Storage,
+    make_fields,
+    open_cache,
+    open_data,
+    with_live_teacher,
+)
 from kd_jax.inference.teacher_pass import finish
 from kd_jax.parallel.processes import say
 from kd_jax.setup.cached import Found
 from kd_jax.teachers.claim import claimed
 from kd_jax.teachers.manifest import SOURCE
-from kd_jax.teachers.records import Record, difference, make_values, read_records
+from kd_jax.teachers.records import (
+    Record,
+    check_alignment,
+    difference,
+    make_values,
+    read_records,
+)
 from kd_jax.teachers.storage import storing
-from kd_jax.teachers.topk import topk_fields
 from kd_jax.teachers.writing import PartWriter
 from kd_jax.weights.files import write_whole
+from kd_jax.weights.hashes import hash_files
 
 
 def import_cache(
@@ -36,20 +50,23 @@ def import_cache(
       UserError: a document has no record of its very tokens, or a record is wrong. Nothing is
         written then.
     """
-    if jax.process_count() > 1 or k % 2:
-        raise UserError(f"--source: expected one process and an even --k, got --k {k}")
+    if jax.process_count() > 1:
+        raise UserError(f"--source: expected one process, got {jax.process_count()}")
     data = open_data(with_live_teacher(config), devices)
+    fields = make_fields(Storage("topk", k=k), "auto", data)
     records = {record.tokens.tobytes(): record for record in read_records(source)}
+    check_alignment(records.values(), source)
     identity = {n: x for n, x in data.identity.items() if not n.startswith("teacher.")}
     identity |= {SOURCE: "records", "vocabulary": str(data.vocab_size)}
     with claimed(out, "--out"):
-        cache, found = open_cache(out, "--out", "topk", topk_fields(k), identity, data.rows)
+        cache, found = open_cache(out, "--out", "topk", fields, identity, data.rows)
         values = [x for one in found for x in _values(one, records, source, k, data.vocab_size)]
         keys = [one.documents.keys[i] for one in found for i in np.flatnonzero(one.places < 0)]
         if keys:
             counts = np.concatenate([x.documents.counts[x.places < 0] for x in found])
             with storing(out):
-                writer = PartWriter(cache, keys, counts)
+                (origin,) = hash_files([Path(source).expanduser()])
+                writer = PartWriter(cache, keys, counts, origin)
                 skip = writer.done
                 for some in values:
                     count = len(some["rest"])
@@ -62,14 +79,32 @@ def import_cache(
 
 
 def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | None = None) -> None:
-    """Writes the tokens of each different document, a line of JSON each, for another system."""
+    """Writes the tokens of each different document, a line of JSON each, for another system.
+
+    Raises:
+      UserError: the file is another one, or cannot be written.
+    """
+    file = out_path(path, "--out")
+    if file.exists() and not _has_documents(file):
+        raise UserError(
+            f"--out: expected a new file, or earlier documents to replace, got {path}, which is "
+            "another file. Give another name"
+        )
     data = open_data(with_live_teacher(config), devices)
     seen: dict[bytes, None] = {}
     for rows in [some.teacher or some for some in data.rows if some is not None]:
         seen |= dict.fromkeys(tokens.tobytes() for tokens, _ in _documents(rows))
     lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
-    write_whole(Path(path).expanduser(), "".join(f"{line}\n" for line in lines))
+    write_whole(file, "".join(f"{line}\n" for line in lines))
     say(f"{path}: {len(lines):,} documents")
+
+
+def _has_documents(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return json.loads(stream.readline()).keys() == {"prompt_token_ids"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _documents(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -28,7 +28,7 @@ from kd_jax.setup.cached import (
 from kd_jax.setup.inputs import open_inputs, read_rows
 from kd_jax.setup.sources import Source, check_shared, shared_vocab, start_hashing
 from kd_jax.teachers.claim import claimed
-from kd_jax.teachers.manifest import Cache, check_identity, new_cache, read_cache
+from kd_jax.teachers.manifest import SOURCE, Cache, check_identity, new_cache, read_cache
 from kd_jax.teachers.storage import Fields, token_bytes
 from kd_jax.teachers.stored import hidden_fields
 from kd_jax.teachers.topk import MOST_ENTRIES, topk_fields
@@ -144,10 +144,23 @@ def open_cache(
     identity: dict[str, str],
     rows: tuple[Rows, Rows | None],
 ) -> tuple[Cache, list[Found]]:
-    """Returns the cache in a folder, or a new one, and the documents of the rows."""
+    """Returns the cache to which documents of the rows are added, or a new one, and these.
+
+    Args:
+      fields: of a new cache; with the flag --out, also those that one must have that is there.
+    """
 
     def read() -> tuple[tuple[Cache, list[Found]], dict[str, int]]:
         cache = read_cache(path, flag) or new_cache(path, kind, fields, identity)
+        if (SOURCE in cache.identity) != (SOURCE in identity):
+            wanted = "was made of a file" if SOURCE in cache.identity else "a teacher made"
+            raise UserError(
+                f"{flag}: expected a cache that one teacher fills, got {path}, which {wanted}. "
+                + "Add to it with "
+                + ("--source alone" if SOURCE in cache.identity else "a teacher, not --source")
+            )
+        if flag == "--out":
+            _check_fields(cache, kind, fields)
         check_identity(cache, identity, flag)
         return (cache, find_all(cache, *rows)), {"parts": len(cache.parts)}
 
@@ -177,7 +190,7 @@ def make_cache(
     config = with_live_teacher(config)
     assert config.teacher is not None
     data = open_data(config, devices)
-    fields = _make_fields(how, config.teacher.dtype, data)
+    fields = make_fields(how, config.teacher.dtype, data)
     # Log-probabilities depend on the vocabulary that the models share; hidden states do not.
     size = {} if how.kind == "hidden" else {"vocabulary": str(data.vocab_size)}
     recipe = (how.kind, fields, data.identity | size, data.rows)
@@ -187,14 +200,13 @@ def make_cache(
         return data
     with claimed(out, "--out"):
         cache, found = open_cache(out, "--out", *recipe)
-        _check_fields(cache, fields)
         say(_describe(cache, found))
         complete(config, cache, data.teacher, data.mesh, found)
     say(f"done: --teacher.cache {out} trains from it")
     return data
 
 
-def _make_fields(how: Storage, dtype: str, data: Data) -> Fields:
+def make_fields(how: Storage, dtype: str, data: Data) -> Fields:
     """Returns the arrays of a new cache; raises UserError if k does not fit the vocabulary."""
     if how.kind == "hidden":
         form = dtype if how.dtype == "auto" else how.dtype
@@ -230,13 +242,13 @@ def with_live_teacher(config: Config) -> Config:
     return dataclasses.replace(config, teacher=own)
 
 
-def _check_fields(cache: Cache, fields: Fields) -> None:
+def _check_fields(cache: Cache, kind: str, fields: Fields) -> None:
     """Raises UserError if a cache that is there stores its values in another form."""
     ours, theirs = (
-        ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in sorted(some.items()))
-        for some in (fields, cache.fields)
+        f"{what}: " + ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in sorted(some.items()))
+        for what, some in ((kind, fields), (cache.kind, cache.fields))
     )
-    if fields != cache.fields:
+    if (kind, fields) != (cache.kind, cache.fields):
         raise UserError(
             f"--kind, --k, --dtype: expected those of the cache {cache.path} ({theirs}), got "
             f"{ours}. Give another --out"

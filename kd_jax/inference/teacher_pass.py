@@ -201,7 +201,7 @@ class Progress:
     def __init__(self, path: str, total: int) -> None:
         self.path, self.total = path, total
         self.first: tuple[int, float] | None = None  # the first batch compiles
-        self.told = 0.0
+        self.told = time.monotonic()
 
     def tell(self, done: int) -> None:
         now = time.monotonic()

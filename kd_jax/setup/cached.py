@@ -14,7 +14,7 @@ from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
 from kd_jax.parallel.processes import say
 from kd_jax.setup.models import TeacherKind
-from kd_jax.teachers.manifest import Cache, cache_key, find_places
+from kd_jax.teachers.manifest import SOURCE, Cache, cache_key, find_places
 from kd_jax.teachers.reading import CachedRows
 
 
@@ -109,11 +109,13 @@ def check_loss(cache: Cache, config: Config) -> None:
         problems.append(f"loss.temperature: expected 1 {place}, which has no other's probabilities")
     if problems:
         raise UserError("\n".join([*problems, "A cache of hidden states serves every loss"]))
-    if cache.kind == "topk":
-        say(
-            f"warning: teacher.cache: {cache.path} has the teacher's most likely entries alone: "
-            "the loss is biased, and kl_forward and the like are those to what is stored"
-        )
+    what = {
+        "topk": "the teacher's most likely entries alone: the loss is biased, and kl_forward and "
+        "the like are those to what is stored",
+        "sampled": "draws from the teacher alone: the gradient of forward_kl is unbiased, but "
+        "kl_forward and the like are those to the draws",
+    }
+    say(f"warning: teacher.cache: {cache.path} has {what[cache.kind]}")
 
 
 def find_all(cache: Cache, rows: Rows, eval_rows: Rows | None) -> list[Found]:
@@ -134,9 +136,11 @@ def check_complete(cache: Cache, found: Sequence[Found]) -> None:
         if one.num_missing
     ]
     if lacking:
+        from_file = SOURCE in cache.identity
+        how = " --source" if from_file else ", or set --teacher.cache-missing compute"
         raise UserError(
             f"teacher.cache: {cache.path} lacks {' and '.join(lacking)}. Add them with python -m "
-            "kd_jax.cache and this configuration, or set --teacher.cache-missing compute"
+            f"kd_jax.cache and this configuration{how}"
         )
 
 

@@ -26,10 +26,12 @@ from kd_jax.teachers.storage import (
     local_folder,
     open_folder,
     read_file,
+    token_bytes,
     write_json,
 )
 
 VERSION = 1
+KINDS = ("hidden", "topk", "sampled")
 SOURCE = "source"
 """In the identity of a cache made of a file in place of a teacher: the name of its kind."""
 MANIFEST = "manifest.json"
@@ -53,7 +55,7 @@ class Cache:
     path: str
     store: ts.KvStore
     kind: Any
-    """hidden, topk or sampled."""
+    """One of KINDS."""
     fields: Fields
     identity: dict[str, str]
     """Hashes of teacher, adapter, tokenizer and template, the teacher's dtype and the number of
@@ -110,14 +112,18 @@ def _from_json(path: str, store: ts.KvStore, tree: Any) -> Cache:
     if tree["version"] != VERSION:
         raise ValueError(f"version {tree['version']}")
     fields = {name: Field(tuple(x[0]), x[1]) for name, x in tree["fields"].items()}
-    parts = [
-        Part(x["documents"], x["tokens"], {n: (y[0], y[1]) for n, y in x["files"].items()})
-        for x in tree["parts"]
-    ]
+    kind, size = tree["kind"], token_bytes(fields)
+    fits = "hidden" in fields if kind == "hidden" else "vocabulary" in tree["identity"]
+    if kind not in KINDS or not fits or not size:
+        raise ValueError(f"kind {kind} with arrays {', '.join(fields) or 'missing'}")
+    parts = []
+    for x in tree["parts"]:
+        files = {name: (size, value) for name, (size, value) in x["files"].items()}
+        parts.append(Part(int(x["documents"]), int(x["tokens"]), files))
     return Cache(
         path=path,
         store=store,
-        kind=tree["kind"],
+        kind=kind,
         fields=fields,
         identity=dict(tree["identity"]),
         parts=tuple(parts),
@@ -227,12 +233,13 @@ def find_places(cache: Cache, documents: Documents) -> np.ndarray:
 def _read_index(cache: Cache, number: int, first: int) -> list[tuple[bytes, int]]:
     """Returns the key and the first token of each document of a part."""
     name = f"{part_folder(number)}{INDEX}"
-    data = read_file(cache.store, name) or b""
-    if xxhash.xxh3_128_hexdigest(data) != cache.parts[number].files[INDEX][1]:
+    part, data = cache.parts[number], read_file(cache.store, name) or b""
+    same = xxhash.xxh3_128_hexdigest(data) == part.files[INDEX][1]
+    table = np.load(io.BytesIO(data)) if same else np.zeros(0, _INDEX_DTYPE)
+    if (len(table), table["tokens"].sum()) != (part.documents, part.tokens):
         raise UserError(
             f"teacher.cache: {cache.path}/{name}: expected the file that was written, got another. "
             "Restore it, or make the cache again"
         )
-    table = np.load(io.BytesIO(data))
     starts = first + np.cumsum(table["tokens"], dtype=np.int64) - table["tokens"]
     return list(zip(table["key"].tolist(), starts.tolist(), strict=True))

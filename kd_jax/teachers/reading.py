@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import tensorstore as ts
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
@@ -10,7 +11,7 @@ from kd_jax.data.documents import Documents, predicts_target
 from kd_jax.data.rows import Rows
 from kd_jax.data.store import TEACHER, Batch
 from kd_jax.teachers.manifest import Cache, part_folder
-from kd_jax.teachers.storage import numpy_dtype, open_array
+from kd_jax.teachers.storage import Field, numpy_dtype, open_array
 
 Span = tuple[int, int]
 """First token and one past the last, in all parts' tokens."""
@@ -25,10 +26,7 @@ class CachedRows:
         self.cache, self.rows = cache, rows
         self.documents, self.places = documents, places
         self.arrays = [
-            {
-                name: open_array(cache.store / part_folder(number), f"{name}/", field, 0, None)
-                for name, field in cache.fields.items()
-            }
+            {name: self._open(number, name) for name in cache.fields}
             for number in range(len(cache.parts))
         ]
 
@@ -53,6 +51,18 @@ class CachedRows:
                     dense[i, mask] = self._join(parts)
             out[f"{TEACHER}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
         return out
+
+    def _open(self, number: int, name: str) -> ts.TensorStore:
+        field = self.cache.fields[name]
+        store = self.cache.store / part_folder(number)
+        try:
+            array = open_array(store, f"{name}/", field, 0, None)
+        except (ValueError, OSError) as error:
+            raise self._damage(first_line(error)) from error
+        form = Field(array.shape[1:], array.dtype.name)
+        if (array.shape[0], form) != (self.cache.parts[number].tokens, field):
+            raise self._damage(f"{name}: {array.shape[0]:,} tokens of {form}, not of {field}")
+        return array
 
     def _spans(self, row: int) -> list[Span]:
         """Returns a row's tokens in the cache; documents that follow each other are one span."""
@@ -79,7 +89,10 @@ class CachedRows:
         try:
             return np.concatenate([future.result() for future in futures])
         except (ValueError, OSError) as error:
-            raise UserError(
-                f"teacher.cache: {self.cache.path}: expected the values that were written, got "
-                f"damage ({first_line(error)}). Restore the files, or make the cache again"
-            ) from error
+            raise self._damage(first_line(error)) from error
+
+    def _damage(self, what: str) -> UserError:
+        return UserError(
+            f"teacher.cache: {self.cache.path}: expected the values that were written, got damage "
+            f"({what:.300}). Restore the files, or make the cache again in another folder"
+        )

@@ -28,12 +28,18 @@ class PartWriter:
     Of several processes, which all take all values, each writes its own shards.
     """
 
-    def __init__(self, cache: Cache, keys: list[bytes], counts: np.ndarray) -> None:
-        """Begins the part, or goes on with an unfinished one of the same documents."""
+    def __init__(
+        self, cache: Cache, keys: list[bytes], counts: np.ndarray, origin: str = ""
+    ) -> None:
+        """Begins the part, or goes on with an unfinished one of the same documents and origin.
+
+        Args:
+          origin: hash of the file that the values are from, if not from the teacher.
+        """
         self.cache, self.store = cache, cache.store / part_folder(len(cache.parts))
         self.num_documents, self.num_tokens = len(keys), int(counts.sum())
         self.shard, self.chunk = tokens_per_shard(cache.fields, self.num_tokens)
-        self._prepare(index_bytes(keys, counts))
+        self._prepare(index_bytes(keys, counts), origin)
         self.arrays = {
             name: open_array(
                 self.store, f"{name}/", field, self.num_tokens, (self.shard, self.chunk)
@@ -45,26 +51,44 @@ class PartWriter:
         self.waiting: list[Batch] = []
         self.pending: list[Any] = []
 
-    def _prepare(self, index: bytes) -> None:
+    def _prepare(self, index: bytes, origin: str) -> None:
         """Deletes an unfinished part of other documents or another form, and writes the plan."""
         fields = sorted(self.cache.fields.items())
         recipe = [self.cache.kind, fields, sorted(self.cache.identity.items())]
+        recipe += [origin] if origin else []
         plan = {"recipe": json.loads(json.dumps(recipe)), "index": xxhash.xxh3_128_hexdigest(index)}
-        there = read_file(self.store, _PLAN)
-        if jax.process_index() > 0 or (there and json.loads(there) == plan):
+        if jax.process_index() > 0 or self._read_plan() == plan:
             return
         self.store.delete_range(type(self.store).KeyRange()).result()
         self.store.write(INDEX, index).result()
         write_json(self.store, _PLAN, plan)
 
+    def _read_plan(self) -> Any:
+        """Returns the plan of the unfinished part; None if there is none, or it is damaged."""
+        try:
+            return json.loads(read_file(self.store, _PLAN) or b"null")
+        except ValueError:
+            return None
+
     def _count_done(self) -> int:
-        """Returns the tokens in the shards before the first missing one."""
+        """Returns the tokens in the shards before the first missing or damaged one."""
         found, number = set(list_files(self.store)), 0
         while number * self.shard < self.num_tokens and all(
-            shard_key(name, field, number) in found for name, field in self.cache.fields.items()
+            shard_key(name, field, number) in found and self._is_whole(name, number)
+            for name, field in self.cache.fields.items()
         ):
             number += 1
         return min(number * self.shard, self.num_tokens)
+
+    def _is_whole(self, name: str, number: int) -> bool:
+        """Reads a shard; returns False if a chunk has another CRC."""
+        start = number * self.shard
+        stop = min(start + self.shard, self.num_tokens)
+        try:
+            self.arrays[name][start:stop].read().result()
+        except (ValueError, OSError):
+            return False
+        return True
 
     def append(self, values: Batch) -> None:
         """Takes the values of the next tokens, [n, ...] by field."""

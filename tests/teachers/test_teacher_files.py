@@ -94,6 +94,10 @@ def test_a_file_gives_the_values_of_the_teacher_that_wrote_it(run, read, records
 
 def test_documents_are_written_for_another_system(run, records, tmp_path):
     file = tmp_path / "documents.jsonl"
+    file.write_text("a letter")
+    with pytest.raises(UserError, match="which is another file"):
+        write_documents(run.config, str(file), jax.devices()[:1])
+    file.unlink()
     write_documents(run.config, str(file), jax.devices()[:1])
     lines = [json.loads(line)["prompt_token_ids"] for line in file.read_text().splitlines()]
     assert lines == list({tuple(tokens): tokens for tokens, _ in records[1]}.values())
@@ -111,6 +115,16 @@ def with_first(change):
     return broken
 
 
+def late(count):
+    """Returns a function that moves a record's entries, which have their tokens as vLLM's do."""
+
+    def broken(tokens, entries):
+        whole = {i: entries.get(i, {}) | {token: -9.0} for i, token in enumerate(tokens) if i}
+        return tokens, {i: x for i in whole if (x := whole.get(i - count))}
+
+    return broken
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -121,14 +135,41 @@ def with_first(change):
         (with_first(lambda x: x | {next(iter(x)): 0.5}), "expected log-probabilities up to 0"),
         (with_first(lambda x: dict.fromkeys(x, -0.1)), "expected probabilities that sum to at"),
         (with_first(lambda x: dict.fromkeys(x, "high")), r"teacher.jsonl:1: expected what vLLM"),
+        (with_first(lambda x: x | {2**70: -9.0}), r"teacher.jsonl:1: expected what vLLM"),
+        (lambda t, e: ([*t[:-1], t[-1] + 0.5], e), r"teacher.jsonl:\d+: expected what vLLM"),
+        (late(1), r"those of the token before: of \d+ positions"),
+        (late(-1), r"those of the token after: of \d+ positions"),
     ],
 )
 def test_a_wrong_file_is_named_and_leaves_nothing(run, records, tmp_path, broken, words):
     _, found = records
     alike = [i for i, (tokens, _) in enumerate(found) if tokens == found[0][0]]
-    alike = range(len(found)) if broken is shifted else alike
+    alike = range(len(found)) if broken is shifted else alike  # else others have the same tokens
     wrong = [broken(*x) if i in alike else x for i, x in enumerate(found)]
     source = write(tmp_path / "teacher.jsonl", wrong)
     with pytest.raises(UserError, match=words):
         import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cut_parquet_file_is_one_message(run, records, tmp_path):
+    source = write(tmp_path / "teacher.parquet", records[1])
+    content = (tmp_path / "teacher.parquet").read_bytes()
+    (tmp_path / "teacher.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"teacher\.parquet: expected what vLLM"):
+        import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
+
+
+def test_a_cache_has_one_teacher_and_one_k(run, records, tmp_path):
+    one = jax.devices()[:1]
+    source, folder = write(tmp_path / "teacher.jsonl", records[1]), str(tmp_path / "cache")
+    import_cache(run.config, folder, source, K, one)
+    with pytest.raises(UserError, match="expected those of the cache"):
+        import_cache(run.config, folder, source, 2 * K, one)
+    with pytest.raises(UserError, match=r"got .*cache, which was made of a file"):
+        make_cache(run.config, folder, Storage("topk", k=K), devices=one)
+    lacking = with_teacher(run.config, cache=folder, cache_missing="compute")
+    with pytest.raises(UserError, match=r"teacher\.cache: .* which was made of a file"):
+        open_rows(lacking, run)
+    with pytest.raises(UserError, match="which a teacher made"):
+        import_cache(run.config, str(records[0]), source, K, one)
