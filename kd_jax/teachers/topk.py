@@ -162,9 +162,7 @@ class Selection:
             log_probs, ids = jax.lax.top_k(log_p, self.k)
             rest = _log_rest(log_p, log_probs)
         else:
-            keys = jax.vmap(jax.random.key)(seeds)
-            draw = lambda key, row: jax.random.categorical(key, row, shape=(self.k, len(row)))  # noqa: E731
-            ids = jax.vmap(draw)(keys, log_p).swapaxes(1, 2)
+            ids = _draw(seeds, jnp.exp(log_p), self.k)
             log_probs = jnp.full(ids.shape, -math.log(self.k), jnp.float32)
             rest = jnp.full(ids.shape[:2], NEGATIVE, jnp.float32)
         low, high = split_ids(ids)
@@ -174,6 +172,19 @@ class Selection:
             "log_probs": jnp.maximum(log_probs, -6e4).astype(jnp.float16),  # its range
             "rest": rest,
         }
+
+
+def _draw(seeds: jax.Array, p: jax.Array, k: int) -> jax.Array:
+    """Returns k entries a token, [B, s, k] int32, drawn with replacement from p [B, s, V].
+
+    One search in the cumulative sums for each draw: noise for every entry would be k V numbers.
+    """
+    uniform = lambda seed: jax.random.uniform(jax.random.key(seed), (p.shape[1], k))  # noqa: E731
+    cumulative = jnp.cumsum(p, axis=-1)
+    drawn = jax.vmap(uniform)(seeds) * cumulative[..., -1:]
+    search = lambda sums, x: jnp.searchsorted(sums, x, side="right")  # noqa: E731
+    ids = jax.vmap(jax.vmap(search))(cumulative, drawn)
+    return jnp.minimum(ids, p.shape[-1] - 1)  # a product rounded up to the whole sum
 
 
 def _log_rest(log_p: jax.Array, highest: jax.Array) -> jax.Array:
