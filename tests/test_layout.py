@@ -53,8 +53,8 @@ FLOORS = [
     },
     {
         "teachers": [
-            "live", "storage", "stored", "topk", "records", "manifest", "claim", "writing",
-            "reading",
+            "live", "storage", "stored", "topk", "distillkit", "records", "manifest", "claim",
+            "writing", "reading",
         ],
     },
     {

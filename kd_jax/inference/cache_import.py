@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import xxhash
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.checks import out_path
@@ -31,6 +32,7 @@ from kd_jax.teachers.records import (
     difference,
     make_values,
     read_records,
+    source_files,
 )
 from kd_jax.teachers.storage import storing
 from kd_jax.teachers.writing import PartWriter
@@ -65,7 +67,8 @@ def import_cache(
         if keys:
             counts = np.concatenate([x.documents.counts[x.places < 0] for x in found])
             with storing(out):
-                (origin,) = hash_files([Path(source).expanduser()])
+                hashes = "".join(hash_files(source_files(source)))
+                origin = xxhash.xxh3_128_hexdigest(hashes.encode())
                 writer = PartWriter(cache, keys, counts, origin)
                 skip = writer.done
                 for some in values:

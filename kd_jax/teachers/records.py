@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.store import Batch
 from kd_jax.losses.vocabulary import NEGATIVE
+from kd_jax.teachers import distillkit
 from kd_jax.teachers.topk import split_ids
 
 _MASS_TOLERANCE = 1e-3  # of log-probabilities in 16 bits
+_ROWS = 64  # of a table in memory at a time
 
 Entries = Mapping[int, tuple[np.ndarray, np.ndarray]]
 """(ids [n], log-probabilities [n]) of the token at each position, given those before it."""
@@ -25,37 +28,58 @@ class Record(NamedTuple):
     tokens: np.ndarray
     """[N] int32: the whole document."""
     entries: Entries
+    mass_tolerance: float = _MASS_TOLERANCE
+    """By which the probabilities of a token may exceed 1."""
 
 
 def read_records(path: str) -> Iterator[Record]:
-    """Yields the records of a .jsonl or .parquet file.
+    """Yields the records of a .jsonl, .parquet or .arrow file, or of a folder with such files.
 
     A line of JSON is what vLLM gives (prompt_token_ids and prompt_logprobs) or SGLang (meta_info
     with input_token_logprobs and input_top_logprobs). A row of Parquet has `tokens`, the
-    `positions` of tokens, and for each of these lists of `ids` and of `log_probs`.
+    `positions` of tokens, and for each of these lists of `ids` and of `log_probs`; or it is
+    DistillKit's, with the settings beside the file.
 
     Raises:
       UserError: a record has another form.
     """
-    file = Path(path).expanduser()
-    if file.suffix not in (".jsonl", ".parquet") or not file.is_file():
-        raise UserError(f"--source: expected a .jsonl or .parquet file, got {path}")
-    place = str(file)
+    for file in source_files(path):
+        yield from _lines(file) if file.suffix == ".jsonl" else _table(file)
+
+
+def source_files(path: str) -> list[Path]:
+    """Returns the files of records; raises UserError if there are none."""
+    source = Path(path).expanduser()
+    if source.is_dir():
+        files = sorted(x for x in source.rglob("*") if x.suffix in (".parquet", ".arrow"))
+    else:
+        files = [source] if source.suffix in (".jsonl", ".parquet", ".arrow") else []
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(
+            "--source: expected a .jsonl, .parquet or .arrow file, or a folder with .parquet or "
+            f".arrow files, got {path}"
+        )
+    return files
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turns the errors of a record of another form into one message."""
     try:
-        for place, read in _lines(file) if file.suffix == ".jsonl" else _rows(file):
-            yield Record(place, *read())
+        yield
     except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(
-            f"{place}: expected what vLLM, SGLang or docs/caching.md describes, got "
+            f"{place}: expected what vLLM, SGLang, DistillKit or docs/caching.md describes, got "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8-sig") as stream:
+def _lines(file: Path) -> Iterator[Record]:
+    with _reading(str(file)), file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{file}:{number}", lambda line=line: _from_json(json.loads(line))
+            with _reading(place := f"{file}:{number}"):
+                if line.strip():
+                    yield Record(place, *_from_json(json.loads(line)))
 
 
 def _from_json(tree: dict[str, Any]) -> tuple[np.ndarray, Entries]:
@@ -78,15 +102,40 @@ def _from_json(tree: dict[str, Any]) -> tuple[np.ndarray, Entries]:
     }
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _table(file: Path) -> Iterator[Record]:
+    """Yields the records of a Parquet or Arrow file."""
+    number, form = 0, None
+    for batch in _batches(file):
+        if distillkit.is_compressed(batch.schema.names, str(file)):
+            form = form or _find_form(file)
+        for row in range(batch.num_rows):
+            number += 1
+            with _reading(place := f"{file}: row {number}"):
+                cells = {name: batch.column(name)[row] for name in batch.schema.names}
+                if form is None:
+                    yield Record(place, *_from_row({n: x.as_py() for n, x in cells.items()}))
+                    continue
+                for tokens, entries in distillkit.documents(cells, form):
+                    yield Record(place, tokens, entries, distillkit.MASS_TOLERANCE)
+
+
+def _batches(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    number = 0
-    checked = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-    for batch in checked.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file}: row {number}", lambda row=row: _from_row(row)
+    with _reading(str(file)):
+        if file.suffix == ".parquet":
+            checked = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            yield from checked.iter_batches(batch_size=_ROWS)
+        else:
+            with pyarrow.memory_map(str(file)) as stream:
+                yield from pyarrow.ipc.open_stream(stream)
+
+
+def _find_form(file: Path) -> distillkit.Compression:
+    """Returns the settings beside a file, or in the folder above, of which it is a part."""
+    above = (file.parent.parent / distillkit.CONFIG).is_file()
+    beside = (file.parent / distillkit.CONFIG).is_file()
+    return distillkit.read_compression(file.parent.parent if above and not beside else file.parent)
 
 
 def _from_row(row: dict[str, Any]) -> tuple[np.ndarray, Entries]:
@@ -160,7 +209,9 @@ def make_values(record: Record, positions: np.ndarray, k: int, num_entries: int)
         place = f"{record.place}: token {position}"
         if position not in record.entries:
             raise UserError(f"{place}: expected log-probabilities, got none")
-        some, values = _checked(*record.entries[position], num_entries, place)
+        some, values = _checked(
+            *record.entries[position], num_entries, record.mass_tolerance, place
+        )
         order = np.argsort(-values, kind="stable")[:k]
         ids[i, : len(order)], log_probs[i, : len(order)] = some[order], values[order]
         left = 1 - np.exp(values[order]).sum()
@@ -175,7 +226,7 @@ def make_values(record: Record, positions: np.ndarray, k: int, num_entries: int)
 
 
 def _checked(
-    ids: np.ndarray, log_probs: np.ndarray, num_entries: int, place: str
+    ids: np.ndarray, log_probs: np.ndarray, num_entries: int, tolerance: float, place: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a token's entries; raises UserError unless they are part of a distribution."""
     expected, got = "", ""
@@ -185,9 +236,9 @@ def _checked(
         expected, got = f"ids from 0 to {num_entries - 1}", f"{ids.min()} to {ids.max()}"
     elif len(np.unique(ids)) < len(ids):
         expected, got = "each id once", f"{len(ids) - len(np.unique(ids))} again"
-    elif not (log_probs <= _MASS_TOLERANCE).all():
+    elif not (log_probs <= tolerance).all():
         expected, got = "log-probabilities up to 0", f"{log_probs.max()}"
-    elif (mass := np.exp(log_probs).sum()) > 1 + _MASS_TOLERANCE:
+    elif (mass := np.exp(log_probs).sum()) > 1 + tolerance:
         expected, got = "probabilities that sum to at most 1", f"{mass:.4f}"
     if expected:
         raise UserError(f"{place}: expected {expected}, got {got}")

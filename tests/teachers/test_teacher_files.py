@@ -7,15 +7,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from test_cache import make_config, open_rows, places, with_teacher  # noqa: F401
+from test_distillkit import FORM, FORMS, K, compress, packed
 from tiny_run import Run
 
 from kd_jax.config import UserError
 from kd_jax.inference.cache_import import import_cache, write_documents
 from kd_jax.inference.cached import Storage, make_cache
+from kd_jax.teachers.distillkit import CONFIG
 from kd_jax.teachers.topk import topk_fields
-
-K = 8
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,73 @@ def test_a_cache_has_one_teacher_and_one_k(run, records, tmp_path):
         open_rows(lacking, run)
     with pytest.raises(UserError, match="which a teacher made"):
         import_cache(run.config, str(records[0]), source, K, one)
+
+
+def write_compressed(folder, found, form, *, settings=None, row=lambda x: x):
+    """Writes documents as DistillKit does: with a token more, and no entries of their first."""
+    folder.mkdir()
+    (folder / CONFIG).write_text(yaml.safe_dump(settings or form))
+    rows = []
+    for tokens, entries in found:
+        some = [dict(entries.get(i) or {j: -3.0 for j in range(K)}) for i in range(1, len(tokens))]
+        some = [sorted(x.items(), key=lambda pair: -pair[1]) for x in [*some, some[-1]]]
+        values = [compress([p for _, p in x], form)[0] for x in some]
+        ids = [packed([i for i, _ in x], 9) for x in some]
+        rows.append({"input_ids": [*tokens, 0], "compressed_logprobs": values})
+        rows[-1] = row(rows[-1] | {"bytepacked_indices": ids})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data_0.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_compressed_data_set_gives_the_values_of_the_teacher_that_wrote_it(
+    run, read, records, tmp_path, join
+):
+    """Packed rows have several documents, each cut by the token that was added."""
+    folder, found = records
+    source = write_compressed(tmp_path / "set", found, FORMS["differences"])
+    if join:
+        file = tmp_path / "set" / "data_0.parquet"
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+        lists = [x | {"input_ids": x["input_ids"][:-1]} for x in rows]
+        lists = [x | {"attention_mask": [i + 1] * len(x["input_ids"])} for i, x in enumerate(lists)]
+        one = {name: [value for x in lists for value in x[name]] for name in lists[0]}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([one]), file)
+    import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
+    want, got = (by_id(read(place)) for place in (folder, tmp_path / "cache"))
+    assert np.array_equal(got["ids"], want["ids"])
+    np.testing.assert_allclose(got["log_probs"], want["log_probs"], atol=5e-3)  # 13 bits, float16
+    np.testing.assert_allclose(got["rest"], want["rest"], atol=0.02)
+
+
+def by_id(values):
+    """Returns the fields with a token's entries by id: rounding may reorder equal ones."""
+    order = np.argsort(values["teacher_ids"], axis=-1, kind="stable")
+    some = {n: np.take_along_axis(values[f"teacher_{n}"], order, -1) for n in ("ids", "log_probs")}
+    return some | {"rest": values["teacher_rest"]}
+
+
+LEGACY = {"vocab_size": 320, "k": K, "exact_k": 4, "polynomial_degree": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": FORMS["whole"] | {"d": 1000}}, "expected 10 bytes a token by comp.*, got 9"),
+        ({"settings": FORMS["curve"]}, "compressed_logprobs: expected 24 bytes a token .*, got 16"),
+        ({"settings": LEGACY}, "expected no polynomial_degree, which is of its legacy form"),
+        ({"settings": FORM | {"exact_dtype": "int4"}}, "expected other values of dtype: int4"),
+        ({"settings": FORM | {"alpha": 1}}, "expected d, .*, got alpha"),
+        ({"row": lambda x: x | {"input_ids": [9, *x["input_ids"][1:]]}}, "0 tokens in common"),
+        (
+            {"row": lambda x: x | {"compressed_logprobs": x["compressed_logprobs"][2:]}},
+            "values and",
+        ),
+        ({"row": lambda x: x | {"top_values": []}}, "got top_values: its plain form"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_is_one_message(run, records, tmp_path, changes, words):
+    source = write_compressed(tmp_path / "set", records[1], FORMS["whole"], **changes)
+    with pytest.raises(UserError, match=words):
+        import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
+    assert not (tmp_path / "cache").exists()
