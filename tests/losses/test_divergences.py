@@ -107,8 +107,7 @@ def assert_equal(got, want):
 
 
 @every_case
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("temperature, padding", [(1.0, 0), (2.5, 9)])
 def test_value_and_gradient_equal_float64(case, temperature, padding):
     student, teacher = make_logits()
     got = run(case, student, teacher, temperature, padding)
@@ -220,7 +219,7 @@ def test_a_divergence_is_never_below_zero_and_zero_for_equal_models(case):
     np.testing.assert_allclose(gradient[80:], 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
 def test_bounds_hold(beta):
     logits = spread()
     entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
@@ -328,16 +327,14 @@ def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
     for scale in (1e4, -1e4):
         student = (1e4 * rng.normal(size=(N, V))).astype(np.float32)
         teacher = (scale / 1e4 * student).astype(np.float32)
-        for size in (V, V - 7):
-            pads = np.where(np.arange(V) < size, 0.0, -np.inf)
-            logs = [jax.nn.log_softmax(z + pads) for z in (student, teacher)]
-            value, gradient = divergences.divergence(*logs, config)
-            assert np.isfinite(value).all() and np.isfinite(gradient).all()
-            assert (np.asarray(gradient)[:, size:] == 0).all()
+        pads = np.where(np.arange(V) < V - 7, 0.0, -np.inf)
+        logs = [jax.nn.log_softmax(z + pads) for z in (student, teacher)]
+        value, gradient = divergences.divergence(*logs, config)
+        assert np.isfinite(value).all() and np.isfinite(gradient).all()
+        assert (np.asarray(gradient)[:, V - 7 :] == 0).all()
 
 
-@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("deviation", [0.3, 2.0, 8.0])
+@pytest.mark.parametrize("mass, deviation", [(0.1, 0.3), (0.5, 2.0), (0.9, 8.0)])
 def test_the_head_of_the_teachers_mass_is_that_of_a_sort(mass, deviation):
     student, teacher = make_logits(3, num_tokens=40, size=5000, deviation=deviation)
     log_q, log_p = (np.asarray(jax.nn.log_softmax(z)) for z in (student, teacher))
@@ -365,7 +362,10 @@ B, S, DS, DT = 2, 7, 5, 6
 
 
 def run_head(case, temperature, padding, length):
-    """Returns what the head and float64 NumPy say of loss, kd_loss and the hidden gradient."""
+    """Returns what the head and float64 NumPy say of loss, kd_loss and the hidden gradient.
+
+    The gradient is that along four random directions.
+    """
     rng = np.random.default_rng(4)
     h_s, h_t = (rng.normal(size=(B, S, D)).astype(np.float32) for D in (DS, DT))
     w_s, w_t = (rng.normal(size=(V + padding, D)).astype(np.float32) for D in (DS, DT))
@@ -388,17 +388,20 @@ def run_head(case, temperature, padding, length):
     def exact(hidden):
         return reference.distil(hidden @ np.float64(w_s[:V]).T, teacher, labels, mask, **options)
 
-    slopes = np.zeros(h_s.shape)
-    for place in np.ndindex(h_s.shape):
-        step = np.zeros(h_s.shape)
-        step[place] = 1e-5
-        slopes[place] = (exact(h_s + step)["loss"] - exact(h_s - step)["loss"]) / 2e-5
-    want = exact(np.float64(h_s))
-    return (value, metrics["kd_loss"], gradient), (want["loss"], want["kd_loss"], slopes)
+    directions = rng.normal(size=(4, *h_s.shape))
+    ahead, behind = ([exact(h_s + s * x)["loss"] for x in directions] for s in (1e-5, -1e-5))
+    slopes, want = np.subtract(ahead, behind) / 2e-5, exact(np.float64(h_s))
+    got = value, metrics["kd_loss"], np.tensordot(directions, gradient, 3)
+    return got, (want["loss"], want["kd_loss"], slopes)
 
 
-@pytest.mark.parametrize("name", divergences.DIVERGENCES)
-@pytest.mark.parametrize("temperature, padding, length", [(1.0, 0, 7), (2.5, 3, 3)])
+@pytest.mark.parametrize(
+    "name, temperature, padding, length",
+    [
+        *((name, 2.5, 3, 3) for name in divergences.DIVERGENCES),
+        *((name, 1.0, 0, 7) for name in ("forward_kl", "reverse_kl")),  # sums that metrics share
+    ],
+)
 def test_the_head_minimises_each_divergence(name, temperature, padding, length):
     got, want = run_head(ONE_EACH[name], temperature, padding, length)
     for ours, exact in zip(got[:2], want[:2], strict=True):
