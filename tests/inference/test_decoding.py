@@ -16,7 +16,7 @@ from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
 from kd_jax.inference.decoding import Program, unstack_layers
 from kd_jax.inference.drawing import Sampling, _kept, argmax, draw
-from kd_jax.inference.sampling import generate_all
+from kd_jax.inference.sampling import generate
 from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import DecoderSpec
@@ -43,6 +43,12 @@ def prompts_of(lengths):
     return [rng.integers(5, 300, n).tolist() for n in lengths]
 
 
+def generate_all(spec, arrays, prompts, **options):
+    """Returns all new tokens of each row."""
+    steps = list(generate(spec, arrays, prompts, **options))
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+
+
 def torch_greedy(model, prompt, count):
     with torch.no_grad():
         ids = model.generate(
@@ -61,7 +67,11 @@ def decoder_of(family="llama", **changes):
 
 
 @pytest.mark.parametrize(
-    "family, changes", [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": 30})]
+    "family, changes",
+    [
+        *((family, {}) for family in FAMILIES if family not in ("mistral", "qwen2")),
+        ("mistral", {"sliding_window": 30}),
+    ],
 )
 def test_greedy_tokens_are_those_of_transformers(family, changes):
     theirs, spec, arrays = decoder_of(family, **changes)
@@ -107,7 +117,7 @@ def test_a_wrong_position_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, top_k=5, top_p=0.9)])
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_bfloat16_generates_for_any_number_of_rows(rows, sampling):
     exact = port(tiny.make_torch_model("qwen2", 3))
     spec, arrays = replace(exact.spec, dtype=jnp.dtype("bfloat16")), tiny.arrays_of(exact)

@@ -77,16 +77,13 @@ def bits(x):
     return x.view(f"u{x.itemsize}")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    "family, dtype, tied, max_shard_size",
+    "family, dtype, tied, max_shard_size, mesh",
     [
-        ("llama", "float32", True, "50GB"),
-        ("llama", "float32", False, "50KB"),
-        ("mistral", "float16", True, "50KB"),
-        ("qwen2", "bfloat16", True, "50GB"),
-        ("qwen2", "float32", False, "50KB"),
-        ("qwen3", "bfloat16", False, "50KB"),
+        ("llama", "float32", True, "50GB", "data fsdp tensor"),
+        ("mistral", "float16", True, "50KB", "data"),
+        ("qwen2", "float32", False, "50KB", "data fsdp tensor"),
+        ("qwen3", "bfloat16", False, "50KB", "fsdp"),
     ],
 )
 def test_every_bit_that_transformers_wrote_arrives(
