@@ -16,6 +16,7 @@ import pytest
 import tiny
 from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
+from tiny import logits
 
 from convert import from_hf, to_hf
 from kd_jax.config import (
@@ -29,7 +30,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import run_command
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import (
     abstract_weights,
     adapter_weights,

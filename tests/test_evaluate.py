@@ -11,6 +11,7 @@ import reference
 import tiny
 from samples import write_lines
 from scipy.stats import bootstrap, norm
+from tiny import logits
 
 from kd_jax import evaluate
 from kd_jax.config import DataConfig
@@ -19,7 +20,7 @@ from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.program import targets
 from kd_jax.setup.sources import open_source

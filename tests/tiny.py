@@ -196,3 +196,12 @@ def write_data(path: Path, count: int = 24) -> Path:
         lines.append(json.dumps({"instruction": question, "input": "", "output": answer}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def logits(model, tokens, positions, segment_ids):
+    """Returns a Decoder's logits [B, S, V] float32."""
+    import jax.numpy as jnp
+
+    hidden = model(tokens, positions, segment_ids)
+    head = model.head_weight().astype(hidden.dtype)
+    return jnp.einsum("BSD,VD->BSV", hidden, head, preferred_element_type=jnp.float32)

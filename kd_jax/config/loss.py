@@ -97,7 +97,8 @@ class LossConfig:
     compat: Literal["none", "torchtune", "trl", "distillkit", "maxtext"] = "none"
     """System whose conventions kd_loss and loss follow, for the divergences that it has."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How kd_ratio and temperature change from the first optimizer step to their end values."""
+    """Shape of the change of kd_ratio and temperature from the first optimizer step to their end
+    values."""
     schedule_steps: Annotated[int | None, Range(least=2)] = None
     """Optimizer steps of the schedule; None: all steps of the run."""
     chunk_tokens: Annotated[int | None, Range(least=1)] = None

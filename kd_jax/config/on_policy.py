@@ -21,7 +21,7 @@ class OnPolicyConfig:
     fraction_end: Annotated[float | None, Share] = None
     """fraction at the end of the schedule; None keeps it constant."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How fraction changes from the first optimizer step to its end value."""
+    """Shape of the change of fraction from the first optimizer step to its end value."""
     schedule_steps: Annotated[int | None, Range(least=2)] = None
     """Optimizer steps of the schedule; None: all steps of the run."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256

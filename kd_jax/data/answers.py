@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kd_jax.data.caching import once_per_tokenizer
+from kd_jax.data.fields import check_unicode
 from kd_jax.data.forms import Form, form_of
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
@@ -16,7 +17,7 @@ Span = tuple[int, int]
 
 MAX_PROMPTS = 16
 """Renderings of one record for tool calls, whose place the template's text does not tell."""
-# What a record has, and the reason why nothing is learned from it.
+# Parts of a record from which nothing is learned, and the reason.
 HIDDEN = {
     "tools": "`tools`, which the chat template does not show",
     "system": "a system message, which the chat template does not show",
@@ -48,7 +49,7 @@ def render(tokenizer: Any, record: Record, template: Template | None, date: str)
       ValueError: the template rejects the record.
     """
     if record.text is not None:
-        return _encodable(_text(tokenizer, record.text, record.answers))
+        return _text(tokenizer, record.text, record.answers)
     special = tokenizer.special_tokens_map
     chosen = choose(need_template(template), record.tools)
     form = form_of(special, chosen, date, bool(record.tools))
@@ -76,7 +77,8 @@ def render(tokenizer: Any, record: Record, template: Template | None, date: str)
     else:
         spans, more = _placed(text, record, form, prompt_of)
         hidden |= more
-    return _encodable(Rendered(text, spans, hidden))
+    check_unicode(text, "the chat template's text")
+    return Rendered(text, spans, hidden)
 
 
 def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
@@ -95,15 +97,6 @@ def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
 def _edges(tokenizer: Any) -> tuple[str, str]:
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if begins else ""), tokenizer.eos_token or ""
-
-
-def _encodable(rendered: Rendered) -> Rendered:
-    try:
-        rendered.text.encode()
-    except UnicodeEncodeError as error:
-        got = rendered.text[error.start]
-        raise ValueError(f"expected Unicode text, got half a character ({got!r})") from None
-    return rendered
 
 
 def check_learnable(rendered: Rendered, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""What is computed once for a tokenizer, and kept no longer than the tokenizer."""
+"""A cache of results per tokenizer that keeps none of its tokenizers alive."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -55,7 +55,7 @@ class _Words:
     split: Callable[[str], list[str] | None]
     added: re.Pattern[str]
     ids: dict[str, int]
-    """Of added tokens."""
+    """Ids of added tokens."""
     model: Any
     bytes_of: Any
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)

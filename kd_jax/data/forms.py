@@ -1,4 +1,4 @@
-"""How a chat template writes an answer, found out once with conversations of known words."""
+"""The form of a chat template's answers, found once with conversations of known words."""
 
 import json
 import re
@@ -12,12 +12,16 @@ from kd_jax.data.templates import apply_template, limit_memory
 
 ASKED, ANSWERED = ("zqaskone", "zqasktwo"), ("zqreplyone", "zqreplytwo")
 THOUGHT, TOOL = "zqthought", "zqtool"
+_A_STRING = {"type": "string", "description": "text"}
+_PARAMETERS = {"type": "object", "properties": {"text": _A_STRING}, "required": ["text"]}
+_FUNCTION = {"name": TOOL, "description": "takes text", "parameters": _PARAMETERS}
+_A_TOOL: Any = {"type": "function", "function": _FUNCTION}
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a chat template writes a turn of the assistant."""
+    """A chat template's form of a turn of the assistant."""
 
     header: str
     """Text before an answer; "" if there is none, or none that can be told."""
@@ -30,9 +34,9 @@ class Form:
     marked: bool
     """The template encloses answers in {% generation %}."""
     shows: frozenset[str]
-    """What of tools, thought and reasoning_content it shows in the last answer."""
+    """Those of tools, thought and reasoning_content that it shows in the last answer."""
     warnings: tuple[str, ...]
-    """What will not be learned."""
+    """Parts of an answer that will not be learned."""
 
 
 def form_of(special: dict[str, Any], template: str, date: str, tools: bool = False) -> Form:
@@ -57,11 +61,6 @@ def form_of(special: dict[str, Any], template: str, date: str, tools: bool = Fal
 
 @lru_cache(maxsize=16)
 def _form(special: str, template: str, date: str, tools: bool) -> Form:
-    a_string = {"type": "string", "description": "text"}
-    parameters = {"type": "object", "properties": {"text": a_string}, "required": ["text"]}
-    function = {"name": TOOL, "description": "takes text", "parameters": parameters}
-    given: Any = [{"type": "function", "function": function}]
-
     def apply(contents: list[str], parts: bool, prompt=False, marks=False, **last: Any):
         turns: Conversation = [
             {"role": ("user", "assistant")[i % 2], "content": text}
@@ -70,20 +69,13 @@ def _form(special: str, template: str, date: str, tools: bool) -> Form:
         turns[-1] |= last
         for turn in turns:
             turn["content"] = [{"type": "text", "text": turn["content"]}] * parts or turn["content"]
-        options = {"tools": given if tools else None, "prompt": prompt, "marks": marks}
+        options = {"tools": [_A_TOOL] if tools else None, "prompt": prompt, "marks": marks}
         return apply_template(json.loads(special), turns, template, date, **options)
 
     with limit_memory():
         contents, parts, text = _first_shown(apply)
         asked, plain = (_tail(apply, contents, parts, prompt) for prompt in (True, False))
-        shows = {
-            name: THOUGHT in _attempt(apply, [*contents[:-1], last], parts, **more)
-            for name, last, more in (
-                ("thought", f"<think>\n{THOUGHT}\n</think>\n\n{contents[-1]}", {}),
-                ("reasoning_content", contents[-1], {"reasoning_content": THOUGHT}),
-            )
-        }
-    shows["tools"] = TOOL in text
+        shows = _shown_thoughts(apply, contents, parts) | ({"tools"} if TOOL in text else set())
     before = _between(text, contents[-2], contents[-1])
     before = text[: text.find(contents[-1])] if before is None else before
     after = text[text.rfind(contents[-1]) + len(contents[-1]) :]
@@ -108,7 +100,7 @@ def _form(special: str, template: str, date: str, tools: bool) -> Form:
         last_end=last_end,
         parts=parts,
         marked=marked,
-        shows=frozenset(name for name, shown in shows.items() if shown),
+        shows=frozenset(shows),
         warnings=tuple(warnings),
     )
 
@@ -130,6 +122,16 @@ def _first_shown(apply) -> tuple[list[str], bool, str]:
         "data.chat-template: expected a template that shows a question and its answer, got one "
         f"that does not{problem}"
     )
+
+
+def _shown_thoughts(apply, contents: list[str], parts: bool) -> set[str]:
+    """Returns the forms of a thought that the template shows in the last answer."""
+    marked = f"<think>\n{THOUGHT}\n</think>\n\n{contents[-1]}"
+    texts = {
+        "thought": _attempt(apply, [*contents[:-1], marked], parts),
+        "reasoning_content": _attempt(apply, contents, parts, reasoning_content=THOUGHT),
+    }
+    return {name for name, text in texts.items() if THOUGHT in text}
 
 
 def _attempt(apply, *arguments: Any, **options: Any) -> str:

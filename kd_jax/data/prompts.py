@@ -21,7 +21,7 @@ _ASKED = "zqasked"
 
 
 class TeacherPrompt(NamedTuple):
-    """What only the teacher sees."""
+    """The part of a conversation that only the teacher sees."""
 
     system: str | None
     """Text before a conversation's own system message."""

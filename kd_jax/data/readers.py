@@ -94,6 +94,12 @@ def _open_text(file: str) -> Iterator[Any]:
         yield text
 
 
+def _lines(stream: Any) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines by number, the first without a byte-order mark."""
+    for number, line in enumerate(stream, start=1):
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
 def _check_signature(file: str) -> None:
     with _open(file) as stream:
         head = stream.read(24)
@@ -107,9 +113,7 @@ def _json(file: str) -> Iterator[tuple[str, Raw]]:
     """Yields the lines, unparsed, or the entries of an array."""
     with _open(file) as stream:
         first = True
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+        for number, line in _lines(stream):
             if not line.strip():
                 continue
             if first and line.lstrip().startswith(b"["):
@@ -224,9 +228,7 @@ def _table(delimiter: str) -> Callable[[str], Iterator[tuple[str, Raw]]]:
 
 def _text(file: str) -> Iterator[tuple[str, Raw]]:
     with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+        for number, line in _lines(stream):
             if text := line.decode().rstrip("\r\n"):
                 yield f":{number}", {"text": text}
 

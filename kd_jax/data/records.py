@@ -119,6 +119,11 @@ def _chat(place: str, tree: dict[str, Any], turns: Any, name: str, context: int 
     )
 
 
+def _turns(key: str) -> Callable[[str, dict[str, Any]], Record]:
+    """Returns the maker of records whose turns are under one key."""
+    return lambda place, tree: _chat(place, tree, tree[key], key)
+
+
 def _alpaca(place: str, tree: dict[str, Any]) -> Record:
     question, extra = text_of(tree["instruction"], "instruction"), tree.get("input")
     if extra is not None and text_of(extra, "input"):
@@ -210,18 +215,14 @@ class Form:
 _ALPACA_KEYS = (*_CHAT_KEYS, "input", "history")
 # The first one that a record has is taken.
 FORMS = (
-    Form(("messages",), _CHAT_KEYS, lambda at, tree: _chat(at, tree, tree["messages"], "messages")),
+    Form(("messages",), _CHAT_KEYS, _turns("messages")),
     Form(("conversations", "chosen"), _CHAT_KEYS, _preferred),
-    Form(
-        ("conversations",),
-        _CHAT_KEYS,
-        lambda at, tree: _chat(at, tree, tree["conversations"], "conversations"),
-    ),
+    Form(("conversations",), _CHAT_KEYS, _turns("conversations")),
     Form(("instruction", "output"), _ALPACA_KEYS, _alpaca),
     Form(("instruction", "chosen"), _ALPACA_KEYS, _alpaca),
     Form(("prompt", "completion"), _CHAT_KEYS, _completed("completion")),
     Form(("prompt", "chosen"), _CHAT_KEYS, _completed("chosen")),
-    Form(("chosen",), _CHAT_KEYS, lambda at, tree: _chat(at, tree, tree["chosen"], "chosen")),
+    Form(("chosen",), _CHAT_KEYS, _turns("chosen")),
     Form(("text",), (), _plain),
 )
 

@@ -1,5 +1,6 @@
 """The row store: columns on disk, written in parts, with checksums."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,10 +24,9 @@ COLUMNS = {
 }  # fmt: skip
 TEACHER = "teacher_"
 """Stands before the names of the teacher's arrays in a store and in a batch."""
-# Of the teacher's own rows, without padding; `ends` of the rows.
+# The teacher's own rows, without padding; `ends` has the end of each row.
 TEACHER_COLUMNS = {f"{TEACHER}{name}": dtype for name, dtype in COLUMNS.items()}
 TEACHER_ENDS = f"{TEACHER}ends"
-_BLOCK_BYTES = 2**22
 _STALE_SECONDS = 24 * 3600
 
 
@@ -58,13 +58,9 @@ def dtypes_of(teacher: bool) -> dict[str, Any]:
 
 def _hash_column(column: Any) -> str:
     """Returns the hash of a column's bytes, read without mapping them all."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
     with open(column.filename, "rb", buffering=0) as stream:
         stream.seek(column.offset)
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 class StoreWriter:

@@ -218,18 +218,6 @@ def _stream(
         yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
 
 
-def generate_all(
-    spec: DecoderSpec, arrays: Arrays, prompts: Sequence[Sequence[int]], **options
-) -> list[list[int]]:
-    """Returns all new tokens of each row; options as for `generate`."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(spec, arrays, prompts, **options):
-        for row, token in zip(rows, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
-
-
 def make_program(
     spec: DecoderSpec,
     arrays: Arrays,

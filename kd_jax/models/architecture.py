@@ -26,7 +26,7 @@ class Architecture:
     tie_word_embeddings: bool
     rope: Rope
     other_rope: Rope | None = None
-    """Of the layers in `other_rope_layers`."""
+    """RoPE of the layers in `other_rope_layers`."""
     other_rope_layers: tuple[bool, ...] = ()
     """() if there is no other RoPE."""
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"

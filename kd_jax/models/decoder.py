@@ -294,10 +294,3 @@ def _with_remat(run_layer, policy: str):
 
 def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): v for name, v in tree.items() if name.startswith(prefix)}
-
-
-def logits(model: Decoder, tokens, positions, segment_ids) -> jax.Array:
-    """Returns the logits [B, S, V] float32, for tests."""
-    hidden = model(tokens, positions, segment_ids)
-    head = model.head_weight().astype(hidden.dtype)
-    return jnp.einsum("BSD,VD->BSV", hidden, head, preferred_element_type=jnp.float32)

@@ -40,7 +40,7 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int | str]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one model is sharded over the mesh; static under jit."""
+    """Sharding of one model over the mesh; static under jit."""
 
     mesh: Mesh
     axes: tuple[str, ...] = ("fsdp", "tensor")

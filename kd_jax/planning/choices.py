@@ -1,4 +1,4 @@
-"""What "auto" means in a configuration, by devices and estimate. Needs no jax."""
+"""Choices for fields set to "auto", by devices and estimate. Needs no jax."""
 
 import dataclasses
 

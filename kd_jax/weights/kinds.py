@@ -1,4 +1,4 @@
-"""What a path that is no model is instead, and what to give."""
+"""Descriptions of paths that are no model, and of the path to give instead."""
 
 from pathlib import Path
 from typing import Any

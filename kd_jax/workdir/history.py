@@ -16,7 +16,7 @@ from kd_jax.weights.files import read_json
 if TYPE_CHECKING:
     import pandas as pd
 
-# What a run leaves that was killed before it wrote config.json, and what a file system makes.
+# Files of a run that was killed before it wrote config.json, and of the file system.
 _STARTED = re.compile(
     r"lock|checkpoints(/\d+\.orbax-checkpoint-tmp.*)?|\.config\.json\..*\.tmp|lost\+found"
 )

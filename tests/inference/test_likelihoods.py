@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import reference
 import tiny
+from tiny import logits
 
 from kd_jax.config import MeshConfig
 from kd_jax.inference import likelihoods
 from kd_jax.inference.likelihoods import Scorer, score
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models import attention
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.sources import shared_vocab
 

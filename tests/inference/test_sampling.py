@@ -10,13 +10,14 @@ import tiny
 import torch
 from scipy.stats import chisquare
 from test_decoder import port
+from tiny import logits
 from transformers import TopPLogitsWarper
 
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import sampling as sampling_module
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.sampling import sample
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import adapter_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from paths import CONFIGS
+from tiny import logits
 
 from kd_jax.config import (
     Config,
@@ -21,7 +22,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import load_config
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.models.known import KNOWN_MODELS
 from kd_jax.models.weight_table import adapter_weights
 from kd_jax.parallel.mesh import make_mesh

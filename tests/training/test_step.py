@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from tiny import logits
 from tiny_run import STEPS, Run, assert_near
 from transformers import AutoModelForCausalLM
 
 from kd_jax.data import rows
 from kd_jax.inference.evaluation import eval_step
-from kd_jax.models.decoder import Decoder, logits
+from kd_jax.models.decoder import Decoder
 from kd_jax.setup.program import loss_scalars, targets
 from kd_jax.training.step import jit_train_step, train_step
 
