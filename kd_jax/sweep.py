@@ -23,7 +23,7 @@ from kd_jax.config.record import differences, dump, flatten, is_path, keep_chose
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
-from kd_jax.workdir.history import check_workdir, is_workdir, read_record
+from kd_jax.workdir.history import check_workdir, is_workdir, read_record, read_runs
 from kd_jax.workdir.integrity import completion
 
 _RESUMES = "the same command resumes the unfinished runs"
@@ -95,6 +95,8 @@ def sweep(argv: Sequence[str]) -> None:
             failed[plan.folder] = status
             if not args.keep_going:
                 break
+    if args.cache is not None:
+        _tell_costs(plans)
     _conclude(plans, failed)
 
 
@@ -266,6 +268,18 @@ def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequ
         if status:
             raise SystemExit(max(status, 1))
         print(f"[cache] {time.monotonic() - start:,.0f} s, once for all runs", flush=True)
+
+
+def _tell_costs(plans: Sequence[Plan]) -> None:
+    """Prints what the finished runs took with the cache, and what a live teacher would take."""
+    from kd_jax.reporting.teacher_cost import shared_teachers
+
+    finished = [plan.folder for plan in plans if completion(plan.folder)]
+    try:
+        for one in shared_teachers(read_runs(finished)):
+            print(f"[cache] {one}")
+    except UserError as error:
+        print(f"[cache] no costs: {error}")
 
 
 def _run(command: Sequence[str]) -> tuple[int, bool]:

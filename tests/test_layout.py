@@ -54,7 +54,7 @@ FLOORS = [
     {
         "teachers": [
             "live", "storage", "stored", "topk", "distillkit", "records", "manifest", "claim",
-            "writing", "reading",
+            "writing", "cost", "reading",
         ],
     },
     {
@@ -67,7 +67,7 @@ FLOORS = [
             "accuracy", "scores", "evaluation", "likelihoods", "lm_eval_model", "teacher_pass",
             "cached", "cache_check", "cache_import", "exam",
         ],
-        "reporting": ["arms", "tables", "curves", "texts", "page"],
+        "reporting": ["arms", "tables", "curves", "texts", "teacher_cost", "page"],
     },
     {"onpolicy": ["prompts", "sampler", "samples", "source"]},
     {

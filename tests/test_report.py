@@ -30,6 +30,7 @@ from kd_jax.config.record import dump
 from kd_jax.reporting import curves, tables
 from kd_jax.reporting import page as reporting_page
 from kd_jax.reporting.arms import find_controls, make_arms
+from kd_jax.reporting.teacher_cost import shared_table
 from kd_jax.reporting.texts import samples_tables
 from kd_jax.workdir import history
 
@@ -230,6 +231,22 @@ def test_costs_count_every_step_logged_or_not(tmp_path):
     table = tables.cost_table(arms_of([whole, sparse]))
     assert table.rows[0][2] == "45.0 ± 7.1" and "not logged" in table.note
     assert "not logged" not in tables.cost_table(arms_of([whole])).note
+
+
+def test_runs_of_a_cache_pay_for_the_teacher_once(tmp_path, one_figure):
+    """Three runs of 50 s and 50,000 tokens, and a teacher that took 2 ms a token and 30 s."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cost = {"tokens": 9000, "seconds": 30.0, "warm_tokens": 8000, "warm_seconds": 16.0}
+    (cache / "cost.json").write_text(json.dumps(cost))
+    teacher = dataclasses.replace(BASE.teacher, cache=str(cache))
+    folders = write_arms(tmp_path / "runs", (0, 0.5), teacher=teacher)
+    cut = write_run(tmp_path / "cut", ratio=1.0, last=3, teacher=teacher)
+    (row,) = shared_table(history.read_runs([*folders, cut]))[0].rows
+    assert row == [str(cache), "3", "30.0", "150.0", "180.0", "450.0", "40.0"]
+    assert not shared_table(history.read_runs(write_arms(tmp_path / "live")))
+    assert run(*folders, "--out", tmp_path / "out") == 0
+    assert "share a teacher" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_where_runs_differ_hardware_and_versions_are_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Sweeps through the real command, and the errors before any run starts."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -258,9 +259,12 @@ def test_a_cache_is_planned_once_for_each_data_set_of_one_teacher(file, tmp_path
 
 
 @pytest.mark.slow
-def test_the_runs_of_a_sweep_read_the_cache_that_it_made(file, tmp_path):
+def test_the_runs_of_a_sweep_read_the_cache_that_it_made(file, tmp_path, capsys):
     cache, out = tmp_path / "cache", tmp_path / "sweep"
     assert run("--config", file, "--cache", cache, "--workdir", out, "--seeds", 1) == 0
     record = json.loads((out / "seed=0" / "config.json").read_text())
     assert record["config"]["teacher"]["cache"] == str(cache)
     assert "teacher.cache" in record["inputs"]
+    assert re.search(
+        r"\[cache\] the teacher once [\d.]+ s, 1 run from its cache", capsys.readouterr().out
+    )

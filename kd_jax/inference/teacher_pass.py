@@ -20,6 +20,7 @@ from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.setup.cached import Found
 from kd_jax.setup.models import load_frozen
 from kd_jax.setup.sources import Source
+from kd_jax.teachers.cost import Cost, Stopwatch, add_cost
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.manifest import Cache, commit, read_cache
 from kd_jax.teachers.storage import storing, token_bytes
@@ -91,6 +92,10 @@ class TeacherPass:
         """Target tokens of the documents to compute, in order."""
         return np.concatenate([one.found.documents.counts[one.missing] for one in self.work])
 
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_rows * self.work[0].found.teacher_rows.tokens.shape[1]
+
     def values(self, skip: int = 0) -> Iterator[Batch]:
         """Yields the values of the tokens from number `skip` on, a batch of rows at a time."""
         late: tuple[Any, np.ndarray, int] | None = None
@@ -155,12 +160,14 @@ def complete(
     writer = together("cache/part", lambda: _begin(cache, keys, counts), first_alone=True)
     if writer.done:
         say(f"{cache.path}: {writer.done:,} of {writer.num_tokens:,} tokens are there")
-    shown = Progress(cache.path, writer.num_tokens)
+    shown, watch = Progress(cache.path, writer.num_tokens), Stopwatch()
+    share = 1 - writer.done / max(1, writer.num_tokens)
     for values in teacher.values(writer.done):
         with storing(cache.path):
             writer.append(values)
         shown.tell(writer.done)
-    finish(writer)
+        watch.batch(teacher.batch_tokens)
+    finish(writer, watch.cost(share) if share else None)
     done = read_cache(cache.path)
     assert done is not None
     say(
@@ -176,10 +183,10 @@ def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> tuple[PartWri
     return writer, {"tokens on disk": writer.done}
 
 
-def finish(writer: PartWriter) -> None:
-    """Waits until the part is on disk, and commits it."""
+def finish(writer: PartWriter, cost: Cost | None = None) -> None:
+    """Waits until the part is on disk, and commits it; `cost` is the teacher's."""
     together("cache/written", lambda: _end(writer))
-    together("cache/committed", lambda: _commit(writer))
+    together("cache/committed", lambda: _commit(writer, cost))
 
 
 def _end(writer: PartWriter) -> tuple[None, dict]:
@@ -188,10 +195,12 @@ def _end(writer: PartWriter) -> tuple[None, dict]:
     return None, {}
 
 
-def _commit(writer: PartWriter) -> tuple[None, dict]:
+def _commit(writer: PartWriter, cost: Cost | None) -> tuple[None, dict]:
     if is_first():
         with storing(writer.cache.path):
             commit(writer.cache, writer.describe())
+            if cost is not None:
+                add_cost(writer.cache.store, cost)
     return None, {}
 
 

@@ -17,6 +17,7 @@ from kd_jax.reporting.tables import (
     runs_table,
     setup_table,
 )
+from kd_jax.reporting.teacher_cost import shared_table
 from kd_jax.reporting.texts import samples_tables
 from kd_jax.workdir.history import read_runs
 
@@ -60,7 +61,12 @@ def make_report(
     tables: dict[str, list[Table]] = {
         "extra": list(extra),
         "results": [arms_table(arms, controls), *result_tables(arms, controls)],
-        "details": [cost_table(arms), runs_table(arms), setup_table(arms)],
+        "details": [
+            cost_table(arms),
+            *shared_table(found),
+            runs_table(arms),
+            setup_table(arms),
+        ],
         "samples": samples_tables(arms),
         "config": [config_table(arms)],
     }

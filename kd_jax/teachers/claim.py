@@ -10,7 +10,7 @@ from kd_jax.parallel.processes import is_first, together
 from kd_jax.teachers.storage import is_remote, local_folder
 from kd_jax.weights.files import hold, removed_if_empty
 
-_OWN = re.compile(r"lock|(manifest\.json|part\d+)(\.__lock)?|lost\+found")
+_OWN = re.compile(r"lock|(manifest\.json|cost\.json|part\d+)(\.__lock)?|lost\+found")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from kd_jax.inference.evaluation import evaluate_rows
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
+from kd_jax.teachers.cost import read_cost
 from kd_jax.training.step import jit_train_step
 
 STEPS = 20
@@ -151,7 +152,8 @@ def test_a_documents_key_depends_on_its_tokens_and_targets_alone(make_config):
 
 
 def files_of(folder):
-    files = (x for x in sorted(folder.rglob("*")) if x.is_file() and x.name != "lock")
+    timed = ("lock", "cost.json")
+    files = (x for x in sorted(folder.rglob("*")) if x.is_file() and x.name not in timed)
     return {str(x.relative_to(folder)): x.read_bytes() for x in files}
 
 
@@ -180,6 +182,8 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(make_config, tmp_path, monkey
     numbers = [number for number in written if number >= 0]
     assert len(numbers) < 2 * len(set(numbers)) + 4 and len(set(numbers)) > 5  # few again
     assert files_of(tmp_path / "torn") == files_of(tmp_path / "whole")
+    whole, torn = (read_cost(str(tmp_path / name)) for name in ("whole", "torn"))
+    assert whole.tokens == pytest.approx(torn.tokens, rel=0.5) and whole.seconds_per_token > 0
 
 
 def test_documents_are_added_to_a_cache_and_computed_for_a_run(

@@ -1,0 +1,78 @@
+"""What runs from a teacher's cache cost, compared with runs of a live teacher. Needs no jax."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd_jax.reporting.tables import Table, costs, number
+from kd_jax.workdir.history import Run
+
+NOTE = (
+    "The teacher’s pass counts once, with compiling and writing. Live: the runs’ own seconds, and "
+    "for each of their tokens what the teacher took for one when it filled the cache. Loading, "
+    "evaluations and checkpoints are in neither. Finished runs alone."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedTeacher:
+    """The finished runs of one cache, and seconds."""
+
+    cache: str
+    num_runs: int
+    making: float
+    """The teacher's passes into the cache."""
+    runs: float
+    """Training of all runs."""
+    live: float
+    """What the runs would take with a live teacher, by the rate of those passes."""
+
+    @property
+    def together(self) -> float:
+        return self.making + self.runs
+
+    def __str__(self) -> str:
+        count = f"{self.num_runs} run{'s' * (self.num_runs > 1)}"
+        return (
+            f"the teacher once {self.making:,.1f} s, {count} from its cache {self.runs:,.1f} s: "
+            f"{self.together:,.1f} s; with a live teacher, at the rate of that pass, "
+            f"{self.live:,.1f} s: {self.together / self.live:.0%} of it"
+        )
+
+
+def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
+    """Returns the costs of each cache that finished runs read, if what it cost is recorded."""
+    from kd_jax.teachers.cost import read_cost  # imports tensorstore
+
+    readers: dict[str, list[Run]] = {}
+    for run in runs:
+        path = (run.record["config"]["teacher"] or {}).get("cache")
+        if path and run.distils and run.finished:
+            readers.setdefault(path, []).append(run)
+    out = []
+    for path, some in readers.items():
+        if (cost := read_cost(path)) is None:
+            continue
+        found = [costs(run) for run in some]
+        own, tokens = (sum(x[name] for x in found) for name in ("seconds", "tokens"))
+        live = own + tokens * cost.seconds_per_token
+        out.append(
+            SharedTeacher(cache=path, num_runs=len(some), making=cost.seconds, runs=own, live=live)
+        )
+    return out
+
+
+def shared_table(runs: Sequence[Run]) -> list[Table]:
+    """Returns a table of the caches, none where no run read one whose cost is known."""
+    rows = [
+        [
+            one.cache,
+            str(one.num_runs),
+            *(number(x, 1) for x in (one.making, one.runs, one.together, one.live)),
+            number(100 * one.together / one.live, 1),
+        ]
+        for one in shared_teachers(runs)
+    ]
+    names = ("teacher once, s", "runs, s", "together, s", "live, s", "share of live, %")
+    header = ["cache", "n", *(name.replace(", ", ",\N{NO-BREAK SPACE}") for name in names)]
+    title = "Cost of runs that share a teacher’s cache"
+    return [Table(title=title, header=header, rows=rows, note=NOTE)] if rows else []
