@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kd_jax.config import DataConfig, DistributedConfig, MeshConfig
-from kd_jax.config.checks import Checks, Range
+from kd_jax.config.checks import INF, Checks, Range
 from kd_jax.config.command import ModelArgs, parse_args, run_command
 from kd_jax.inference.prompts import (
     TextWriter,
@@ -58,7 +58,7 @@ class GenerateArgs(ModelArgs):
     """Tokens that the draft model proposes at a time."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256
     """Most tokens of an answer."""
-    temperature: Annotated[float, Range(least=0)] = 0.0
+    temperature: Annotated[float, Range(least=0, below=INF)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
     top_k: Annotated[int | None, Range(least=1)] = None
     """Sample from the k most likely tokens."""
@@ -252,16 +252,16 @@ def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | 
     fitting, notes = fit_context(questions, options)
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
         say(line)
-    file.begin()
-    models = load_model(opened, mesh)
-    unstack_layers(models.student, models.frozen)
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    return write_answers(file, models.student, models.frozen, fitting, options, decode)
+    with file.begun():
+        models = load_model(opened, mesh)
+        unstack_layers(models.student, models.frozen)
+        return write_answers(file, models.student, models.frozen, fitting, options, decode)
 
 
 def _data(args: GenerateArgs, opened: "OpenModel") -> tuple[DataConfig, Any]:

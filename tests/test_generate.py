@@ -17,6 +17,7 @@ from kd_jax.data.records import make_record
 from kd_jax.inference import answer_file
 from kd_jax.inference.drawing import GREEDY
 from kd_jax.inference.prompts import TextWriter
+from kd_jax.weights.files import locked
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +223,16 @@ def test_training_reads_answers(answered, tokenizer):
         assert render(tokenizer, record, tiny.TEMPLATE, "26 Jul 2024").spans
 
 
-def test_a_killed_command_goes_on_at_whole_lines(answered, folder, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on_at_whole_lines(answered, folder, tmp_path, monkeypatch, capsys):
     want = (answered / "out.jsonl").read_bytes()
     lines = want.splitlines(keepends=True)
-    (tmp_path / "out.jsonl.part0").write_bytes(b"".join(lines[:7:2]) + lines[7][:20])
+    torn = [b"\0\0\n", b"[]\n", b'{"index": 0}\n', lines[7][:20]]
+    out = tmp_path / "out[1].jsonl"
+    part, other = tmp_path / "out[1].jsonl.part0", tmp_path / "out[1].jsonl.part0.mine"
+    part.write_bytes(b"".join(lines[:7:2] + torn))
+    other.write_text("mine")
     record = (answered / "out.jsonl.config.json").read_bytes()
-    (tmp_path / "out.jsonl.config.json").write_bytes(record)
+    (tmp_path / "out[1].jsonl.config.json").write_bytes(record)
     drawn = []
     sampled = answer_file.sample_rows
 
@@ -236,9 +241,12 @@ def test_a_killed_command_goes_on_at_whole_lines(answered, folder, tmp_path, mon
         return sampled(spec, arrays, rows, **options)
 
     monkeypatch.setattr(answer_file, "sample_rows", counted)
-    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", tmp_path / "out.jsonl")
+    argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", out)
+    with locked(tmp_path / "out[1].jsonl.lock", wait=False):
+        assert run(*argv, *MODES) == 2
+        assert "is being written by" in capsys.readouterr().err
     assert run(*argv, *MODES) == 0
-    assert (tmp_path / "out.jsonl").read_bytes() == want
+    assert out.read_bytes() == want and other.exists() and not part.exists()
     assert sum(drawn) == len(lines) - 4
     assert run(*argv, *MODES) == 0  # nothing is left to do
     assert sum(drawn) == len(lines) - 4
@@ -276,12 +284,15 @@ def test_processes_share_the_prompts_and_one_joins_their_parts(tmp_path, monkeyp
     assert not file.parts()
 
 
-def test_answers_of_another_configuration_are_refused(answered, folder, capsys):
+def test_answers_of_another_configuration_are_refused(answered, folder, tmp_path, capsys):
     argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", answered / "out.jsonl")
     assert run(*argv, *MODES, "--seed", 1) == 2
     assert "begun with another configuration: seed 0 (now 1)" in capsys.readouterr().err
     assert run(*argv[:4], "--out", answered / "data.jsonl", *MODES) == 2
     assert "which is another file" in capsys.readouterr().err
+    (tmp_path / "out.jsonl.config.json").write_text("{")
+    assert run(*argv[:4], "--out", tmp_path / "out.jsonl", *MODES) == 2
+    assert "out.jsonl.config.json: expected JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

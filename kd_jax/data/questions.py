@@ -74,9 +74,10 @@ def read_questions(
     if problems and data.on_bad_record == "error":
         raise UserError("\n".join(first_lines(problems)))
     if not questions:
+        what = f"{count:,} records without one, such as plain text" if count else "no records"
         raise UserError(
             f"{data.path}: expected records with a prompt (messages, instruction, or prompt), got "
-            f"{count:,} records without one, such as plain text"
+            f"{what}"
         )
     left = count - len(questions)
     return questions, f"{data.path}: {left:,} records have no prompt and are left out" * (left > 0)

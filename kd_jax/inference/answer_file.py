@@ -5,9 +5,11 @@ progress. When all are there, the file is written whole, in the order of the pro
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 
 from kd_jax.config import UserError
+from kd_jax.config.checks import out_path
 from kd_jax.config.errors import first_lines
 from kd_jax.data.questions import Question
 from kd_jax.inference.drawing import Sampling
@@ -23,9 +26,10 @@ from kd_jax.inference.sampling import Row, sample_rows
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, together
-from kd_jax.weights.files import write_whole
+from kd_jax.weights.files import hold, read_json, write_whole
 
 _TOLD_SECONDS = 10.0
+_FACTS = ("index", "sample", "ended", "tokens")
 Place = tuple[int, int]
 """Index of a record in the data, and number of the sample."""
 
@@ -57,11 +61,9 @@ class AnswerFile:
         Raises:
           UserError: the file is another one, or was begun with another configuration.
         """
-        self.path = Path(path).expanduser()
+        self.path = out_path(path, "--out")
         self.record = self.path.with_name(f"{self.path.name}.config.json")
         self.identity = json.loads(json.dumps(identity))
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise UserError(f"--out: expected a file in an existing folder, got {path}")
         if not self.record.exists():
             if self.path.exists():
                 raise UserError(
@@ -69,7 +71,7 @@ class AnswerFile:
                     "another file. Give another name"
                 )
             return
-        earlier = json.loads(self.record.read_text())
+        earlier = read_json(self.record)
         changed = sorted(
             name for name in earlier.keys() | self.identity.keys()
             if earlier.get(name) != self.identity.get(name)
@@ -87,28 +89,40 @@ class AnswerFile:
     def is_whole(self) -> bool:
         return self.path.exists()
 
-    def begin(self) -> None:
-        if is_first() and not self.record.exists():
-            write_whole(self.record, json.dumps(self.identity, indent=1) + "\n")
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Keeps other commands from writing the file; process 0 has the lock.
+
+        Raises:
+          UserError: another command writes it.
+        """
+        with ExitStack() as stack:
+            together("answers/lock", lambda: self._lock(stack))
+            yield
+
+    def _lock(self, stack: ExitStack) -> tuple[None, dict[str, Any]]:
+        if is_first():
+            taken = "is being written by {holder}. Wait for it or stop it"
+            hold(self.path, stack, "--out", taken, self.path.with_name(f"{self.path.name}.lock"))
+            if not self.record.exists():
+                write_whole(self.record, json.dumps(self.identity, indent=1) + "\n")
+        return None, {}
 
     def parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        own = re.compile(rf"{re.escape(self.path.name)}\.part\d+")
+        return sorted(x for x in self.path.parent.iterdir() if own.fullmatch(x.name))
 
     def part(self, process: int) -> Path:
-        """Returns this process's part, without the line that a kill may have torn."""
+        """Returns this process's part, without lines that a kill or a power cut tore."""
         part = self.path.with_name(f"{self.path.name}.part{process}")
         if part.exists():
-            part.write_bytes(_whole_lines(part))
+            part.write_bytes(b"".join(line for line, _ in _whole_lines(part)))
         return part
 
     def read(self) -> dict[Place, dict[str, Any]]:
         """Returns the answers of all parts, without torn lines."""
-        found = {}
-        for part in self.parts():
-            for line in _whole_lines(part).splitlines():
-                record = json.loads(line)
-                found[record["index"], record["sample"]] = record
-        return found
+        records = [record for part in self.parts() for _, record in _whole_lines(part)]
+        return {(record["index"], record["sample"]): record for record in records}
 
     def finish(self, wanted: Sequence[Place]) -> dict[str, int]:
         """Writes the whole file and removes the parts; returns counts of the answers.
@@ -134,10 +148,13 @@ class AnswerFile:
         }  # fmt: skip
 
 
-def _whole_lines(file: Path) -> bytes:
-    """Returns a file without the line that a kill may have torn."""
-    found = file.read_bytes()
-    return found[: found.rfind(b"\n") + 1]
+def _whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines of a part and their records, without torn ones."""
+    for line in file.read_bytes().splitlines(keepends=True):
+        with suppress(ValueError, LookupError, TypeError):
+            record = json.loads(line)
+            if line.endswith(b"\n") and all(isinstance(record[name], int) for name in _FACTS):
+                yield line, record
 
 
 class Fit(NamedTuple):

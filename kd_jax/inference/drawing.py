@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 _ONE_BITS = 0x3F800000  # of the float32 1.0
+_LEAST_TEMPERATURE = 1e-30  # below it float32 has subnormals, and 0 / 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ def _kept(logits: jax.Array, weights: jax.Array, sampling: Sampling) -> jax.Arra
       weights: their exponentials.
     """
     if sampling.temperature != 1:
-        weights = jnp.exp(logits / sampling.temperature)
+        weights = jnp.exp(logits / max(sampling.temperature, _LEAST_TEMPERATURE))
     if sampling.top_k is not None and sampling.top_k < weights.shape[1]:
         weights = _without_tail(weights, jnp.ones_like(weights), jnp.float32(sampling.top_k))
     if sampling.top_p is not None:

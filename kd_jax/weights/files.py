@@ -89,7 +89,8 @@ def write_whole(file: Path, text: str) -> None:
             os.fsync(stream.fileno())
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
@@ -109,19 +110,21 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def hold(folder: Path, stack: ExitStack, flag: str, taken: str) -> None:
-    """Makes a folder and holds its file `lock`, which names this process, until the stack closes.
+def hold(folder: Path, stack: ExitStack, flag: str, taken: str, path: Path | None = None) -> None:
+    """Holds a lock file, which names this process, until the stack closes.
 
     Args:
-      flag: names the folder in messages.
-      taken: what to say of a folder that {holder} holds.
+      folder: what is locked; a folder is made.
+      flag: names it in messages.
+      taken: what to say if {holder} holds it.
+      path: of the lock file; None: `lock` in the folder.
 
     Raises:
       UserError: another process holds it, or it cannot be written.
     """
-    path = folder / "lock"
+    path = folder / "lock" if path is None else path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = stack.enter_context(locked(path, wait=False))
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -15,8 +15,8 @@ from transformers import TopPLogitsWarper
 
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import sampling as sampling_module
-from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.sampling import sample
+from kd_jax.inference.drawing import Sampling, draw
+from kd_jax.inference.sampling import key_data, sample
 from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import adapter_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
@@ -222,3 +222,11 @@ def test_rows_at_once_fit_the_cache(pair, monkeypatch):
 
 def test_no_prompts_give_no_answers(pair):
     assert drawn(pair[1], []).tokens == []
+
+
+def test_a_temperature_near_0_is_greedy():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (4, 40)), jnp.float32)
+    logits = logits.at[:, -1].set(-jnp.inf)  # padding of the vocabulary
+    keys, counts = key_data(range(4)), jnp.zeros(4, jnp.int32)
+    token, _ = draw(logits, Sampling(temperature=1e-46), keys, counts)
+    np.testing.assert_array_equal(token, jnp.argmax(logits, axis=-1))
