@@ -7,20 +7,20 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kd_jax.config import Config, HiddenConfig, MeshConfig, TeacherConfig, UserError
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
+from kd_jax.inference import scores
+from kd_jax.inference.scores import Sums
 from kd_jax.weights.files import write_whole
 from kd_jax.workdir.history import is_run
 
 if TYPE_CHECKING:
-    from kd_jax.data.questions import Question
+    from kd_jax.inference.exam import Exam
     from kd_jax.inference.load import OpenModel
-    from kd_jax.inference.scores import Sums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,17 +99,17 @@ def main(argv: Sequence[str]) -> None:
         for file in files:
             write_whole(file, text + "\n")
     finally:  # a full disk does not lose the numbers
-        print(text if args.json else describe(result))
+        print(text if args.json else scores.describe(result))
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Returns the object that --json prints: `summarise` of what `measure` measures."""
-    asked = None if args.accuracy is None else _questions(args)
+    exam = None if args.accuracy is None else _exam(args)
     result = summarise(args, *measure(args))
-    return result if asked is None else result | _accuracy(args, *asked)
+    return result if exam is None else result | _accuracy(args, *exam)
 
 
-def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
+def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
     """Returns the model's sums by document and by position, and --against's by document.
 
     Documents are in the same order for every model.
@@ -119,6 +119,7 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.prompts import read_prompt
     from kd_jax.data.rows import make_rows
+    from kd_jax.inference.cached import open_cached
     from kd_jax.inference.evaluation import rows_at_once
     from kd_jax.inference.load import describe_dtype, load_head, load_model
     from kd_jax.models.architecture import describe_context
@@ -145,7 +146,8 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
     cached = loaded = None
     if teacher and args.teacher_cache is not None:
         config = _with_cache(args, config, teacher, mesh)
-        cached = _open_cache(config, teacher, template, rows, mesh)
+        source = teacher.source
+        cached = open_cached(config, source, mesh, source.hashes, template, (rows, None))
         loaded = load_head(teacher, mesh)
     elif teacher:
         loaded = load_model(teacher, mesh)
@@ -156,7 +158,10 @@ def measure(args: EvaluateArgs) -> "tuple[Sums, Sums, Sums | None]":
 
 
 def summarise(
-    args: EvaluateArgs, documents: "Sums", positions: "Sums", theirs: "Sums | None" = None
+    args: EvaluateArgs,
+    documents: Sums,
+    positions: Sums,
+    theirs: Sums | None = None,
 ) -> dict[str, Any]:
     """Returns the object that --json prints.
 
@@ -167,7 +172,6 @@ def summarise(
     """
     import jax
 
-    from kd_jax.inference import scores
     from kd_jax.parallel.platforms import choose_dtype
 
     values = scores.whole(documents)
@@ -183,54 +187,32 @@ def summarise(
     return result
 
 
-def _questions(args: EvaluateArgs) -> "tuple[OpenModel, list[Question]]":
-    """Returns the model, and the first args.accuracy questions that have a final number."""
+def _exam(args: EvaluateArgs) -> "tuple[OpenModel, Exam]":
+    """Returns the model, and the first args.accuracy questions that it can be asked."""
     from kd_jax.data.chat import chat_template_of
-    from kd_jax.data.questions import read_questions
-    from kd_jax.inference.accuracy import has_final_number
+    from kd_jax.inference.exam import read_exam
     from kd_jax.inference.load import open_model
 
     model = open_model(args.model, args.dtype, args.step)
-    config, tokenizer = _config(args, model.config, 1), model.source.tokenizer
-    template = chat_template_of(config.data, tokenizer)
-    questions, _ = read_questions(config.data, tokenizer, template)
-    asked = [question for question in questions if has_final_number(question)]
-    if not asked:
-        raise UserError(
-            f"--accuracy: expected data whose answers have a final number, as GSM8K's after ####, "
-            f"got none in {args.data}"
-        )
-    return model, asked[: args.accuracy]
+    data = _config(args, model.config, 1).data
+    template = chat_template_of(data, model.source.tokenizer)
+    count, most = args.accuracy or 0, args.max_new_tokens
+    return model, read_exam(data, count, most, model.source, template, "--accuracy")
 
 
-def _accuracy(
-    args: EvaluateArgs, model: "OpenModel", questions: "list[Question]"
-) -> dict[str, Any]:
+def _accuracy(args: EvaluateArgs, model: "OpenModel", exam: "Exam") -> dict[str, Any]:
     """Returns the exact-answer accuracy, its standard error and what it is of."""
     import jax
 
     from kd_jax.data.vocabulary import num_entries
-    from kd_jax.inference.accuracy import accuracy
+    from kd_jax.inference.exam import take_exam
     from kd_jax.inference.load import load_model
-    from kd_jax.inference.prompts import chat_stops, context_length, stop_tokens
     from kd_jax.parallel.mesh import make_mesh
 
-    folder, tokenizer = model.source.folder, model.source.tokenizer
     config = _config(args, model.config, jax.device_count())
     models = load_model(model, make_mesh(config.mesh, config.data.batch_size))
-    ends, _ = chat_stops(tokenizer, args.chat_template, config.data.date)
-    found = accuracy(
-        models.student,
-        models.frozen,
-        questions,
-        partial(tokenizer.decode, skip_special_tokens=True),
-        max_new_tokens=args.max_new_tokens,
-        context=context_length(model.source.arch),
-        stop_tokens=ends | stop_tokens(folder, tokenizer),
-        vocab_size=num_entries(tokenizer),
-    )
-    if found is None:
-        raise UserError("--accuracy: expected prompts that leave room in the model's context")
+    size = num_entries(model.source.tokenizer)
+    found = take_exam(exam, models.student, models.frozen, size)
     return {
         "accuracy": found.share,
         "accuracy_standard_error": found.standard_error,
@@ -309,17 +291,8 @@ def _with_cache(args, config, teacher, mesh):
     return dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
 
 
-def _open_cache(config, teacher, template, rows, mesh):
-    """Returns the values of the rows from --teacher-cache."""
-    from kd_jax.inference.cached import open_cached
-
-    source = teacher.source
-    return open_cached(config, source, mesh, source.hashes, template, (rows, None))
-
-
 def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh):
     """Returns a model's sums by document and by position; its weights are freed on return."""
-    from kd_jax.inference import scores
     from kd_jax.inference.evaluation import evaluate_rows
     from kd_jax.inference.load import load_model
     from kd_jax.setup.program import make_program
@@ -375,26 +348,6 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
             max_conversations=args.max_conversations,
         ),
     )
-
-
-def describe(result: dict[str, Any]) -> str:
-    """Returns the object as lines and tables."""
-    lines = [f"{n:16}{x:.6g}" for n, x in result.items() if isinstance(x, int | float)]
-    columns = [n for n in ("ce", "kl_forward", "top1_agreement", "ece") if n in result]
-    lines += ["", "by position of the target token in its document", ""]
-    lines.append("".join(f"{n:>16}" for n in ("positions", "target_tokens", *columns)))
-    for row in result["by_position"]:
-        place = f"{row['start']}-{row['stop'] - 1}"
-        numbers = "".join(f"{row[name]:16.6g}" for name in columns)
-        lines.append(f"{place:>16}{row['target_tokens']:16}{numbers}")
-    if "against" in result:
-        named = result["arguments"]
-        lines += ["", f"{named['model']} minus {named['against']}, 95 % interval", ""]
-        lines.append(f"{'':16}{'model':>12}{'against':>12}{'difference':>12}    interval")
-        for name, row in result["against"].items():
-            numbers = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))
-            lines.append(f"{name:16}{numbers}    [{row['low']:.6g}, {row['high']:.6g}]")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,12 @@
-"""Exact-answer accuracy: greedy answers whose final number is that of the data's own answer."""
+"""Final numbers of answers, and whether they are those of the data's own answers."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 from kd_jax.data.questions import Question
-from kd_jax.inference.sampling import sample
-from kd_jax.models.decoder import DecoderSpec
-from kd_jax.parallel.placement import Arrays
 
 MARK = "####"
 """Stands before the final answer in GSM8K (arXiv 2110.14168)."""
 _NUMBER = re.compile(r"[-+]?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
-
-class Accuracy(NamedTuple):
-    correct: int
-    questions: int
-    """Questions asked: those whose own answer has a final number and whose prompt leaves room."""
-    ended: int
-    """Answers that ended by themselves."""
-
-    @property
-    def share(self) -> float:
-        return self.correct / self.questions
-
-    @property
-    def standard_error(self) -> float:
-        """Of the share, binomial."""
-        return (self.share * (1 - self.share) / self.questions) ** 0.5
 
 
 def final_number(text: str, marked: bool) -> float | None:
@@ -63,42 +41,3 @@ def is_correct(answer: str, reference: str) -> bool:
 
 def has_final_number(question: Question) -> bool:
     return final_number(question.answer, MARK in question.answer) is not None
-
-
-def askable(questions: Sequence[Question], context: int) -> list[Question]:
-    """Returns those whose own answer has a final number and whose prompt leaves room for one."""
-    return [q for q in questions if has_final_number(q) and 0 < len(q.tokens) < context]
-
-
-def accuracy(
-    spec: DecoderSpec,
-    arrays: Arrays,
-    questions: Sequence[Question],
-    decode: Callable[[list[int]], str],
-    *,
-    max_new_tokens: int,
-    context: int,
-    stop_tokens: Collection[int],
-    vocab_size: int | None = None,
-    batch_rows: int | None = None,
-) -> Accuracy | None:
-    """Returns the exact-answer accuracy of greedy answers; None if no question can be asked.
-
-    Args:
-      arrays: as for `sampling.sample`.
-      decode: maps tokens to text.
-      context: most tokens of prompt and answer.
-    """
-    asked = askable(questions, context)
-    if not asked:
-        return None
-    room = [min(max_new_tokens, context - len(q.tokens)) for q in asked]
-    found = sample(
-        spec, arrays, [q.tokens for q in asked], keys=range(len(asked)), max_new_tokens=room,
-        stop_tokens=stop_tokens, batch_rows=batch_rows, vocab_size=vocab_size,
-    )  # fmt: skip
-    right = [
-        is_correct(decode(tokens.tolist()), question.answer)
-        for tokens, question in zip(found.tokens, asked, strict=True)
-    ]
-    return Accuracy(sum(right), len(asked), int(found.ended.sum()))

@@ -1,14 +1,16 @@
-"""Exact-answer accuracy of a model in training, on questions of its held-out data."""
+"""Exact-answer accuracy: greedy answers to questions of data whose answers have a final number."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.templates import Template
-from kd_jax.inference.accuracy import accuracy, askable
+from kd_jax.inference.accuracy import has_final_number, is_correct
 from kd_jax.inference.prompts import context_length, stop_tokens, template_stops
+from kd_jax.inference.sampling import sample
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.inputs import held_out_data
@@ -23,47 +25,88 @@ class Exam:
     decode: Callable[[list[int]], str]
     stops: frozenset[int]
     context: int
+    """Most tokens of prompt and answer."""
     max_new_tokens: int
 
 
-def make_exam(config: Config, student: Source, template: Template | None) -> Exam | None:
-    """Returns the first eval.accuracy questions of the held-out data; None if that is 0.
+class Accuracy(NamedTuple):
+    correct: int
+    questions: int
+    ended: int
+    """Answers that ended by themselves."""
+
+    @property
+    def share(self) -> float:
+        return self.correct / self.questions
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard error of the share."""
+        return (self.share * (1 - self.share) / self.questions) ** 0.5
+
+
+def read_exam(
+    data: DataConfig,
+    count: int,
+    max_new_tokens: int,
+    model: Source,
+    template: Template | None,
+    field: str,
+) -> Exam:
+    """Returns the first `count` questions of the data that can be asked.
+
+    Args:
+      field: names the count in messages.
 
     Raises:
       UserError: no answer of the data has a final number, or no prompt leaves room for one.
     """
-    data = held_out_data(config)
-    if not config.eval.accuracy or data is None:
-        return None
-    tokenizer, context = student.tokenizer, context_length(student.arch)
+    tokenizer, context = model.tokenizer, context_length(model.arch)
     found, _ = read_questions(data, tokenizer, template)
-    asked = askable(found, context)
+    asked = [q for q in found if has_final_number(q) and 0 < len(q.tokens) < context]
     if not asked:
         raise UserError(
-            "eval.accuracy: expected data whose answers have a final number, as GSM8K's after "
-            f"####, and prompts that leave room in the student's context, got none in {data.path}"
+            f"{field}: expected data whose answers have a final number, as GSM8K's after ####, "
+            f"and prompts that leave room in the model's context, got none in {data.path}"
         )
     ends, _ = template_stops(tokenizer, template, data.date)
     return Exam(
-        questions=asked[: config.eval.accuracy],
+        questions=asked[:count],
         decode=partial(tokenizer.decode, skip_special_tokens=True),
-        stops=frozenset(ends | stop_tokens(student.folder, tokenizer)),
+        stops=frozenset(ends | stop_tokens(model.folder, tokenizer)),
         context=context,
-        max_new_tokens=config.eval.max_new_tokens,
+        max_new_tokens=max_new_tokens,
     )
+
+
+def make_exam(config: Config, student: Source, template: Template | None) -> Exam | None:
+    """Returns a run's exam, of its held-out data; None if eval.accuracy is 0."""
+    data, part = held_out_data(config), config.eval
+    if not part.accuracy or data is None:
+        return None
+    return read_exam(data, part.accuracy, part.max_new_tokens, student, template, "eval.accuracy")
+
+
+def take_exam(exam: Exam, spec: DecoderSpec, arrays: Arrays, vocab_size: int) -> Accuracy:
+    """Returns the exact-answer accuracy of a model's greedy answers.
+
+    Args:
+      arrays: as for `sampling.sample`.
+    """
+    prompts = [question.tokens for question in exam.questions]
+    room = [min(exam.max_new_tokens, exam.context - len(tokens)) for tokens in prompts]
+    found = sample(
+        spec, arrays, prompts, keys=range(len(prompts)), max_new_tokens=room,
+        stop_tokens=exam.stops, vocab_size=vocab_size,
+    )  # fmt: skip
+    right = [
+        is_correct(exam.decode(tokens.tolist()), question.answer)
+        for tokens, question in zip(found.tokens, exam.questions, strict=True)
+    ]
+    return Accuracy(sum(right), len(right), int(found.ended.sum()))
 
 
 def grade(exam: Exam, spec: DecoderSpec, arrays: Arrays, vocab_size: int) -> dict[str, float]:
-    """Returns the accuracy of a model's greedy answers, and the share that ended by themselves."""
-    found = accuracy(
-        spec,
-        arrays,
-        exam.questions,
-        exam.decode,
-        max_new_tokens=exam.max_new_tokens,
-        context=exam.context,
-        stop_tokens=exam.stops,
-        vocab_size=vocab_size,
-    )
-    assert found is not None
+    """Returns the accuracy of a model's answers, and the share that ended by themselves."""
+    found = take_exam(exam, spec, arrays, vocab_size)
     return {"accuracy": found.share, "answers_ended": found.ended / found.questions}

@@ -4,6 +4,8 @@ Sums are float64 [G], one entry for each group of tokens (a document, or a range
 mean over any selection of groups is a ratio of two sums.
 """
 
+from typing import Any
+
 import numpy as np
 
 Sums = dict[str, np.ndarray]
@@ -141,3 +143,23 @@ def _differences(sums: Sums, others: Sums, counts: np.ndarray) -> Sums:
     )
     compared = (n for n in NAMES if n in ours and n not in (*TEACHERS, "target_tokens"))
     return {name: ours[name] - theirs[name] for name in compared}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Returns the object that kd_jax.evaluate prints as lines and tables."""
+    lines = [f"{n:16}{x:.6g}" for n, x in result.items() if isinstance(x, int | float)]
+    columns = [n for n in ("ce", "kl_forward", "top1_agreement", "ece") if n in result]
+    lines += ["", "by position of the target token in its document", ""]
+    lines.append("".join(f"{n:>16}" for n in ("positions", "target_tokens", *columns)))
+    for row in result["by_position"]:
+        place = f"{row['start']}-{row['stop'] - 1}"
+        numbers = "".join(f"{row[name]:16.6g}" for name in columns)
+        lines.append(f"{place:>16}{row['target_tokens']:16}{numbers}")
+    if "against" in result:
+        named = result["arguments"]
+        lines += ["", f"{named['model']} minus {named['against']}, 95 % interval", ""]
+        lines.append(f"{'':16}{'model':>12}{'against':>12}{'difference':>12}    interval")
+        for name, row in result["against"].items():
+            numbers = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))
+            lines.append(f"{name:16}{numbers}    [{row['low']:.6g}, {row['high']:.6g}]")
+    return "\n".join(lines)

@@ -9,8 +9,8 @@ import tiny
 from kd_jax import evaluate
 from kd_jax.config.command import run_command
 from kd_jax.data.questions import Question
-from kd_jax.inference import accuracy as module
-from kd_jax.inference.accuracy import accuracy, final_number, is_correct
+from kd_jax.inference import exam
+from kd_jax.inference.accuracy import final_number, is_correct
 from kd_jax.inference.sampling import Sampled
 
 pytestmark = pytest.mark.fast
@@ -39,11 +39,8 @@ def test_without_marks_the_last_number_counts():
     assert is_correct("24 + 48 = 72\n#### 72.0", "48\n#### 72")
 
 
-def test_the_share_is_over_questions_with_a_number_and_room(monkeypatch):
-    answers = {1: "#### 4", 2: "#### 5", 3: "no number", 4: "#### 6"}
-    questions = [
-        Question(i, f"line {i}", [i] * (9 if i == 4 else 2), a, []) for i, a in answers.items()
-    ]
+def test_the_share_is_over_the_questions_asked(monkeypatch):
+    questions = [Question(i, f"line {i}", [i] * i, f"#### {i + 3}", []) for i in (1, 2)]
     asked = []
 
     def sample(spec, arrays, prompts, *, max_new_tokens, **options):
@@ -51,12 +48,16 @@ def test_the_share_is_over_questions_with_a_number_and_room(monkeypatch):
         assert options["stop_tokens"] == {7}
         return Sampled([np.array([4]), np.array([4])], [], np.array([True, False]))
 
-    monkeypatch.setattr(module, "sample", sample)
-    found = accuracy(
-        None, {}, questions, lambda tokens: f"#### {tokens[0]}", max_new_tokens=6, context=7,
-        stop_tokens={7},
-    )  # fmt: skip
-    assert asked == [([1, 1], 5), ([2, 2], 5)]
+    monkeypatch.setattr(exam, "sample", sample)
+    given = exam.Exam(
+        questions=questions,
+        decode=lambda tokens: f"#### {tokens[0]}",
+        stops=frozenset({7}),
+        context=7,
+        max_new_tokens=6,
+    )
+    found = exam.take_exam(given, None, {}, 300)
+    assert asked == [([1], 6), ([2, 2], 5)]
     assert found == (1, 2, 1) and found.share == 0.5
     assert found.standard_error == pytest.approx((0.25 / 2) ** 0.5)
 

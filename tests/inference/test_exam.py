@@ -8,7 +8,6 @@ from samples import chat, write_lines
 
 from kd_jax.config import Config, DataConfig, EvalConfig, StudentConfig, UserError
 from kd_jax.inference import exam
-from kd_jax.inference.accuracy import Accuracy
 from kd_jax.setup.sources import open_source
 
 
@@ -30,6 +29,7 @@ def config_for(path, **options):
 
 def test_the_exam_has_the_first_questions_that_have_a_final_number(student, tmp_path, monkeypatch):
     pairs = [("How many legs has a cat?", "Four.\n#### 4"), ("Why?", "So."), ("Two?", "#### 2")]
+    pairs.append(("word " * student.arch.max_position_embeddings, "#### 3"))  # leaves no room
     path = write_lines(tmp_path / "data.jsonl", [{"messages": chat(*pair)} for pair in pairs])
     config = config_for(path, accuracy=9, max_new_tokens=5)
     found = exam.make_exam(config, student, tiny.TEMPLATE)
@@ -40,7 +40,7 @@ def test_the_exam_has_the_first_questions_that_have_a_final_number(student, tmp_
     assert found.decode([student.tokenizer.eos_token_id]) == ""
     one = dataclasses.replace(config, eval=dataclasses.replace(config.eval, accuracy=1))
     assert exam.make_exam(one, student, tiny.TEMPLATE).questions == found.questions[:1]
-    monkeypatch.setattr(exam, "accuracy", lambda *_, **__: Accuracy(1, 4, 3))
+    monkeypatch.setattr(exam, "take_exam", lambda *_: exam.Accuracy(1, 4, 3))
     assert exam.grade(found, None, {}, 300) == {"accuracy": 0.25, "answers_ended": 0.75}
     assert exam.make_exam(config_for(path), student, tiny.TEMPLATE) is None
 
