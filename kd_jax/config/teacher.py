@@ -39,10 +39,11 @@ class TeacherConfig:
     """Documents that the cache lacks: stop with their number, or run the teacher on them before
     the first step and add them to the cache."""
 
-    cache_rest: Literal["bucket", "uniform", "label", "renormalize"] = "bucket"
+    cache_rest: Literal["bucket", "uniform", "label", "renormalize", "renormalize_both"] = "bucket"
     """The teacher's probability outside of what a topk cache has of a token. bucket: all other
     entries are one; uniform: spread over them; label: added to the label's; renormalize: dropped,
-    and the stored ones are divided by their sum."""
+    and the stored ones are divided by their sum; renormalize_both: the student's too, whose other
+    entries then have no part in the divergence."""
 
     system: str | None = None
     """System text that only the teacher sees, before a conversation's own; @FILE reads a file. The

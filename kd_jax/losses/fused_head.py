@@ -54,6 +54,9 @@ class HeadConfig:
     """Transpose the student's head once to [D, V]: bfloat16 matmuls on CPU are faster with it."""
     head_trainable: bool = False
     """Compute the gradient of the student's head."""
+    listed_only: bool = False
+    """Take the divergence over the teacher's entries above NEGATIVE alone, with both models'
+    probabilities divided by their sums over these."""
     top_k: int | None = None
     """Entries of each model whose overlap evaluation measures; None: not measured."""
 
@@ -269,7 +272,8 @@ def _device_gradients(config, scalars, share):
     def run_chunk(index, carry):
         sums, d_hidden, d_head = carry
         rows, z_s, z_t = _chunk(config, share, index)
-        values, d_logits = token_losses(config.loss, scalars, z_s, z_t, rows.targets, share.vocab)
+        inputs = (z_s, z_t, rows.targets, share.vocab, config.listed_only)
+        values, d_logits = token_losses(config.loss, scalars, *inputs)
         sums = {n: x + _sum_targets(values[n], rows.targets) for n, x in sums.items()}
         d_logits = d_logits.astype(hidden.dtype)  # that of the matmuls
         product = "CV,DV->CD" if config.transpose_head else "CV,VD->CD"
@@ -328,7 +332,8 @@ def _device_metrics(config, scalars, share):
     def run_chunk(index, metrics):
         rows, z_s, z_t = _chunk(config, share, index)
         # XLA drops the gradient, which is unused.
-        values, _ = token_losses(config.loss, scalars, z_s, z_t, rows.targets, share.vocab)
+        inputs = (z_s, z_t, rows.targets, share.vocab, config.listed_only)
+        values, _ = token_losses(config.loss, scalars, *inputs)
         if "topk_overlap" in metrics:
             values["topk_overlap"] = overlap(
                 *(top_k(z, config.top_k, share.vocab) for z in (z_s, z_t))

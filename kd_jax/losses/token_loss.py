@@ -52,6 +52,7 @@ def token_losses(
     z_t: jax.Array | None,
     targets: Targets,
     vocab: Vocab,
+    listed_only: bool = False,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns each token's loss and metrics, and the gradient of the masked loss.
 
@@ -64,6 +65,7 @@ def token_losses(
       z_t: [N, V] float32, the teacher's logits; None: the loss is cross-entropy.
       targets: labels and group [N] int32, mask [N] bool; the gradient is 0 where masked.
       vocab: the entries of these logits.
+      listed_only: as in HeadConfig; metrics are those of the whole distributions all the same.
 
     Returns:
       (values, gradient): values by the names above, [N] float32, also of masked tokens; the
@@ -79,22 +81,24 @@ def token_losses(
     T, ratio = static_temperature(config) or scalars.temperature, scalars.kd_ratio
     if group is not None:
         ratio = jnp.where(group > 0, 1.0, ratio)
-    student, teacher = _softmaxes([z_s, z_t], T, vocab.axis)
-    log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
+    z_q = jnp.where(z_t > NEGATIVE / 2, z_s, NEGATIVE) if listed_only else z_s
+    student, teacher, *listed = _softmaxes([z_s, z_t, *[z_q] * listed_only], T, vocab.axis)
+    log_q, log_p = _log_probs((listed or [student])[0], z_q, T), _log_probs(teacher, z_t, T)
     weight = token_weight(log_q, log_p, config, vocab.axis)
     terms = divergence_terms(log_q, log_p, config, weight)
     agreement = agreement_terms(_log_probs(student, z_s), _log_probs(teacher, z_t))
     agree = (z_s == student.highest) & (z_t == teacher.highest)
     agreement["top1_agreement"] = agree.astype(jnp.float32)
-    sums, values = _pair_sums(terms, agreement, _metric_of(config, T), vocab.axis)
+    metric = None if listed_only else _metric_of(config, T)
+    sums, values = _pair_sums(terms, agreement, metric, vocab.axis)
     values |= _model_values(student, z_s, labels, vocab)
     values |= _model_values(teacher, z_t, labels, vocab, "teacher_")
     scale = t2_factor(T, config)
     values |= {"ce_loss": values["ce"], "kd_loss": sums.value[:, 0] * scale}
     values["loss"] = (1 - ratio) * values["ce"] + ratio * values["kd_loss"]
     # The barrier makes XLA recompute the exponentials instead of storing them.
-    student, teacher = jax.lax.optimization_barrier((student, teacher))
-    log_q, log_p = _log_probs(student, z_s, T), _log_probs(teacher, z_t, T)
+    student, teacher, *listed = jax.lax.optimization_barrier((student, teacher, *listed))
+    log_q, log_p = _log_probs((listed or [student])[0], z_q, T), _log_probs(teacher, z_t, T)
     slope = divergence_terms(log_q, log_p, config, weight).slope
     kd_weights = jnp.where(mask, ratio * scale / T, 0.0)[:, None]
     gradient = (slope - jnp.exp(log_q) * sums.slope) * kd_weights

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import Config, LossConfig, UserError
 from kd_jax.data.documents import Documents, find_documents
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
@@ -94,13 +94,27 @@ _OF_TOPK = (
 _SERVED: dict[str, tuple[str, ...]] = {"topk": _OF_TOPK, "sampled": ("forward_kl",)}
 
 
+def _needs_every_entry(loss: LossConfig) -> bool:
+    """Returns True where the divergence is infinite if an entry of the teacher has 0."""
+    reverse = {"jsd": loss.jsd_beta == 1, "jsd_cross": loss.jsd_beta == 1}
+    reverse |= {"reverse_kl": True, "symmetric_kl": True, "skew_reverse_kl": loss.skew_alpha == 0}
+    return reverse.get(loss.divergence, False)
+
+
 def check_loss(cache: Cache, config: Config) -> None:
     """Raises UserError if the loss needs more than the cache has; says in what it is biased."""
+    assert config.teacher is not None
+    place, rest = f"with the {cache.kind} cache {cache.path}", config.teacher.cache_rest
+    if cache.kind != "topk" and rest != "bucket":
+        raise UserError(f"teacher.cache-rest: expected bucket, its default, {place}, got {rest}")
     if cache.kind == "hidden":
         return
-    loss, served = config.loss, _SERVED[cache.kind]
-    place = f"with the {cache.kind} cache {cache.path}"
-    problems = []
+    loss, served, problems = config.loss, _SERVED[cache.kind], []
+    if rest in ("label", "renormalize") and _needs_every_entry(loss):
+        problems.append(
+            f"teacher.cache-rest: expected bucket|uniform|renormalize_both with loss.divergence "
+            f"{loss.divergence}, got {rest}, with which it is infinite"
+        )
     if loss.divergence not in served:
         problems.append(
             f"loss.divergence: expected {'|'.join(served)} {place}, got {loss.divergence}"

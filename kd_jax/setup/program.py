@@ -1,5 +1,6 @@
 """The program of a run: its static configuration under jit."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +167,9 @@ def make_program(
         models.student.dtype.name,
         config.trainable == "full",
     )
+    if models.teacher_kind == "topk" and config.teacher is not None:
+        both = config.teacher.cache_rest == "renormalize_both"
+        head = dataclasses.replace(head, listed_only=both)
     return Program(
         student=models.student,
         teacher=_make_teacher(config, models),

@@ -14,7 +14,7 @@ from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
 from kd_jax.parallel.placement import Arrays
 from kd_jax.teachers.storage import Field, Fields
 
-Rest = Literal["bucket", "uniform", "label", "renormalize"]
+Rest = Literal["bucket", "uniform", "label", "renormalize", "renormalize_both"]
 MOST_ENTRIES = 2**20  # ids have 20 bits
 _CHUNK_TOKENS = 1024  # whose logits are in memory at a time
 _BITS = 16
@@ -68,7 +68,8 @@ class TopK:
         """Returns log-probabilities [C, V] float32, those of the rest by `treatment`.
 
         bucket: in the student's proportions, which makes of all other entries one: an f-divergence
-        and its gradient are those of k + 1 entries.
+        and its gradient are those of k + 1 entries. NEGATIVE where the rest is elsewhere; the head
+        leaves these entries of the student out with renormalize_both (HeadConfig.listed_only).
         """
         ids, high_bits, log_probs, rest = rows
         place = _whole_ids(ids, high_bits) - vocab_arrays[0]
@@ -98,7 +99,7 @@ def _whole_ids(ids: jax.Array, high_bits: jax.Array) -> jax.Array:
 
 def _others(treatment: Rest, seen: Seen, listed: jax.Array, rest: jax.Array) -> jax.Array:
     """Returns the log-probabilities [C, V] or [C, 1] of entries that are not listed."""
-    if treatment in ("label", "renormalize"):
+    if treatment not in ("bucket", "uniform"):
         return jnp.full_like(rest, NEGATIVE)
     axis = seen.vocab.axis
     if treatment == "uniform":

@@ -1,16 +1,27 @@
 """Entries of a token in place of its distribution: what is stored, and the loss of it."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.config import LossConfig
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserError,
+)
 from kd_jax.data.store import TEACHER
 from kd_jax.losses.fused_head import HeadConfig, kd_head
 from kd_jax.losses.head_inputs import Seen, Side, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import Vocab
+from kd_jax.setup.cached import check_loss
 from kd_jax.teachers.storage import token_bytes
 from kd_jax.teachers.topk import Selection, TopKModel, topk_fields
 
@@ -128,6 +139,55 @@ def test_value_and_gradient_are_those_of_k_entries_and_one_for_the_rest(states, 
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(d_hidden, gradient, atol=1e-5 * np.abs(gradient).max())
     assert abs(ours(hidden, "uniform") - want) > 1e-2 * want
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_renormalize_both_compares_the_stored_entries_alone(states, divergence):
+    """Twin: the head that looks at all of the student's entries."""
+    hidden, head, *_, labels = states
+    stored, ids = choose(states), jnp.asarray(choose(states)["ids"], jnp.int32)
+    targets = Targets(labels, jnp.ones((B, S), bool))
+    scalars = LossScalars(jnp.float32(0.5), jnp.float32(1))
+    loss = LossConfig(kd_ratio=0.5, divergence=divergence)
+
+    def reference(hidden):
+        log_q = log_probs_of(hidden, head)
+        ce = -jnp.take_along_axis(log_q, labels[..., None], axis=-1).sum()
+        u = jax.nn.log_softmax(jnp.take_along_axis(log_q, ids, axis=-1))
+        v = jax.nn.log_softmax(jnp.asarray(stored["log_probs"], jnp.float32))
+        terms = jnp.exp(v) * (v - u) if divergence == "forward_kl" else jnp.exp(u) * (u - v)
+        return 0.5 * ce + 0.5 * terms.sum()
+
+    def ours(hidden, listed_only):
+        config = HeadConfig(loss=loss, chunk_tokens=3, vocab_size=V, listed_only=listed_only)
+        teacher = side(stored, "renormalize_both")
+        return kd_head(config, scalars, Side(hidden, head), teacher, targets)[0]
+
+    want, gradient = jax.value_and_grad(reference)(hidden)
+    got, d_hidden = jax.value_and_grad(ours)(hidden, True)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(d_hidden, gradient, atol=1e-5 * np.abs(gradient).max())
+    assert abs(ours(hidden, False) - want) > 1e-2 * want
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "divergence", "words"),
+    [
+        ("topk", "renormalize", "reverse_kl", "got renormalize, with which it is infinite"),
+        ("topk", "renormalize_both", "alpha_beta", "expected forward_kl"),
+        ("sampled", "uniform", "forward_kl", "expected bucket, its default"),
+        ("hidden", "label", "forward_kl", "expected bucket, its default"),
+    ],
+)
+def test_what_a_treatment_cannot_serve_is_refused(kind, rest, divergence, words):
+    loss = LossConfig(divergence=divergence)
+    parts = {"student": StudentConfig(path="s"), "data": DataConfig(path="d"), "workdir": "w"}
+    teacher = TeacherConfig(path="t", cache="c", cache_rest=rest)
+    config = Config(teacher=teacher, loss=loss, steps=1, **parts)
+    with pytest.raises(UserError, match=words):
+        check_loss(SimpleNamespace(kind=kind, path="c"), config)
+    fits = replace(config, teacher=replace(teacher, cache_rest="bucket"))
+    check_loss(SimpleNamespace(kind=kind, path="c"), replace(fits, loss=LossConfig()))
 
 
 def test_samples_add_up_to_an_unbiased_estimate(states):
