@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from kd_jax.config import Config, HiddenConfig, MeshConfig, TeacherConfig, UserError
 from kd_jax.config.checks import Checks, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
+from kd_jax.config.flags import renamed
 from kd_jax.inference import scores
 from kd_jax.inference.scores import Sums
 from kd_jax.weights.files import write_whole
@@ -83,14 +83,22 @@ class EvaluateArgs(ModelArgs):
             checks.refuse("--teacher", "the model that checks the drafts, with --draft", None)
         if self.teacher is None and (self.teacher_system or self.teacher_messages):
             checks.refuse("--teacher", "a model with a prompt for the teacher", None)
+        if self.teacher_cache is None and self.teacher_cache_missing != "error":
+            checks.refuse("--teacher-cache-missing", "error without --teacher-cache", "compute")
         no_folder = self.teacher is None or is_run(Path(self.teacher).expanduser())
         if self.teacher_cache is not None and no_folder:
             checks.refuse("--teacher", "a folder or a hub id with --teacher-cache", self.teacher)
 
 
+NAMES_IN_TRAINING = {
+    f"teacher.{name}": f"teacher-{name}"
+    for name in ("cache", "cache-missing", "system", "messages")
+}
+"""The flags that kd_jax.train has under another name."""
+
+
 def main(argv: Sequence[str]) -> None:
-    argv = [re.sub(r"^--teacher\.(?=cache|system|messages)", "--teacher-", word) for word in argv]
-    args = parse_args(EvaluateArgs, argv, __doc__)
+    args = parse_args(EvaluateArgs, renamed(argv, NAMES_IN_TRAINING), __doc__)
     places = {"--out": args.out, "--save": f"{args.model}/evaluation.json" if args.save else None}
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
     result = evaluate(args)
@@ -181,7 +189,7 @@ def summarise(
     if theirs is not None:
         _check_finite(args.against, scores.whole(theirs))
         result["against"] = scores.compare(documents, theirs, args.bootstrap_samples, args.seed)
-    shown = ("model", "teacher", "against", "data", "split", "step", "top_k")
+    shown = ("model", "teacher", "teacher_cache", "against", "data", "split", "step", "top_k")
     result["arguments"] = {name: getattr(args, name) for name in shown}
     result["arguments"]["dtype"] = choose_dtype(args.dtype, jax.devices()[0].platform)
     return result
@@ -241,9 +249,11 @@ def _open(args: EvaluateArgs):
                 f"run's teacher.adapter {adapter} is not used"
             )
             adapter = None
-        teacher = open_model(args.teacher, args.dtype, adapter=adapter, field="teacher")
+        teacher = open_model(
+            args.teacher, args.dtype, adapter=adapter, field="teacher", flag="--teacher"
+        )
     if args.against is not None:
-        against = open_model(args.against, args.dtype)
+        against = open_model(args.against, args.dtype, flag="--against")
     shares = []
     for flag, other in (("--teacher", teacher), ("--against", against)):
         if other is not None:
@@ -332,8 +342,10 @@ def _check_finite(model: str | None, values: dict[str, float]) -> None:
 
 def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
     """Returns the run's configuration, changed by the arguments."""
-    from kd_jax.data.files import default_split
+    from kd_jax.data.files import check_source, default_split
 
+    split = default_split(args.data) if args.split is None else args.split
+    check_source(args.data, split, "--data")
     return dataclasses.replace(
         run,
         mesh=args.mesh,
@@ -341,7 +353,7 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
         data=dataclasses.replace(
             run.data,
             path=args.data,
-            split=default_split(args.data) if args.split is None else args.split,
+            split=split,
             seq_len=run.data.seq_len if args.seq_len is None else args.seq_len,
             batch_size=num_devices if args.batch_size is None else args.batch_size,
             chat_template=args.chat_template,

@@ -16,6 +16,7 @@ from kd_jax.config.command import ModelArgs, parse_args, run_command
 from kd_jax.inference.prompts import (
     TextWriter,
     chat_stops,
+    check_ids,
     check_length,
     context_length,
     encode,
@@ -26,6 +27,8 @@ from kd_jax.inference.prompts import (
 if TYPE_CHECKING:
     from kd_jax.inference.answer_file import Options
     from kd_jax.inference.load import OpenModel
+
+DRAFT_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +57,7 @@ class GenerateArgs(ModelArgs):
     draft: str | None = None
     """Smaller model, in any of --model's forms, that proposes tokens which --model checks several
     at a time (speculative decoding). The answers have the same distribution."""
-    draft_tokens: Annotated[int, Range(least=1)] = 4
+    draft_tokens: Annotated[int, Range(least=1)] = DRAFT_TOKENS
     """Tokens that the draft model proposes at a time."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256
     """Most tokens of an answer."""
@@ -84,6 +87,11 @@ class GenerateArgs(ModelArgs):
                 checks.refuse("--out", "--data as well", self.out)
             if self.samples > 1:
                 checks.refuse("--samples", "--data as well", self.samples)
+            for name in ("split", "max_conversations", "batch_rows"):
+                if (value := getattr(self, name)) is not None:
+                    checks.refuse(f"--{name.replace('_', '-')}", "--data as well", value)
+            if self.raw and (self.system is not None or self.chat_template is not None):
+                checks.refuse("--raw", "no --system and no --chat-template", True)
         else:
             if self.prompt:
                 checks.refuse("--prompt", "either --prompt or --data", self.prompt)
@@ -93,6 +101,8 @@ class GenerateArgs(ModelArgs):
                 checks.refuse("--raw", "no --raw with --data", self.raw)
             if self.draft is not None:
                 checks.refuse("--draft", "none with --data", self.draft)
+        if self.draft is None and self.draft_tokens != DRAFT_TOKENS:
+            checks.refuse("--draft-tokens", "--draft as well", self.draft_tokens)
         if self.temperature == 0 and self.samples > 1:
             checks.refuse("--temperature", "above 0 with --samples", 0)
         if self.temperature == 0 and (self.top_k or self.top_p):
@@ -140,6 +150,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
         chat_template=args.chat_template,
         date=date,
     )
+    check_ids(prompts, opened.source.arch, "--model")
     room = check_length(prompts, args.max_new_tokens, context_length(opened.source.arch))
     start_jax(opened.config.compilation_cache)
     mesh = make_mesh(args.mesh, jax.device_count())
@@ -149,6 +160,8 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]
     ends |= stop_tokens(folder, tokenizer)
     draft = None if args.draft is None else _open_draft(args, opened)
+    if draft is not None:
+        check_ids(prompts, draft[0].source.arch, "--draft")
     for pieces in _token_pieces(args, opened, draft, mesh, prompts, room, ends):
         for row, (writer, tokens) in enumerate(zip(writers, pieces, strict=True)):
             for token in tokens:
@@ -203,7 +216,7 @@ def _open_draft(args: GenerateArgs, opened: "OpenModel") -> "tuple[OpenModel, in
     from kd_jax.inference.load import open_model
 
     assert args.draft is not None
-    draft = open_model(args.draft, args.dtype)
+    draft = open_model(args.draft, args.dtype, flag="--draft")
     ours, theirs = opened.source, draft.source
     pair = (ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder)
     return draft, share_vocab(*pair, "--model, --draft").size
@@ -249,6 +262,7 @@ def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | 
         say(f"{args.out}: the answers are there")
         return None
     questions, left_out = read_questions(data, tokenizer, template, args.system)
+    check_ids([question.tokens for question in questions], opened.source.arch, "--model")
     fitting, notes = fit_context(questions, options)
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
         say(line)

@@ -267,6 +267,9 @@ def test_models_of_different_tokenizers_are_refused(flag, root, capsys):
         (("--save",), "--save: expected a workdir as --model"),
         (("--out", "/not/there/out.json"), "--out: expected a file in an existing folder"),
         (("--step", 3), "--step: expected a workdir as --model"),
+        (("--teacher.cache_missing=compute",), "--teacher-cache-missing: expected error without"),
+        (("--against", "nowhere"), "--against: expected a folder or a hub id, got nowhere"),
+        (("--mesh.fsdp", 3), "got fsdp 3 x tensor 1, which leave data no whole number"),
     ],
 )
 def test_mistakes_are_answered(flags, said, root, capsys):

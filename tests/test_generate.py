@@ -130,6 +130,13 @@ def get_config():
         (("--prompt", "Hi.", "--max-new-tokens", 0), "--max-new-tokens: expected at least 1"),
         (("--prompt", "word " * 200), "--prompt 1: expected 1 to 127 tokens"),
         (("--prompt", "Hi.", "--step", 1), "--step: expected a workdir"),
+        (("--prompt", "Hi.", "--temperature", "inf"), "--temperature: expected at least 0"),
+        (("--prompt", "Hi.", "--split", "train"), "--split: expected --data as well"),
+        (("--prompt", "Hi.", "--draft-tokens", 7), "--draft-tokens: expected --draft as well"),
+        (("--prompt", "Hi.", "--raw", "--system", "Be brief."), "--raw: expected no --system"),
+        (("--prompt", "Hi \udcff."), "--prompt: expected Unicode text"),
+        (("--prompt", "Hi.", "--draft", "nowhere"), "--draft: expected a folder or a hub id"),
+        (("--prompt", "Hi.", "--mesh.tensor", "3"), "mesh: expected a product of 2 (the devices)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -137,6 +144,14 @@ def test_a_mistake_is_one_message(flags, said, folder, tmp_path, capsys):
     assert run("--model", shortened(folder, tmp_path / "short", 128), *flags) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_a_model_without_a_tokens_embedding_is_refused(folder, tmp_path, capsys):
+    small = tiny.write_plain_model(tmp_path / "small", seed=1, vocab_size=100)
+    for flags in (("--model", small), ("--model", folder, "--draft", small)):
+        assert run(*flags, "--prompt", "Hi.") == 2
+        said = f"{flags[-2]}: expected an embedding for each token of the prompts, got a model with"
+        assert said in capsys.readouterr().err
 
 
 def test_no_answer_is_longer_than_the_context(folder, tmp_path, capsys):

@@ -63,6 +63,8 @@ class Checks:
             kind = plain_type(entry.type)
             if not _is_a(value, kind):
                 self.refuse(name, _name_of(kind), value)
+            elif not all(map(_is_unicode, value if isinstance(value, tuple) else (value,))):
+                self.refuse(name, "Unicode text", value)
             elif dataclasses.is_dataclass(value):
                 self.check_types(value, f"{name}.")
 
@@ -166,6 +168,14 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _is_unicode(value: Any) -> bool:
+    """Returns False for text with bytes that a command line could not decode."""
+    try:
+        return not isinstance(value, str) or bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _name_of(kind: Any) -> str:

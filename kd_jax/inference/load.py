@@ -37,6 +37,7 @@ def open_model(
     *,
     adapter: str | None = None,
     field: str = "student",
+    flag: str = "--model",
 ) -> OpenModel:
     """Returns a checked model.
 
@@ -44,7 +45,8 @@ def open_model(
       path: Hugging Face folder, hub id, output of convert.from_hf, or workdir.
       step: checkpoint of the workdir; None: the latest.
       adapter: PEFT adapter to merge; not for a workdir.
-      field: config field that names the model in errors; not for a workdir.
+      field: config field whose name the model's hashes have; not for a workdir.
+      flag: names the path in errors; not for a workdir.
     """
     folder = Path(path).expanduser()
     workdir = folder if is_run(folder) else None
@@ -59,7 +61,8 @@ def open_model(
         student = StudentConfig(path=path, adapter=adapter, dtype=dtype)
         unused = DataConfig(path="unused")
         config = Config(workdir="unused", teacher=None, student=student, data=unused, steps=1)
-    source = open_source(config.student.path, config.student.adapter, field)
+    named = None if workdir is not None else flag
+    source = open_source(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
         check_inputs(workdir, source.hashes)
         if (template := saved_template(workdir, config.data)) is not None:

@@ -41,6 +41,16 @@ def _data(chat_template: str | None) -> DataConfig:
     return DataConfig(path="unused", chat_template=chat_template)
 
 
+def check_ids(prompts: Sequence[Sequence[int]], arch: Architecture, flag: str) -> None:
+    """Raises UserError for tokens that the model has no embedding of."""
+    highest = max(map(max, filter(len, prompts)), default=0)
+    if highest >= arch.vocab_size:
+        raise UserError(
+            f"{flag}: expected an embedding for each token of the prompts, got a model with "
+            f"{arch.vocab_size:,} and token {highest}. Its tokenizer is of another model"
+        )
+
+
 def check_length(prompts: list[list[int]], max_new_tokens: int, context: int) -> int:
     """Returns the number of new tokens that fit the context, at most `max_new_tokens`.
 

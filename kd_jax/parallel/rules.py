@@ -42,9 +42,11 @@ def mesh_sizes(config: MeshConfig, num_devices: int, batch_rows: int) -> dict[st
     fixed = math.prod(size for size in sizes.values() if size != -1)
     sizes = {n: num_devices // fixed if size == -1 else size for n, size in sizes.items()}
     if math.prod(sizes.values()) != num_devices:
+        rest = [name for name in AXES if getattr(config, name) == -1]
+        given = " x ".join(f"{name} {x}" for name, x in sizes.items() if name not in rest)
+        odd = "".join(f", which leave {name} no whole number" for name in rest)
         raise UserError(
-            f"mesh: expected a product of {num_devices} (the devices), got "
-            + " x ".join(f"{name} {size}" for name, size in sizes.items())
+            f"mesh: expected a product of {num_devices} (the devices), got {given}{odd}"
         )
     shards = axes_size(sizes, BATCH_AXES)
     if batch_rows % shards:

@@ -33,9 +33,14 @@ class Source:
         return {field: fingerprint(folder) for field, folder in self.folders.items()}
 
 
-def open_source(path: str, adapter: str | None, field: str) -> Source:
-    """Returns a checked model; `field` (student or teacher) names it in errors."""
-    folder = resolve(path, f"{field}.path")
+def open_source(path: str, adapter: str | None, field: str, flag: str | None = None) -> Source:
+    """Returns a checked model.
+
+    Args:
+      field: student or teacher.
+      flag: names the path in errors; None: that of the field.
+    """
+    folder = resolve(path, flag or f"{field}.path")
     arch = load_architecture(folder)
     check_source(folder, arch)
     folders = {f"{field}.path": folder}
