@@ -6,11 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from kd_jax.config import UserError
 from kd_jax.data.caching import once_per_tokenizer
 from kd_jax.data.fields import check_unicode
 from kd_jax.data.forms import Form, form_of
 from kd_jax.data.records import Conversation, Record
-from kd_jax.data.templates import Template, apply_template, choose, need_template
+from kd_jax.data.templates import (
+    Shown,
+    Template,
+    apply_template,
+    apply_to_all,
+    choose,
+    need_template,
+)
 from kd_jax.data.turns import as_taken, called, content_of, with_text_arguments
 
 Span = tuple[int, int]
@@ -40,10 +48,42 @@ class Rendered(NamedTuple):
     hidden: set[str]
 
 
-def render(tokenizer: Any, record: Record, template: Template | None, date: str) -> Rendered:
+def show_all(
+    tokenizer: Any, records: Sequence[Record], template: Template | None, date: str
+) -> list[Shown | None]:
+    """Returns the records as the template shows them, which is faster together than one by one.
+
+    None: `render` must show this one, or all, because the template rejects one of them.
+    """
+    shown: list[Shown | None] = [None] * len(records)
+    plain = [i for i, record in enumerate(records) if record.messages and not record.tools]
+    if not plain:
+        return shown
+    special, chosen = tokenizer.special_tokens_map, choose(need_template(template), None)
+    form = form_of(special, chosen, date)
+    try:
+        turns = [[as_taken(turn, form.parts) for turn in records[i].messages] for i in plain]
+        texts = apply_to_all(special, turns, chosen, date, marks=form.marked)
+    except (ValueError, UserError):
+        return shown
+    for i, text in zip(plain, texts, strict=True):
+        shown[i] = text
+    return shown
+
+
+def render(
+    tokenizer: Any,
+    record: Record,
+    template: Template | None,
+    date: str,
+    shown: Shown | None = None,
+) -> Rendered:
     """Returns the record as text, and each learned answer's [begin, end) with its end of turn.
 
     The template is applied once, however many turns there are.
+
+    Args:
+      shown: the record as show_all returns it.
 
     Raises:
       ValueError: the template rejects the record.
@@ -65,7 +105,7 @@ def render(tokenizer: Any, record: Record, template: Template | None, date: str)
             return ""
 
     try:
-        text, marks = apply(special, turns)
+        text, marks = shown or apply(special, turns)
     except ValueError:
         if not any("tool_calls" in turn for turn in turns):
             raise

@@ -9,13 +9,14 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.answers import Rendered, check_learnable, render
+from kd_jax.data.answers import Rendered, check_learnable, render, show_all
 from kd_jax.data.encode import encode
 from kd_jax.data.forms import form_of
 from kd_jax.data.prompts import TeacherPrompt, check_targets, render_teacher
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
     TEMPLATE_FILE,
+    Shown,
     Template,
     apply_template,
     check_template,
@@ -24,6 +25,8 @@ from kd_jax.data.templates import (
     read_template,
 )
 from kd_jax.data.vocabulary import check_ids, check_vocab
+
+_BATCH_RECORDS = 256
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -164,12 +167,14 @@ def tokenize(
     """
     documents = []
     problems: list[str] = []
-    for first in range(0, len(records), 512):
+    for first in range(0, len(records), _BATCH_RECORDS):
         placed: list[Record] = []
         sides: list[tuple[Rendered, ...]] = []
-        for record in records[first : first + 512]:
+        batch = records[first : first + _BATCH_RECORDS]
+        shown = show_all(tokenizer, batch, template, data.date)
+        for record, text in zip(batch, shown, strict=True):
             try:
-                sides.append(_render_sides(tokenizer, record, template, data, prompt))
+                sides.append(_render_sides(tokenizer, record, template, data, prompt, text))
                 placed.append(record)
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
@@ -201,9 +206,10 @@ def _render_sides(
     template: Template | None,
     data: DataConfig,
     prompt: TeacherPrompt | None,
+    shown: Shown | None,
 ) -> tuple[Rendered, ...]:
     """Returns the record as the student and, with a prompt of its own, the teacher see it."""
-    one = render(tokenizer, record, template, data.date)
+    one = render(tokenizer, record, template, data.date, shown)
     if data.train_on == "assistant":
         check_learnable(one, record)
     if prompt is None:

@@ -1,13 +1,9 @@
-"""Texts to tokens and targets; byte-level BPE by a cache of words, almost twice as fast.
-
-A pre-tokenizer's pattern splits text into words, whose tokens do not depend on their neighbours.
-"""
+"""Texts to tokens and targets; byte-level BPE by a cache of what stands between spaces."""
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -16,135 +12,152 @@ import numpy as np
 from kd_jax.data.caching import once_per_tokenizer
 
 Span = tuple[int, int]
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Ids [n] int32, and True for the tokens with a character in one of the text's spans, [n] bool."""
 
-_MOST_WORDS = 2**18
-# Characters whose class and normal form are the same in every version of Unicode.
-_STABLE = re.compile("[\t\n\r -~\u00a0-\u017e\u0180-\u024f\u2010-\u2027\u2030-\u205e]*")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+# No word of these patterns has a space after another character than white space, so that such a
+# space begins a word, and tokens before it do not depend on what follows.
+_SPACED = {_GPT2, _LLAMA3, _QWEN2}
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+_MOST_PIECES = 2**18
+_LONGEST_PIECE = 64
+"""Characters of a piece that is remembered."""
 
 
-def encode(
-    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns each text's ids [n] int32, and the tokens with a character in its spans, [n] bool.
+def encode(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+    """Returns each text's ids, and which tokens have a character in its spans.
 
     Args:
       spans: [begin, end) characters of each text.
     """
-    words = _words_of(tokenizer)
-    found: list[Any] = [
-        words and words.encode(text, some) for text, some in zip(texts, spans, strict=True)
+    spans = [[(begin, end) for begin, end in some if begin < end] for some in spans]
+    if (pieces := _pieces_of(tokenizer)) is not None:
+        return pieces.encode(texts, spans)
+    encodings = _encode_batch(tokenizer.backend_tokenizer, texts)
+    return [
+        (np.array(encoding.ids, np.int32), _targets(encoding.offsets, some))
+        for encoding, some in zip(encodings, spans, strict=True)
     ]
-    left = [i for i, one in enumerate(found) if one is None]
-    encoded = tokenizer.backend_tokenizer.encode_batch(
-        [texts[i] for i in left], add_special_tokens=False
-    )
-    for i, encoding in zip(left, encoded, strict=True):
-        start, stop = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        target = np.zeros(len(encoding.ids), bool)
-        for begin, end in spans[i]:
-            target |= (stop > begin) & (start < end)
-        found[i] = np.array(encoding.ids, np.int32), target
-    return found
+
+
+def _encode_batch(backend: Any, texts: Sequence[str]) -> Any:
+    return backend.encode_batch(texts, add_special_tokens=False)
+
+
+def _targets(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+    start, stop = np.array(offsets, np.int64).reshape(-1, 2).T
+    target = np.zeros(len(offsets), bool)
+    for begin, end in spans:
+        target |= (stop > begin) & (start < end)
+    return target
 
 
 @dataclass(slots=True)
-class _Words:
-    """The tokens of words seen so far."""
+class _Pieces:
+    """The tokens of pieces: added tokens, and texts up to the next space that begins a word."""
 
-    split: Callable[[str], list[str] | None]
+    backend: Any
     added: re.Pattern[str]
-    ids: dict[str, int]
-    """Ids of added tokens."""
-    model: Any
-    bytes_of: Any
+    """Matches the added tokens."""
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def encode(self, text: str, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns ids and targets as `encode`; None where only the tokenizer can tell."""
-        words: list[str] = []
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Encoded]:
+        split = [self._split(text) for text in texts]
+        pieces = list(chain.from_iterable(split))
+        tokens = self._tokens(pieces)
+        ids = np.fromiter(chain.from_iterable(tokens), np.int32)
+        # Of the first n pieces of all texts, tokens and characters.
+        num_tokens = np.append(0, np.cumsum(np.fromiter(map(len, tokens), np.int64)))
+        num_chars = np.append(0, np.cumsum(np.fromiter(map(len, pieces), np.int64)))
+        target = np.zeros(len(ids), bool)
+        encoded: list[Encoded] = []
+        first = 0
+        for some, own in zip(split, spans, strict=True):
+            last = first + len(some)
+            for span in own:
+                begin, end = (int(num_chars[first]) + place for place in span)
+                low = int(np.searchsorted(num_chars, begin, side="right")) - 1
+                high = int(np.searchsorted(num_chars, end, side="left"))
+                target[num_tokens[low + 1] : num_tokens[high - 1]] = True
+                for i in {low, high - 1}:
+                    start = num_chars[i]
+                    target[num_tokens[i] : num_tokens[i + 1]] |= (
+                        begin <= start and num_chars[i + 1] <= end
+                    ) or _targets(self._offsets(pieces[i]), [(begin - start, end - start)])
+            own_tokens = slice(num_tokens[first], num_tokens[last])
+            encoded.append((ids[own_tokens], target[own_tokens]))
+            first = last
+        return encoded
+
+    def _split(self, text: str) -> list[str]:
+        pieces: list[str] = []
         for number, part in enumerate(self.added.split(text)):
             if number % 2:
-                words.append(part)
-            elif (some := self.split(part)) is not None:
-                words += some
-            else:
-                return None
-        try:
-            tokens = [self.tokens[word] for word in words]
-        except KeyError:
-            self._learn(words)
-            tokens = [self.tokens[word] for word in words]
-        ids = np.fromiter(chain.from_iterable(tokens), np.int32)
-        ends = np.cumsum(np.fromiter(map(len, words), np.int64))
-        counts = np.fromiter(map(len, tokens), np.int64)
-        firsts = np.append(0, np.cumsum(counts))
-        if (ends[-1] if words else 0) != len(text):
-            return None  # the pattern leaves out characters
-        target = np.zeros(len(ids), bool)
-        for begin, end in spans:
-            first, last = np.searchsorted(ends, (begin, end - 1), side="right")
-            for word, cut in ((first, begin), (last, end)):
-                inside = word < len(words) and ends[word] - len(words[word]) < cut < ends[word]
-                if inside and counts[word] > 1:
-                    return None  # between tokens of a word
-            if end > begin:
-                target[firsts[first] : firsts[last + 1]] = True
-        return ids, target
+                pieces.append(part)
+            elif part:
+                begin, *others = _SPACE.split(part)
+                pieces.append(begin)
+                pieces += [f" {other}" for other in others]
+        return pieces
 
-    def _learn(self, words: list[str]) -> None:
-        if len(self.tokens) > _MOST_WORDS:
+    def _tokens(self, pieces: list[str]) -> list[tuple[int, ...]]:
+        if len(self.tokens) > _MOST_PIECES:
             self.tokens.clear()
-        for word in set(words) - self.tokens.keys():
-            if word in self.ids:
-                self.tokens[word] = (self.ids[word],)
-            else:
-                ((shown, _),) = self.bytes_of.pre_tokenize_str(word)
-                self.tokens[word] = tuple(token.id for token in self.model.tokenize(shown))
+        new = list(set(pieces) - self.tokens.keys())
+        for piece, encoding in zip(new, _encode_batch(self.backend, new), strict=True):
+            self.tokens[piece] = tuple(encoding.ids)
+        tokens = [self.tokens[piece] for piece in pieces]
+        for piece in new:
+            if len(piece) > _LONGEST_PIECE:
+                del self.tokens[piece]
+        return tokens
+
+    def _offsets(self, piece: str) -> list[Span]:
+        return self.backend.encode(piece, add_special_tokens=False).offsets
 
 
 @once_per_tokenizer
-def _words_of(tokenizer: Any) -> _Words | None:
-    """Returns the words of a byte-level BPE tokenizer; None for any other."""
-    import regex
-    from tokenizers.pre_tokenizers import ByteLevel
+def _pieces_of(tokenizer: Any) -> _Pieces | None:
+    """Returns the pieces of a byte-level BPE tokenizer with a known pattern; None for any other."""
+    from tokenizers.models import BPE
 
-    tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = tree["model"], tree["added_tokens"]
-    strips = any(token[key] for token in added for key in ("single_word", "lstrip", "rstrip"))
-    plain = all(
-        not model.get(key)
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    )
-    pattern = _pattern(tree["pre_tokenizer"])
-    normal = tree["normalizer"] in (None, {"type": "NFC"})
-    if model["type"] != "BPE" or strips or not plain or not normal or pattern is None or not added:
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().values()
+    if (
+        not isinstance(backend.model, BPE)
+        or backend.model.dropout
+        or any(token.single_word or token.lstrip or token.rstrip for token in added)
+        or _tree(backend.normalizer) not in (None, {"type": "NFC"})
+        or not _is_spaced(_tree(backend.pre_tokenizer))
+    ):
         return None
-    ids = {token["content"]: token["id"] for token in added}
-    names = map(re.escape, sorted(ids, key=len, reverse=True))
-    alternatives = re.compile(f"({'|'.join(names)})")
-    bytes_of = ByteLevel(add_prefix_space=False, use_regex=False)
-    model = tokenizer.backend_tokenizer.model
-    find = regex.compile(pattern).findall
-
-    @lru_cache(maxsize=1024)  # of the parts that a chat template repeats
-    def split(part: str) -> list[str] | None:
-        return find(part) if _STABLE.fullmatch(part) else None
-
-    return _Words(split, alternatives, ids, model, bytes_of)
+    names = map(re.escape, sorted((token.content for token in added), key=len, reverse=True))
+    return _Pieces(backend, re.compile(f"({'|'.join(names) or '(?!)'})"))
 
 
-def _pattern(tree: Any) -> str | None:
-    """Returns the pattern of words of a pre-tokenizer that has one and then maps bytes."""
+def _tree(part: Any) -> Any:
+    """Returns a normalizer or pre-tokenizer as in tokenizer.json, which is slow to write whole."""
+    return part and json.loads(part.__getstate__())
+
+
+def _is_spaced(tree: Any) -> bool:
+    """Returns True for a pre-tokenizer that splits by a pattern of _SPACED and then maps bytes."""
     steps = [] if tree is None else tree.get("pretokenizers", [tree])
+    if steps and steps[0]["type"] == "Digits":  # splits words further
+        steps = steps[1:]
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
-        return None
-    if len(steps) == 1 and last.get("use_regex", True):
-        return _GPT2
-    first = steps[0]
-    keys = {key: first.get(key) for key in ("type", "behavior", "invert")}
+        return False
+    if len(steps) == 1:
+        return last.get("use_regex", True)
+    keys = {key: steps[0].get(key) for key in ("type", "behavior", "invert")}
     isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
-    if len(steps) != 2 or keys != isolated or last.get("use_regex", True):
-        return None
-    return first["pattern"].get("Regex")
+    is_split = len(steps) == 2 and keys == isolated and not last.get("use_regex", True)
+    return is_split and steps[0]["pattern"].get("Regex") in _SPACED

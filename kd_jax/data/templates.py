@@ -18,6 +18,9 @@ from kd_jax.config.errors import first_line
 Template = str | dict[str, str]
 """Jinja text, or texts by name: `default`, and perhaps `tool_use` for records with tools."""
 
+Shown = tuple[str, list[tuple[int, int]]]
+"""A conversation as text, and the template's own marks of answers [begin, end)."""
+
 TEMPLATE_FILE = "chat_template.json"
 """A workdir's copy of the template that the run is trained with."""
 MAX_SECONDS = 3
@@ -69,16 +72,23 @@ def choose(template: Template, tools: Any) -> str:
 
 
 def apply_template(
+    special: dict[str, Any], turns: list[dict[str, Any]], template: str, date: str, **options: Any
+) -> Shown:
+    """Returns one conversation as apply_to_all does, with the same options."""
+    return apply_to_all(special, [turns], template, date, **options)[0]
+
+
+def apply_to_all(
     special: dict[str, Any],
-    turns: list[dict[str, Any]],
+    conversations: list[list[dict[str, Any]]],
     template: str,
     date: str,
     *,
     tools: list[Any] | None = None,
     prompt: bool = False,
     marks: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the conversation as text, and the template's own marks of answers [begin, end).
+) -> list[Shown]:
+    """Returns each conversation as text, and the template's own marks of answers [begin, end).
 
     Args:
       special: the tokenizer's special tokens by name.
@@ -87,8 +97,8 @@ def apply_template(
       marks: return what {% generation %} encloses, else no marks.
 
     Raises:
-      ValueError: the template rejects the conversation.
-      UserError: the template exceeds a limit.
+      ValueError: the template rejects a conversation.
+      UserError: the template exceeds a limit; those of one conversation hold for all together.
     """
     from transformers.utils.chat_template_utils import render_jinja_template  # takes seconds
 
@@ -97,7 +107,7 @@ def apply_template(
     try:
         with _limit_seconds():
             rendered: Any = render_jinja_template(
-                [turns],
+                conversations,
                 tools=tools,
                 chat_template=prefix + template,
                 return_assistant_tokens_mask=marks,
@@ -113,9 +123,14 @@ def apply_template(
         reason = first_line(error) + (f", line {line}" if line else "")
         raise ValueError(f"the chat template rejects it ({reason})") from None
     texts, marked = rendered
-    if len(texts[0]) > MAX_LENGTH:
+    if any(len(text) > MAX_LENGTH for text in texts):
         raise ValueError(f"the chat template writes more than {MAX_LENGTH:,} characters")
-    return texts[0], [(begin, end) for begin, end in marked[0]] if marks else []
+    if not marks:
+        return [(text, []) for text in texts]
+    return [
+        (text, [(begin, end) for begin, end in some])
+        for text, some in zip(texts, marked, strict=True)
+    ]
 
 
 @lru_cache
