@@ -35,16 +35,25 @@ def num_weights(arrays):
     return sum(x.size for name, x in arrays.items() if not is_adapter(name))
 
 
-@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_lowers_at_its_true_size(path):
+def make_abstract_run(path):
+    """Returns the configuration, and its run as shapes on the tests' eight devices."""
     config, architectures = open_config(path)
     mesh = make_mesh(config.mesh, config.data.batch_size)
-    student, teacher = (*architectures, None)[:2]
-    run = abstract_run(config, student, teacher, mesh)
+    return config, abstract_run(config, *(*architectures, None)[:2], mesh)
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_has_models_of_their_true_size(path):
+    config, run = make_abstract_run(path)
     student_arrays = run.models.frozen | run.models.trainable["student"]
     assert num_weights(student_arrays) == COUNTS[config.student.path]
     if config.teacher is not None:
         assert num_weights(run.models.teacher_arrays) == COUNTS[config.teacher.path]
+
+
+@pytest.mark.parametrize("name", ["8b_to_1b", "qwen3_14b_to_8b", "1b_sft", "8b_teacher_sft"])
+def test_a_documented_run_lowers_at_its_true_size(name):
+    config, run = make_abstract_run(CONFIGS / f"{name}.py")
     lowered, state = run.trace().lower(), run.state
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
