@@ -10,7 +10,15 @@ from kd_jax.config import Config, Remat, UserError
 from kd_jax.config.errors import raise_all
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import weights
-from kd_jax.parallel.rules import AXES, Sizes, mesh_sizes, split, wanted_split
+from kd_jax.parallel.rules import (
+    AXES,
+    BATCH_AXES,
+    Sizes,
+    axes_size,
+    mesh_sizes,
+    split,
+    wanted_split,
+)
 from kd_jax.planning.chips import GIB, Topology
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate
@@ -72,15 +80,13 @@ def layouts(case: Case) -> Iterator[Case]:
     choices = [divisors if size in (-1, 0) else [size] for size in asked]
     for values in itertools.product(*choices):
         sizes = dict(zip(AXES, values, strict=True))
-        if math.prod(values) != num_devices:
+        if math.prod(values) != num_devices or rows % axes_size(sizes, BATCH_AXES):
             continue
-        one = dataclasses.replace(case, config=_with_sizes(config, **sizes), sizes=sizes)
         try:
-            mesh_sizes(one.config.mesh, num_devices, rows)
             check_layout(config, sizes, student=case.student, teacher=case.teacher)
         except UserError:
             continue
-        yield one
+        yield dataclasses.replace(case, sizes=sizes)
 
 
 def walk(case: Case) -> list[tuple[Case, Report]]:
