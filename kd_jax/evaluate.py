@@ -166,10 +166,7 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
 
 
 def summarise(
-    args: EvaluateArgs,
-    documents: Sums,
-    positions: Sums,
-    theirs: Sums | None = None,
+    args: EvaluateArgs, documents: Sums, positions: Sums, theirs: Sums | None = None
 ) -> dict[str, Any]:
     """Returns the object that --json prints.
 
@@ -220,13 +217,7 @@ def _accuracy(args: EvaluateArgs, model: "OpenModel", exam: "Exam") -> dict[str,
     config = _config(args, model.config, jax.device_count())
     models = load_model(model, make_mesh(config.mesh, config.data.batch_size))
     size = num_entries(model.source.tokenizer)
-    found = take_exam(exam, models.student, models.frozen, size)
-    return {
-        "accuracy": found.share,
-        "accuracy_standard_error": found.standard_error,
-        "accuracy_questions": found.questions,
-        "answers_ended": found.ended / found.questions,
-    }
+    return take_exam(exam, models.student, models.frozen, size).scores
 
 
 def _open(args: EvaluateArgs):
@@ -234,9 +225,9 @@ def _open(args: EvaluateArgs):
 
     Also returns each of the others with the vocabulary that it shares with the student.
     """
-    from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
     from kd_jax.parallel.processes import say
+    from kd_jax.setup.sources import compare_tokenizers
 
     student = open_model(args.model, args.dtype, args.step)
     teacher = against = None
@@ -257,9 +248,8 @@ def _open(args: EvaluateArgs):
     shares = []
     for flag, other in (("--teacher", teacher), ("--against", against)):
         if other is not None:
-            ours, theirs = student.source, other.source
-            pair = (ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder)
-            shares.append((other, share_vocab(*pair, f"--model, {flag}")))
+            shared = compare_tokenizers(student.source, other.source, f"--model, {flag}")
+            shares.append((other, shared))
     return student, teacher, against, shares
 
 

@@ -212,14 +212,12 @@ def _token_pieces(
 
 def _open_draft(args: GenerateArgs, opened: "OpenModel") -> "tuple[OpenModel, int]":
     """Returns the draft model, and the vocabulary entries that it shares with the target."""
-    from kd_jax.data.vocabulary import share_vocab
     from kd_jax.inference.load import open_model
+    from kd_jax.setup.sources import compare_tokenizers
 
     assert args.draft is not None
     draft = open_model(args.draft, args.dtype, flag="--draft")
-    ours, theirs = opened.source, draft.source
-    pair = (ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder)
-    return draft, share_vocab(*pair, "--model, --draft").size
+    return draft, compare_tokenizers(opened.source, draft.source, "--model, --draft").size
 
 
 def answer_data(args: GenerateArgs) -> None:

@@ -57,11 +57,7 @@ class SharedVocab:
 
 
 def share_vocab(
-    student: Any,
-    teacher: Any,
-    student_path: Any,
-    teacher_path: Any,
-    fields: str = "student.path, teacher.path",
+    student: Any, teacher: Any, student_path: Any, teacher_path: Any, fields: str
 ) -> SharedVocab:
     """Returns the ids that both tokenizers share; chat templates may differ.
 

@@ -40,9 +40,14 @@ class Accuracy(NamedTuple):
         return self.correct / self.questions
 
     @property
-    def standard_error(self) -> float:
-        """Binomial standard error of the share."""
-        return (self.share * (1 - self.share) / self.questions) ** 0.5
+    def scores(self) -> dict[str, float]:
+        """The share of right answers with its binomial standard error, and what it is of."""
+        return {
+            "accuracy": self.share,
+            "accuracy_standard_error": (self.share * (1 - self.share) / self.questions) ** 0.5,
+            "accuracy_questions": self.questions,
+            "answers_ended": self.ended / self.questions,
+        }
 
 
 def read_exam(
@@ -108,5 +113,5 @@ def take_exam(exam: Exam, spec: DecoderSpec, arrays: Arrays, vocab_size: int) ->
 
 def grade(exam: Exam, spec: DecoderSpec, arrays: Arrays, vocab_size: int) -> dict[str, float]:
     """Returns the accuracy of a model's answers, and the share that ended by themselves."""
-    found = take_exam(exam, spec, arrays, vocab_size)
-    return {"accuracy": found.share, "answers_ended": found.ended / found.questions}
+    found = take_exam(exam, spec, arrays, vocab_size).scores
+    return {name: found[name] for name in ("accuracy", "answers_ended")}

@@ -107,16 +107,7 @@ def read_rope(config: dict[str, Any], problems: list[str], warnings: list[str]) 
     if not isinstance(kind, str) or kind not in _FIELDS:
         problems.append(f"rope_type: expected {'|'.join(_FIELDS)}, got {show(kind)}")
         return None
-    if kind in ("llama3", "yarn"):
-        length = config.get("max_position_embeddings")
-        fields.setdefault("original_max_position_embeddings", length)
-    if kind == "llama3" and config.get("original_max_position_embeddings") is not None:
-        fields["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    if kind == "yarn":
-        factor = fields.get("factor")
-        usual = 0.1 * math.log(max(factor, 1)) + 1 if is_positive(factor) else 1.0  # type: ignore[type-var, arg-type]
-        for key, value in (("attention_factor", usual), ("beta_fast", 32.0), ("beta_slow", 1.0)):
-            fields[key] = fields.get(key) or value
+    fields |= _left_out(kind, fields, config)
     wanted = ("rope_theta", *_FIELDS[kind])
     for key in wanted:
         if not is_positive(fields.get(key)):
@@ -139,3 +130,17 @@ def read_rope(config: dict[str, Any], problems: list[str], warnings: list[str]) 
         return Rope(theta=float(fields["rope_theta"]), partial_rotary_factor=float(share))
     scaling = {key: float(fields[key]) for key in _FIELDS[kind]}
     return Rope(theta=float(fields["rope_theta"]), rope_type=kind, **scaling)
+
+
+def _left_out(kind: str, fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Returns parameters of a rope_type that stand elsewhere or have transformers' defaults."""
+    name = "original_max_position_embeddings"
+    length = fields.get(name, config.get("max_position_embeddings"))
+    if kind == "llama3":
+        return {name: length if config.get(name) is None else config[name]}
+    if kind != "yarn":
+        return {}
+    factor = fields.get("factor")
+    scale = 0.1 * math.log(max(factor, 1)) + 1 if is_positive(factor) else 1.0  # type: ignore[type-var, arg-type]
+    usual = {"attention_factor": scale, "beta_fast": 32.0, "beta_slow": 1.0}
+    return {name: length, **{key: fields.get(key) or value for key, value in usual.items()}}

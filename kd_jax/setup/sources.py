@@ -77,6 +77,15 @@ def without_tokenizer(source: Source) -> Source:
     return replace(source, tokenizer=None)
 
 
+def compare_tokenizers(ours: Source, theirs: Source, fields: str) -> SharedVocab:
+    """Returns the ids that two models' tokenizers share; raises if other than added tokens differ.
+
+    Args:
+      fields: names both models in messages.
+    """
+    return share_vocab(ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder, fields)
+
+
 def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
     """Returns the vocabulary entries to compare; raises if tokenizers differ.
 
@@ -88,8 +97,7 @@ def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
     if teacher is None:
         shared = SharedVocab(num_entries(student.tokenizer), {})
     else:
-        pair = (student.tokenizer, teacher.tokenizer, student.folder, teacher.folder)
-        shared = share_vocab(*pair)
+        shared = compare_tokenizers(student, teacher, fields)
     if shared.differ:
         say(f"warning: {fields}: the models do not share these tokens: {shared.describe()}")
     sizes = [source.arch.vocab_size for source in sources]

@@ -65,7 +65,7 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path):
 def test_tokenizers_may_differ_in_the_template(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "another"
-    assert share_vocab(tokenizer, other, "s", "t") == SharedVocab(len(tokenizer), {})
+    assert share_vocab(tokenizer, other, "s", "t", "models") == SharedVocab(len(tokenizer), {})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_tokenizers_may_differ_in_the_template(tokenizer):
 )
 def test_other_tokens_and_merges_are_refused(change, said, tokenizer, tmp_path):
     with pytest.raises(UserError) as caught:
-        share_vocab(tokenizer, edited(tmp_path, change), "s", "t")
+        share_vocab(tokenizer, edited(tmp_path, change), "s", "t", "models")
     assert said in str(caught.value)
 
 
@@ -86,11 +86,11 @@ def test_the_ids_that_both_have_are_shared(tokenizer, tmp_path):
     size = len(tokenizer)
     more = with_tokens(tokenizer, "<|PAD_TOKEN|>", "<|more|>")
     differ = {size: ("<|PAD_TOKEN|>", None), size + 1: ("<|more|>", None)}
-    assert share_vocab(more, tokenizer, "s", "t") == SharedVocab(size, differ)
+    assert share_vocab(more, tokenizer, "s", "t", "models") == SharedVocab(size, differ)
     swapped = {i: (theirs, ours) for i, (ours, theirs) in differ.items()}
-    assert share_vocab(tokenizer, more, "s", "t") == SharedVocab(size, swapped)
+    assert share_vocab(tokenizer, more, "s", "t", "models") == SharedVocab(size, swapped)
     renamed = edited(tmp_path, rename("<|im_end|>"))
-    shared = share_vocab(renamed, tokenizer, "s", "t")
+    shared = share_vocab(renamed, tokenizer, "s", "t", "models")
     assert shared == SharedVocab(size, {2: ("<|im_end|>", "<|start|>")})
     assert shared.describe() == "2 is '<|im_end|>' and '<|start|>'"
 
@@ -98,7 +98,7 @@ def test_the_ids_that_both_have_are_shared(tokenizer, tmp_path):
 def test_a_text_without_added_tokens_has_the_same_ids_in_both(tokenizer, tmp_path):
     text = "the cat sat on the mat, 42 times."
     for other in (with_tokens(tokenizer, "<|x|>"), edited(tmp_path, rename("<|im_end|>"))):
-        share_vocab(tokenizer, other, "s", "t")
+        share_vocab(tokenizer, other, "s", "t", "models")
         assert other(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 

@@ -58,8 +58,8 @@ def test_the_share_is_over_the_questions_asked(monkeypatch):
     )
     found = exam.take_exam(given, None, {}, 300)
     assert asked == [([1], 6), ([2, 2], 5)]
-    assert found == (1, 2, 1) and found.share == 0.5
-    assert found.standard_error == pytest.approx((0.25 / 2) ** 0.5)
+    assert found == (1, 2, 1) and found.scores["accuracy"] == 0.5
+    assert found.scores["accuracy_standard_error"] == pytest.approx((0.25 / 2) ** 0.5)
 
 
 def test_evaluate_reports_the_accuracy(tmp_path, tmp_path_factory, capsys):
