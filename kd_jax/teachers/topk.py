@@ -160,7 +160,8 @@ class Selection:
         logits = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
         log_p = jax.nn.log_softmax(logits)
         if self.kind == "topk":
-            log_probs, ids = jax.lax.top_k(log_p, self.k)
+            # Without a barrier XLA sorts whole rows, to slice the least of the k out of them.
+            log_probs, ids = jax.lax.optimization_barrier(jax.lax.top_k(log_p, self.k))
             rest = _log_rest(log_p, log_probs)
         else:
             ids = _draw(seeds, jnp.exp(log_p), self.k)
