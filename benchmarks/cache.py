@@ -57,7 +57,7 @@ class Args:
 
 
 def main(argv: Sequence[str]) -> None:
-    own, flags = split_flags(Args, argv)
+    own, flags = split_flags(Args, Config, argv)
     args = parse_args(Args, own, __doc__)
     if args.arm == "all":
         compare(args, argv)

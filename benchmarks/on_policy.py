@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from kd_jax.config import UserError
+from kd_jax.config import Config, UserError
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.data.batches import count_steps
@@ -46,7 +46,7 @@ class Args:
 
 
 def main(argv: Sequence[str]) -> None:
-    own, flags = split_flags(Args, argv)
+    own, flags = split_flags(Args, Config, argv)
     args = parse_args(Args, own, __doc__)
     config = parse_config(flags)
     if not config.samples:

@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from kd_jax.config import Config
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.data.batches import count_steps, train_batches
@@ -48,7 +49,7 @@ class Args:
 
 
 def main(argv: Sequence[str]) -> None:
-    own, flags = split_flags(Args, argv)
+    own, flags = split_flags(Args, Config, argv)
     args = parse_args(Args, own, __doc__)
     config = parse_config(flags)
     start_jax(None)

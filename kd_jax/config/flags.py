@@ -72,7 +72,7 @@ def split_flags(cls: type, other: type, argv: Sequence[str]) -> tuple[list[str],
       UserError: a flag is of neither; the message names the nearest.
     """
     names = set(flag_names(cls)) | {"help"}
-    known = {*names, *flag_names(other)}
+    known = {*names, "config", *flag_names(other)}  # its file is read beside its flags
     given = [flag_name(word) for word in argv if word.startswith("--")]
     raise_all([_unknown(name, known) for name in given if name not in known])
     own: list[str] = []
