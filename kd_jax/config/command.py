@@ -100,7 +100,7 @@ def parse_args(
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
                 default=tyro.MISSING_NONPROP if default is None else default,
-                registry=_help_with_ranges(),
+                registry=_own_help(),
             )
     except SystemExit as end:
         if not end.code:
@@ -108,8 +108,8 @@ def parse_args(
         raise UserError(_plain(message.getvalue())) from None
 
 
-def _help_with_ranges() -> Any:
-    """Returns a tyro registry that shows ranges next to defaults in --help."""
+def _own_help() -> Any:
+    """Returns a tyro registry for --help: ranges next to defaults, docstrings as paragraphs."""
     import tyro
     from tyro.constructors import ConstructorRegistry
 
@@ -125,9 +125,15 @@ def _help_with_ranges() -> Any:
         inside.pop()
         if not hasattr(spec, "fields"):
             return spec
-        return dataclasses.replace(spec, fields=tuple(map(with_hint, spec.fields)))
+        return dataclasses.replace(spec, fields=tuple(map(change, spec.fields)))
 
-    def with_hint(entry):
+    def change(entry):
+        text = entry.helptext
+
+        def paragraph() -> str:
+            return " ".join(((text() if callable(text) else text) or "").split())
+
+        entry = dataclasses.replace(entry, helptext=paragraph)
         notes = "".join(f"; {mark}" for mark in metadata(entry.type))
         if not notes:
             return entry

@@ -207,9 +207,12 @@ def test_help_and_import_take_no_jax_and_no_time(code):
     assert seconds < MAX_SECONDS
 
 
-def test_help_needs_no_config_file(capsys):
+def test_help_needs_no_config_file_and_fills_its_lines(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
     assert run_command(lambda argv: print(parse(*argv)), ["--help"]) == 0
-    assert "--workdir STR" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if "--remat {" in line)
+    assert "Gradient checkpointing" in lines[at + 1] and "(default: auto)" in lines[at + 1]
 
 
 @pytest.mark.parametrize(
