@@ -22,6 +22,7 @@ from kd_jax.inference.prompts import (
     encode,
     stop_tokens,
     template_stops,
+    turn_ends,
 )
 
 if TYPE_CHECKING:
@@ -300,12 +301,12 @@ def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) 
     from kd_jax.inference.drawing import Sampling
 
     tokenizer, folder = opened.source.tokenizer, opened.source.folder
-    ends, texts = template_stops(tokenizer, template, date)
+    _, texts = template_stops(tokenizer, template, date)
     return Options(
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         samples=args.samples,
         seed=args.seed,
-        stop_tokens=ends | stop_tokens(folder, tokenizer),
+        stop_tokens=turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer),
         stop_texts=[*args.stop, *texts],
         max_new_tokens=args.max_new_tokens,
         context=context_length(opened.source.arch),

@@ -22,7 +22,7 @@ from kd_jax.config.checks import out_path
 from kd_jax.config.errors import first_lines
 from kd_jax.data.questions import Question
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.sampling import Row, sample_rows
+from kd_jax.inference.sampling import Row, Stop, sample_rows, stop_length
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, together
@@ -42,7 +42,7 @@ class Options:
     samples: int
     """Answers to each prompt."""
     seed: int
-    stop_tokens: Collection[int]
+    stop_tokens: Collection[Stop]
     stop_texts: Sequence[str]
     """Texts that end an answer, cut off afterwards."""
     max_new_tokens: int
@@ -257,7 +257,7 @@ def _record(
     options: Options,
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any]:
-    text = decode(tokens[:-1].tolist() if ended else tokens.tolist())
+    text = decode(tokens[: len(tokens) - stop_length(tokens, options.stop_tokens)].tolist())
     cuts = [at for stop in options.stop_texts if (at := text.find(stop)) >= 0]
     if cuts:
         text, ended = text[: min(cuts)], True

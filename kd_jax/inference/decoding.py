@@ -70,7 +70,7 @@ class Slots(NamedTuple):
     ended: jax.Array
     """bool: True if the row ended by a stop token."""
     stops: jax.Array
-    """[any number] int32: the stop tokens."""
+    """[any number, n] int32: what ends a row, its last tokens; -1 before shorter ones."""
 
 
 def unstack_layers(spec: DecoderSpec, arrays: Arrays, *, gather: bool = False) -> None:
@@ -136,7 +136,7 @@ def empty_slots(program: Program, num_slots: int, unstacked: bool, stops) -> Slo
 
     Args:
       unstacked: the model's layers are apart.
-      stops: [any number] int32, the stop tokens.
+      stops: as in Slots.
     """
     arch = program.spec.arch
     shape = (num_slots, arch.num_key_value_heads, program.length, arch.head_dim)
@@ -204,7 +204,8 @@ def admit(
     x, cache = model.over_layers(run_layer, x, slots.cache, P)
     none = jnp.zeros_like(most)
     token, log_prob = draw(logits_of(program, model, x[:, -1]), program.sampling, keys, none)
-    stops = jnp.isin(token, slots.stops)
+    recent = jnp.full((len(token), slots.stops.shape[1]), -2).at[:, -1].set(token)
+    stops = _is_stop(slots.stops, recent)
     changed = {
         "lengths": lengths, "counts": none + 1, "most": most, "keys": keys,
         "alive": ~stops & (most > 1), "ended": stops,
@@ -271,7 +272,10 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
     x, cache = model.over_layers(run_layer, x, slots.cache, T)
     logits = logits_of(program, model, x[:, 0])
     token, log_prob = draw(logits, program.sampling, slots.keys, slots.counts)
-    stops = slots.alive & jnp.isin(token, slots.stops)
+    ages = jnp.arange(slots.stops.shape[1] - 1)[::-1]  # of the tokens before
+    recent = jnp.where(ages[None] < slots.counts[:, None], slots.tokens[:, (at - ages) % T], -2)
+    recent = jnp.concatenate([recent, token[:, None]], axis=1)
+    stops = slots.alive & _is_stop(slots.stops, recent)
     counts = slots.counts + slots.alive
     return Slots(
         cache=cache,
@@ -286,6 +290,12 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
         ended=program.everywhere(slots.ended | stops),
         stops=slots.stops,
     )
+
+
+def _is_stop(stops: jax.Array, recent: jax.Array) -> jax.Array:
+    """Returns [B] bool: True where the last tokens [B, n], -2 for none, are one of stops [M, n]."""
+    same = (stops[None] == recent[:, None]) | (stops[None] == -1)  # [B, M, n]
+    return jnp.any(jnp.all(same, axis=-1), axis=-1)
 
 
 def _write_token(program: Program, old, new, at):

@@ -9,8 +9,8 @@ from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.templates import Template
 from kd_jax.inference.accuracy import has_final_number, is_correct
-from kd_jax.inference.prompts import context_length, stop_tokens, template_stops
-from kd_jax.inference.sampling import sample
+from kd_jax.inference.prompts import context_length, stop_tokens, turn_ends
+from kd_jax.inference.sampling import Stop, sample
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.inputs import held_out_data
@@ -23,7 +23,7 @@ class Exam:
 
     questions: Sequence[Question]
     decode: Callable[[list[int]], str]
-    stops: frozenset[int]
+    stops: frozenset[Stop]
     context: int
     """Most tokens of prompt and answer."""
     max_new_tokens: int
@@ -74,7 +74,7 @@ def read_exam(
             f"{field}: expected data whose answers have a final number, as GSM8K's after ####, "
             f"and prompts that leave room in the model's context, got none in {data.path}"
         )
-    ends, _ = template_stops(tokenizer, template, data.date)
+    ends = turn_ends(tokenizer, template, data.date)
     return Exam(
         questions=asked[:count],
         decode=partial(tokenizer.decode, skip_special_tokens=True),

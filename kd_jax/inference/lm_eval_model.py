@@ -81,8 +81,10 @@ class KdJaxLM(TemplateLM):
         self.tokenizer = _tokenizer(model.source, add_bos_token)
         self.tokenizer.chat_template = model.source.tokenizer.chat_template  # the run's
         self.stop_tokens = stop_tokens(folder, self.tokenizer)
+        self.stop_texts: list[str] = []
         if model.workdir is not None:
-            self.stop_tokens |= chat_stops(self.tokenizer, None, model.config.data.date)[0]
+            ends, self.stop_texts = chat_stops(self.tokenizer, None, model.config.data.date)
+            self.stop_tokens |= ends
         self.max_length = max_length or _max_length(folder, self.tokenizer)
         self.add_bos_token = add_bos_token
         self.custom_prefix_token_id = prefix_token_id
@@ -212,7 +214,7 @@ class KdJaxLM(TemplateLM):
     def _answer(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         """Returns the texts that follow the prompts, each up to its stop text."""
         options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)  # type: ignore[assignment]
-        until = [text for text in options.pop("until") if text]
+        until = [text for text in options.pop("until") if text] + self.stop_texts
         room = self.max_length - options.pop("max_gen_toks")
         if room < 1:
             raise UserError(

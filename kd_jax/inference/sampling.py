@@ -26,11 +26,15 @@ CACHE_BYTES = 2**30
 """Bytes of the KV cache on each device where its memory is unknown, as on a CPU."""
 
 
+Stop = int | tuple[int, ...]
+"""What ends a row: a token, or several one after the other."""
+
+
 class Sampled(NamedTuple):
     """Answers in the order of their prompts."""
 
     tokens: list[np.ndarray]
-    """New tokens of each prompt, int32; a stop token that ended the row is the last."""
+    """New tokens of each prompt, int32; what ended the row are the last."""
     log_probs: list[np.ndarray]
     """Log-probabilities of those tokens in nats, float32: the model's at temperature 1, without
     top-k or top-p."""
@@ -45,7 +49,7 @@ def sample(
     *,
     keys: Any,
     max_new_tokens: int | Sequence[int],
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Collection[Stop] = (),
     sampling: Sampling = GREEDY,
     batch_rows: int | None = None,
     vocab_size: int | None = None,
@@ -62,6 +66,7 @@ def sample(
       prompts: token ids, of any lengths above 0.
       keys: [N] jax PRNG keys, or integer seeds.
       max_new_tokens: for all prompts, or for each.
+      stop_tokens: what ends a row: a token, or several one after the other.
       batch_rows: rows decoded at once; None: as many as `cache_rows` allows.
       vocab_size: vocabulary entries without padding; None: all.
       longest: tokens of the longest prompt and answer of later calls, which then need no other
@@ -95,7 +100,7 @@ def sample_rows(
     arrays: Arrays,
     rows: Sequence[Row],
     *,
-    stop_tokens: Collection[int],
+    stop_tokens: Collection[Stop],
     sampling: Sampling,
     batch_rows: int | None,
     vocab_size: int | None,
@@ -124,12 +129,11 @@ class _Batch:
     """The slots on the devices, and which row is in which."""
 
     def __init__(
-        self, program: Program, arrays: Arrays, num_slots: int, stop_tokens: Collection[int]
+        self, program: Program, arrays: Arrays, num_slots: int, stop_tokens: Collection[Stop]
     ):
         unstacked = "layers.self_attn.o_proj.weight" not in arrays
         self.program, self.arrays = program, arrays
-        stops = np.array(sorted(stop_tokens), np.int32)
-        self.slots = empty_slots(program, num_slots, unstacked, stops)
+        self.slots = empty_slots(program, num_slots, unstacked, _stop_rows(stop_tokens))
         self.free = list(range(num_slots))
         self.owners: dict[int, int] = {}  # slot -> row
         self.begins = np.zeros(num_slots, np.int64)  # clock at each row's first new token
@@ -280,6 +284,22 @@ def _cache_length(rows: Sequence[Row]) -> int:
     """Returns T, rounded up so that few programs are compiled."""
     least = max(bucket(len(row.prompt)) for row in rows)
     return round_up(max(least, *(len(row.prompt) + row.most for row in rows)), 64)
+
+
+def stop_length(tokens: Sequence[int] | np.ndarray, stops: Collection[Stop]) -> int:
+    """Returns how many tokens at the end of a row are what ended it; 0: nothing did."""
+    ends = [(stop,) if isinstance(stop, int) else stop for stop in stops]
+    found = [len(end) for end in ends if tuple(tokens[-len(end) :]) == end]
+    return max(found, default=0)
+
+
+def _stop_rows(stops: Collection[Stop]) -> np.ndarray:
+    """Returns the stops as in decoding.Slots."""
+    ends = sorted((stop,) if isinstance(stop, int) else stop for stop in stops)
+    rows = np.full((len(ends), max(map(len, ends), default=1)), -1, np.int32)
+    for row, end in zip(rows, ends, strict=True):
+        row[len(row) - len(end) :] = end
+    return rows
 
 
 def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_jax.config import Config, UserError
-from kd_jax.data.chat import end_of_turn
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
-from kd_jax.inference.prompts import stop_tokens
+from kd_jax.inference.prompts import stop_tokens, turn_ends
+from kd_jax.inference.sampling import Stop
 from kd_jax.onpolicy.prompts import Prompts, check_prompts, find_prompts
 from kd_jax.parallel.processes import say
 from kd_jax.setup.sources import Source
@@ -20,8 +20,8 @@ class Sampler:
     """What samples are drawn with."""
 
     prompts: Prompts
-    stops: frozenset[int]
-    """Tokens that end an answer."""
+    stops: frozenset[Stop]
+    """What ends an answer."""
     pad: int
     decode: Callable[[np.ndarray], str]
     """Maps tokens to text, special tokens included."""
@@ -62,17 +62,10 @@ def _room(seq_len: int, name: str, models: dict[str, Source]) -> tuple[int, str]
     return min(rooms)
 
 
-def _stops(config: Config, student: Source, template: Template | None) -> set[int]:
-    """Returns the tokens that end an answer: those of the student's folder and of the template."""
-    stops = stop_tokens(student.folder, student.tokenizer)
-    if template is not None:
-        ids, text = end_of_turn(student.tokenizer, template, config.data.date)
-        if len(ids) > 1:
-            say(
-                f"warning: on-policy: the chat template ends an answer with {text!r}, which is "
-                f"{len(ids)} tokens: samples end only at other tokens that end a text"
-            )
-        stops |= set(ids) if len(ids) == 1 else set()
+def _stops(config: Config, student: Source, template: Template | None) -> set[Stop]:
+    """Returns what ends an answer: the tokens of the student's folder, and the template's."""
+    ends = turn_ends(student.tokenizer, template, config.data.date)
+    stops = ends | stop_tokens(student.folder, student.tokenizer)
     if not stops:
         raise UserError(
             f"student.path: expected a token that ends an answer, such as eos_token_id in "

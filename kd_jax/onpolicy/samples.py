@@ -9,6 +9,7 @@ import numpy as np
 from kd_jax.config import OnPolicyConfig
 from kd_jax.data.batches import find_places
 from kd_jax.data.store import COLUMNS, TEACHER, Batch
+from kd_jax.inference.sampling import Stop, stop_length
 from kd_jax.losses.head_inputs import FIRST_OF_BIN
 
 GROUP = "group"
@@ -77,15 +78,16 @@ def samples_in(columns: Batch) -> Iterator[Sample]:
             yield Sample(tokens[~drawn], tokens[drawn], log_probs[drawn])
 
 
-def describe(columns: Batch, stops: Collection[int]) -> dict[str, float | None]:
+def describe(columns: Batch, stops: Collection[Stop]) -> dict[str, float | None]:
     """Returns means over the samples of rows, by name in metrics.jsonl.
 
     None stands for a metric of the step that has no value: that of a bin without tokens.
     """
     samples = list(samples_in(columns))
     lengths = [len(sample.answer) for sample in samples]
-    ended = [bool(np.isin(sample.answer[-1:], list(stops)).any()) for sample in samples]
-    empty = [last and size == 1 for last, size in zip(ended, lengths, strict=True)]
+    ends = [stop_length(sample.answer, stops) for sample in samples]
+    ended = [end > 0 for end in ends]
+    empty = [end == size for end, size in zip(ends, lengths, strict=True)]
     bins = np.bincount(columns[GROUP].ravel(), minlength=1 + len(FIRST_OF_BIN))[1:]
     found: dict[str, float | None] = {
         f"samples/{name}_from_{first}": None

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config
 from kd_jax.data.store import Batch
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.sampling import sample
+from kd_jax.inference.sampling import sample, stop_length
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.onpolicy.prompts import Order
 from kd_jax.onpolicy.sampler import Sampler
@@ -150,7 +150,7 @@ class OnPolicySource:
                 "prompt": self.sampler.decode(one.prompt),
                 "answer": self.sampler.decode(one.answer),
                 "tokens": len(one.answer),
-                "ended": int(one.answer[-1]) in self.sampler.stops,
+                "ended": stop_length(one.answer, self.sampler.stops) > 0,
                 "log_prob": float(one.log_probs.mean()),
             }
             for one in islice(samples_in(columns), NUM_WRITTEN)

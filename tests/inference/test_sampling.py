@@ -16,7 +16,7 @@ from transformers import TopPLogitsWarper
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import sampling as sampling_module
 from kd_jax.inference.drawing import Sampling, draw
-from kd_jax.inference.sampling import key_data, sample
+from kd_jax.inference.sampling import key_data, sample, stop_length
 from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import adapter_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
@@ -69,6 +69,24 @@ def test_greedy_rows_and_their_ends_are_those_of_transformers(pair):
     assert found.ended.tolist() == [row[-1] in stop for row in want]
     assert 0 < found.ended.sum() < len(PROMPTS)
     assert all(row.dtype == np.int32 for row in found.tokens)
+
+
+def test_several_tokens_in_order_end_a_row(pair):
+    _, ours = pair
+    free = lists(drawn(ours, SHORT))
+    ends = [tuple(free[0][8:10]), tuple(free[1][3:6]), (free[2][1],), (free[3][0], 999)]
+    found = drawn(ours, SHORT, stop_tokens=[*ends[:2], free[2][1], ends[3]], batch_rows=2)
+
+    def cut(row):
+        for size in range(1, len(row) + 1):
+            if any(tuple(row[max(0, size - len(end)) : size]) == end for end in ends):
+                return row[:size]
+        return row
+
+    want = [cut(row) for row in free]
+    assert lists(found) == want and [len(row) for row in want[:3]] != [24] * 3
+    assert found.ended.tolist() == [stop_length(row, ends) > 0 for row in want]
+    assert stop_length(want[0], ends) == 2 and stop_length(free[5][:0], ends) == 0
 
 
 def test_windows_hold_in_the_ring():
