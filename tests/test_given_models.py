@@ -42,8 +42,12 @@ def whole(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command, given",
+    [(command, next(iter(GIVEN))) for command in COMMANDS]
+    + [("train student", given) for given in [*GIVEN][1:]]
+    + [("evaluate", "workdir"), ("generate", "workdir")],
+)
 def test_every_command_names_what_is_no_model(command, given, whole, tmp_path, capsys):
     files, message = GIVEN[given]
     (tmp_path / "given").mkdir()

@@ -3,10 +3,10 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from math import inf, nan
@@ -136,15 +136,12 @@ def refusal(capsys, *argv: str) -> str:
 
 
 def run_python(code: str, *argv: str) -> tuple[float, str]:
-    """Returns the shortest of three runs, in seconds, and the last run's output."""
-    command, times = [sys.executable, "-c", code, *argv], []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        times.append(time.perf_counter() - start)
-        if times[-1] < MAX_SECONDS:
-            break
-    return min(times), done.stdout
+    """Returns the CPU seconds of a process, which other processes do not change, and its output."""
+    command, before = [sys.executable, "-c", code, *argv], os.times()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system
+    return seconds - before.children_user - before.children_system, done.stdout
 
 
 HELP = f"""

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 from collections import defaultdict
+from functools import cache
 
 import pytest
 from paths import ROOT
@@ -13,6 +14,8 @@ PARTS = [Config, *filter(None, (record.part_of(e.type) for e in dataclasses.fiel
 FIELDS = [f"{part.__name__}.{entry.name}" for part in PARTS for entry in dataclasses.fields(part)]
 SOURCES = {file: file.read_text() for file in sorted((ROOT / "kd_jax").rglob("*.py"))}
 READERS = [text for file, text in SOURCES.items() if file.parent.name != "config"]
+
+parse = cache(ast.parse)
 
 
 class Reader(ast.NodeVisitor):
@@ -28,7 +31,7 @@ class Reader(ast.NodeVisitor):
         self.words: dict[str, set[str]] = {}  # strings by variable, for getattr
         self.fields: dict[str, dict[str, set[str]]] = defaultdict(dict)
         self.results: dict[str, set[str]] = {}
-        trees = [ast.parse(text) for text in (*SOURCES.values(), *sources)]
+        trees = [parse(text) for text in (*SOURCES.values(), *sources)]
         nodes = [node for tree in trees for node in ast.walk(tree)]
         self.known = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
         for node in nodes:
@@ -41,7 +44,7 @@ class Reader(ast.NodeVisitor):
             elif isinstance(node, ast.Assign):
                 self.words[ast.unparse(node.targets[0])] = self.strings(node.value)
         for text in sources:
-            self.visit(ast.parse(text))
+            self.visit(parse(text))
 
     def annotated(self, annotation: ast.expr | None) -> set[str]:
         nodes = [] if annotation is None else ast.walk(annotation)

