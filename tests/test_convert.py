@@ -29,7 +29,7 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.config.command import run_command
-from kd_jax.models.architecture import FAMILIES, read_architecture
+from kd_jax.models.architecture import read_architecture
 from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import (
     abstract_weights,
@@ -124,7 +124,17 @@ def auto_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), *((x, True) for x in FAMILIES)])
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("llama", False),
+        ("qwen2", True),
+        ("granite", True),
+        ("olmo2", True),
+        ("phi3", True),
+        ("gemma3_text", True),
+    ],
+)
 def test_a_merged_export_is_what_transformers_computes_with(family, tied, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     config, out = make_config(source), tmp_path / "out"
@@ -137,7 +147,9 @@ def test_a_merged_export_is_what_transformers_computes_with(family, tied, tmp_pa
     assert np.abs(theirs - base).max() > 0.1 * np.abs(base).max()
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), *((x, True) for x in FAMILIES)])
+@pytest.mark.parametrize(
+    "family, tied", [("llama", False), ("qwen3", True), ("phi3", True), ("gemma3_text", True)]
+)
 def test_an_export_of_full_training_is_what_transformers_computes_with(family, tied, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     config = make_config(source, trainable="full")
@@ -165,18 +177,14 @@ def test_full_training_is_exported_in_the_sources_dtype_rounded_as_torch_rounds(
             assert torch.equal(state[name], want), name
 
 
-@pytest.mark.parametrize("form", ["hugging face", "orbax"])
 @pytest.mark.parametrize(
-    "family, dtype",
+    "family, dtype, form",
     [
-        ("llama", "float32"),
-        ("llama", "float16"),
-        ("llama", "bfloat16"),
-        ("mistral", "bfloat16"),
-        ("qwen2", "bfloat16"),
-        ("qwen3", "bfloat16"),
-        ("phi3", "bfloat16"),
-        ("gemma3_text", "bfloat16"),
+        ("llama", "float32", "hugging face"),
+        ("llama", "float16", "orbax"),
+        ("qwen2", "bfloat16", "hugging face"),
+        ("phi3", "bfloat16", "orbax"),
+        ("gemma3_text", "bfloat16", "hugging face"),
     ],
 )
 def test_an_untouched_adapter_gives_back_the_sources_bytes(family, dtype, form, tmp_path):
@@ -230,7 +238,7 @@ def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
         np.testing.assert_allclose(value, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "granite", "olmo2", "phi3"])
 def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_path):
     from peft import PeftModel
 
