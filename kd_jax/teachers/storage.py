@@ -1,6 +1,8 @@
 """Files and arrays of a teacher's cache: TensorStore, on a local disk or an object store."""
 
+import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,12 @@ from kd_jax.config.errors import first_line
 SHARD_BYTES = 2**28
 _CHUNK_BYTES = 2**17  # read at once, and checked by a CRC
 _READ_CACHE_BYTES = 2**26  # indices of shards, and chunks that two documents share
+_RETRIES = {"max_retries": 8}  # in about two minutes; by default 32, in a quarter of an hour
+_CONTEXT = {
+    "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
+    "s3_request_retries": _RETRIES,
+    "gcs_request_retries": _RETRIES,
+}
 
 
 class Field(NamedTuple):
@@ -53,8 +61,26 @@ def local_folder(path: str) -> Path:
 def open_folder(path: str) -> ts.KvStore:
     """Returns the key-value store of a folder, or of an address such as gs://bucket/folder."""
     if is_remote(path):
-        return ts.KvStore.open(path.rstrip("/") + "/").result()
+        return ts.KvStore.open(_address(path.rstrip("/") + "/"), context=_context()).result()
     return ts.KvStore.open({"driver": "file", "path": f"{local_folder(path)}/"}).result()
+
+
+def _address(path: str) -> str | dict[str, str]:
+    """Returns an address for TensorStore, which does not read the AWS SDKs' AWS_ENDPOINT_URL."""
+    if path.startswith("memory://"):
+        raise ValueError("the memory ends with the command")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not endpoint or not path.startswith("s3://"):
+        return path
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    place = {"bucket": bucket, "path": key, "aws_region": region}
+    return {"driver": "s3", "endpoint": endpoint, **place}
+
+
+@functools.cache
+def _context() -> ts.Context:
+    return ts.Context(_CONTEXT)
 
 
 @contextmanager
@@ -107,7 +133,7 @@ def open_array(
         # A shard that is not there is an error, not zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
-        "context": {"cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES}},
+        "context": _CONTEXT,
         "recheck_cached_data": False,
     }
     if tokens is None:

@@ -27,6 +27,7 @@ from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
 from kd_jax.teachers.cost import read_cost
+from kd_jax.teachers.manifest import read_cache
 from kd_jax.training.step import jit_train_step
 
 STEPS = 20
@@ -384,3 +385,13 @@ def get_config():
     assert run(train.main, "--workdir", str(tmp_path / "cached"), *cache) == 0
     assert "resumed at step 2" in capsys.readouterr().out
     assert metrics("cached") == whole
+
+
+def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    place = storage.open_folder("s3://bucket/some/cache").spec().to_json()
+    assert place["endpoint"] == "http://127.0.0.1:9" and place["aws_region"] == "eu-west-1"
+    assert (place["bucket"], place["path"]) == ("bucket", "some/cache/")
+    with pytest.raises(UserError, match=r"cannot be read .the memory ends with the command"):
+        read_cache("memory://cache")
