@@ -164,16 +164,13 @@ def _completed(key: str) -> Callable[[str, dict[str, Any]], Record]:
             raise ValueError(f"{key}: expected text or turns, got {answer!r:.60}")
         if isinstance(prompt, str):
             turn = {"role": "user", "content": prompt}
-            prompt = [] if any(_is_question(turn, other) for other in answer) else [turn]
+            turns = [other for other in answer if isinstance(other, dict)]
+            prompt = [] if any(other | turn == other for other in turns) else [turn]
         if not isinstance(prompt, list):
             raise ValueError(f"prompt: expected text or turns, got {prompt!r:.60}")
         return _chat(place, tree, prompt + answer, key, len(prompt))
 
     return make
-
-
-def _is_question(turn: dict[str, Any], other: Any) -> bool:
-    return isinstance(other, dict) and {**other, **turn} == other
 
 
 def _decoded_turns(value: Any) -> Any:

@@ -76,9 +76,9 @@ def share_vocab(
         for i in sorted(own.keys() | other.keys())
         if own.get(i) != other.get(i)
     }
-    added = [{*x.get_added_vocab(), None} for x in (student, teacher)]
+    added, others = ({*x.get_added_vocab(), None} for x in (student, teacher))
     wrong = SharedVocab(
-        size, {i: pair for i, pair in differ.items() if not _are_added(pair, added)}
+        size, {i: (a, b) for i, (a, b) in differ.items() if a not in added or b not in others}
     )
     if wrong.differ or _merges(student) != _merges(teacher):
         what = f"{len(wrong.differ)} tokens ({wrong.describe()})" if wrong.differ else "the merges"
@@ -87,10 +87,6 @@ def share_vocab(
             f"differ in {what}. Use models of one family"
         )
     return SharedVocab(size, differ)
-
-
-def _are_added(pair: tuple[str | None, str | None], added: list[set[str | None]]) -> bool:
-    return all(token in some for token, some in zip(pair, added, strict=True))
 
 
 def _merges(tokenizer: Any) -> Any:

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from kd_jax.config import Config
 from kd_jax.data.batches import Extra
@@ -36,7 +35,12 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
     models = load_models(config, data.student, data.teacher, data.mesh)
     ours = models.frozen | models.trainable["student"]
     stored = dataclasses.replace(models, teacher_kind=cached.kind)
-    measure = _Measure(config, data.mesh, data.vocab_size, rows)
+
+    def measure(models: Models, student: Any, extra: Extra | None) -> dict[str, float]:
+        program = make_program(config, models, data.vocab_size, data.mesh)
+        arrays = (student, models.teacher_arrays)
+        return scores.whole(evaluate_rows(program, data.mesh, *arrays, rows, config, extra)[0])
+
     live = measure(models, ours, None)
     from_cache = measure(stored, ours, extra)
     out = {
@@ -68,19 +72,3 @@ def _some(rows: tuple[Rows, Rows | None], cached: CachedTeacher) -> tuple[Rows, 
     names = ("tokens", "segment_ids", "positions", "loss_mask")
     columns: dict[str, Any] = {name: np.array(getattr(train, name)[:MOST_ROWS]) for name in names}
     return dataclasses.replace(train, **columns), cached.train
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-    """Means of the metrics over the target tokens of rows."""
-
-    config: Config
-    mesh: Mesh
-    vocab_size: int
-    rows: Rows
-
-    def __call__(self, models: Models, student: Any, extra: Extra | None) -> dict[str, float]:
-        program = make_program(self.config, models, self.vocab_size, self.mesh)
-        arrays = (student, models.teacher_arrays)
-        sums, _ = evaluate_rows(program, self.mesh, *arrays, self.rows, self.config, extra)
-        return scores.whole(sums)
