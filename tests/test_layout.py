@@ -28,7 +28,7 @@ FLOORS = [
         ],
         "data": [
             "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
-            "answers", "encode", "vocabulary", "prompts", "chat", "questions", "prepare",
+            "hidden", "answers", "encode", "vocabulary", "prompts", "chat", "questions", "prepare",
             "pool", "arrays", "store", "packing", "rows", "documents", "batches",
         ],
     },

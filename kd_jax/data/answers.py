@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from kd_jax.config import UserError
 from kd_jax.data.caching import once_per_tokenizer
 from kd_jax.data.fields import check_unicode
 from kd_jax.data.forms import Form, form_of
+from kd_jax.data.hidden import find_hidden
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import (
     Shown,
@@ -25,19 +26,6 @@ Span = tuple[int, int]
 
 MAX_PROMPTS = 16
 """Renderings of one record for tool calls, whose place the template's text does not tell."""
-# Parts of a record from which nothing is learned, and the reason.
-HIDDEN = {
-    "tools": "`tools`, which the chat template does not show",
-    "system": "a system message, which the chat template does not show",
-    "user": "a user message, which the chat template does not show as it is",
-    "tool": "a tool's result, which the chat template does not show as it is",
-    "name": "names of speakers (`name`), which the chat template does not show",
-    "tool_calls": "`tool_calls`, which the chat template does not show",
-    "reasoning_content": "`reasoning_content`, which the chat template does not show",
-    "thought": "thoughts (</think>), which the chat template does not show",
-    "dropped": "earlier answers without a loss: the chat template drops their thoughts",
-    "assistant": "answers without a loss, because the chat template hides them or their place",
-}
 
 
 class Rendered(NamedTuple):
@@ -111,7 +99,7 @@ def render(
             raise
         turns = [with_text_arguments(turn) for turn in turns]  # as DeepSeek's templates take them
         text, marks = apply(special, turns)
-    hidden = _hidden(text, record, form)
+    hidden = find_hidden(text, record, form)
     if form.marked:
         spans = _marked(marks, record)
     else:
@@ -144,14 +132,6 @@ def check_learnable(rendered: Rendered, record: Record) -> None:
     turns = zip(record.messages, record.learn, strict=True)
     if not rendered.spans and any(on and turn["role"] == "assistant" for turn, on in turns):
         raise ValueError("the chat template shows none of its answers whole")
-
-
-def describe_hidden(counts: Mapping[str, int], path: str) -> list[str]:
-    """Returns a warning for each key of HIDDEN, with the number of its records."""
-    return [
-        f"warning: {path}: {number:,} record{' has' if number == 1 else 's have'} {HIDDEN[key]}"
-        for key, number in counts.items()
-    ]
 
 
 def _marked(marks: list[Span], record: Record) -> list[Span]:
@@ -336,30 +316,3 @@ def _before_end(text: str, shown: str, at: int, stop: int, end: str) -> int:
             return place
         place = text.find(shown, place + 1, stop)
     return at
-
-
-def _hidden(text: str, record: Record, form: Form) -> set[str]:
-    """Returns the keys of HIDDEN for what the record has and the text does not show."""
-    found = set()
-    if record.tools and "tools" not in form.shows:
-        found.add("tools")
-    for turn in record.messages:
-        content, role = content_of(turn), turn["role"]
-        if role != "assistant" and not _shows(text, content):
-            found.add(role if role in HIDDEN else "user")
-        if turn.get("name") and role != "tool" and not _shows(text, turn["name"]):
-            found.add("name")
-        if not all(_shows(text, name) for name in called(turn)):
-            found.add("tool_calls")
-        thought = turn.get("reasoning_content")
-        if thought and "reasoning_content" not in form.shows and not _shows(text, thought):
-            found.add("reasoning_content")
-        if role == "assistant" and "</think>" in content and "thought" not in form.shows:
-            found.add("thought")
-    return found
-
-
-def _shows(text: str, part: str) -> bool:
-    """Returns True if the text has the part, as it is or as JSON."""
-    part = part.strip()
-    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text

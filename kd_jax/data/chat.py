@@ -140,7 +140,7 @@ class Document:
     tokens: np.ndarray
     target: np.ndarray
     hidden: frozenset[str] = frozenset()
-    """Keys of answers.HIDDEN: what the record has and the template does not show."""
+    """Keys of hidden.HIDDEN: what the record has and the template does not show."""
     record: Record | None = None
     """Where it comes from."""
     teacher: tuple[np.ndarray, np.ndarray] | None = None

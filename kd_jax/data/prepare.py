@@ -70,7 +70,7 @@ class Prepared:
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Records by (key, reason) of what is not used."""
     hidden: Counter[str] = field(default_factory=Counter)
-    """Records by key of answers.HIDDEN: what the template does not show."""
+    """Records by key of hidden.HIDDEN: what the template does not show."""
     problems: list[str] = field(default_factory=list)
     """`place: why` of each bad record."""
     long: list[str] = field(default_factory=list)

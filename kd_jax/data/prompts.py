@@ -8,15 +8,16 @@ import numpy as np
 
 from kd_jax.config import TeacherConfig, UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.answers import HIDDEN, Rendered, render
+from kd_jax.data.answers import Rendered, render
 from kd_jax.data.fields import SYSTEM_ROLES, decoded, turn_of
+from kd_jax.data.hidden import HIDDEN
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
 from kd_jax.data.turns import content_of
 
 OWN = "teacher_messages"
 """The key of a record's turns for the teacher."""
-_SHOWN = ("system", "user", "tool")  # what the teacher must see; keys of answers.HIDDEN
+_SHOWN = ("system", "user", "tool")  # what the teacher must see; keys of hidden.HIDDEN
 _ASKED = "zqasked"
 
 

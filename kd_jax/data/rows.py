@@ -14,10 +14,10 @@ import numpy as np
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
-from kd_jax.data.answers import describe_hidden
 from kd_jax.data.arrays import Joined, Ragged
 from kd_jax.data.chat import describe_template
 from kd_jax.data.files import hash_source, list_files, list_sources, read_raw, slice_of
+from kd_jax.data.hidden import describe_hidden
 from kd_jax.data.packing import choose_rows, fill_rows, join_rows, shown, windows
 from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks

@@ -11,7 +11,7 @@ from samples import chat, record
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.checks import parse_date
-from kd_jax.data import answers, forms, templates
+from kd_jax.data import answers, forms, hidden, templates
 from kd_jax.data import chat as data_chat
 from kd_jax.data.records import Record
 
@@ -347,12 +347,12 @@ def test_what_the_template_does_not_show_is_counted():
     ]  # fmt: skip
     _, found = shown(plain, talk, R1, tools=TOOLS)
     assert found.hidden == {"system", "name", "tool_calls", "reasoning_content", "tool", "tools"}
-    lines = answers.describe_hidden({"tools": 1204, "system": 1}, "d.jsonl")
+    lines = hidden.describe_hidden({"tools": 1204, "system": 1}, "d.jsonl")
     assert lines == [
         "warning: d.jsonl: 1,204 records have `tools`, which the chat template does not show",
         "warning: d.jsonl: 1 record has a system message, which the chat template does not show",
     ]
-    everything = set(answers.HIDDEN) - {"user", "thought", "dropped", "assistant"}
+    everything = set(hidden.HIDDEN) - {"user", "thought", "dropped", "assistant"}
     assert found.hidden == everything
 
 
