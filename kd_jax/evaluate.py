@@ -254,7 +254,7 @@ def _open(args: EvaluateArgs):
 
 
 def _is_teacher(run: Config, args: EvaluateArgs) -> bool:
-    """Returns whether --teacher is the folder or hub id of the run's teacher."""
+    """Returns True if --teacher is the folder or hub id of the run's teacher."""
     from kd_jax.weights.folder import same_path
 
     part = run.teacher_part

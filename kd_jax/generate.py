@@ -278,7 +278,7 @@ def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | 
 
 
 def _data(args: GenerateArgs, opened: "OpenModel") -> tuple[DataConfig, Any]:
-    """Returns where the prompts are, and the chat template."""
+    """Returns the configuration of the prompts, and the chat template."""
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.files import check_source, default_split
 
@@ -318,7 +318,7 @@ def _options(args: GenerateArgs, opened: "OpenModel", template: Any, date: str) 
 def _identity(
     args: GenerateArgs, opened: "OpenModel", data: DataConfig, template: Any
 ) -> dict[str, Any]:
-    """Returns what the answers depend on, as JSON."""
+    """Returns all that the answers depend on, as JSON."""
     from kd_jax.data.files import hash_source
 
     assert args.data is not None

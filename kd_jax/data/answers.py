@@ -177,7 +177,7 @@ def _placed(
 
 
 def _end_of(text: str, shown: int, stop: int, form: Form, last: bool) -> int:
-    """Returns where the answer ends whose content ends at `shown`: after its end of turn."""
+    """Returns the end of the answer whose content ends at `shown`: after its end of turn."""
     mark = form.end or (form.last_end if last else "")
     at = text.find(mark, shown, stop) if mark else -1
     if at < 0:
@@ -260,14 +260,14 @@ def _by_contents(
 
 
 def _header_gap(text: str, cursor: int, form: Form) -> str:
-    """Returns what stands between a turn's content and the next answer, if that is the header."""
+    """Returns the text between a turn's content and the next answer, if that is the header."""
     head = text.find(form.header, cursor) if form.header else -1
     plain = head >= 0 and text[cursor:head].strip() in ("", form.end.strip())
     return text[cursor : head + len(form.header)] if plain else ""
 
 
 def _gap(text: str, cursor: int, prompt: str) -> str:
-    """Returns what stands between a turn's content, which ends at `cursor`, and the next answer.
+    """Returns the text between a turn's content, which ends at `cursor`, and the next answer.
 
     Args:
       prompt: the conversation up to the answer, with the generation prompt.
@@ -279,7 +279,7 @@ def _gap(text: str, cursor: int, prompt: str) -> str:
 
 
 def _find(text: str, turn: dict[str, Any], begin: int, stop: int, end: str = "") -> Span | None:
-    """Returns where a turn's content is shown, its tool calls included.
+    """Returns the place of a turn's content, its tool calls included.
 
     Templates show it as it is, trimmed, or without its thought, which may be written otherwise. An
     answer is followed by `end`, which a short one elsewhere is not.

@@ -127,7 +127,7 @@ def describe_template(tokenizer: Any, template: Template, date: str) -> list[str
 
 
 def end_of_turn(tokenizer: Any, template: Template, date: str) -> tuple[list[int], str]:
-    """Returns what ends an answer, as tokens and as text; neither if nothing does."""
+    """Returns the end of turn as tokens and as text; empty if there is none."""
     form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
     text = (form.end or form.last_end).strip()
     return tokenizer(text, add_special_tokens=False)["input_ids"], text

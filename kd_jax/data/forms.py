@@ -142,7 +142,7 @@ def _attempt(apply, *arguments: Any, **options: Any) -> str:
 
 
 def _tail(apply, contents: list[str], parts: bool, prompt: bool) -> str:
-    """Returns what follows the last question, with or without the generation prompt."""
+    """Returns the text after the last question, with or without the generation prompt."""
     text = _attempt(apply, contents[:-1], parts, prompt=prompt)
     return text[text.rfind(contents[-2]) + len(contents[-2]) :]
 

@@ -126,7 +126,7 @@ def prepare(job: Job, chunk: Chunk) -> Prepared:
 
 
 def is_held_out(record: Record, fraction: float) -> bool:
-    """Returns whether a record is held out; its content decides, so that equal ones go together."""
+    """Returns True for a held-out record; its content decides, so that equal ones go together."""
     content = json.dumps([record.messages, record.tools, record.text], sort_keys=True)
     return xxhash.xxh3_64_intdigest(content.encode()) < fraction * 2**64
 

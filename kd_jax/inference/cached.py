@@ -256,7 +256,7 @@ def _check_fields(cache: Cache, kind: str, fields: Fields) -> None:
 
 
 def _describe(cache: Cache, found: Sequence[Found]) -> str:
-    """Returns what is missing in the cache: documents, tokens and bytes."""
+    """Returns lines about documents, tokens and bytes that the cache lacks."""
     lines = []
     for one in found:
         missing = one.places < 0

@@ -287,7 +287,7 @@ def _cache_length(rows: Sequence[Row]) -> int:
 
 
 def stop_length(tokens: Sequence[int] | np.ndarray, stops: Collection[Stop]) -> int:
-    """Returns how many tokens at the end of a row are what ended it; 0: nothing did."""
+    """Returns the number of tokens at the end of a row that ended it; 0: none did."""
     ends = [(stop,) if isinstance(stop, int) else stop for stop in stops]
     found = [len(end) for end in ends if tuple(tokens[-len(end) :]) == end]
     return max(found, default=0)

@@ -129,7 +129,7 @@ def compare(sums: Sums, others: Sums, num_samples: int, seed: int) -> dict[str, 
 
 
 def _draw(rng: np.random.Generator, num_samples: int, size: int) -> np.ndarray:
-    """Returns how often each sample draws each of `size` documents, float64 [samples, D]."""
+    """Returns the count of each of `size` documents in each sample, float64 [samples, D]."""
     drawn = rng.integers(0, size, (num_samples, size))
     cells = drawn + size * np.arange(num_samples)[:, None]
     counts = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)

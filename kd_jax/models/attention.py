@@ -206,7 +206,7 @@ def _padded(unit: int, heads: tuple, mask: Mask) -> tuple[tuple, Mask]:
 
 
 def _visible(mask: Mask, queries: slice, keys: slice) -> jax.Array:
-    """Returns whether a query attends to a key if it does not come after it, [B, S, T]."""
+    """Returns [B, S, T] bool: True where a query may attend to a key, causality aside."""
     own, *_ = mask.documents
     each = [x[:, queries, None] == own[:, None, keys] for x in mask.documents]
     seen = jnp.any(jnp.stack(each), axis=0) if len(each) > 1 else each[0]

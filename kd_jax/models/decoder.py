@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x), outputs
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Returns what the head multiplies, of the last layer's hidden states [B, S, D]."""
+        """Returns the head's input: the last layer's hidden states [B, S, D], normed and scaled."""
         x, scaling = self.norm(x), self.spec.arch.logits_scaling
         return x if scaling == 1 else x / scaling
 

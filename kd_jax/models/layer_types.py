@@ -98,7 +98,7 @@ def read_ropes(
 
 
 def _without_rope(config: dict[str, Any], problems: list[str]) -> tuple[bool, ...]:
-    """Returns whether each layer is without RoPE."""
+    """Returns True for each layer without RoPE."""
     depth, given = config.get("num_hidden_layers"), config.get("no_rope_layers")
     interval = config["no_rope_layer_interval"]
     if type(depth) is not int or not 1 <= depth <= MOST_LAYERS:

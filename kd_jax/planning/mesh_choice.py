@@ -136,7 +136,7 @@ def _with_sizes(config: Config, **sizes: int) -> Config:
 
 
 def remedy(case: Case) -> str:
-    """Returns how to make a run fit that does not: smaller steps, or more devices."""
+    """Returns advice for a run that does not fit: smaller steps, or more devices."""
     open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0)
     if found := walk(dataclasses.replace(case, config=open_mesh)):
         best = found[0][1]

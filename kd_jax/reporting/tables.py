@@ -332,7 +332,7 @@ def config_table(arms: Sequence[Arm]) -> Table:
 
 
 def _count_values(records: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Returns how many records have each value, by name."""
+    """Returns the number of records with each value, by name."""
     names = {name: None for record in records for name in record}
     return {name: Counter(_plain(record.get(name, "–")) for record in records) for name in names}
 

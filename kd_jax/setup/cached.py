@@ -64,7 +64,7 @@ class CachedTeacher:
 def make_identity(
     dtype: str, hashes: dict[str, str], tokenizer: Any, template: Template | None
 ) -> dict[str, str]:
-    """Returns what all documents of a cache share, by config field.
+    """Returns the hashes and choices that all documents of a cache share, by config field.
 
     Args:
       dtype: the teacher's.

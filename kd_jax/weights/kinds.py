@@ -8,7 +8,7 @@ from kd_jax.weights.files import read_json
 
 
 def describe_folder(folder: Path) -> str:
-    """Returns what a folder without a usable model holds instead, and what to do."""
+    """Returns the content of a folder without a usable model, and the remedy."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -41,7 +41,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def describe_file(path: Path) -> str:
-    """Returns what to give instead of a file."""
+    """Returns the kind of a file, and the path to give instead."""
     if path.suffix == ".gguf":
         return "a GGUF file (llama.cpp). Give the folder of the original safetensors model"
     return f"a file. Give its folder, {path.parent}"

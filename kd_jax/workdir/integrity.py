@@ -37,7 +37,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def _facts(workdir: Path) -> dict[str, Any]:
-    """Returns what config.json says of a run's results, by name; {} without that file."""
+    """Returns the entries of config.json about a run's results; {} without that file."""
     if not (workdir / "config.json").exists():
         return {}
     record = read_record(workdir / "config.json")
@@ -46,7 +46,7 @@ def _facts(workdir: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str:
-    """Returns what is wrong with a checkpoint's files, "" if they are those that were written."""
+    """Returns the fault of a checkpoint's files; "" if they are those that were written."""
     try:
         read_json(checkpoint / "state" / "_METADATA")
     except UserError:
