@@ -35,7 +35,8 @@ from kd_jax.training.step import TrainState, train_step
 from kd_jax.workdir import checkpoints
 from kd_jax.workdir import claim as workdir_record
 
-STEPS = 6
+STEPS = 14  # enough to stop a run before its end
+EVALUATED = STEPS // 2
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def get_config():
         data=DataConfig(
             path={str(tiny_data)!r}, seq_len=128, batch_size=8, cache_dir={str(folder / "rows")!r}
         ),
-        eval=EvalConfig(path={str(held_out)!r}, every_steps=3),
+        eval=EvalConfig(path={str(held_out)!r}, every_steps={EVALUATED}),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2),
         compilation_cache=None,
@@ -114,7 +115,7 @@ def test_the_contract_of_metrics_is_kept(lora_run):
         assert wanted <= line.keys()
         assert line["loss"] == pytest.approx((line["ce_loss"] + line["kd_loss"]) / 2, rel=1e-6)
     evaluated = [line for line in read_metrics(lora_run) if "eval/ce" in line]
-    assert [line["step"] for line in evaluated] == [3, 6]
+    assert [line["step"] for line in evaluated] == [EVALUATED, STEPS]
     assert any((lora_run / "tensorboard").iterdir())
 
 
@@ -136,7 +137,8 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(lora_run, tiny_studen
     trained = checkpoints.open_trained(lora_run)
     assert trained.step == STEPS
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained.shapes)
-    size = sum(f.stat().st_size for f in (lora_run / "checkpoints" / "6").rglob("*") if f.is_file())
+    folder = lora_run / "checkpoints" / str(STEPS)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     moments_and_values = 3 * sum(4 * math.prod(shape) for shape in trained.shapes.values())
     assert size < moments_and_values + 200_000
 
@@ -155,19 +157,6 @@ def test_the_latest_checkpoints_are_kept_and_the_best_evaluated_one(losses, kept
             state = TrainState({"x": jnp.ones(3)}, {}, jnp.int32(step))
             checkpoints.save(checkpointer, state, step, loss)
     assert sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()) == kept
-
-
-def test_every_step_keeps_the_layout_and_the_program_of_the_first(run_train, tmp_path, monkeypatch):
-    traces = []
-
-    def counted(*arguments):
-        traces.append(1)
-        return train_step(*arguments)
-
-    monkeypatch.setattr(step, "train_step", counted)
-    mesh = ("--mesh.data", "1", "--mesh.tensor", "2")
-    assert run_train(tmp_path / "run", *mesh) == 0
-    assert len(traces) == 1
 
 
 def test_all_that_is_wrong_with_the_inputs_is_one_message(run_train, tmp_path, capsys):
@@ -209,32 +198,20 @@ def wait_for_step(workdir, step, process):
     raise AssertionError(f"no step {step}: {process.communicate()[0]}")
 
 
-LONG_STEPS = 14
-LONG = ("--steps", str(LONG_STEPS), "--eval.every-steps", "7")
-
-
-@pytest.fixture(scope="module")
-def long_run(run_train, tmp_path_factory):
-    """A finished run with enough steps to be interrupted. Read only."""
-    workdir = tmp_path_factory.mktemp("long") / "run"
-    assert run_train(workdir, *LONG) == 0
-    return workdir
-
-
-def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, long_run, tmp_path):
+def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, lora_run, tmp_path):
     """By SIGTERM; tests/test_benchmarks.py kills runs by SIGKILL."""
-    process = start_process(config_file, tmp_path / "stopped", *LONG)
+    process = start_process(config_file, tmp_path / "stopped")
     wait_for_step(tmp_path / "stopped", 3, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     reached = read_metrics(tmp_path / "stopped")[-1]["step"]
-    assert 3 <= reached < LONG_STEPS
+    assert 3 <= reached < STEPS
     # Saved at once, regardless of every_steps.
     assert checkpoints.open_trained(tmp_path / "stopped").step == reached
-    assert run_train(tmp_path / "stopped", *LONG) == 0
-    assert losses(tmp_path / "stopped") == losses(long_run)
-    ours, theirs = (checkpoints.open_trained(folder) for folder in (tmp_path / "stopped", long_run))
+    assert run_train(tmp_path / "stopped") == 0
+    assert losses(tmp_path / "stopped") == losses(lora_run)
+    ours, theirs = (checkpoints.open_trained(folder) for folder in (tmp_path / "stopped", lora_run))
     for name in theirs.shapes:
         np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
 
@@ -243,7 +220,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, lo
 def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, capsys):
     flags = ("--loss.kd-ratio", "1", "--loss.kd-ratio-end", "0", "--loss.schedule", "linear")
     flags += ("--loss.temperature-end", "3", "--loss.schedule-steps", "5")
-    flags += ("--loss.divergence", "jsd", "--loss.jsd-beta", "0.97")
+    flags += ("--loss.divergence", "jsd", "--loss.jsd-beta", "0.97", "--steps", "6")
     assert run_train(tmp_path / "whole", *flags) == 0
     assert "warning: loss.jsd-beta 0.97 is near 1" in capsys.readouterr().err
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
@@ -286,11 +263,22 @@ def test_a_full_runs_model_is_loaded_without_its_base(full_run, read):
     assert {x.dtype.name for x in models.frozen.values()} == {"bfloat16"}
 
 
-def test_a_run_resumes_on_other_devices(lora_run, run_train, tmp_path):
+def test_a_run_resumes_on_other_devices_with_one_program(
+    lora_run, run_train, tmp_path, monkeypatch
+):
+    """Every step keeps the layout of the first."""
+    traces = []
+
+    def counted(*arguments):
+        traces.append(1)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(step, "train_step", counted)
     copy = shutil.copytree(lora_run, tmp_path / "run")
-    shutil.rmtree(copy / "checkpoints" / "6")
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
     mesh = ("--mesh.data", "1", "--mesh.tensor", "2")
     assert run_train(copy, *mesh) == 0
+    assert len(traces) == 1
     for ours, theirs in zip(losses(copy), losses(lora_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -325,8 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys):
 
 
 def test_the_profile_is_written(run_train, tmp_path):
-    flags = ("--steps", "2", "--log.profile-start", "1", "--log.profile-steps", "5")
-    flags += ("--eval.path", "None")
+    flags = ("--log.profile-start", "1", "--log.profile-steps", "2", "--eval.path", "None")
     assert run_train(tmp_path / "run", *flags) == 0
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
@@ -496,7 +483,7 @@ def test_an_evaluation_of_nothing_is_refused(flag, tiny_student, tiny_data, caps
 def test_an_earlier_step_can_be_evaluated_and_an_absent_one_is_refused(
     lora_run, tiny_teacher, tiny_data, capsys
 ):
-    flags = ("--step", "4")
+    flags = ("--step", str(STEPS - 2))
     early = evaluated(capsys, lora_run, tiny_teacher, tiny_data, *flags)
     late = evaluated(capsys, lora_run, tiny_teacher, tiny_data)
     assert early["ce"] > late["ce"]
