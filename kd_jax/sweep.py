@@ -155,6 +155,7 @@ def make_plans(args: SweepArgs, grid: dict[str, list[str]], common: Sequence[str
             flags = [word for field, value in choice.items() for word in _flag(field, value)]
             argv = ["--config", args.config, *common, *flags]
             config = parse_config(argv)
+            _check_cached(config, args.cache)
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
             continue
@@ -165,6 +166,17 @@ def make_plans(args: SweepArgs, grid: dict[str, list[str]], common: Sequence[str
         raise UserError("\n".join([*problems, "No run was started"]))
     _check_distinct(plans)
     return plans
+
+
+def _check_cached(config: Config, cache: str | None) -> None:
+    """Raises UserError for a run that cannot read the sweep's cache, before any run starts."""
+    if cache is None or config.teacher is None or not config.distils:
+        return
+    if config.reads_cache:
+        raise UserError(
+            f"--teacher.cache: expected none beside --cache, got {config.teacher.cache}"
+        )
+    replace(config, teacher=replace(config.teacher, cache=cache))
 
 
 def _flag(field: str, value: str) -> list[str]:

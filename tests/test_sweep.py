@@ -256,6 +256,9 @@ def test_a_cache_is_planned_once_for_each_data_set_of_one_teacher(file, tmp_path
     assert [x[-2] for x in planned(capsys)] == ["--out"] * 2 + ["--teacher.cache"] * 2
     assert run(*flags, "--set", "teacher.dtype", "float32", "bfloat16") == 2
     assert "--cache: expected runs with one teacher, got 2" in capsys.readouterr().err
+    sampled = ("--on-policy.max-new-tokens", 8, "--set", "on-policy.fraction", 0, 0.5)
+    assert run(*flags, *sampled) == 2
+    assert "a stored teacher cannot score new text" in capsys.readouterr().err
 
 
 @pytest.mark.slow

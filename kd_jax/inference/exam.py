@@ -13,6 +13,7 @@ from kd_jax.inference.prompts import context_length, stop_tokens, turn_ends
 from kd_jax.inference.sampling import Stop, sample
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
+from kd_jax.parallel.processes import say
 from kd_jax.setup.inputs import held_out_data
 from kd_jax.setup.sources import Source
 
@@ -67,12 +68,19 @@ def read_exam(
       UserError: no answer of the data has a final number, or no prompt leaves room for one.
     """
     tokenizer, context = model.tokenizer, context_length(model.arch)
-    found, _ = read_questions(data, tokenizer, template)
+    found, left_out = read_questions(data, tokenizer, template)
     asked = [q for q in found if has_final_number(q) and 0 < len(q.tokens) < context]
     if not asked:
         raise UserError(
             f"{field}: expected data whose answers have a final number, as GSM8K's after ####, "
             f"and prompts that leave room in the model's context, got none in {data.path}"
+        )
+    if left_out:
+        say(f"warning: {left_out}")
+    if left := len(found) - len(asked):
+        say(
+            f"warning: {field}: {left:,} of {len(found):,} records of {data.path} are not asked: "
+            "their answers have no final number, or their prompts leave no room"
         )
     ends = turn_ends(tokenizer, template, data.date)
     return Exam(

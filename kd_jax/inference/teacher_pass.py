@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.config import Config
+from kd_jax.config import Config, UserError
 from kd_jax.data.batches import eval_batches
 from kd_jax.data.documents import predicts_target
 from kd_jax.data.store import Batch
@@ -169,7 +169,8 @@ def complete(
         watch.batch(teacher.batch_tokens)
     finish(writer, watch.cost(share) if share else None)
     done = read_cache(cache.path)
-    assert done is not None
+    if done is None:
+        raise UserError(f"{cache.path}: what was written there cannot be read back")
     say(
         f"{cache.path}: {len(keys):,} documents added, {writer.num_tokens:,} tokens, "
         f"{writer.num_tokens * token_bytes(cache.fields) / 1e9:.3g} GB"

@@ -27,12 +27,15 @@ def config_for(path, **options):
     )
 
 
-def test_the_exam_has_the_first_questions_that_have_a_final_number(student, tmp_path, monkeypatch):
+def test_the_exam_has_the_first_questions_that_have_a_final_number(
+    student, tmp_path, monkeypatch, capsys
+):
     pairs = [("How many legs has a cat?", "Four.\n#### 4"), ("Why?", "So."), ("Two?", "#### 2")]
     pairs.append(("word " * student.arch.max_position_embeddings, "#### 3"))  # leaves no room
     path = write_lines(tmp_path / "data.jsonl", [{"messages": chat(*pair)} for pair in pairs])
     config = config_for(path, accuracy=9, max_new_tokens=5)
     found = exam.make_exam(config, student, tiny.TEMPLATE)
+    assert "eval.accuracy: 2 of 4 records of " in capsys.readouterr().err
     prompts = [student.tokenizer.decode(x.tokens) for x in found.questions]
     assert [pairs[i][0] in text for i, text in zip((0, 2), prompts, strict=True)] == [True] * 2
     assert all(text.endswith("assistant<|end|>\n\n") for text in prompts)
