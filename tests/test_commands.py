@@ -114,16 +114,11 @@ def ce_of(folders, model, capsys):
 
 
 @pytest.mark.parametrize("trainable", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_train_resume_export_and_evaluate(folders, trainable, tmp_path, capsys):
+def test_train_export_and_evaluate(folders, trainable, tmp_path, capsys):
     config = ("--config", folders / "config.py", "--trainable", trainable)
     assert run(train.main, *config, "--workdir", tmp_path / "whole") == 0
     losses = read_losses(tmp_path / "whole")
     assert len(losses) == 4 and np.isfinite(losses).all() and losses[-1] < losses[0]
-
-    if trainable == "lora":
-        other = ("--data.cache-dir", tmp_path / "rows", "--mesh.data", 1, "--mesh.fsdp", 2)
-        assert run(train.main, *config, *other, "--workdir", tmp_path / "again") == 0
-        assert read_losses(tmp_path / "again") == pytest.approx(losses, rel=1e-2)  # bfloat16
 
     assert run(to_hf.main, "--workdir", tmp_path / "whole", "--out", tmp_path / "out") == 0
     trained = ce_of(folders, tmp_path / "out", capsys)
