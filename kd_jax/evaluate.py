@@ -127,9 +127,8 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.prompts import read_prompt
     from kd_jax.data.rows import make_rows
-    from kd_jax.inference.cached import open_cached
     from kd_jax.inference.evaluation import rows_at_once
-    from kd_jax.inference.load import describe_dtype, load_head, load_model
+    from kd_jax.inference.load import describe_dtype
     from kd_jax.models.architecture import describe_context
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.setup.runtime import start_jax
@@ -152,13 +151,8 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
         size = rows_at_once(mesh, len(rows), config.data.seq_len)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
     cached = loaded = None
-    if teacher and args.teacher_cache is not None:
-        config = _with_cache(args, config, teacher, mesh)
-        source = teacher.source
-        cached = open_cached(config, source, mesh, source.hashes, template, (rows, None))
-        loaded = load_head(teacher, mesh)
-    elif teacher:
-        loaded = load_model(teacher, mesh)
+    if teacher:
+        config, loaded, cached = _load_teacher(args, config, teacher, template, rows, mesh)
     inputs = (teacher, loaded, cached, rows, mesh)
     documents, positions = _measure(args, config, student, *inputs)
     theirs = against and _measure(args, config, against, *inputs)[0]
@@ -277,18 +271,27 @@ def _prompted(args: EvaluateArgs, run: Config) -> TeacherConfig | None:
     return dataclasses.replace(part, system=own.system, messages=own.messages, seq_len=own.seq_len)
 
 
-def _with_cache(args, config, teacher, mesh):
-    """Returns the configuration with the teacher and its cache."""
+def _load_teacher(args, config, teacher, template, rows, mesh):
+    """Returns the configuration, the teacher's arrays, and the values of --teacher-cache."""
+    from kd_jax.inference.cached import open_cached
+    from kd_jax.inference.load import load_head, load_model
     from kd_jax.parallel.mesh import platform
     from kd_jax.parallel.platforms import choose_dtype
 
+    if args.teacher_cache is None:
+        return config, load_model(teacher, mesh), None
     part = TeacherConfig(
         path=teacher.config.student.path,
         dtype=choose_dtype(args.dtype, platform(mesh)),
         cache=args.teacher_cache,
         cache_missing=args.teacher_cache_missing,
     )
-    return dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
+    config, source = (
+        dataclasses.replace(config, teacher=part, hidden=HiddenConfig()),
+        teacher.source,
+    )
+    cached = open_cached(config, source, mesh, source.hashes, template, (rows, None))
+    return config, load_head(teacher, mesh), cached
 
 
 def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh):

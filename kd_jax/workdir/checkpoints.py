@@ -20,6 +20,9 @@ from kd_jax.weights.orbax import OrbaxArrays, absl_silent
 from kd_jax.workdir.history import find_checkpoints
 from kd_jax.workdir.integrity import choose_checkpoint, seal
 
+_WRITE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO,
+)  # fmt: skip
 KEPT = "kept"  # the arrays beside the state, in a checkpoint's tree
 
 
@@ -52,15 +55,8 @@ def open_checkpointer(workdir: Path, keep: int) -> Iterator[ocp.training.Checkpo
             checkpointer.wait()
             if checkpointer.latest is not None and is_first():
                 seal(folder / str(checkpointer.latest.step))
-    except ValueError as error:  # tensorstore's form of a full disk and the like
-        for number in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EIO,
-        ):
+    except ValueError as error:  # tensorstore's error for any of them
+        for number in _WRITE_ERRORS:
             if os.strerror(number) in str(error):
                 how = f"{os.strerror(number)}, for the next checkpoint"
                 raise OSError(number, how, str(folder)) from error

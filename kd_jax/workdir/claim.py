@@ -130,12 +130,7 @@ def check_inputs(workdir: Path, inputs: dict[str, str]) -> None:
 
 def read_run(workdir: Path) -> Config:
     """Returns the configuration that a run was started with."""
-    path = workdir / "config.json"
-    record = read_record(path)
-    try:
-        return from_json(record["config"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not written by kd_jax.train ({error!r})") from None
+    return from_json(read_record(workdir / "config.json")["config"])
 
 
 def versions() -> dict[str, str]:

@@ -21,10 +21,8 @@ _sealing = threading.Lock()
 
 def seal(checkpoint: Path) -> None:
     """Writes the hashes of a finished checkpoint's files and of its run's record, once."""
-    with (
-        _sealing,
-        suppress(OSError, UserError),
-    ):  # retention may delete it; without a seal it is valid too
+    # Retention may delete it meanwhile; without a seal it is valid too.
+    with _sealing, suppress(OSError, UserError):
         if not (checkpoint / SEAL).is_file():
             tree = {"files": _hashes(checkpoint), "record": _facts(checkpoint.parents[1])}
             write_whole(checkpoint / SEAL, json.dumps(tree))
