@@ -51,8 +51,7 @@ def test_an_on_policy_run_that_is_killed_three_times_is_bit_equal_to_one_left_al
     assert "4 evaluations, 14 samples and the last weights bit-equal" in done.stdout
 
 
-@pytest.mark.slow
-def test_the_step_is_measured(tiny_data, tmp_path):
+def write_config(tiny_data, tmp_path):
     student, teacher = (tiny.write_plain_model(tmp_path / name) for name in ("s", "t"))
     file = tmp_path / "tiny.py"
     file.write_text(f"""
@@ -66,6 +65,12 @@ def get_config():
         data=DataConfig(path={str(tiny_data)!r}, seq_len=128, batch_size=8,
                         cache_dir={str(tmp_path / "rows")!r}))
 """)
+    return file
+
+
+@pytest.mark.slow
+def test_the_step_is_measured(tiny_data, tmp_path):
+    file = write_config(tiny_data, tmp_path)
     flags = ("--json", tmp_path / "out.json", "--workdir", tmp_path / "unused", "--rounds", 1)
     done = run("--config", file, *flags, name="train_step")
     assert done.returncode == 0, done.stderr
@@ -73,6 +78,18 @@ def get_config():
     assert measured["tokens_per_second"] > measured["target_tokens_per_second"] > 0
     assert measured["flop_per_step"] > 0 and len(measured["seconds"]) == 3
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.slow
+def test_students_of_each_form_of_a_cache_are_compared(tiny_data, tmp_path):
+    file, words = write_config(tiny_data, tmp_path), ("--out", tmp_path / "out", "--seeds", 1)
+    flags = ("--config", file, "--eval.path", tiny_data, "--forms", "exact", "sampled 64")
+    flags += ("--steps", 2, "--optim.warmup-steps", 0, "--optim.learning-rate", 0.01)
+    done = run(*words, *flags, name="cache_students")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| exact", "| sampled 64"]
+    assert rows[0][4] == "–" and 0 < abs(float(rows[1][4])) < float(rows[0][3])
 
 
 @pytest.mark.slow

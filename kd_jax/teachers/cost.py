@@ -24,7 +24,9 @@ class Cost(NamedTuple):
 
     @property
     def seconds_per_token(self) -> float:
-        return self.warm_seconds / self.warm_tokens if self.warm_tokens else 0.0
+        if self.warm_tokens:
+            return self.warm_seconds / self.warm_tokens
+        return self.seconds / self.tokens if self.tokens else 0.0
 
 
 class Stopwatch:
