@@ -30,6 +30,7 @@ _DTYPES = {
     "float64": np.dtype(np.float64),
 }
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
+_BIN_COUNTS = ("element_bits", "num_elements")
 _MOST_BITS = 62  # of a number in int64
 MASS_TOLERANCE = 0.02
 """By which the probabilities of a token may exceed 1: bfloat16 rounds log-probabilities."""
@@ -114,15 +115,7 @@ def _checked(tree: Any) -> Compression:
     bins = tuple(Bin(**one) for one in tree["residual_bins"])
     terms = tuple(tree.get("polynomial_terms") or ())
     form = Compression(**(tree | {"residual_bins": bins, "polynomial_terms": terms}))
-    counts = {"d": form.d - 1, "k": form.k, "exact_k": form.exact_k + 1}
-    for i, one in enumerate(bins):
-        counts |= {f"residual_bins[{i}].{x}": getattr(one, x) for x in _BIN_COUNTS}
-    wrong = [name for name, x in counts.items() if not isinstance(x, int) or x < 1]
-    wrong += [f"polynomial_terms: {x}" for x in terms if not (x in _CURVES or _is_power(x))]
-    dtypes = (form.exact_dtype, form.term_dtype, *(one.scale_dtype for one in bins))
-    wrong += [f"dtype: {x}" for x in dtypes if x not in _DTYPES]
-    wrong += ["element_bits"] * any(one.element_bits > _MOST_BITS for one in bins)
-    if wrong:
+    if wrong := _wrong_values(form):
         raise ValueError(f"expected other values of {', '.join(wrong)}")
     if sum(one.num_elements for one in bins) > form.k - form.exact_k:
         raise ValueError("expected at most k - exact_k elements in residual_bins")
@@ -131,7 +124,18 @@ def _checked(tree: Any) -> Compression:
     return form
 
 
-_BIN_COUNTS = ("element_bits", "num_elements")
+def _wrong_values(form: Compression) -> list[str]:
+    """Returns the names of numbers below their range, and dtypes and terms that there are not."""
+    bins = form.residual_bins
+    counts = {"d": form.d - 1, "k": form.k, "exact_k": form.exact_k + 1}
+    for i, one in enumerate(bins):
+        counts |= {f"residual_bins[{i}].{x}": getattr(one, x) for x in _BIN_COUNTS}
+    wrong = [name for name, x in counts.items() if not isinstance(x, int) or x < 1]
+    wrong += ["element_bits"] * any(one.element_bits > _MOST_BITS for one in bins)
+    terms = form.polynomial_terms
+    wrong += [f"polynomial_terms: {x}" for x in terms if not (x in _CURVES or _is_power(x))]
+    dtypes = (form.exact_dtype, form.term_dtype, *(one.scale_dtype for one in bins))
+    return wrong + [f"dtype: {x}" for x in dtypes if x not in _DTYPES]
 
 
 def _is_power(term: Any) -> bool:
