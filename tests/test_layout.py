@@ -153,7 +153,10 @@ def known_flags():
             if isinstance(kind, type) and kind.__name__.endswith("Args"):
                 known |= set(flag_names(kind))
     for file in (ROOT / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r'add_argument\(\s*"--([\w-]+)"', file.read_text()))
+        text = file.read_text()
+        known |= set(re.findall(r'add_argument\(\s*"--([\w-]+)"', text))
+        fields = re.findall(r'^    (\w+): .*\n    """', text.partition("class Args")[2], re.M)
+        known |= {name.replace("_", "-") for name in fields}
     return known
 
 
