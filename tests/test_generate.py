@@ -1,9 +1,12 @@
 """The generate command."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -144,6 +147,19 @@ def test_a_mistake_is_one_message(flags, said, folder, tmp_path, capsys):
     assert run("--model", shortened(folder, tmp_path / "short", 128), *flags) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_damaged_weights_are_said(folder, tmp_path, capsys):
+    model = shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hi."}')
+    asked = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "out.jsonl")
+    for flags in (("--prompt", "Hi."), asked):
+        assert run("--model", model, *flags) == 2
+        assert "--model: expected finite logits, got NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_model_without_a_tokens_embedding_is_refused(folder, tmp_path, capsys):

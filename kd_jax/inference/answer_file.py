@@ -22,7 +22,7 @@ from kd_jax.config.checks import out_path
 from kd_jax.config.errors import first_lines
 from kd_jax.data.questions import Question
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.sampling import Row, Stop, sample_rows, stop_length
+from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, stop_length
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, together
@@ -245,7 +245,8 @@ def _draw(
             sampling=options.sampling, batch_rows=options.batch_rows,
             vocab_size=options.vocab_size,
         )  # fmt: skip
-        for i, (tokens, _, ended) in found:
+        for i, (tokens, log_probs, ended) in found:
+            check_finite(log_probs)
             place = places[members[i]]
             yield place, _record(questions[place[0]], tokens, ended, options, decode)
 

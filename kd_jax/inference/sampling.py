@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.config import UserError
 from kd_jax.inference.decoding import (
     Program,
     admit,
@@ -202,6 +203,7 @@ def generate(
     while waiting:
         batch.admit(rows, waiting, len(rows))
     slots = sorted(batch.owners, key=batch.owners.__getitem__)  # by row
+    check_finite(fetch(batch.slots.log_probs)[slots, batch.begins[slots] % length])
     yield from _stream(batch, slots, max_new_tokens, stop_tokens)
 
 
@@ -300,6 +302,12 @@ def _stop_rows(stops: Collection[Stop]) -> np.ndarray:
     for row, end in zip(rows, ends, strict=True):
         row[len(row) - len(end) :] = end
     return rows
+
+
+def check_finite(log_probs: np.ndarray) -> None:
+    """Raises UserError for log-probabilities of a model whose logits are NaN."""
+    if np.isnan(log_probs).any():
+        raise UserError("--model: expected finite logits, got NaN: its weights are damaged")
 
 
 def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:

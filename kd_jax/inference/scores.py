@@ -36,7 +36,8 @@ def tally(values: dict[str, np.ndarray], groups: np.ndarray, num_groups: int) ->
     for model in ("", "teacher_"):
         if f"{model}confidence" in values:
             confidence = values[f"{model}confidence"].astype(np.float64)
-            bins = np.ceil(confidence * NUM_BINS).astype(np.int64) - 1  # upper edges belong to bins
+            known = np.nan_to_num(confidence)  # of NaN there is one message, about the sums
+            bins = np.ceil(known * NUM_BINS).astype(np.int64) - 1  # upper edges belong to bins
             cells = groups * NUM_BINS + np.clip(bins, 0, NUM_BINS - 1)
             gap = confidence - values[f"{model}correct"]
             by_cell = np.bincount(cells, gap, minlength=num_groups * NUM_BINS)

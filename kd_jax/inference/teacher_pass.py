@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,6 +30,7 @@ from kd_jax.teachers.topk import Selection
 from kd_jax.teachers.writing import PartWriter
 
 _TOLD_SECONDS = 10.0
+_FINITE = "finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +127,28 @@ class TeacherPass:
 
 
 def _selected(out: Arrays, mask: np.ndarray, skip: int) -> Batch:
-    return {name: x[mask][skip:] for name, x in jax.device_get(out).items()}
+    values = {name: x[mask][skip:] for name, x in jax.device_get(out).items()}
+    if not values.pop(_FINITE).all():
+        raise UserError(
+            "teacher.path: expected finite outputs, got NaN or infinity: its weights, or its "
+            "adapter's, are damaged. Nothing of these rows was stored"
+        )
+    return values
 
 
 def teacher_values(
     spec: DecoderSpec, stored: str | Selection, arrays: Arrays, batch: Arrays
 ) -> Arrays:
-    """Returns what is stored of rows, [B, S, ...].
+    """Returns what is stored of rows, [B, S, ...], and which tokens are finite, [B, S] bool.
 
     Args:
       stored: the dtype of hidden states, or which entries of the distribution.
     """
     side, _ = LiveModel(spec)(arrays, batch)
+    finite = {_FINITE: jnp.all(jnp.isfinite(side.hidden), axis=-1)}
     if isinstance(stored, str):
-        return encode(side.hidden, stored)
-    return stored(side.hidden, side.head, batch["tokens"])
+        return encode(side.hidden, stored) | finite
+    return stored(side.hidden, side.head, batch["tokens"]) | finite
 
 
 def _what_is_stored(cache: Cache) -> str | Selection:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 from tiny_run import Run, flat, make_run_config
 
 from kd_jax import cache as cache_command
@@ -278,6 +279,17 @@ def test_flags_without_effect_are_refused(capsys, flags, words):
     argv = ["--config", "no_file.py", "--out", "no_folder", *flags]
     assert run_command(cache_command.main, argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_outputs_that_are_not_finite_are_never_stored(make_config, places, tmp_path):
+    teacher = shutil.copytree(places[1], tmp_path / "teacher")
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.nan
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    config = with_teacher(make_config(), path=str(teacher))
+    with pytest.raises(UserError, match=r"teacher\.path: expected finite outputs, got NaN"):
+        make_cache(config, str(tmp_path / "cache"), Storage(dtype="int8"))
+    assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
 def test_mistakes_are_one_message_and_leave_nothing(make_config, cache, tmp_path, capsys):
