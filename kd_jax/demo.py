@@ -1,7 +1,8 @@
 """python -m kd_jax.demo: the whole workflow in minutes, from random weights to a report.
 
 A teacher learns from many examples of a small language with known entropy (kd_jax.toy.grammar). A
-smaller student gets few examples: it is evaluated untouched, fine-tuned, and distilled.
+smaller student gets few examples: it is evaluated untouched, fine-tuned, and distilled; with
+--on-policy also when it has gone on to learn from answers that it samples itself.
 """
 
 import hashlib
@@ -43,6 +44,9 @@ class DemoArgs(Checked):
     seeds: Annotated[int, Range(least=1)] = 1
     """Number of students, each with its own examples, initial weights and order of rows. Two or
     more give standard errors."""
+    on_policy: bool = False
+    """Train the distilled student further on its own sampled answers, and show for all models the
+    share of sampled answers that the language has."""
     json: bool = False
     """Print one JSON object; progress goes to stderr."""
 
@@ -55,6 +59,8 @@ class Stage:
     console: Any
     log: TextIO
     """Receives the output of the commands."""
+    on_policy: bool = False
+    """As DemoArgs."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     claim(out)
     console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
     with (out / LOG).open("a", buffering=1) as log:
-        result = run_demo(Stage(out=out, console=console, log=log), args.seeds)
+        stage = Stage(out=out, console=console, log=log, on_policy=args.on_policy)
+        result = run_demo(stage, args.seeds)
     write(out / "result.json", json.dumps(result, indent=2) + "\n")
     show(console, result)
     if args.json:
@@ -183,9 +190,15 @@ def learn(stage: Stage, tokenizer: Any, seed: int) -> dict[str, Values]:
     if not untouched.exists():
         write_llama(untouched, tokenizer, seed=seed, **COMMON, **STUDENT)
     found = {"untouched": measure(stage, untouched, untouched, teacher)}
-    paths = {"student.path": untouched, "data.path": folder / "few.jsonl"}
-    for name, more in {"finetune": {}, "distil": {"teacher.path": teacher}}.items():
-        train(stage, name, folder / name, paths | more, seed)
+    data, taught = {"data.path": folder / "few.jsonl"}, {"teacher.path": teacher}
+    arms = {
+        "finetune": data | {"student.path": untouched},
+        "distil": data | taught | {"student.path": untouched},
+    }
+    if stage.on_policy:
+        arms["on_policy"] = data | taught | {"student.path": folder / "distil_hf"}
+    for name, paths in arms.items():
+        train(stage, name, folder / name, paths, seed)
         exported = export(stage, folder / name)
         found[name] = measure(stage, folder / name, exported, teacher)
     return found
@@ -237,6 +250,8 @@ def export(stage: Stage, workdir: Path) -> Path:
 def measure(stage: Stage, model: Path, exported: Path, teacher: Path | None) -> Values:
     """Returns a model's scores on the held-out examples and its share of right answers."""
     values = evaluate(stage, model, teacher) | {"right": share_right(exported)}
+    if stage.on_policy:
+        values["possible"] = share_possible(exported)
     metrics = {name: COLUMNS[name] for name in values}
     shown = (f"{m.label} {values[name] * m.scale:.{m.decimals}f}" for name, m in metrics.items())
     stage.console.print(f"  {', '.join(shown)}")
@@ -263,23 +278,37 @@ def evaluate(stage: Stage, model: Path, teacher: Path | None) -> Values:
 
 
 def share_right(model: Path) -> float:
-    """Returns the share of exact questions that a model answers right by greedy decoding.
+    """Returns the share of exact questions that a model answers right by greedy decoding."""
+    exact = {q.instruction: q.likeliest for q in grammar.make_questions() if q.exact}
+    given = answer(model, tuple(exact), "answers", temperature=0.0)
+    return sum(given[prompt] == right for prompt, right in exact.items()) / len(exact)
 
-    The answers are stored in a file next to the model's folder.
-    """
+
+def share_possible(model: Path) -> float:
+    """Returns the share of sampled answers, one to each question, that the language has."""
+    odds = {q.instruction: q.answers for q in grammar.make_questions()}
+    given = answer(model, tuple(odds), "samples", temperature=1.0)
+    return sum(given[prompt] in answers for prompt, answers in odds.items()) / len(odds)
+
+
+def answer(model: Path, prompts: tuple[str, ...], name: str, temperature: float) -> dict[str, str]:
+    """Returns a model's answer to each prompt, which a file next to its folder keeps."""
     from kd_jax.generate import GenerateArgs, answers
 
-    exact = {q.instruction: q.likeliest for q in grammar.make_questions() if q.exact}
-    prompts = tuple(exact)
-    file = model.with_name(f"{model.name}_answers.json")
+    file = model.with_name(f"{model.name}_{name}.json")
     if not file.is_file():
         said = [""] * len(prompts)
-        args = GenerateArgs(model=str(model), prompt=prompts, max_new_tokens=12, dtype="float32")
+        args = GenerateArgs(
+            model=str(model),
+            prompt=prompts,
+            max_new_tokens=12,
+            temperature=temperature,
+            dtype="float32",
+        )
         for row, text in answers(args):
             said[row] += text
         write(file, json.dumps(dict(zip(prompts, said, strict=True)), indent=2) + "\n")
-    kept = read_json(file)
-    return sum(kept[prompt] == right for prompt, right in exact.items()) / len(exact)
+    return read_json(file)
 
 
 def ask(stage: Stage, model: Path, prompt: str) -> None:
@@ -297,6 +326,7 @@ def report(stage: Stage, result: dict[str, Any]) -> Path:
     out = stage.out / "report"
     shutil.rmtree(out, ignore_errors=True)  # make_report refuses an interrupted report
     runs = [stage.out / "seed0" / name for name in ("finetune", "distil")]
+    runs += [stage.out / "seed0" / "on_policy"] * stage.on_policy
     table = make_table(result)
     if result["seeds"] > 1:
         table = replace(table, note=f"{table.note} The rest of the page shows the first seed only.")

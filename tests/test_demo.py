@@ -138,15 +138,24 @@ def test_in_its_own_folder_the_demo_needs_no_flags(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "measure", lambda *args, **kwargs: {})
     monkeypatch.setattr(demo, "write", lambda *args: None)
     monkeypatch.setattr("kd_jax.toy.models.write_llama", lambda *args, **kwargs: 0)
-    stage = demo.Stage(out=Path(demo.DemoArgs().out), console=None, log=sys.stderr)
+    stage = demo.Stage(out=Path(demo.DemoArgs().out), console=None, log=sys.stderr, on_policy=True)
     demo.teach(stage, None)
     demo.learn(stage, None, seed=0)
     commands = [words for words in shown if words[0] == "--config"]
-    assert [Path(words[1]).stem for words in commands] == ["teacher", "finetune", "distil"]
+    stems = [Path(words[1]).stem for words in commands]
+    assert stems == ["teacher", "finetune", "distil", "on_policy"]
     assert all(len(words) == 2 for words in commands)
     shown.clear()
     demo.learn(stage, None, seed=1)
     assert any("--seed" in words and "1" in words for words in shown)
+
+
+def test_possible_answers_are_those_of_the_language(monkeypatch, tmp_path):
+    questions = grammar.make_questions()
+    said = {q.instruction: next(iter(q.answers)) for q in questions} | {"Add one and one.": "Two."}
+    assert said.keys() == {q.instruction for q in questions}
+    (tmp_path / "model_samples.json").write_text(json.dumps(said))
+    assert demo.share_possible(tmp_path / "model") == 1 - 1 / len(questions)
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, capsys):

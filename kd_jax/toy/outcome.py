@@ -9,14 +9,16 @@ MODELS = {
     "untouched": "untouched",
     "finetune": "fine-tuned",
     "distil": "distilled",
+    "on_policy": "then on-policy",
 }
-# Names of kd_jax.evaluate, and two of the demo's own.
+# Names of kd_jax.evaluate, and three of the demo's own.
 COLUMNS = {
     "ce": Metric("CE", "", 3),
     "excess": Metric("above entropy", "", 3),
     "kl_forward": Metric("KL to teacher", "", 3),
     "top1_agreement": Metric("agreement %", "", 1, scale=100),
     "right": Metric("right %", "", 1, scale=100),
+    "possible": Metric("possible %", "", 1, scale=100),
 }
 WHY = (
     "Fine-tuning sees one sampled answer to a question, now and then a slip, and learns it by "
@@ -28,9 +30,12 @@ WHY = (
 def make_table(result: dict[str, Any]) -> Table:
     """Returns a row for each model; with several seeds, mean ± standard error."""
     rows = []
+    columns = {
+        n: x for n, x in COLUMNS.items() if any(n in y[0] for y in result["models"].values())
+    }
     for model, values in result["models"].items():
-        columns = {name: [x[name] for x in values if name in x] for name in COLUMNS}
-        cells = [summary(found, COLUMNS[name], error=True) for name, found in columns.items()]
+        found = {name: [x[name] for x in values if name in x] for name in columns}
+        cells = [summary(some, columns[name], error=True) for name, some in found.items()]
         rows.append([MODELS[model], *cells])
     entropy = number(result["entropy"]["held_out"], 3)
     note = f"CE and KL in nats per target token; the held-out answers' entropy is {entropy}."
@@ -42,7 +47,7 @@ def make_table(result: dict[str, Any]) -> Table:
         )
     return Table(
         title="Held-out examples of the language",
-        header=["model", *(metric.label for metric in COLUMNS.values())],
+        header=["model", *(metric.label for metric in columns.values())],
         rows=rows,
         note=f"{note} {WHY}",
     )
