@@ -31,9 +31,12 @@ class Program:
     """Vocabulary entries without padding."""
     length: int
     """T: tokens that a slot holds, prompt and answer."""
-    as_bits: bool
-    """Store a bfloat16 cache as integers: XLA's CPU converts a whole bfloat16 array to float32 and
-    back when it writes a part."""
+    by_sums: bool
+    """Attend by sums over a float32 cache, as Platform.summed_attention."""
+
+    @property
+    def cache_dtype(self) -> Any:
+        return jnp.dtype("float32") if self.by_sums else self.spec.dtype
 
     def rows(self, x: jax.Array) -> jax.Array:
         """Returns an array [B, ...] with its rows sharded."""
@@ -50,7 +53,7 @@ class Slots(NamedTuple):
     """B rows being decoded; [B] each unless stated otherwise."""
 
     cache: Any
-    """(keys, values), [B, K, T, H] of each layer or stacked [L, B, K, T, H]; a ring over T."""
+    """(keys [B, K, H, T], values [B, K, T, H]) of each layer, or stacked; a ring over T."""
     tokens: jax.Array
     """[B, T] int32: new tokens, at the place where their keys are or will be."""
     log_probs: jax.Array
@@ -139,16 +142,18 @@ def empty_slots(program: Program, num_slots: int, unstacked: bool, stops) -> Slo
       stops: as in Slots.
     """
     arch = program.spec.arch
-    shape = (num_slots, arch.num_key_value_heads, program.length, arch.head_dim)
-    dtype = _storage(program)
+    B, K, T, H = num_slots, arch.num_key_value_heads, program.length, arch.head_dim
     L = arch.num_hidden_layers
 
-    def zeros():
+    def zeros(*shape):
         if unstacked:
-            return program.rows(jnp.zeros(shape, dtype))
-        return jnp.zeros((L, *shape), dtype)
+            return program.rows(jnp.zeros(shape, program.cache_dtype))
+        return jnp.zeros((L, *shape), program.cache_dtype)
 
-    cache: Any = [(zeros(), zeros()) for _ in range(L)] if unstacked else (zeros(), zeros())
+    def pair():
+        return zeros(B, K, H, T), zeros(B, K, T, H)
+
+    cache: Any = [pair() for _ in range(L)] if unstacked else pair()
     numbers, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
     tokens = jnp.zeros((num_slots, program.length), jnp.int32)
     return Slots(
@@ -156,21 +161,6 @@ def empty_slots(program: Program, num_slots: int, unstacked: bool, stops) -> Slo
         lengths=numbers, counts=numbers, most=numbers,
         keys=jnp.zeros((num_slots, 2), jnp.uint32), alive=no, ended=no, stops=stops,
     )  # fmt: skip
-
-
-def _storage(program: Program) -> Any:
-    dtype = program.spec.dtype
-    return jnp.dtype("uint16") if program.as_bits and dtype == jnp.bfloat16 else dtype
-
-
-def stored(program: Program, x: jax.Array) -> jax.Array:
-    dtype = _storage(program)
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
-def _loaded(program: Program, x: jax.Array) -> jax.Array:
-    dtype = program.spec.dtype
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -198,7 +188,9 @@ def admit(
 
     def run_layer(x, layer, kind, old):
         x, new = layer(x, rope, attend, kind)
-        written = [_write_rows(program, *pair, slots.clock, places) for pair in zip(old, new)]  # noqa: B905
+        keys, values = (_ring(program, part, slots.clock) for part in new)
+        parts = zip(old, (jnp.swapaxes(keys, 2, 3), values), strict=True)
+        written = (program.rows(x.at[places].set(part, mode="drop")) for x, part in parts)
         return model.on_rows(x), tuple(written)
 
     x, cache = model.over_layers(run_layer, x, slots.cache, P)
@@ -223,12 +215,11 @@ def admit(
     )
 
 
-def _write_rows(program: Program, old, new, clock, places):
-    """Returns a layer's cache [B, K, T, H] with keys of prompts [n, P, K, H] up to the clock."""
+def _ring(program: Program, new: jax.Array, clock: jax.Array) -> jax.Array:
+    """Returns keys or values [n, P, K, H] as [n, K, T, H], with the last one at the clock."""
     P, T = new.shape[1], program.length
     rows = jnp.pad(jnp.swapaxes(new, 1, 2), ((0, 0), (0, 0), (0, T - P), (0, 0)))
-    rows = jnp.roll(rows, (clock - P) % T, axis=2)
-    return program.rows(old.at[places].set(stored(program, rows), mode="drop"))
+    return jnp.roll(rows, (clock - P) % T, axis=2).astype(program.cache_dtype)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -254,18 +245,16 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
     T = program.length
     at, after = slots.clock % T, (slots.clock + 1) % T
     age = (at - jnp.arange(T)) % T
-    seen = program.rows(age[None] <= slots.lengths[:, None])  # [B, T]
+    # [B, T]: keys before this token's, whose place still has an older one.
+    seen = program.rows((age[None] > 0) & (age[None] <= slots.lengths[:, None]))
     token = jax.lax.dynamic_slice_in_dim(slots.tokens, at, 1, axis=1)
     x, rope = model.embed(token, slots.lengths[:, None])
 
     def run_layer(x, layer, kind, pair):
         def attend(q, k, v, window):
-            keys, values = (
-                program.rows(_write_token(program, old, new, at))
-                for old, new in zip(pair, (k, v), strict=True)
-            )
             mask = seen if window is None else seen & (age < window)[None]
-            return attend_cache(program, q, keys, values, mask[:, None]), (keys, values)
+            out = attend_token(program, q, pair, (k, v), mask)
+            return out, _write_token(program, pair, (k, v), _after(at, out, slots.clock))
 
         return layer(x, rope, attend, kind)
 
@@ -292,16 +281,28 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
     )
 
 
+def _after(at: jax.Array, out: jax.Array, clock: jax.Array) -> jax.Array:
+    """Returns the place `at`, known only once attention's output is.
+
+    So the cache is read before it is written, and is written in place. XLA's CPU drops an
+    optimization barrier before it decides which arrays to copy.
+    """
+    return jnp.where((clock < 0) & (out.ravel()[0] > 0), at + 1, at)  # the clock is never below 0
+
+
 def _is_stop(stops: jax.Array, recent: jax.Array) -> jax.Array:
     """Returns [B] bool: True where the last tokens [B, n], -2 for none, are one of stops [M, n]."""
     same = (stops[None] == recent[:, None]) | (stops[None] == -1)  # [B, M, n]
     return jnp.any(jnp.all(same, axis=-1), axis=-1)
 
 
-def _write_token(program: Program, old, new, at):
-    """Returns a layer's cache [B, K, T, H] with [B, 1, K, H] at one place of every row."""
-    new = stored(program, jnp.swapaxes(new, 1, 2))
-    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
+def _write_token(program: Program, pair, new, at):
+    """Returns a layer's cache with a key and a value [B, 1, K, H] at one place of every row."""
+    k, v = (x.astype(program.cache_dtype) for x in new)
+    update = jax.lax.dynamic_update_slice_in_dim
+    keys = update(pair[0], jnp.moveaxis(k, 1, 3), at, axis=3)
+    values = update(pair[1], jnp.swapaxes(v, 1, 2), at, axis=2)
+    return program.rows(keys), program.rows(values)
 
 
 def _write_new(old: jax.Array, new: jax.Array, at: jax.Array, alive: jax.Array) -> jax.Array:
@@ -309,6 +310,40 @@ def _write_new(old: jax.Array, new: jax.Array, at: jax.Array, alive: jax.Array) 
     before = jax.lax.dynamic_slice_in_dim(old, at, 1, axis=1)
     new = jnp.where(alive[:, None], new[:, None], before)
     return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
+
+
+def attend_token(program: Program, q, pair, new, mask):
+    """Returns attention [B, 1, N, H] of one token's queries over a cache and its own key and value.
+
+    Args:
+      pair: keys [B, K, H, T] and values [B, K, T, H], as stored.
+      new: the token's key and value, [B, 1, K, H].
+      mask: [B, T] bool, True for keys in the cache that the token attends to.
+    """
+    B, _, N, H = q.shape
+    keys, values = pair
+    k, v = (x[:, 0, :, None].astype(jnp.float32) for x in new)  # [B, K, 1, H]
+    queries = q.reshape(B, keys.shape[1], -1, H)  # [B, K, G, H]
+    scale = program.spec.arch.attention_scale
+    scale = H**-0.5 if scale is None else scale
+    z = _product(program, queries, keys) * scale  # [B, K, G, T]
+    own = jnp.sum(queries * k, axis=-1, keepdims=True) * scale
+    z = jnp.where(mask[:, None, None], z, -jnp.inf)
+    highest = jnp.maximum(jnp.max(z, axis=-1, keepdims=True), own)
+    weights, own = jnp.exp(z - highest), jnp.exp(own - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own
+    weights = (weights / total).astype(program.spec.dtype)  # the matmul's dtype
+    own = (own / total).astype(program.spec.dtype)
+    out = _product(program, weights, values) + own * v
+    return out.reshape(B, 1, N, H).astype(q.dtype)
+
+
+def _product(program: Program, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x [B, K, G, M] times y [B, K, M, n], float32."""
+    if not program.by_sums:
+        return jnp.einsum("BKGM,BKMn->BKGn", x, y, preferred_element_type=jnp.float32)
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.sum(x[..., None] * y[:, :, None], axis=3)
 
 
 def attend_cache(program: Program, q, keys, values, mask):
@@ -320,7 +355,7 @@ def attend_cache(program: Program, q, keys, values, mask):
     B, C, N, H = q.shape
     K = keys.shape[1]
     scale = program.spec.arch.attention_scale
-    keys, values = _loaded(program, keys), _loaded(program, values)
+    q = q.astype(keys.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     queries = jnp.swapaxes(q.reshape(B, C, K, -1, H), 1, 2)  # [B, K, C, G, H]
     z = product("BKRH,BKTH->BKRT", queries.reshape(B, K, -1, H), keys)

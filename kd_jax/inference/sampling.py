@@ -233,7 +233,7 @@ def make_program(
 ) -> Program:
     return Program(
         spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,
-        length=length, as_bits=PLATFORMS[_platform(arrays)].integer_residuals,
+        length=length, by_sums=PLATFORMS[_platform(arrays)].summed_attention,
     )  # fmt: skip
 
 
@@ -252,7 +252,9 @@ def cache_rows(spec: DecoderSpec, length: int, arrays: Arrays) -> int:
     arch, device = spec.arch, _device(arrays)
     memory = (device.memory_stats() or {}).get("bytes_limit") or CACHE_BYTES / CACHE_SHARE
     heads = arch.num_hidden_layers * arch.num_key_value_heads
-    row_bytes = 2 * heads * length * arch.head_dim * jnp.dtype(spec.dtype).itemsize
+    is_wide = PLATFORMS[device.platform].summed_attention
+    itemsize = 4 if is_wide else jnp.dtype(spec.dtype).itemsize
+    row_bytes = 2 * heads * length * arch.head_dim * itemsize
     fit = int(CACHE_SHARE * memory // row_bytes) * _row_shards(spec)
     return max(1, min(fit, PLATFORMS[device.platform].sampled_rows * _row_shards(spec)))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.inference.decoding import Program, attend_cache, logits_of, stored
+from kd_jax.inference.decoding import Program, attend_cache, logits_of
 from kd_jax.inference.drawing import GREEDY, Sampling, distribution, invert
 from kd_jax.inference.sampling import bucket, key_data, make_program, round_up
 from kd_jax.models.decoder import Decoder, DecoderSpec
@@ -213,7 +213,7 @@ def _extend(program: Program, model: Decoder, cache, tokens, lengths):
 
 def _write(program: Program, old, new, starts):
     """Returns a cache [B, K, T, H] with [B, C, K, H] from each row's own place on."""
-    new = stored(program, jnp.swapaxes(new, 1, 2))
+    new = jnp.swapaxes(new, 1, 2).astype(program.cache_dtype)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(write)(old, new, starts)
 
@@ -221,7 +221,7 @@ def _write(program: Program, old, new, starts):
 def _empty(program: Program, num_rows: int, arrays: Mapping[str, jax.Array]):
     arch = program.spec.arch
     shape = (num_rows, arch.num_key_value_heads, program.length, arch.head_dim)
-    L, zeros = arch.num_hidden_layers, stored(program, jnp.zeros(shape, program.spec.dtype))
+    L, zeros = arch.num_hidden_layers, jnp.zeros(shape, program.cache_dtype)
     if "layers.self_attn.o_proj.weight" in arrays:
         return tuple(jnp.broadcast_to(zeros[None], (L, *shape)) for _ in range(2))
     return [(zeros, zeros)] * L

@@ -16,7 +16,12 @@ def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Arr
     Args:
       layout: of the table on the mesh; None: the plain gradient, which varies on a GPU.
     """
-    if layout is None or not traits(layout.mesh).sorted_embedding_gradient:
+    if layout is None:
+        return table[tokens]
+    if traits(layout.mesh).integer_lookup and table.dtype == jnp.bfloat16:  # never trained
+        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    if not traits(layout.mesh).sorted_embedding_gradient:
         return table[tokens]
     return _embed(layout, table, tokens)
 

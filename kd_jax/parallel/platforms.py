@@ -36,8 +36,15 @@ class Platform:
     integer_residuals: bool = False
     """Save bfloat16 residuals of the layers as integers: XLA's CPU converts the whole stack of
     them to float32 and back when it writes one layer's."""
+    summed_attention: bool = False
+    """Decode with sums over a float32 cache in place of attention's matmuls: XLA's CPU has a call
+    for each row and head, which takes longer than the products, and converts a whole bfloat16
+    cache to float32 at every token."""
     one_pass_softmax: bool = False
     """Reduce maxima and sums of the logits in one pass over memory."""
+    integer_lookup: bool = False
+    """Look up rows of a bfloat16 table as integers: XLA's CPU first converts the whole table to
+    float32."""
     sorted_embedding_gradient: bool = False
     """Sum the embedding's gradient in token order: the plain scatter adds in an order that varies,
     and so does its rounding."""
@@ -74,6 +81,8 @@ PLATFORMS: Mapping[str, Platform] = {
         transposed_head=True,
         joined_adapters=True,
         integer_residuals=True,
+        summed_attention=True,
+        integer_lookup=True,
         blocked_sums=True,
         chunk_tokens=80,
         trained_chunk_tokens=256,

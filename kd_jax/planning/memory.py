@@ -91,8 +91,11 @@ def sampling_bytes(case: Case, ours: Shares) -> int:
     S, rows = config.data.seq_len, config.on_policy.highest_fraction * config.data.batch_size
     prompts = math.ceil(rows * max(1, S // (2 * config.on_policy.max_new_tokens)))
     prompts = math.ceil(prompts / axes_size(case.sizes, BATCH_AXES))
-    slots = min(prompts, PLATFORMS[topology.platform].sampled_rows)
+    platform = PLATFORMS[topology.platform]
+    slots = min(prompts, platform.sampled_rows)
     cache = 2 * replace(ours, tokens=slots * S).keys * ours.arch.num_hidden_layers
+    if platform.summed_attention:  # the cache is float32
+        cache *= 4 // ours.itemsize
     cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
     return cache + ours.in_use(weights(ours.arch), ours.itemsize)
 

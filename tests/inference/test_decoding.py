@@ -187,7 +187,7 @@ def decoding_programs(devices):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     program = Program(
-        spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, as_bits=False
+        spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, by_sums=False
     )
     empty = decoding.empty_slots.trace(program, 2, False, np.int32([1])).out_info
     slots = jax.tree.map(lambda x: abstract(x.shape, x.dtype), empty)
@@ -195,6 +195,34 @@ def decoding_programs(devices):
     prompts = (abstract((2, 128), jnp.int32), abstract((2, 2), jnp.int32), two)
     prefill = decoding.admit.trace(program, arrays, slots, *prompts, abstract((2, 2), jnp.uint32))
     return prefill, decoding.advance.trace(program, arrays, slots, np.int32(0), np.int32(9))
+
+
+@pytest.mark.parametrize(
+    "dtype, by_sums", [("float32", True), ("float32", False), ("bfloat16", False)]
+)
+def test_a_token_attends_to_the_cache_and_to_itself(dtype, by_sums):
+    """Sums, as on a CPU, and matmuls, as elsewhere, against float64 NumPy."""
+    B, K, G, H, T = 3, 2, 2, 8, 5
+    arch = read_architecture(tiny.make_config(), "tiny")
+    spec = DecoderSpec(arch=arch, dtype=jnp.dtype(dtype), attention="xla")
+    program = Program(spec=spec, sampling=Sampling(), vocab_size=9, length=T, by_sums=by_sums)
+    rng = np.random.default_rng(0)
+    shapes = ((B, 1, K * G, H), (B, K, H, T), (B, K, T, H), (B, 1, K, H), (B, 1, K, H))
+    q, keys, values, k, v = (
+        np.asarray(jnp.asarray(rng.normal(size=shape), dtype), np.float64) for shape in shapes
+    )
+    mask = np.arange(T) < np.array([[0], [2], [5]])
+    all_keys = np.concatenate([keys, np.moveaxis(k, 1, 3)], axis=3)
+    all_values = np.concatenate([values, np.swapaxes(v, 1, 2)], axis=2)
+    z = np.einsum("bkgh,bkht->bkgt", q.reshape(B, K, G, H), all_keys) / H**0.5
+    seen = np.concatenate([mask, np.ones((B, 1), bool)], axis=1)[:, None, None]
+    weights = np.where(seen, np.exp(z), 0)
+    want = np.einsum("bkgt,bkth->bkgh", weights / weights.sum(-1, keepdims=True), all_values)
+    given = [jnp.asarray(x, dtype) for x in (q, keys, values, k, v)]
+    got = decoding.attend_token(program, given[0], given[1:3], given[3:], jnp.asarray(mask))
+    assert got.dtype == dtype
+    tolerance = 2e-6 if dtype == "float32" else 3e-2  # weights and result are rounded
+    np.testing.assert_allclose(got.reshape(want.shape).astype(float), want, atol=tolerance)
 
 
 def test_decoding_lowers_for_tpus_with_their_attention_kernel():
