@@ -189,7 +189,7 @@ def decoding_programs(devices):
     program = Program(
         spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, by_sums=False
     )
-    empty = decoding.empty_slots.trace(program, 2, False, np.int32([1])).out_info
+    empty = decoding.empty_slots.trace(program, 2, False, np.int32([[1]])).out_info
     slots = jax.tree.map(lambda x: abstract(x.shape, x.dtype), empty)
     two = abstract((2,), jnp.int32)
     prompts = (abstract((2, 128), jnp.int32), abstract((2, 2), jnp.int32), two)
