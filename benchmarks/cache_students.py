@@ -23,6 +23,7 @@ import numpy as np
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
+from kd_jax.config.record import dump
 from kd_jax.data.batches import count_steps
 from kd_jax.inference import scores
 from kd_jax.inference.cached import Data, Storage, make_cache, open_finished, with_live_teacher
@@ -86,6 +87,11 @@ def read_results(args: Args) -> list[dict[str, Any]]:
 
 def train_all(args: Args, config: Config, data: Data) -> None:
     """Trains and measures what is not finished: all forms with the first seed, then the next."""
+    recipe = json.dumps(dump(config), sort_keys=True)
+    record = Path(args.out) / "config.json"
+    if record.exists() and record.read_text() != recipe:
+        raise UserError(f"--out: {args.out} has results of another configuration. Give another")
+    record.write_text(recipe)
     done = {(x["form"], x["seed"]) for x in read_results(args)}
     cached = {name: open_finished(config, folder(args, name), data) for name in args.forms}
     models = load_models(config, data.student, data.teacher, data.mesh, kind="hidden")

@@ -90,6 +90,11 @@ class EvaluateArgs(ModelArgs):
             checks.refuse("--teacher", "a folder or a hub id with --teacher-cache", self.teacher)
 
 
+_RECORDED = (
+    "model", "step", "teacher", "teacher_cache", "teacher_system", "teacher_messages", "against",
+    "data", "split", "max_conversations", "seq_len", "chat_template", "top_k", "accuracy",
+    "max_new_tokens", "bootstrap_samples", "seed",
+)  # fmt: skip
 NAMES_IN_TRAINING = {
     f"teacher.{name}": f"teacher-{name}"
     for name in ("cache", "cache-missing", "system", "messages")
@@ -180,8 +185,7 @@ def summarise(
     if theirs is not None:
         _check_finite(args.against, scores.whole(theirs))
         result["against"] = scores.compare(documents, theirs, args.bootstrap_samples, args.seed)
-    shown = ("model", "teacher", "teacher_cache", "against", "data", "split", "step", "top_k")
-    result["arguments"] = {name: getattr(args, name) for name in shown}
+    result["arguments"] = {name: getattr(args, name) for name in _RECORDED}
     result["arguments"]["dtype"] = choose_dtype(args.dtype, jax.devices()[0].platform)
     return result
 
@@ -193,8 +197,11 @@ def _exam(args: EvaluateArgs) -> "tuple[OpenModel, Exam]":
     from kd_jax.inference.load import open_model
 
     model = open_model(args.model, args.dtype, args.step)
-    data = _config(args, model.config, 1).data
-    template = chat_template_of(data, model.source.tokenizer)
+    data, tokenizers = _config(args, model.config, 1).data, [model.source.tokenizer]
+    if args.teacher is not None and tokenizers[0].chat_template is None:
+        other = open_model(args.teacher, args.dtype, field="teacher", flag="--teacher")
+        tokenizers.append(other.source.tokenizer)
+    template = chat_template_of(data, *tokenizers)
     count, most = args.accuracy or 0, args.max_new_tokens
     return model, read_exam(data, count, most, model.source, template, "--accuracy")
 
@@ -286,10 +293,8 @@ def _load_teacher(args, config, teacher, template, rows, mesh):
         cache=args.teacher_cache,
         cache_missing=args.teacher_cache_missing,
     )
-    config, source = (
-        dataclasses.replace(config, teacher=part, hidden=HiddenConfig()),
-        teacher.source,
-    )
+    config = dataclasses.replace(config, teacher=part, hidden=HiddenConfig())
+    source = teacher.source
     cached = open_cached(config, source, mesh, source.hashes, template, (rows, None))
     return config, load_head(teacher, mesh), cached
 

@@ -49,8 +49,8 @@ class GenerateArgs(ModelArgs):
     samples: Annotated[int, Range(least=1)] = 1
     """Answers to each prompt of --data."""
     batch_rows: Annotated[int | None, Range(least=1)] = None
-    """Answers to --data that are decoded at once; None: as many as fit a fifth of the device's
-    memory, or 1 GiB on a CPU, at most 32 on a CPU and 256 on a GPU or TPU."""
+    """Answers to --data that are decoded at once; None: as many as fit a share of the device's
+    memory, up to what the platform decodes fast."""
     system: str | None = None
     """System message before each prompt; with --data in place of a record's own."""
     raw: bool = False

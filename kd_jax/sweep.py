@@ -250,17 +250,29 @@ def _other_content(root: Path) -> str:
 def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequence[str]) -> None:
     """Runs kd_jax.cache once for each data set of the runs that distil and are not finished.
 
+    A cache that is there in another form than the default is used as it is.
+
     Raises:
       UserError: the runs have several teachers.
       SystemExit: the command failed.
     """
+    from kd_jax.teachers.manifest import read_cache
+
     distilling = [plan for plan in plans if plan.config.distils]
-    teachers = {replace(x.config.teacher, cache=None) for x in distilling if x.config.teacher}
+    teachers = {
+        replace(x.config.teacher, cache=None, cache_rest="bucket")
+        for x in distilling
+        if x.config.teacher
+    }
     if len(teachers) > 1:
         raise UserError(
             f"--cache: expected runs with one teacher, got {len(teachers)}. Sweep each teacher "
             "alone, with a cache of its own"
         )
+    there = read_cache(cache, "--cache")
+    if there is not None and (there.kind != "hidden" or "scales" in there.fields):
+        print(f"[cache] {cache} is used as it is: {there.kind} of {', '.join(there.fields)}")
+        return
     first: dict[tuple, Plan] = {}
     for plan in distilling:
         if not completion(plan.folder):

@@ -116,7 +116,9 @@ class AnswerFile:
         """Returns this process's part, without lines that a kill or a power cut tore."""
         part = self.path.with_name(f"{self.path.name}.part{process}")
         if part.exists():
-            part.write_bytes(b"".join(line for line, _ in _whole_lines(part)))
+            whole = b"".join(line for line, _ in _whole_lines(part))
+            if len(whole) < part.stat().st_size:
+                write_whole(part, whole.decode())
         return part
 
     def read(self) -> dict[Place, dict[str, Any]]:

@@ -254,7 +254,8 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
         def attend(q, k, v, window):
             mask = seen if window is None else seen & (age < window)[None]
             out = attend_token(program, q, pair, (k, v), mask)
-            return out, _write_token(program, pair, (k, v), _after(at, out, slots.clock))
+            place = _after(at, out, slots.clock) if program.by_sums else at
+            return out, _write_token(program, pair, (k, v), place)
 
         return layer(x, rope, attend, kind)
 
@@ -355,14 +356,15 @@ def attend_cache(program: Program, q, keys, values, mask):
     B, C, N, H = q.shape
     K = keys.shape[1]
     scale = program.spec.arch.attention_scale
-    q = q.astype(keys.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     queries = jnp.swapaxes(q.reshape(B, C, K, -1, H), 1, 2)  # [B, K, C, G, H]
+    queries = queries.astype(keys.dtype)
     z = product("BKRH,BKTH->BKRT", queries.reshape(B, K, -1, H), keys)
     z = z.reshape(B, K, C, N // K, -1) * (H**-0.5 if scale is None else scale)
     weights = jax.nn.softmax(jnp.where(mask[:, None, :, None], z, -jnp.inf), axis=-1)
-    weights = weights.astype(values.dtype)  # the matmul's dtype
-    out = product("BKRT,BKTH->BKRH", weights.reshape(B, K, C * N // K, -1), values)
+    weights = weights.astype(q.dtype)  # the matmul's dtype
+    weights = weights.reshape(B, K, C * N // K, -1).astype(values.dtype)
+    out = product("BKRT,BKTH->BKRH", weights, values)
     out = jnp.swapaxes(out.reshape(B, K, C, N // K, H), 1, 2)
     return out.reshape(B, C, N, H).astype(q.dtype)
 

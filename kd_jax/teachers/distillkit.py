@@ -131,7 +131,8 @@ def _wrong_values(form: Compression) -> list[str]:
     for i, one in enumerate(bins):
         counts |= {f"residual_bins[{i}].{x}": getattr(one, x) for x in _BIN_COUNTS}
     wrong = [name for name, x in counts.items() if not isinstance(x, int) or x < 1]
-    wrong += ["element_bits"] * any(one.element_bits > _MOST_BITS for one in bins)
+    bits = (one.element_bits for one in bins)
+    wrong += ["element_bits"] * any(isinstance(x, int) and x > _MOST_BITS for x in bits)
     terms = form.polynomial_terms
     wrong += [f"polynomial_terms: {x}" for x in terms if not (x in _CURVES or _is_power(x))]
     dtypes = (form.exact_dtype, form.term_dtype, *(one.scale_dtype for one in bins))

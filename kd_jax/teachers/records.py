@@ -212,6 +212,8 @@ def make_values(record: Record, positions: np.ndarray, k: int, num_entries: int)
         some, values = _checked(
             *record.entries[position], num_entries, record.mass_tolerance, place
         )
+        if (mass := np.exp(values).sum()) > 1:  # by rounding
+            values = values - np.log(mass)
         order = np.argsort(-values, kind="stable")[:k]
         ids[i, : len(order)], log_probs[i, : len(order)] = some[order], values[order]
         left = 1 - np.exp(values[order]).sum()

@@ -225,6 +225,18 @@ def test_a_token_attends_to_the_cache_and_to_itself(dtype, by_sums):
     np.testing.assert_allclose(got.reshape(want.shape).astype(float), want, atol=tolerance)
 
 
+@pytest.mark.parametrize("by_sums", [True, False])
+def test_attention_over_a_cache_has_the_models_dtype(by_sums):
+    """Whatever the cache's: the layers after it would compute in float32."""
+    arch = read_architecture(tiny.make_config(), "tiny")
+    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("bfloat16"), attention="xla")
+    program = Program(spec=spec, sampling=Sampling(), vocab_size=9, length=5, by_sums=by_sums)
+    cache = jnp.ones((3, 2, 5, 8), program.cache_dtype)
+    queries, mask = jnp.ones((3, 2, 4, 8), spec.dtype), jnp.ones((3, 2, 5), bool)
+    out = decoding.attend_cache(program, queries, cache, cache, mask)
+    assert out.dtype == spec.dtype and (out == 1).all()
+
+
 def test_decoding_lowers_for_tpus_with_their_attention_kernel():
     prefill, step = decoding_programs(jax.devices()[:4])
     assert "tpu_custom_call" in prefill.lower(lowering_platforms=("tpu",)).as_text()
