@@ -67,7 +67,8 @@ class EvaluateArgs(ModelArgs):
     save: bool = False
     """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
     seq_len: Annotated[int | None, Range(least=2)] = None
-    """Tokens in a row; None: the run's, or 2048."""
+    """Tokens in a row, to which conversations are truncated; None: the run's, or 2048, and less
+    where all conversations are shorter."""
     batch_size: Annotated[int | None, Range(least=1)] = None
     """Rows per batch over all devices; None: as many as the platform scores at a time."""
     chat_template: str | None = None
@@ -131,7 +132,7 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
 
     from kd_jax.data.chat import chat_template_of
     from kd_jax.data.prompts import read_prompt
-    from kd_jax.data.rows import make_rows
+    from kd_jax.data.rows import make_rows, shortest_rows
     from kd_jax.inference.evaluation import rows_at_once
     from kd_jax.inference.load import describe_dtype
     from kd_jax.models.architecture import describe_context
@@ -147,6 +148,9 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
     template = chat_template_of(config.data, *tokenizers)
     prompt = read_prompt(_prompted(args, student.config))
     rows = make_rows(config.data, tokenizers[0], template, prompt=prompt)
+    if args.seq_len is None and (width := shortest_rows(rows)) < config.data.seq_len:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=width))
+        rows = make_rows(config.data, tokenizers[0], template, prompt=prompt)
     context = describe_context(student.source.arch, config.data.seq_len, "model")
     for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)

@@ -196,6 +196,24 @@ def test_the_command_reports_what_float64_says(root, capsys):
     assert named["teacher"] == str(root / "teacher") and named["against"] is None
 
 
+def test_rows_are_no_longer_than_their_documents_need(root, capsys, monkeypatch):
+    from kd_jax.inference import evaluation
+
+    widths, real = [], evaluation.rows_at_once
+    monkeypatch.setattr(
+        evaluation, "rows_at_once", lambda *args: widths.append(args[2]) or real(*args)
+    )
+    argv = ["--model", root / "student", "--data", root / "data.jsonl", "--dtype", "float32"]
+    found = []
+    for flags in (["--seq-len", 512], []):
+        capsys.readouterr()
+        assert run_command(evaluate.main, [*map(str, [*argv, *flags]), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        del found[-1]["arguments"], found[-1]["by_position"]
+    assert widths[0] == 512 and widths[1] <= 256
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+
+
 def test_a_model_beside_itself_is_no_distance_away(root, capsys):
     both = ("--teacher", root / "student", "--against", root / "student")
     got = evaluated(capsys, root, *both)

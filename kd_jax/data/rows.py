@@ -30,7 +30,7 @@ STORE_VERSION = 4
 
 
 _ROUNDED = 128
-"""The teacher's own rows have a multiple of it, unless teacher.seq-len says how many tokens."""
+"""The teacher's own rows and the shortest rows have a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,18 @@ def _teacher_rows(columns: dict[str, Any], meta: dict[str, Any], key: str) -> Ro
         name: Ragged(columns[f"{TEACHER}{name}"], ends, width) for name in COLUMNS
     }
     return Rows(**arrays, counts={}, key=key)
+
+
+def shortest_rows(rows: Rows) -> int:
+    """Returns the tokens of the shortest rows that hold the same documents.
+
+    A row's attention costs its length for each token, however short its documents are.
+    """
+    width = rows.tokens.shape[1]
+    if rows.teacher is not None or any(rows.counts[name] for name in ("truncated", "cut")):
+        return width
+    longest = max(int(rows.positions[i : i + 256].max()) for i in range(0, len(rows), 256)) + 1
+    return min(width, -(-longest // _ROUNDED) * _ROUNDED)
 
 
 def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]]) -> Rows:
