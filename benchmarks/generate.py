@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from kd_jax.config import MeshConfig
-from kd_jax.inference.decoding import unstack_layers
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.inference.sampling import sample
+from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.runtime import start_jax
 from kd_jax.weights.files import read_json

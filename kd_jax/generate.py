@@ -186,11 +186,11 @@ def _token_pieces(
 ) -> Iterator[list[list[int]]]:
     """Yields the next tokens of each row, none for rows that have ended."""
     from kd_jax.data.vocabulary import num_entries
-    from kd_jax.inference.decoding import unstack_layers
     from kd_jax.inference.drawing import Sampling
     from kd_jax.inference.load import load_model
     from kd_jax.inference.sampling import generate
     from kd_jax.inference.speculative import Model, speculate
+    from kd_jax.inference.unstacking import unstack_layers
 
     def load(model: "OpenModel") -> Model:
         models = load_model(model, mesh)
@@ -246,8 +246,8 @@ def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | 
 
     from kd_jax.data.questions import read_questions
     from kd_jax.inference.answer_file import AnswerFile, fit_context, write_answers
-    from kd_jax.inference.decoding import unstack_layers
     from kd_jax.inference.load import describe_dtype, load_model
+    from kd_jax.inference.unstacking import unstack_layers
     from kd_jax.parallel.mesh import make_mesh
     from kd_jax.parallel.processes import say
 

@@ -63,9 +63,9 @@ FLOORS = [
     },
     {
         "inference": [
-            "load", "drawing", "decoding", "sampling", "speculative", "prompts", "answer_file",
-            "accuracy", "scores", "evaluation", "likelihoods", "lm_eval_model", "teacher_pass",
-            "cached", "cache_check", "cache_import", "exam",
+            "load", "drawing", "unstacking", "decoding", "sampling", "speculative", "prompts",
+            "answer_file", "accuracy", "scores", "evaluation", "likelihoods", "lm_eval_model",
+            "teacher_pass", "cached", "cache_check", "cache_import", "exam",
         ],
         "reporting": ["arms", "tables", "curves", "texts", "teacher_cost", "page"],
     },

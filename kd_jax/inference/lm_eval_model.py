@@ -23,12 +23,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from kd_jax.config import MeshConfig, UserError
-from kd_jax.inference.decoding import unstack_layers
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import describe_dtype, load_model, open_model
 from kd_jax.inference.prompts import chat_stops, stop_tokens
 from kd_jax.inference.sampling import generate
+from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh, traits
 from kd_jax.setup.runtime import start_jax
 from kd_jax.setup.sources import Source, shared_vocab

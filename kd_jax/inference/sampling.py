@@ -13,10 +13,9 @@ from kd_jax.inference.decoding import (
     admit,
     advance,
     empty_slots,
-    gathered,
-    unstack_layers,
 )
 from kd_jax.inference.drawing import GREEDY, Sampling
+from kd_jax.inference.unstacking import gathered, unstack_layers
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards
 from kd_jax.parallel.placement import Arrays, fetch

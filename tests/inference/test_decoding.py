@@ -14,9 +14,10 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
-from kd_jax.inference.decoding import Program, unstack_layers
+from kd_jax.inference.decoding import Program
 from kd_jax.inference.drawing import Sampling, _kept, argmax, draw
 from kd_jax.inference.sampling import generate
+from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import DecoderSpec

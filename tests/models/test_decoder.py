@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import logits
 
 from kd_jax.config import MeshConfig
-from kd_jax.inference.decoding import unstack_layers
+from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
 from kd_jax.models.decoder import Attention, Decoder, DecoderSpec, rotate
