@@ -118,15 +118,19 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Returns the object that --json prints: `summarise` of what `measure` measures."""
-    exam = None if args.accuracy is None else _exam(args)
-    result = summarise(args, *measure(args))
-    return result if exam is None else result | _accuracy(args, *exam)
+    opened = _open(args)
+    exam = None if args.accuracy is None else _exam(args, *opened[:2])
+    result = summarise(args, *measure(args, opened))
+    return result if exam is None else result | _accuracy(args, opened[0], exam)
 
 
-def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
+def measure(args: EvaluateArgs, opened: Any = None) -> tuple[Sums, Sums, Sums | None]:
     """Returns the model's sums by document and by position, and --against's by document.
 
     Documents are in the same order for every model.
+
+    Args:
+      opened: what _open(args) returns; None: it is called.
     """
     import jax  # takes seconds, which --help avoids
 
@@ -140,7 +144,7 @@ def measure(args: EvaluateArgs) -> tuple[Sums, Sums, Sums | None]:
     from kd_jax.setup.runtime import start_jax
     from kd_jax.setup.sources import check_shared
 
-    student, teacher, against, shares = _open(args)
+    student, teacher, against, shares = _open(args) if opened is None else opened
     start_jax(student.config.compilation_cache)
     config = _config(args, student.config, jax.device_count())
     mesh = make_mesh(config.mesh, config.data.batch_size)
@@ -194,20 +198,16 @@ def summarise(
     return result
 
 
-def _exam(args: EvaluateArgs) -> "tuple[OpenModel, Exam]":
-    """Returns the model, and the first args.accuracy questions that it can be asked."""
+def _exam(args: EvaluateArgs, model: "OpenModel", teacher: "OpenModel | None") -> "Exam":
+    """Returns the first args.accuracy questions that the model can be asked."""
     from kd_jax.data.chat import chat_template_of
     from kd_jax.inference.exam import read_exam
-    from kd_jax.inference.load import open_model
 
-    model = open_model(args.model, args.dtype, args.step)
-    data, tokenizers = _config(args, model.config, 1).data, [model.source.tokenizer]
-    if args.teacher is not None and tokenizers[0].chat_template is None:
-        other = open_model(args.teacher, args.dtype, field="teacher", flag="--teacher")
-        tokenizers.append(other.source.tokenizer)
+    data = _config(args, model.config, 1).data
+    tokenizers = [x.source.tokenizer for x in (model, teacher) if x]
     template = chat_template_of(data, *tokenizers)
     count, most = args.accuracy or 0, args.max_new_tokens
-    return model, read_exam(data, count, most, model.source, template, "--accuracy")
+    return read_exam(data, count, most, model.source, template, "--accuracy")
 
 
 def _accuracy(args: EvaluateArgs, model: "OpenModel", exam: "Exam") -> dict[str, Any]:

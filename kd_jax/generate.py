@@ -8,6 +8,7 @@ as for training, share the prompts. Both change answers by rounding only.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kd_jax.config import DataConfig, DistributedConfig, MeshConfig
@@ -19,6 +20,7 @@ from kd_jax.inference.prompts import (
     check_ids,
     check_length,
     context_length,
+    decode_answer,
     encode,
     stop_tokens,
     template_stops,
@@ -266,11 +268,7 @@ def _write_answers(args: GenerateArgs, opened: "OpenModel") -> dict[str, int] | 
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
         say(line)
 
-    def decode(tokens: list[int]) -> str:
-        return tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
+    decode = partial(decode_answer, tokenizer)
     with file.begun():
         models = load_model(opened, mesh)
         unstack_layers(models.student, models.frozen)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from kd_jax.config.errors import UserError, raise_all
+from kd_jax.config.errors import UserError, half_of_pair, raise_all
 
 INF = float("inf")
 
@@ -63,7 +63,10 @@ class Checks:
             kind = plain_type(entry.type)
             if not _is_a(value, kind):
                 self.refuse(name, _name_of(kind), value)
-            elif not all(map(_is_unicode, value if isinstance(value, tuple) else (value,))):
+            elif any(
+                isinstance(x, str) and half_of_pair(x)
+                for x in (value if isinstance(value, tuple) else (value,))
+            ):
                 self.refuse(name, "Unicode text", value)
             elif dataclasses.is_dataclass(value):
                 self.check_types(value, f"{name}.")
@@ -168,14 +171,6 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _is_unicode(value: Any) -> bool:
-    """Returns False for text with bytes that a command line could not decode."""
-    try:
-        return not isinstance(value, str) or bool(value.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _name_of(kind: Any) -> str:

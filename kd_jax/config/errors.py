@@ -22,6 +22,18 @@ def did_you_mean(name: str, known: Iterable[str], flag: str = "") -> str:
     return f" Did you mean {flag}{near[0]}?" if near else ""
 
 
+def half_of_pair(text: str) -> str:
+    """Returns the first half of a surrogate pair in text, which is no Unicode; "" without one.
+
+    JSON and the words of a command line can have them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return ""
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

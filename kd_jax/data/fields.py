@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from kd_jax.config.errors import half_of_pair
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 SYSTEM_ROLES = ("system", "developer")
 # Names of speakers in ShareGPT's `from`.
@@ -53,11 +55,8 @@ def text_of(value: Any, name: str) -> str:
 
 
 def check_unicode(value: str, name: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])
-        raise ValueError(f"{name}: expected Unicode text, got half of a pair, {half}") from None
+    if half := half_of_pair(value):
+        raise ValueError(f"{name}: expected Unicode text, got half of a pair, {half!a}")
 
 
 def decoded(value: Any) -> Any:

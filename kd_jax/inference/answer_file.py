@@ -22,7 +22,7 @@ from kd_jax.config.checks import out_path
 from kd_jax.config.errors import first_lines
 from kd_jax.data.questions import Question
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, stop_length
+from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, without_stop
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, together
@@ -260,7 +260,7 @@ def _record(
     options: Options,
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any]:
-    text = decode(tokens[: len(tokens) - stop_length(tokens, options.stop_tokens)].tolist())
+    text = decode(without_stop(tokens, options.stop_tokens).tolist())
     cuts = [at for stop in options.stop_texts if (at := text.find(stop)) >= 0]
     if cuts:
         text, ended = text[: min(cuts)], True

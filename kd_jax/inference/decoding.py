@@ -35,6 +35,11 @@ class Program:
     def cache_dtype(self) -> Any:
         return jnp.dtype("float32") if self.by_sums else self.spec.dtype
 
+    def scale(self, head_dim: int) -> float:
+        """Returns the factor of attention's products."""
+        given = self.spec.arch.attention_scale
+        return head_dim**-0.5 if given is None else given
+
     def rows(self, x: jax.Array) -> jax.Array:
         """Returns an array [B, ...] with its rows sharded."""
         layout = self.spec.layout
@@ -265,10 +270,8 @@ def attend_token(program: Program, q, pair, new, mask):
     keys, values = pair
     k, v = (x[:, 0, :, None].astype(jnp.float32) for x in new)  # [B, K, 1, H]
     queries = q.reshape(B, keys.shape[1], -1, H)  # [B, K, G, H]
-    scale = program.spec.arch.attention_scale
-    scale = H**-0.5 if scale is None else scale
-    z = _product(program, queries, keys) * scale  # [B, K, G, T]
-    own = jnp.sum(queries * k, axis=-1, keepdims=True) * scale
+    z = _product(program, queries, keys) * program.scale(H)  # [B, K, G, T]
+    own = jnp.sum(queries * k, axis=-1, keepdims=True) * program.scale(H)
     z = jnp.where(mask[:, None, None], z, -jnp.inf)
     highest = jnp.maximum(jnp.max(z, axis=-1, keepdims=True), own)
     weights, own = jnp.exp(z - highest), jnp.exp(own - highest)
@@ -295,12 +298,11 @@ def attend_cache(program: Program, q, keys, values, mask):
     """
     B, C, N, H = q.shape
     K = keys.shape[1]
-    scale = program.spec.arch.attention_scale
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     queries = jnp.swapaxes(q.reshape(B, C, K, -1, H), 1, 2)  # [B, K, C, G, H]
     queries = queries.astype(keys.dtype)
     z = product("BKRH,BKTH->BKRT", queries.reshape(B, K, -1, H), keys)
-    z = z.reshape(B, K, C, N // K, -1) * (H**-0.5 if scale is None else scale)
+    z = z.reshape(B, K, C, N // K, -1) * program.scale(H)
     weights = jax.nn.softmax(jnp.where(mask[:, None, :, None], z, -jnp.inf), axis=-1)
     weights = weights.astype(q.dtype)  # the matmul's dtype
     weights = weights.reshape(B, K, C * N // K, -1).astype(values.dtype)

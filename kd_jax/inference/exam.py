@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.templates import Template
 from kd_jax.inference.accuracy import has_final_number, is_correct
-from kd_jax.inference.prompts import context_length, stop_tokens, turn_ends
-from kd_jax.inference.sampling import Stop, sample, stop_length
+from kd_jax.inference.prompts import context_length, decode_answer, stop_tokens, turn_ends
+from kd_jax.inference.sampling import Stop, sample, without_stop
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import say
@@ -87,9 +85,7 @@ def read_exam(
     ends = turn_ends(tokenizer, template, data.date)
     return Exam(
         questions=asked[:count],
-        decode=partial(
-            tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ),
+        decode=partial(decode_answer, tokenizer),
         stops=frozenset(ends | stop_tokens(model.folder, tokenizer)),
         context=context,
         max_new_tokens=max_new_tokens,
@@ -117,8 +113,8 @@ def take_exam(exam: Exam, spec: DecoderSpec, arrays: Arrays, vocab_size: int) ->
         stop_tokens=exam.stops, vocab_size=vocab_size,
     )  # fmt: skip
     right = [
-        is_correct(exam.decode(answer[: len(answer) - stop_length(answer, exam.stops)]), q.answer)
-        for answer, q in zip(map(np.ndarray.tolist, found.tokens), exam.questions, strict=True)
+        is_correct(exam.decode(without_stop(tokens, exam.stops).tolist()), question.answer)
+        for tokens, question in zip(found.tokens, exam.questions, strict=True)
     ]
     return Accuracy(sum(right), len(right), int(found.ended.sum()))
 

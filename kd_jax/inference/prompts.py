@@ -108,6 +108,10 @@ def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
     return found - {None}
 
 
+def decode_answer(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 class TextWriter:
     """Decodes tokens to text one by one, without incomplete characters and without stop texts.
 
@@ -127,9 +131,7 @@ class TextWriter:
         if self.ended:
             return ""
         self.tokens.append(token)
-        self.text = self.tokenizer.decode(
-            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        self.text = decode_answer(self.tokenizer, self.tokens)
         found = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
         if found:
             self.ended, self.text = True, self.text[: min(found)]

@@ -251,8 +251,7 @@ def cache_rows(spec: DecoderSpec, length: int, arrays: Arrays) -> int:
     arch, device = spec.arch, _device(arrays)
     memory = (device.memory_stats() or {}).get("bytes_limit") or CACHE_BYTES / CACHE_SHARE
     heads = arch.num_hidden_layers * arch.num_key_value_heads
-    is_wide = PLATFORMS[device.platform].summed_attention
-    itemsize = 4 if is_wide else jnp.dtype(spec.dtype).itemsize
+    itemsize = PLATFORMS[device.platform].kv_itemsize(jnp.dtype(spec.dtype).itemsize)
     row_bytes = 2 * heads * length * arch.head_dim * itemsize
     fit = int(CACHE_SHARE * memory // row_bytes) * _row_shards(spec)
     return max(1, min(fit, PLATFORMS[device.platform].sampled_rows * _row_shards(spec)))
@@ -291,14 +290,22 @@ def _cache_length(rows: Sequence[Row]) -> int:
 
 def stop_length(tokens: Sequence[int] | np.ndarray, stops: Collection[Stop]) -> int:
     """Returns the number of tokens at the end of a row that ended it; 0: none did."""
-    ends = [(stop,) if isinstance(stop, int) else stop for stop in stops]
-    found = [len(end) for end in ends if tuple(tokens[-len(end) :]) == end]
+    found = [len(end) for end in _ends(stops) if tuple(tokens[-len(end) :]) == end]
     return max(found, default=0)
+
+
+def without_stop(tokens: np.ndarray, stops: Collection[Stop]) -> np.ndarray:
+    """Returns a row's tokens without those that ended it."""
+    return tokens[: len(tokens) - stop_length(tokens, stops)]
+
+
+def _ends(stops: Collection[Stop]) -> list[tuple[int, ...]]:
+    return sorted((stop,) if isinstance(stop, int) else stop for stop in stops)
 
 
 def _stop_rows(stops: Collection[Stop]) -> np.ndarray:
     """Returns the stops as in decoding.Slots."""
-    ends = sorted((stop,) if isinstance(stop, int) else stop for stop in stops)
+    ends = _ends(stops)
     rows = np.full((len(ends), max(map(len, ends), default=1)), -1, np.int32)
     for row, end in zip(rows, ends, strict=True):
         row[len(row) - len(end) :] = end

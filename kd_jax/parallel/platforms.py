@@ -72,6 +72,10 @@ class Platform:
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict)
     """XLA options that differ from its defaults."""
 
+    def kv_itemsize(self, itemsize: int) -> int:
+        """Returns the bytes of an entry of the KV cache of a model whose dtype has `itemsize`."""
+        return 4 if self.summed_attention else itemsize
+
 
 PLATFORMS: Mapping[str, Platform] = {
     "cpu": Platform(

@@ -94,8 +94,7 @@ def sampling_bytes(case: Case, ours: Shares) -> int:
     platform = PLATFORMS[topology.platform]
     slots = min(prompts, platform.sampled_rows)
     cache = 2 * replace(ours, tokens=slots * S).keys * ours.arch.num_hidden_layers
-    if platform.summed_attention:  # the cache is float32
-        cache *= 4 // ours.itemsize
+    cache = cache * platform.kv_itemsize(ours.itemsize) // ours.itemsize
     cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
     return cache + ours.in_use(weights(ours.arch), ours.itemsize)
 
