@@ -315,6 +315,18 @@ def test_processes_share_the_prompts_and_one_joins_their_parts(tmp_path, monkeyp
     assert not file.parts()
 
 
+def test_a_part_is_written_anew_only_without_a_torn_line(tmp_path):
+    file = answer_file.AnswerFile(str(tmp_path / "out.jsonl"), {})
+    line = json.dumps({"index": 0, "sample": 0, "ended": True, "tokens": 3}) + "\n"
+    part = tmp_path / "out.jsonl.part0"
+    part.write_text(line)
+    before = part.stat()
+    assert file.part(0) == part and part.stat().st_mtime_ns == before.st_mtime_ns
+    part.write_text(line + line[:20])
+    torn = part.stat().st_ino
+    assert file.part(0).read_text() == line and part.stat().st_ino != torn  # a new file
+
+
 def test_answers_of_another_configuration_are_refused(answered, folder, tmp_path, capsys):
     argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", answered / "out.jsonl")
     assert run(*argv, *MODES, "--seed", 1) == 2

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -259,6 +260,17 @@ def test_a_cache_is_planned_once_for_each_data_set_of_one_teacher(file, tmp_path
     sampled = ("--on-policy.max-new-tokens", 8, "--set", "on-policy.fraction", 0, 0.5)
     assert run(*flags, *sampled) == 2
     assert "a stored teacher cannot score new text" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_form_is_used_as_it_is(file, tmp_path, capsys, monkeypatch):
+    there = SimpleNamespace(kind="topk", fields={"ids": None})
+    monkeypatch.setattr("kd_jax.teachers.manifest.read_cache", lambda *_: there)
+    flags = ("--config", file, "--cache", tmp_path / "cache", "--workdir", tmp_path / "sweep")
+    rest = ("--set", "teacher.cache-rest", "bucket", "uniform")
+    assert run(*flags, "--dry-run", *rest) == 0
+    printed = capsys.readouterr().out
+    assert "is used as it is: topk" in printed and "kd_jax.cache" not in printed
+    assert printed.count("--teacher.cache ") == 2
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Exact-answer accuracy: final numbers, and the share over greedy answers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tiny
 
 from kd_jax import evaluate
+from kd_jax.config import UserError
 from kd_jax.config.command import run_command
 from kd_jax.data.questions import Question
 from kd_jax.inference import exam
@@ -75,3 +77,22 @@ def test_evaluate_reports_the_accuracy(tmp_path, tmp_path_factory, capsys):
     data.write_text(json.dumps({"instruction": "Say a word.", "output": "blue"}) + "\n")
     assert run_command(evaluate.main, argv) == 2
     assert "--accuracy: expected data whose answers have a final number" in capsys.readouterr().err
+
+
+def test_a_model_without_a_template_is_asked_with_the_teachers(tmp_path, tmp_path_factory):
+    teacher = tiny.write_plain_model(tmp_path_factory.mktemp("teacher"), seed=1)
+    model = tiny.write_plain_model(tmp_path_factory.mktemp("model"), seed=1)
+    for file in model.glob("chat_template*"):
+        file.unlink()
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"instruction": "What is 1?", "output": "#### 1"}) + "\n")
+    args = evaluate.EvaluateArgs(
+        model=str(model), teacher=str(teacher), data=str(data), accuracy=2, dtype="float32"
+    )
+    bare, ours, *_ = evaluate._open(args)
+    whole, *_ = evaluate._open(dataclasses.replace(args, model=str(teacher)))
+    assert bare.source.tokenizer.chat_template is None
+    found, asked = (evaluate._exam(args, *pair).questions for pair in ((bare, ours), (whole, None)))
+    assert found == asked and len(found) == 1
+    with pytest.raises(UserError, match="no tokenizer has a template"):
+        evaluate._exam(args, bare, None)
