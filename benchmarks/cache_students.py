@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import parse_args, parse_config, run_command
@@ -28,6 +27,7 @@ from kd_jax.data.batches import count_steps
 from kd_jax.inference import scores
 from kd_jax.inference.cached import Data, Storage, make_cache, open_finished, with_live_teacher
 from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.reporting.tables import Metric, summary
 from kd_jax.setup.cached import CachedTeacher
 from kd_jax.setup.inputs import choose, row_source
 from kd_jax.setup.models import Models, load_models
@@ -40,6 +40,7 @@ from kd_jax.training.step import init_state, jit_train_step
 EXACT = "exact"
 FORMS = (EXACT, "int8", "float8", "topk 256", "topk 64", "topk 16", "sampled 64")
 SHOWN = ("kl_forward", "ce", "top1_agreement")
+NATS, PERCENT = Metric("", "nats", 4), Metric("", "%", 2, scale=100)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,19 +147,13 @@ def table(args: Args) -> str:
         shared = sorted(found.keys() & runs[EXACT].keys())
         kl, ce, top1 = ([x[name] for x in found.values()] for name in SHOWN)
         less = [found[s]["kl_forward"] - runs[EXACT][s]["kl_forward"] for s in shared]
-        cells = [form, f"{token_bytes(cache.fields):,}", str(len(found)), mean(kl)]
-        cells += ["–" if form == EXACT else mean(less, sign="+"), mean(ce)]
-        cells += [mean([100 * x for x in top1], digits=2)]
+        cells = [form, f"{token_bytes(cache.fields):,}", str(len(found))]
+        cells += [summary(kl, NATS, error=True)]
+        gap = summary(less, NATS, error=True, sign=True)
+        cells += ["–" if form == EXACT else gap.replace("\N{MINUS SIGN}", "-")]
+        cells += [summary(ce, NATS, error=True), summary(top1, PERCENT, error=True)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
-    """Returns the mean and its standard error."""
-    shown = f"{np.mean(values):{sign}.{digits}f}"
-    if len(values) < 2:
-        return shown
-    return f"{shown} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import demo
+from kd_jax.reporting.tables import Metric, summary
 from kd_jax.workdir.integrity import completion
 
 ON = ("--on-policy.max-new-tokens", "16")
@@ -45,7 +46,10 @@ EQUAL_TIME = {
     "lambda 1, JSD": "off, JSD",
     "lambda 0.5, forward KL": "off, forward KL",
 }
-SHOWN = ("kl_reverse", "kl_forward", "ce", "right")
+NATS = Metric("", "nats", 4)
+SHOWN = {
+    "kl_reverse": NATS, "kl_forward": NATS, "ce": NATS, "right": Metric("", "%", 1, scale=100)
+}  # fmt: skip
 
 
 def main() -> int:
@@ -116,11 +120,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     lines.append("| --- " * 7 + "|")
     for name, values in found.items():
         cells = [name, f"{values[0]['steps']}", f"{values[0]['step_seconds']:.3f}"]
-        for metric in SHOWN:
-            scale, digits = (100, 1) if metric == "right" else (1, 4)
-            some = [x[metric] * scale for x in values]
-            error = statistics.stdev(some) / len(some) ** 0.5 if len(some) > 1 else 0.0
-            cells.append(f"{statistics.mean(some):.{digits}f} ± {error:.{digits}f}")
+        cells += [summary([x[n] for x in values], m, error=True) for n, m in SHOWN.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -13,7 +13,6 @@ OUT receives the models, the runs and prompts.md, the printed table. The same co
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from kd_jax.config.command import run_command
 from kd_jax.demo import CONFIGS, NUM_FEW, NUM_HELD_OUT, NUM_MANY, VOCAB_SIZE
+from kd_jax.reporting.tables import Metric, summary
 from kd_jax.toy import grammar
 from kd_jax.toy.models import make_tokenizer, write_llama
 from kd_jax.weights.files import write_whole
@@ -34,7 +34,11 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 ROWS = ["--data.seq-len", "128", "--data.pack"]
-METRICS = ("ce", "kl_forward", "top1_agreement")
+METRICS = {
+    "ce": Metric("", "nats", 4),
+    "kl_forward": Metric("", "nats", 4),
+    "top1_agreement": Metric("", "%", 1, scale=100),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,16 +151,7 @@ def table(arms: dict[str, list[dict[str, float]]], floor: float, prompted: float
         "| --- | --- | --- | --- |",
     ]
     for name, rows in arms.items():
-        cells = []
-        for metric in METRICS:
-            scale = 100 if metric == "top1_agreement" else 1
-            values = [row[metric] * scale for row in rows]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            digits = 1 if scale > 1 else 4
-            cells.append(
-                f"{statistics.mean(values):.{digits}f}"
-                + (f" ± {error:.{digits}f}" if error is not None else "")
-            )
+        cells = [summary([row[n] for row in rows], m, error=True) for n, m in METRICS.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"| base with the message | {prompted:.4f} | 0.0000 | 100.0 |")
     return "\n".join(lines) + f"\n\nEntropy of the held-out answers: {floor:.4f} nats a token.\n"
