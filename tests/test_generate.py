@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import to_hf
 from kd_jax import generate, train
+from kd_jax.config import DataConfig
 from kd_jax.config.command import run_command
 from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
-from kd_jax.data.questions import Question
+from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.records import make_record
 from kd_jax.inference import answer_file
 from kd_jax.inference.drawing import GREEDY
@@ -346,6 +347,11 @@ def test_answers_of_another_configuration_are_refused(answered, folder, tmp_path
         ({"prompt": "word " * 300}, (), "expected prompts of 1 to 127 tokens"),
         ({"prompt": "Hi."}, ("--samples", 2), "--temperature: expected above 0 with --samples"),
         ({"prompt": "Hi."}, ("--prompt", "Hi."), "--prompt: expected either"),
+        (
+            {"prompt": "Hi.", "completion": " Ho."},
+            ("--system", "S."),
+            "data.jsonl:1: expected messages",
+        ),
         ({"prompt": "Hi."}, ("--chat-template", "bare"), "template with a generation prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -362,6 +368,24 @@ def test_a_mistake_in_data_is_one_message(record, flags, said, folder, tmp_path,
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("speaker", ["function_response", "Observation", "function", "ipython"])
+def test_a_prompt_may_end_with_a_tools_result(speaker, tokenizer, tmp_path):
+    called = {"from": "function_call", "value": '{"name": "add", "arguments": {}}'}
+    turns = [{"from": "human", "value": "Add."}, called, {"from": speaker, "value": "24"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
+    questions, _ = read_questions(DataConfig(path=f"{tmp_path}/a.jsonl"), tokenizer, tiny.TEMPLATE)
+    assert [x["content"] for x in questions[0].messages] == ["Add.", "", "24"]
+
+
+def test_each_source_gives_its_first_conversations(tokenizer, tmp_path):
+    for name in "ab":
+        lines = [json.dumps({"prompt": f"{name}{number}"}) for number in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = DataConfig(path=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", max_conversations=2)
+    questions, _ = read_questions(data, tokenizer, tiny.TEMPLATE)
+    assert [x.messages[0]["content"] for x in questions] == ["a0", "a1", "b0", "b1"]
 
 
 def test_prompts_without_room_are_counted():

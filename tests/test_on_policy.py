@@ -12,6 +12,7 @@ from kd_jax import train
 from kd_jax.config import OnPolicyConfig
 from kd_jax.config.command import load_config, run_command
 from kd_jax.data.chat import load_tokenizer
+from kd_jax.inference.load import open_model
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training.abstract import abstract_run
 from kd_jax.weights.folder import load_architecture
@@ -119,6 +120,19 @@ def test_a_run_resumed_between_drawings_has_the_same_samples_and_losses(
     assert run_train(copy, *REUSED) == 0
     assert read(copy) == read(reused)
     assert read(copy, "samples.jsonl") == read(reused, "samples.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["model", "base"])
+def test_a_run_is_opened_for_other_rows_and_another_dtype(kind, reused, tmp_path):
+    copy = shutil.copytree(reused, tmp_path / "run")
+    if kind == "base":  # as training records it on a device that prefers float32
+        record = json.loads((copy / "config.json").read_text())
+        record["config"]["teacher"] |= {"kind": "base", "path": None, "dtype": "float32"}
+        (copy / "config.json").write_text(json.dumps(record))
+    config = open_model(str(copy), "bfloat16").config
+    rows = dataclasses.replace(config.data, batch_size=1, seq_len=8)
+    opened = dataclasses.replace(config, data=rows)
+    assert (opened.samples, opened.teacher.kind) == (False, kind)
 
 
 @pytest.mark.slow  # it compiles programs of its own

@@ -339,22 +339,19 @@ def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
         (["--lora.target-modules", "qproj"], ["lora.target-modules", "q_proj"]),
         (["--loss.kd-ration", "0.5"], ["--loss.kd-ratio"]),
         (
-            [
-                "--epochs",
-                "1",
-                "--loss.schedule",
-                "linear",
-                "--loss.kd-ratio-end",
-                "1",
-                "--loss.schedule-steps",
-                "4",
-            ],
+            ["--epochs", "1", "--loss.schedule", "linear", "--loss.schedule-steps", "4",
+             "--loss.kd-ratio-end", "1"],
             ["loss.schedule-steps: expected at most", "got 4"],
+        ),
+        (
+            ["--epochs", "1", "--on-policy.schedule", "linear", "--on-policy.schedule-steps", "9",
+             "--on-policy.fraction-end", "0.5", "--on-policy.max-new-tokens", "4"],
+            ["on-policy.schedule-steps: expected at most", "got 9"],
         ),
         (["--attention", "cudnn"], ["attention"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_a_mistake_gets_one_message_and_leaves_nothing(run_train, tmp_path, capsys, flags, words):
     assert run_train(tmp_path / "run", *flags) == 2
     message = capsys.readouterr().err
@@ -526,7 +523,8 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         flags = ("--steps", "3", "--eval.path", "None", "--checkpoint.every-steps", "3")
-        assert run_train(tmp_path / "run", *flags) == 0
+        assert run_train(tmp_path / "run", *flags, "--log.every-steps", "10") == 0
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [3]  # the last one, always
     assert compiled and read == [(1, 2, []), (2, 3, []), (3, 3, [])]

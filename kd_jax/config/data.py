@@ -35,7 +35,7 @@ class DataConfig:
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     max_conversations: Annotated[int | None, Range(least=1)] = None
-    """Use only the first conversations of the data; None uses all."""
+    """Use only the first conversations of each source; None uses all."""
     cache_dir: str = "~/.cache/kd_jax/rows"
     """Folder of tokenized rows, keyed by tokenizer, source and options."""
     num_processes: Annotated[int | None, Range(least=1)] = None
@@ -57,7 +57,7 @@ class EvalConfig:
     every_steps: Annotated[int, Range(least=1)] = 200
     """Optimizer steps between evaluations; the last step is always evaluated."""
     max_conversations: Annotated[int | None, Range(least=1)] = None
-    """Use only the first conversations of path; None uses all."""
+    """Use only the first conversations of each source of path; None uses all."""
     accuracy: Annotated[int, Range(least=0)] = 0
     """Questions of path to answer greedily in each evaluation; eval/accuracy is the share of
     answers whose final number, as GSM8K's after ####, is the data's. 0: none."""

@@ -5,8 +5,9 @@ from typing import Any
 
 from kd_jax.config.errors import half_of_pair
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 SYSTEM_ROLES = ("system", "developer")
+RESULT_ROLES = ("tool", "function", "ipython")  # speakers of a tool's results
+ROLES = (*SYSTEM_ROLES, "user", "assistant", *RESULT_ROLES)
 # Names of speakers in ShareGPT's `from`.
 _SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -82,10 +83,11 @@ def turn_of(
     role = turn["role"]
     if role not in ROLES:
         raise ValueError(f"{at}: expected role {'|'.join(ROLES)}, got {role!r:.60}")
+    calls = [] if is_empty(calls := decoded(turn.get("tool_calls"))) else calls
     if not is_empty(call := turn.pop("function_call", None)):
-        turn["tool_calls"] = [*turn.get("tool_calls", []), call]
+        calls = [*calls, decoded(call)] if isinstance(calls, list) else calls
     message = {"role": role}
-    if calls := turn.get("tool_calls"):
+    if calls:
         message["tool_calls"] = _tool_calls(calls, at)
     if "content" not in turn and not calls:
         raise ValueError(f"{at}: expected role and content, got {turn!r:.60}")
@@ -118,8 +120,12 @@ def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"function_call: expected JSON, got {calls!r:.60}")
         calls = calls if isinstance(calls, list) else [calls]
         return {**rest, "role": "assistant", "content": None, "tool_calls": calls}
-    speaker = turn["from"] if isinstance(turn["from"], str) else repr(turn["from"])
-    return {**rest, "role": _SPEAKERS.get(speaker.lower(), turn["from"]), "content": turn["value"]}
+    return {**rest, "role": role_of(turn["from"]), "content": turn["value"]}
+
+
+def role_of(speaker: Any) -> Any:
+    """Returns the role of a speaker, by any of its names."""
+    return _SPEAKERS.get(speaker.lower(), speaker) if isinstance(speaker, str) else speaker
 
 
 def _content(value: Any, at: str) -> str:
@@ -138,7 +144,6 @@ def _content(value: Any, at: str) -> str:
 
 def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     """Returns tool calls with their arguments as objects, as chat templates take them."""
-    calls = decoded(calls)
     if not isinstance(calls, list):
         raise ValueError(f"{at}: tool_calls: expected a list, got {calls!r:.60}")
     out = []

@@ -16,6 +16,7 @@ HIDDEN = {
     "name": "names of speakers (`name`), which the chat template does not show",
     "tool_calls": "`tool_calls`, which the chat template does not show",
     "reasoning_content": "`reasoning_content`, which the chat template does not show",
+    "thinking": "`thinking`, which the chat template does not show",
     "thought": "thoughts (</think>), which the chat template does not show",
     "dropped": "earlier answers without a loss: the chat template drops their thoughts",
     "assistant": "answers without a loss, because the chat template hides them or their place",
@@ -43,9 +44,9 @@ def find_hidden(text: str, record: Record, form: Form) -> set[str]:
             found.add("name")
         if not all(_shows(text, name) for name in called(turn)):
             found.add("tool_calls")
-        thought = turn.get("reasoning_content")
-        if thought and "reasoning_content" not in form.shows and not _shows(text, thought):
-            found.add("reasoning_content")
+        for key in ("reasoning_content", "thinking"):
+            if key in turn and key not in form.shows and not _shows(text, turn[key]):
+                found.add(key)
         if role == "assistant" and "</think>" in content and "thought" not in form.shows:
             found.add("thought")
     return found

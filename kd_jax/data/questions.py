@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
-from kd_jax.data.fields import SYSTEM_ROLES, decoded, is_empty, parse
+from kd_jax.data.fields import RESULT_ROLES, SYSTEM_ROLES, decoded, is_empty, parse, role_of
 from kd_jax.data.files import list_sources, read_raw, slice_of
 from kd_jax.data.forms import form_of
 from kd_jax.data.readers import Raw
@@ -84,14 +85,9 @@ def read_questions(
 
 
 def _raw_records(data: DataConfig) -> Iterator[tuple[str, Raw]]:
-    number = 0
     for path, _ in list_sources(data.path):
         begin, end = slice_of(path, data.split)
-        for record in read_raw(path, data.split, begin, end):
-            if data.max_conversations is not None and number >= data.max_conversations:
-                return
-            number += 1
-            yield record
+        yield from islice(read_raw(path, data.split, begin, end), data.max_conversations)
 
 
 def _record(place: str, raw: Raw) -> tuple[Record, bool]:
@@ -108,8 +104,8 @@ def _with_answer(tree: dict[str, Any]) -> dict[str, Any]:
     for key in ("messages", "conversations"):
         turns = decoded(tree.get(key))
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            speaker = str(turns[-1].get("role", turns[-1].get("from"))).lower()
-            lacks = speaker in ("user", "human", "tool") and "chosen" not in tree
+            role = role_of(turns[-1].get("role", turns[-1].get("from")))
+            lacks = role in ("user", *RESULT_ROLES) and "chosen" not in tree
             return {**tree, key: [*turns, _ANSWER]} if lacks else tree
     if "instruction" in tree and _lacks(tree, "output", "chosen"):
         return {**tree, "output": _STAND_IN}
@@ -125,8 +121,10 @@ def _lacks(tree: dict[str, Any], *keys: str) -> bool:
 
 
 def _with_system(record: Record, system: str | None) -> Record:
-    if system is None or not record.messages:
+    if system is None:
         return record
+    if not record.messages:
+        raise ValueError("expected messages, which a system message can precede, got text")
     own = record.messages[0]["role"] in SYSTEM_ROLES
     turns = [{"role": "system", "content": system}, *record.messages[own:]]
     return replace(record, messages=turns, learn=(True, *record.learn[own:]))

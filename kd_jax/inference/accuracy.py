@@ -6,7 +6,10 @@ from kd_jax.data.questions import Question
 
 MARK = "####"
 """Stands before the final answer in GSM8K (arXiv 2110.14168)."""
-_NUMBER = re.compile(r"[-+]?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# A sign touches its number, and not what is before it: neither a list's dash nor the one of 3-4.
+_SIGN = r"(?:(?<![\w.)])[-+](?=[$.\d]))?"
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(rf"{_SIGN}(?:\$\s?)?(?:{_WHOLE}(?:\.\d+)?|\.\d+)")
 
 
 def final_number(text: str, marked: bool) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from kd_jax.config import Config, DataConfig, Dtype, StudentConfig, UserError
+from kd_jax.config import Config, DataConfig, Dtype, OnPolicyConfig, StudentConfig, UserError
 from kd_jax.data.chat import saved_template
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.mesh import platform
@@ -54,7 +54,12 @@ def open_model(
         config = read_run(workdir)
         field = "student"
         student = dataclasses.replace(config.student, dtype=dtype)
-        config = dataclasses.replace(config, attention="auto", student=student)
+        teacher = config.teacher
+        if teacher is not None:  # of self-distillation: its dtype must be the student's or auto
+            teacher = dataclasses.replace(teacher, dtype="auto")
+        config = dataclasses.replace(
+            config, attention="auto", student=student, teacher=teacher, on_policy=OnPolicyConfig()
+        )
     else:
         if step is not None:
             raise UserError(f"--step: expected a workdir as --model, got {path}")

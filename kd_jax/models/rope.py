@@ -1,7 +1,7 @@
 """Rotary position embedding: its frequencies, and the keys of config.json that set them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,10 +126,11 @@ def read_rope(config: dict[str, Any], problems: list[str], warnings: list[str]) 
             "rope_type dynamic: computed without its scaling, as in transformers for texts of at "
             f"most {config.get('max_position_embeddings')} tokens (max_position_embeddings)"
         )
+    rope = Rope(theta=float(fields["rope_theta"]), partial_rotary_factor=float(share))
     if kind in ("default", "dynamic") or (kind == "linear" and fields["factor"] == 1):
-        return Rope(theta=float(fields["rope_theta"]), partial_rotary_factor=float(share))
+        return rope
     scaling = {key: float(fields[key]) for key in _FIELDS[kind]}
-    return Rope(theta=float(fields["rope_theta"]), rope_type=kind, **scaling)
+    return replace(rope, rope_type=kind, **scaling)
 
 
 def _left_out(kind: str, fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

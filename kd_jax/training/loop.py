@@ -277,12 +277,13 @@ def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
 
 
 def check_schedules(config: Config, num_steps: int) -> None:
-    """Raises UserError if the loss schedule exceeds the run; warns of other likely mistakes."""
-    if (config.loss.schedule_steps or 0) > num_steps:
-        raise UserError(
-            f"loss.schedule-steps: expected at most {num_steps}, the run's optimizer steps, got "
-            f"{config.loss.schedule_steps}"
-        )
+    """Raises UserError if a schedule exceeds the run; warns of other likely mistakes."""
+    for name, part in (("loss", config.loss), ("on-policy", config.on_policy)):
+        if (part.schedule_steps or 0) > num_steps:
+            raise UserError(
+                f"{name}.schedule-steps: expected at most {num_steps}, the run's optimizer steps, "
+                f"got {part.schedule_steps}"
+            )
     if config.optim.warmup_steps >= num_steps:
         say(
             f"warning: optim.warmup-steps {config.optim.warmup_steps} is not below the run's "

@@ -57,7 +57,7 @@ class StepLog:
             "step_seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if step % self.config.log.every_steps == 0:
+        if step % self.config.log.every_steps == 0 or step == self.writer.num_steps:
             self.writer.write(step, values)
 
     def _refuse(self, step: int, values: dict[str, float]) -> None:

@@ -342,11 +342,19 @@ def test_what_the_template_does_not_show_is_counted():
     plain = SimpleNamespace(special_tokens_map={"bos_token": "<s>", "eos_token": "<|eot|>"})
     talk = [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi.", "name": "Z"},
-        {**call({"a": 1}), "content": "Well.", "reasoning_content": "hm"},
+        {**call({"a": 1}), "content": "Well.", "reasoning_content": "hm", "thinking": "ho"},
         {"role": "tool", "content": "6"}, {"role": "assistant", "content": "It is 7."},
     ]  # fmt: skip
     _, found = shown(plain, talk, R1, tools=TOOLS)
-    assert found.hidden == {"system", "name", "tool_calls", "reasoning_content", "tool", "tools"}
+    assert found.hidden == {
+        "system",
+        "name",
+        "tool_calls",
+        "reasoning_content",
+        "thinking",
+        "tool",
+        "tools",
+    }
     lines = hidden.describe_hidden({"tools": 1204, "system": 1}, "d.jsonl")
     assert lines == [
         "warning: d.jsonl: 1,204 records have `tools`, which the chat template does not show",

@@ -76,6 +76,12 @@ SAME = {
         [*chat("Q.", roles="u"), {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "id": "c1", "function": CALL}]}],
     ),
+    "calls as text beside an old one": (
+        {"messages": [*chat("Q.", roles="u"), {"role": "assistant", "content": "",
+            "tool_calls": json.dumps(CALLS), "function_call": json.dumps(CALL)}]},
+        [*chat("Q.", roles="u"), {"role": "assistant", "content": "", "tool_calls": [
+            *CALLS, {"type": "function", "function": CALL}]}],
+    ),
     "other keys of turns": (
         {"messages": [*chat("Q.", roles="u"), {"role": "assistant", "content": "A.", "name": "x",
             "reasoning_content": "R", "tool_calls": None, "tool_call_id": None}]},
@@ -170,6 +176,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": "x"}]}': "expected a turn of the assistant",
     '{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}': "turn 1: weight: exp",
     '{"messages": [{"role": "assistant", "content": "x", "train": "no"}]}': "turn 1: train: exp",
+    '{"messages": [{"role": "assistant", "content": "", "tool_calls": "[]"}]}': "turn 1: ex",
     '{"messages": [{"role": "assistant", "tool_calls": [3]}]}': "turn 1: tool_calls: expected",
     '{"messages": [{"role": "assistant", "function_call": 3}]}': "turn 1: tool_calls: expected",
     '{"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}], '

@@ -41,6 +41,23 @@ def test_without_marks_the_last_number_counts():
     assert is_correct("24 + 48 = 72\n#### 72.0", "48\n#### 72")
 
 
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("The total is:\n- 12", 12),
+        ("between 3-4", 4),
+        ("pages 3 to 5-", 5),
+        ("x = -5", -5),
+        ("a loss of -$1,200.5.", -1200.5),
+        ("(-.5)", -0.5),
+        ("1,2,3,4", 4),
+        ("in 1,000,000", 1e6),
+    ],
+)
+def test_a_dash_is_a_sign_only_at_its_number(text, number):
+    assert final_number(text, marked=False) == number
+
+
 def test_the_share_is_over_the_questions_asked(monkeypatch):
     questions = [Question(i, f"line {i}", [i] * i, f"#### {i + 3}", []) for i in (1, 2)]
     asked = []

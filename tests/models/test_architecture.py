@@ -338,6 +338,13 @@ def test_what_would_change_the_computation_is_refused_by_name(family, change, na
         architecture(family, **change)
 
 
+@pytest.mark.parametrize("kind, factor", [("linear", 2.0), ("yarn", 4.0)])
+def test_a_scaled_rope_turns_no_more_of_a_head_than_its_share(kind, factor):
+    scaled = {"rope_type": kind, "rope_theta": 1e4, "factor": factor, "partial_rotary_factor": 0.5}
+    rope = architecture("phi3", rope_parameters=scaled).rope
+    assert len(rope.inverse_frequencies(64)) == 16
+
+
 def test_an_older_mistral_without_the_key_has_a_window():
     config = tiny.make_config("mistral")
     del config["sliding_window"]
