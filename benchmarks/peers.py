@@ -110,8 +110,8 @@ def write_jobs(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, dict
     from kd_jax.config.command import parse_config
     from kd_jax.config.record import dump
     from kd_jax.data.batches import train_batches
+    from kd_jax.setup.forward import targets
     from kd_jax.setup.inputs import load_rows
-    from kd_jax.setup.program import targets
     from kd_jax.setup.sources import open_source
 
     config = parse_config(["--config", str(args.out / "config.py"), *flags])

@@ -19,8 +19,9 @@ from kd_jax.models.matmul import project
 from kd_jax.models.weight_table import adapter_weights, layer_weights
 from kd_jax.parallel.mesh import compiler_options
 from kd_jax.planning.cost import count, layer_flops
+from kd_jax.setup.forward import loss_scalars, run_models
 from kd_jax.setup.models import Models
-from kd_jax.setup.program import Program, head_inputs, loss_scalars
+from kd_jax.setup.program import Program
 from kd_jax.training.optim import make_optimizer
 
 Part = tuple[Callable[..., Any], tuple[Any, ...], float]
@@ -67,7 +68,7 @@ def parts(
 
     def side_of(trainable):
         student = Decoder(program.student, models.frozen | trainable["student"])
-        return head_inputs(program, student, models.teacher_arrays, micro)[0]
+        return run_models(program, student, models.teacher_arrays, micro)[0]
 
     side, teacher, targets = jax.jit(side_of)(trainable)
     scalars, num_targets = loss_scalars(program, None), float(jnp.sum(targets.mask))

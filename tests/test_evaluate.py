@@ -22,7 +22,7 @@ from kd_jax.inference import scores
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
-from kd_jax.setup.program import targets
+from kd_jax.setup.forward import targets
 from kd_jax.setup.sources import open_source
 
 

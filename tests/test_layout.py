@@ -58,7 +58,7 @@ FLOORS = [
         ],
     },
     {
-        "setup": ["runtime", "sources", "models", "program", "inputs", "cached"],
+        "setup": ["runtime", "sources", "models", "program", "forward", "inputs", "cached"],
         "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
     },
     {

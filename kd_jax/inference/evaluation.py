@@ -14,8 +14,9 @@ from kd_jax.inference.scores import Sums, accepted_length, tally
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated, traits
-from kd_jax.parallel.placement import put_batch
-from kd_jax.setup.program import Arrays, Program, head_inputs, loss_scalars, teacher_weights
+from kd_jax.parallel.placement import Arrays, put_batch
+from kd_jax.setup.forward import loss_scalars, run_models
+from kd_jax.setup.program import Program
 
 
 def evaluate_rows(
@@ -97,7 +98,6 @@ def eval_step(
 ) -> tuple[jax.Array, Arrays]:
     """Returns the target mask [B, S] bool, and token metrics [B, S] float32."""
     student = Decoder(program.student, student_arrays)
-    theirs = teacher_weights(program, student_arrays, teacher_arrays)
-    inputs, _ = head_inputs(program, student, theirs, batch)
+    inputs, _ = run_models(program, student, teacher_arrays, batch)
     scalars = loss_scalars(program, None)
     return inputs[-1].mask, token_metrics(program.head, scalars, *inputs)

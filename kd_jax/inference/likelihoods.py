@@ -19,8 +19,8 @@ from kd_jax.losses.fused_head import token_metrics
 from kd_jax.losses.head_inputs import Side, Targets
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
-from kd_jax.parallel.placement import put_batch
-from kd_jax.setup.program import Arrays, make_head
+from kd_jax.parallel.placement import Arrays, put_batch
+from kd_jax.setup.program import make_head
 
 Tokens = tuple[int, ...]
 Request = tuple[Tokens, Tokens]

@@ -2,21 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
 from kd_jax.losses.fused_head import HeadConfig
-from kd_jax.losses.head_inputs import Side, Targets, Teacher
-from kd_jax.losses.schedules import interpolate
-from kd_jax.losses.token_loss import LossScalars
-from kd_jax.models.decoder import Decoder, DecoderSpec
-from kd_jax.models.weight_table import is_adapter
+from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, traits
-from kd_jax.parallel.placement import Arrays
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.memory import chunk_tokens
 from kd_jax.setup.models import Models, TeacherSource
@@ -49,77 +41,6 @@ class Program:
     def schedule_steps(self) -> int | None:
         """Length of the loss schedule, optimizer steps."""
         return self.head.loss.schedule_steps or self.num_steps
-
-
-def targets(batch: Arrays) -> Targets:
-    """Returns labels, mask and, of an on-policy batch, groups, [..., S].
-
-    Position t predicts token t + 1 of its document.
-    """
-    labels = jnp.roll(batch["tokens"], -1, axis=-1)
-    follows = jnp.roll(batch["segment_ids"], -1, axis=-1) == batch["segment_ids"]
-    follows &= jnp.arange(labels.shape[-1]).reshape((1,) * (labels.ndim - 1) + (-1,)) < (
-        labels.shape[-1] - 1
-    )
-    group = jnp.roll(batch["group"], -1, axis=-1) if "group" in batch else None
-    return Targets(labels, jnp.roll(batch["loss_mask"], -1, axis=-1) & follows, group)
-
-
-def teacher_weights(program: Program, student: Arrays, given: Arrays) -> Arrays:
-    """Returns the teacher's arrays: its own, or in self-distillation the student's.
-
-    Args:
-      student: the student's arrays by path, trained ones included.
-      given: the teacher's own; with teacher.kind ema the average of the trained ones.
-    """
-    if program.teacher_source == "base":
-        return {name: x for name, x in student.items() if not is_adapter(name)}
-    return student | given if program.teacher_source == "ema" else given
-
-
-def head_inputs(
-    program: Program,
-    student: Decoder,
-    teacher_arrays: Arrays,
-    batch: Arrays,
-    dropout_key: jax.Array | None = None,
-    pairs: HiddenConfig | None = None,
-) -> tuple[tuple[Side, Teacher | None, Targets], tuple[Any, Any]]:
-    """Returns ((student, teacher, targets) of the fused head, (student, teacher) layer outputs).
-
-    Args:
-      batch: arrays [B, S].
-      pairs: layers whose outputs to return, [pairs, B, S, D] for each model; None: no outputs.
-    """
-    inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    ours, theirs = (pairs.student_layers, pairs.teacher_layers) if pairs else ((), ())
-    teacher_side: Any = None
-    teacher_outputs = None
-    if program.teacher is not None:
-        teacher_side, teacher_outputs = program.teacher(teacher_arrays, batch, theirs)
-    student_hidden, student_outputs = student.with_layers(*inputs, ours, dropout_key)
-    student_side = Side(student_hidden, student.head_weight())
-    frozen = jax.lax.stop_gradient((teacher_side, teacher_outputs))
-    return (student_side, frozen[0], targets(batch)), (student_outputs, frozen[1])
-
-
-def loss_scalars(program: Program, step: jax.Array | None) -> LossScalars:
-    """Returns the scheduled scalars of the loss after `step` updates.
-
-    None is the end of the schedule. Evaluations use it so that those of one run are comparable.
-    """
-    loss = program.head.loss
-
-    def value(start, end):
-        if end is None or step is None:
-            return jnp.float32(start if end is None else end)
-        assert program.schedule_steps is not None
-        return interpolate(start, end, loss.schedule, step, program.schedule_steps)
-
-    return LossScalars(
-        kd_ratio=value(loss.kd_ratio, loss.kd_ratio_end),
-        temperature=value(loss.temperature, loss.temperature_end),
-    )
 
 
 def make_head(
@@ -178,7 +99,8 @@ def make_program(
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
         mesh=mesh,
-        seed=config.seed if models.student.dropout > 0 else 0,  # runs that differ in it share this
+        # 0 without dropout, so runs with different seeds share one compiled program.
+        seed=config.seed if models.student.dropout > 0 else 0,
         optim=config.optim,
         num_steps=num_steps,
     )

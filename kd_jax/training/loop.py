@@ -41,9 +41,9 @@ from kd_jax.setup.sources import (
 from kd_jax.training.step import (
     TrainState,
     abstract_state,
-    given_teacher,
     init_state,
     jit_train_step,
+    teacher_weights,
 )
 from kd_jax.training.step_log import StepLog
 from kd_jax.weights.files import write_whole
@@ -232,11 +232,11 @@ def _evaluate(
     writer: Writer,
 ) -> float:
     """Evaluates the held-out rows, writes the means and returns the loss."""
-    ours, theirs = frozen[0], given_teacher(program, state, frozen[1])
-    arrays = ours | state.trainable["student"]
+    teacher = teacher_weights(program, state, *frozen)
+    arrays = frozen[0] | state.trainable["student"]
     assert run.eval_rows is not None
     extra = None if run.cached is None else run.cached.held_out
-    documents, _ = evaluate_rows(program, run.mesh, arrays, theirs, run.eval_rows, config, extra)
+    documents, _ = evaluate_rows(program, run.mesh, arrays, teacher, run.eval_rows, config, extra)
     values = scores.whole(documents)
     if run.exam is not None:
         values = values | grade(run.exam, program.student, arrays, run.vocab_size)

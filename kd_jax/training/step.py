@@ -13,7 +13,8 @@ from kd_jax.losses.hidden import hidden_loss
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, constrain, replicated
 from kd_jax.parallel.placement import Arrays
-from kd_jax.setup.program import Program, head_inputs, loss_scalars, targets, teacher_weights
+from kd_jax.setup.forward import loss_scalars, run_models, targets
+from kd_jax.setup.program import Program
 from kd_jax.training.optim import make_optimizer, make_schedule, track_average
 
 # Metrics of sampled tokens: the name in metrics.jsonl and the sign, by kd_head's name.
@@ -77,9 +78,10 @@ def _optimizer(program: Program) -> optax.GradientTransformation:
 def train_step(
     program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays, batch: Arrays
 ) -> tuple[TrainState, Arrays]:
-    """Returns the state after one update, and its metrics as float32 scalars.
+    """Returns the state after one update, and its metrics, scalars.
 
-    Metrics are means over target tokens, except the counts `target_tokens` and `tokens`.
+    Metrics are float32 means over target tokens, except the counts `target_tokens`, float32, and
+    `tokens`, int32.
 
     Args:
       batch: tokens, positions, segment_ids (int32) and loss_mask (bool) of A micro-batches,
@@ -102,22 +104,23 @@ def loss_gradients(
     The mean is over the target tokens of all micro-batches.
     """
     num_tokens = jnp.sum(targets(batch).mask).astype(jnp.float32)
-    given = given_teacher(program, state, teacher_arrays)
+    teacher_arrays = teacher_weights(program, state, frozen, teacher_arrays)
     scalars = loss_scalars(program, state.step)
     step_key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_loss(trainable, micro_batch, key):
-        arrays = frozen | trainable["student"]
-        student, theirs = Decoder(program.student, arrays), teacher_weights(program, arrays, given)
-        inputs, outputs = head_inputs(program, student, theirs, micro_batch, key, program.hidden)
+        student = Decoder(program.student, frozen | trainable["student"])
+        inputs, outputs = run_models(
+            program, student, teacher_arrays, micro_batch, key, with_hidden=True
+        )
         loss, metrics = kd_head(program.head, scalars, *inputs)
         if program.hidden is not None:
             projection = trainable.get("projection")
             if projection is not None:
                 projection = constrain(projection, program.mesh)  # all-gathered, like the heads
-            extra = hidden_loss(program.hidden.kind, *outputs, projection, inputs[-1].mask)
-            loss += program.hidden.weight * extra
-            metrics["hidden_loss"] = extra
+            hidden = hidden_loss(program.hidden.kind, *outputs, projection, inputs[-1].mask)
+            loss += program.hidden.weight * hidden
+            metrics["hidden_loss"] = hidden
         return loss / jnp.maximum(num_tokens, 1), {"loss": loss, **metrics}
 
     def micro_gradients(index, micro_batch):
@@ -128,7 +131,7 @@ def loss_gradients(
         micro, metrics = micro_gradients(*indexed)
         return jax.tree.map(jnp.add, gradients, micro), metrics
 
-    if len(batch["tokens"]) == 1:  # a loop would sum into zeros, and keep both
+    if len(batch["tokens"]) == 1:  # no scan: it would hold a second gradient buffer
         gradients, sums = micro_gradients(0, jax.tree.map(lambda x: x[0], batch))
     else:
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
@@ -144,11 +147,18 @@ def loss_gradients(
     return gradients, metrics
 
 
-def given_teacher(program: Program, state: TrainState, teacher_arrays: Arrays) -> Arrays:
-    """Returns `given` of setup.program.teacher_weights: the teacher's arrays, or the average."""
-    if program.teacher_source != "ema":
-        return teacher_arrays
-    return optax.tree.get(state.opt_state, "average")["student"]
+def teacher_weights(
+    program: Program, state: TrainState, frozen: Arrays, teacher_arrays: Arrays
+) -> Arrays:
+    """Returns the teacher's arrays: its own or, in self-distillation, some of the student's.
+
+    base: the frozen weights, without the adapter. ema: the average of the trained weights.
+    """
+    if program.teacher_source == "base":
+        return frozen
+    if program.teacher_source == "ema":
+        return frozen | optax.tree.get(state.opt_state, "average")["student"]
+    return teacher_arrays
 
 
 def sample_metrics(sums: Arrays, targets: Targets) -> Arrays:

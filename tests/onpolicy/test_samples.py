@@ -18,7 +18,7 @@ from kd_jax.onpolicy.samples import (
     samples_in,
     spread,
 )
-from kd_jax.setup.program import targets
+from kd_jax.setup.forward import targets
 
 STOP = 9
 

@@ -14,7 +14,7 @@ from kd_jax.config import MeshConfig
 from kd_jax.data.batches import eval_batches
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.placement import put_batch
-from kd_jax.setup.program import targets
+from kd_jax.setup.forward import targets
 
 pytestmark = pytest.mark.devices(8)
 

@@ -12,7 +12,7 @@ from tiny_run import Run, flat
 from kd_jax import train
 from kd_jax.config import TeacherConfig
 from kd_jax.config.command import run_command
-from kd_jax.training.step import given_teacher, jit_train_step, train_step
+from kd_jax.training.step import jit_train_step, teacher_weights, train_step
 from kd_jax.workdir.checkpoints import open_trained
 
 ONE = {"mesh": {"data": 1}, "batch_size": 2}
@@ -52,7 +52,7 @@ def test_the_average_follows_the_weights(make_config):
     for state, metrics in steps(run, 3):
         weights = {name: np.array(x, np.float64) for name, x in flat(state.trainable).items()}
         distances.append(metrics["kd_loss"])
-        found = given_teacher(run.program, state, {})
+        found = teacher_weights(run.program, state, {}, {})
         for name, weight in weights.items():
             average[name] = 0.75 * average[name] + 0.25 * weight
             scale = np.abs(weight).max()

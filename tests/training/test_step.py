@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from kd_jax.data import rows
 from kd_jax.inference.evaluation import eval_step
 from kd_jax.models.decoder import Decoder
-from kd_jax.setup.program import loss_scalars, targets
+from kd_jax.setup.forward import loss_scalars, targets
 from kd_jax.training.step import jit_train_step, train_step
 
 pytestmark = pytest.mark.devices(8)
