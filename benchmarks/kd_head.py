@@ -40,7 +40,7 @@ from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.losses import divergences
 from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.head_inputs import Side, Targets
+from kd_jax.losses.head_inputs import Student, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.token_weights import token_weight
 from kd_jax.parallel.mesh import compiler_options, make_mesh
@@ -127,7 +127,7 @@ def with_gradients(loss: Callable, config: HeadConfig, inputs: Inputs) -> Entry:
 def fused(config: HeadConfig, inputs: Inputs) -> Entry:
     def loss(inputs):
         scalars = LossScalars(jnp.float32(config.loss.kd_ratio), jnp.float32(1))
-        student = Side(inputs.student_hidden, inputs.student_head)
+        student = Student(inputs.student_hidden, inputs.student_head)
         teacher = Live(inputs.teacher_hidden, inputs.teacher_head)
         return kd_head(config, scalars, student, teacher, Targets(inputs.labels, inputs.mask))
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from kd_jax.config import LossConfig
 from kd_jax.data.packing import pack
 from kd_jax.losses.fused_head import token_metrics
-from kd_jax.losses.head_inputs import Side, Targets
+from kd_jax.losses.head_inputs import Student, Targets
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated
 from kd_jax.parallel.placement import Arrays, put_batch
@@ -163,6 +163,6 @@ def _score_step(spec, head, arrays, batch):
     model = Decoder(spec, arrays)
     segments = (batch["segment_ids"], batch["context_ids"])
     hidden = model(batch["tokens"], batch["positions"], segments)
-    student, targets = Side(hidden, model.head_weight()), Targets(batch["labels"], batch["mask"])
+    student, targets = Student(hidden, model.head_weight()), Targets(batch["labels"], batch["mask"])
     metrics = token_metrics(head, None, student, None, targets)
     return metrics["ce"], metrics["correct"]

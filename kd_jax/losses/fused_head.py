@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.config import LossConfig
-from kd_jax.losses.head_inputs import NUM_GROUPS, Seen, Side, Targets, Teacher
+from kd_jax.losses.head_inputs import NUM_GROUPS, ChunkContext, Student, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,
@@ -70,7 +70,7 @@ class HeadConfig:
 def kd_head(
     config: HeadConfig,
     scalars: LossScalars | None,
-    student: Side,
+    student: Student,
     teacher: Teacher | None,
     targets: Targets,
 ) -> tuple[jax.Array, Metrics]:
@@ -104,7 +104,7 @@ def _backward(config, gradient, cotangents):
     scale, _ = cotangents  # the metrics are not differentiable
     d_hidden, d_head = gradient
     d_hidden = (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype)
-    return None, Side(d_hidden, None if d_head is None else d_head * scale), None, None
+    return None, Student(d_hidden, None if d_head is None else d_head * scale), None, None
 
 
 kd_head.defvjp(_forward, _backward)
@@ -113,7 +113,7 @@ kd_head.defvjp(_forward, _backward)
 def token_metrics(
     config: HeadConfig,
     scalars: LossScalars | None,
-    student: Side,
+    student: Student,
     teacher: Teacher | None,
     targets: Targets,
 ) -> Metrics:
@@ -128,24 +128,18 @@ def token_metrics(
       values by the names in EVAL_METRICS, or SINGLE_EVAL_METRICS without a teacher, and with
       config.top_k and a teacher topk_overlap.
     """
-    return _on_devices(config, _device_metrics, P(BATCH_AXES), scalars, student, teacher, targets)
+    return _shard_mapped(config, _device_metrics, P(BATCH_AXES), scalars, student, teacher, targets)
 
 
 def _run(config, scalars, student, teacher, targets):
-    """Returns loss, metrics and the gradient, a Side; its head is None if that is frozen."""
-    d_head = None
-    if config.head_trainable:
-        d_head = P(_head_gradient_axes(config, _common_entries(student, teacher)))
-    specs = P(), P(), Side(P(BATCH_AXES), d_head)
-    return _on_devices(config, _device_gradients, specs, scalars, student, teacher, targets)
-
-
-def _head_gradient_axes(config, num_entries):
-    """Returns the mesh axes that shard the vocabulary of the gradient of the student's head."""
-    axes = ("tensor", "fsdp")
-    if config.mesh is not None and num_entries % axes_size(config.mesh.shape, axes) == 0:
-        return axes
-    return config.vocab_axis
+    """Returns loss, metrics and the gradient, a Student; its head is None if that is frozen."""
+    # The vocabulary of the head's gradient is also sharded over fsdp where that divides it.
+    axes, num_entries = ("tensor", "fsdp"), _common_entries(student, teacher)
+    scatters = config.mesh is not None and num_entries % axes_size(config.mesh.shape, axes) == 0
+    d_head = P(axes if scatters else config.vocab_axis) if config.head_trainable else None
+    specs = P(), P(), Student(P(BATCH_AXES), d_head)
+    run = partial(_device_gradients, scatters=scatters)
+    return _shard_mapped(config, run, specs, scalars, student, teacher, targets)
 
 
 def _common_entries(student, teacher):
@@ -155,7 +149,7 @@ def _common_entries(student, teacher):
 
 
 class _Rows(NamedTuple):
-    """Arrays of the tokens: [B, S, ...], or [N, ...] once arranged."""
+    """Arrays of the tokens: [B, S, ...], or [chunks * C, ...] with the target tokens first."""
 
     hidden: jax.Array
     teacher: Any
@@ -167,22 +161,22 @@ class _Share:
     """One device's tokens and vocabulary entries, ready for the loop."""
 
     rows: _Rows
-    """[chunks * C, ...], the tokens with a loss first."""
+    """[chunks * C, ...], the target tokens first."""
     head: jax.Array
     """[V, D], or [D, V] with transpose_head."""
     vocab_arrays: Any
     """The teacher's, [V, ...]."""
-    teacher_logits: Callable[[Any, Any, Seen], jax.Array] | None
+    teacher_logits: Callable[[Any, Any, ChunkContext], jax.Array] | None
     vocab: Vocab
     order: jax.Array
-    """[B * S] int32: where each arranged token was."""
+    """[B * S] int32: where each token was."""
     shape: tuple[int, int]
     """(B, S)."""
     num_chunks: jax.Array
     """Chunks with a loss."""
 
 
-def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
+def _shard_mapped(config, run, out_specs, scalars, student, teacher, targets):
     """Returns run(config, scalars, share) of every device's share, put together by `out_specs`."""
     size = _common_entries(student, teacher)
     head = student.head[:size].astype(student.hidden.dtype)
@@ -192,7 +186,7 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
         vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
 
     def run_device(scalars, rows, head, vocab_arrays):
-        share = _arrange(config, rows, head, vocab_arrays, teacher_logits)
+        share = _targets_first(config, rows, head, vocab_arrays, teacher_logits)
         return run(config, scalars, share)
 
     if config.mesh is not None:
@@ -207,7 +201,7 @@ def _on_devices(config, run, out_specs, scalars, student, teacher, targets):
     return run_device(scalars, rows, head, vocab_arrays)
 
 
-def _arrange(config, rows, head, vocab_arrays, teacher_logits):
+def _targets_first(config, rows, head, vocab_arrays, teacher_logits):
     """Returns the _Share of rows [B, S, ...] and of this device's vocabulary entries."""
     shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
@@ -235,7 +229,7 @@ def _arrange(config, rows, head, vocab_arrays, teacher_logits):
 
 
 def _restore(share, x):
-    """Returns arranged x [chunks * C, ...] as [B, S, ...]."""
+    """Returns x [chunks * C, ...] in the order of the tokens, as [B, S, ...]."""
     return jnp.take(x, jnp.argsort(share.order), axis=0).reshape(*share.shape, *x.shape[1:])
 
 
@@ -251,8 +245,8 @@ def _chunk(config, share, index):
     z_s = jnp.einsum(product, rows.hidden, share.head, preferred_element_type=jnp.float32)
     z_s, z_t = _mask_padding(config, share.vocab, z_s), None
     if share.teacher_logits is not None:
-        seen = Seen(z_s, rows.targets.labels, share.vocab, config.vocab_size)
-        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays, seen)
+        context = ChunkContext(z_s, rows.targets.labels, share.vocab, config.vocab_size)
+        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays, context)
         z_t = _mask_padding(config, share.vocab, z_t)
     return rows, z_s, z_t
 
@@ -265,8 +259,12 @@ def _mask_padding(config, vocab, logits):
     return jnp.where(vocab.entries < config.vocab_size, logits, NEGATIVE)
 
 
-def _device_gradients(config, scalars, share):
-    """Returns loss, metrics and the gradient, a Side, of one device's share."""
+def _device_gradients(config, scalars, share, scatters):
+    """Returns loss, metrics and the gradient, a Student, of one device's share.
+
+    Args:
+      scatters: shard the gradient of the head over fsdp.
+    """
     hidden, axis = share.rows.hidden, share.vocab.axis
 
     def run_chunk(index, carry):
@@ -278,7 +276,7 @@ def _device_gradients(config, scalars, share):
         d_logits = d_logits.astype(hidden.dtype)  # that of the matmuls
         product = "CV,DV->CD" if config.transpose_head else "CV,VD->CD"
         d_rows = jnp.einsum(product, d_logits, share.head, preferred_element_type=jnp.float32)
-        d_hidden = _write(config, d_hidden, d_rows.astype(d_hidden.dtype), index)
+        d_hidden = _write(d_hidden, d_rows.astype(d_hidden.dtype), index)
         if d_head is not None:
             d_head += jnp.einsum(
                 "CV,CD->VD", d_logits, rows.hidden, preferred_element_type=jnp.float32
@@ -294,10 +292,9 @@ def _device_gradients(config, scalars, share):
     if config.head_trainable:
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
     carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
-    sums, d_hidden, d_head = carry if config.mesh is None else _add_up(config, *carry)
-    loss = sums.pop("loss")
-    loss = loss if loss.ndim == 0 else jnp.sum(loss)
-    return loss, sums, Side(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
+    sums, d_hidden, d_head = carry if config.mesh is None else _psum(config, *carry, scatters)
+    loss = jnp.sum(sums.pop("loss"))
+    return loss, sums, Student(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
 
 
 def _sum_targets(values, targets):
@@ -308,18 +305,18 @@ def _sum_targets(values, targets):
     return jnp.sum(jnp.where(there, values[:, None], 0.0), axis=0)
 
 
-def _write(config, array, chunk, index):
+def _write(array, chunk, index):
     """Returns array [chunks * C, ...] with a chunk [C, ...] written into it."""
-    return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * config.chunk_tokens, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * len(chunk), axis=0)
 
 
-def _add_up(config, sums, d_hidden, d_head):
+def _psum(config, sums, d_hidden, d_head, scatters):
     """Returns sums over devices: d_hidden over the vocabulary's axis, the others over the rows'."""
     if config.vocab_axis is not None:
         d_hidden = jax.lax.psum(d_hidden, config.vocab_axis)
     if d_head is not None:
         d_head = jax.lax.psum(d_head, "data")
-        if len(d_head) % config.mesh.shape["fsdp"] == 0:
+        if scatters:
             d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
         else:
             d_head = jax.lax.psum(d_head, "fsdp")
@@ -340,7 +337,7 @@ def _device_metrics(config, scalars, share):
             )
         mask = rows.targets.mask
         return {
-            name: _write(config, x, jnp.where(mask, values[name], 0.0), index)
+            name: _write(x, jnp.where(mask, values[name], 0.0), index)
             for name, x in metrics.items()
         }
 

@@ -7,8 +7,8 @@ import jax
 from kd_jax.losses.vocabulary import Vocab
 
 
-class Side(NamedTuple):
-    """The student's side, or the gradient with respect to it."""
+class Student(NamedTuple):
+    """The student's inputs of the fused head, or the gradient with respect to them."""
 
     hidden: jax.Array
     """[B, S, D], final-normed hidden states; the matmuls run in their dtype."""
@@ -33,11 +33,11 @@ class Targets(NamedTuple):
     the divergence alone, 1 + its bin in FIRST_OF_BIN. None: all are the data's."""
 
 
-class Seen(NamedTuple):
+class ChunkContext(NamedTuple):
     """The student's logits and the labels of a chunk, which a teacher may use."""
 
-    student: jax.Array
-    """[C, V] float32, the student's logits, at temperature 1."""
+    student_logits: jax.Array
+    """[C, V] float32, at temperature 1."""
     labels: jax.Array
     """[C] int32."""
     vocab: Vocab
@@ -67,7 +67,7 @@ class Teacher(Protocol):
     def vocab_arrays(self) -> Any:
         """A pytree of arrays [V', ...] with one entry per vocabulary entry, such as the head."""
 
-    def logits(self, rows: Any, vocab_arrays: Any, seen: Seen) -> jax.Array:
+    def logits(self, rows: Any, vocab_arrays: Any, context: ChunkContext) -> jax.Array:
         """Returns the logits of a chunk, [C, V] float32, at temperature 1.
 
         Runs inside a loop and a shard_map, so it reads no array of `self`.
@@ -75,5 +75,5 @@ class Teacher(Protocol):
         Args:
           rows: `self.rows` of the chunk's tokens, [C, ...].
           vocab_arrays: `self.vocab_arrays` of the device's vocabulary entries, [V, ...].
-          seen: the student's logits and the labels, of use to a kind without an lm_head.
+          context: the student's logits and the labels, of use to a kind without an lm_head.
         """

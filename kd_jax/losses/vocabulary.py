@@ -28,13 +28,17 @@ class Vocab(NamedTuple):
 def sum_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
     """Returns a pytree of float32 arrays [..., V] summed over V in one pass, [..., 1] each.
 
-    XLA materializes an operand that is reduced twice, so give each array once.
+    An array that occurs twice is summed once: XLA would materialize it.
 
     Args:
       axis: as in Vocab.
     """
-    sums = by_platform("blocked_sums", _blocked_sums, _plain_sums)(terms)
-    return sums if axis is None else jax.lax.psum(sums, axis)
+    leaves, structure = jax.tree.flatten(terms)
+    distinct = {id(x): x for x in leaves}
+    sums = by_platform("blocked_sums", _blocked_sums, _plain_sums)(list(distinct.values()))
+    sums = sums if axis is None else jax.lax.psum(sums, axis)
+    by_id = dict(zip(distinct, sums, strict=True))
+    return jax.tree.unflatten(structure, [by_id[id(x)] for x in leaves])
 
 
 def max_over_vocab(terms: Tree, axis: str | None = None) -> Tree:
@@ -68,7 +72,7 @@ def _reduce(terms, start, combine):
 
 
 def label_logits(logits: jax.Array, labels: jax.Array, vocab: Vocab) -> jax.Array:
-    """Returns each token's logit at its label, [N, 1], of logits [N, V] and labels [N]."""
+    """Returns each token's logit at its label, [C, 1], of logits [C, V] and labels [C]."""
     if vocab.axis is None:
         return jnp.take_along_axis(logits, labels[:, None], axis=-1)
     place = labels[:, None] - vocab.entries[0]
@@ -82,20 +86,20 @@ def _top_k_by_blocks(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     An entry outside them has k entries before it: one in each of these blocks.
     """
-    N, V = x.shape
+    C, V = x.shape
     size = math.gcd(V, BLOCK)
     if k * size >= V:
         return jax.lax.top_k(x, k)
-    blocks = x.reshape(N, V // size, size)
+    blocks = x.reshape(C, V // size, size)
     chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=-1), k)[1])  # equal entries keep order
-    found = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(N, k * size)
+    found = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(C, k * size)
     values, places = jax.lax.top_k(found, k)
     block = jnp.take_along_axis(chosen, places // size, axis=1)
     return values, block * size + places % size
 
 
 def top_k(logits: jax.Array, k: int, vocab: Vocab) -> jax.Array:
-    """Returns the entries with each token's k largest logits, [N, k] int32, of [N, V]."""
+    """Returns the entries with each token's k largest logits, [C, k] int32, of [C, V]."""
     values, places = _top_k_by_blocks(logits, k)
     if vocab.axis is None:
         return places

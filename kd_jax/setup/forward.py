@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses.head_inputs import Side, Targets, Teacher
+from kd_jax.losses.head_inputs import Student, Targets, Teacher
 from kd_jax.losses.schedules import interpolate
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.models.decoder import Decoder
@@ -34,7 +34,7 @@ def run_models(
     batch: Arrays,
     dropout_key: jax.Array | None = None,
     with_hidden: bool = False,
-) -> tuple[tuple[Side, Teacher | None, Targets], tuple[Any, Any]]:
+) -> tuple[tuple[Student, Teacher | None, Targets], tuple[Any, Any]]:
     """Returns ((student, teacher, targets) of the fused head, (student, teacher) layer outputs).
 
     Args:
@@ -52,7 +52,7 @@ def run_models(
         teacher_side, teacher_outputs = program.teacher(teacher_arrays, batch, teacher_layers)
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     student_hidden, student_outputs = student.with_layers(*inputs, student_layers, dropout_key)
-    student_side = Side(student_hidden, student.head_weight())
+    student_side = Student(student_hidden, student.head_weight())
     frozen = jax.lax.stop_gradient((teacher_side, teacher_outputs))
     return (student_side, frozen[0], targets(batch)), (student_outputs, frozen[1])
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.data.store import TEACHER
-from kd_jax.losses.head_inputs import Seen
+from kd_jax.losses.head_inputs import ChunkContext
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.placement import Arrays
 
@@ -33,7 +33,7 @@ class Live(NamedTuple):
         return self.head.astype(self.hidden.dtype)  # once, not in each chunk
 
     @staticmethod
-    def logits(rows: jax.Array, vocab_arrays: jax.Array, seen: Seen) -> jax.Array:
+    def logits(rows: jax.Array, vocab_arrays: jax.Array, context: ChunkContext) -> jax.Array:
         """Returns [C, V] float32 of hidden states [C, Dt] and the head [V, Dt]."""
         return jnp.einsum("CD,VD->CV", rows, vocab_arrays, preferred_element_type=jnp.float32)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.data.store import TEACHER
-from kd_jax.losses.head_inputs import Seen
+from kd_jax.losses.head_inputs import ChunkContext
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.placement import Arrays
@@ -64,7 +64,7 @@ class Stored(NamedTuple):
 
     @staticmethod
     def logits(
-        rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array, seen: Seen
+        rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array, context: ChunkContext
     ) -> jax.Array:
         """Returns [C, V] float32 of hidden states [C, Dt], scales [C] and the head [V, Dt]."""
         hidden, scales = rows

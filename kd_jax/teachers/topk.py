@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.data.store import TEACHER
-from kd_jax.losses.head_inputs import Seen
+from kd_jax.losses.head_inputs import ChunkContext
 from kd_jax.losses.vocabulary import NEGATIVE, max_over_vocab, sum_over_vocab
 from kd_jax.parallel.placement import Arrays
 from kd_jax.teachers.storage import Field, Fields
@@ -64,7 +64,9 @@ class TopK:
     def vocab_arrays(self) -> jax.Array:
         return self.entries
 
-    def logits(self, rows: tuple[jax.Array, ...], vocab_arrays: jax.Array, seen: Seen) -> jax.Array:
+    def logits(
+        self, rows: tuple[jax.Array, ...], vocab_arrays: jax.Array, context: ChunkContext
+    ) -> jax.Array:
         """Returns log-probabilities [C, V] float32, those of the rest by `treatment`.
 
         bucket: in the student's proportions, which makes of all other entries one: an f-divergence
@@ -75,13 +77,13 @@ class TopK:
         place = _whole_ids(ids, high_bits) - vocab_arrays[0]
         inside = (place >= 0) & (place < len(vocab_arrays))
         place = jnp.where(inside, place, len(vocab_arrays))  # dropped
-        listed = jnp.zeros(seen.student.shape, jnp.float32)
+        listed = jnp.zeros(context.student_logits.shape, jnp.float32)
         at = (jnp.arange(len(place))[:, None], place)
         listed = listed.at[at].add(jnp.exp(log_probs.astype(jnp.float32)), mode="drop")
         if self.treatment == "label":
-            mine = seen.labels[:, None] == vocab_arrays[None]
+            mine = context.labels[:, None] == vocab_arrays[None]
             listed += jnp.where(mine, jnp.exp(rest)[:, None], 0.0)
-        others = _others(self.treatment, seen, listed, rest[:, None])
+        others = _others(self.treatment, context, listed, rest[:, None])
         return jnp.where(listed > 0, jnp.log(jnp.where(listed > 0, listed, 1.0)), others)
 
 
@@ -97,15 +99,17 @@ def _whole_ids(ids: jax.Array, high_bits: jax.Array) -> jax.Array:
     return ids.astype(jnp.int32) | (high << _BITS)
 
 
-def _others(treatment: Rest, seen: Seen, listed: jax.Array, rest: jax.Array) -> jax.Array:
+def _others(
+    treatment: Rest, context: ChunkContext, listed: jax.Array, rest: jax.Array
+) -> jax.Array:
     """Returns the log-probabilities [C, V] or [C, 1] of entries that are not listed."""
     if treatment not in ("bucket", "uniform"):
         return jnp.full_like(rest, NEGATIVE)
-    axis = seen.vocab.axis
+    axis = context.vocab.axis
     if treatment == "uniform":
-        count = seen.num_entries - sum_over_vocab((listed > 0).astype(jnp.float32), axis)
+        count = context.num_entries - sum_over_vocab((listed > 0).astype(jnp.float32), axis)
         return rest - jnp.log(jnp.maximum(count, 1.0))
-    tail = jnp.where(listed > 0, NEGATIVE, seen.student)
+    tail = jnp.where(listed > 0, NEGATIVE, context.student_logits)
     highest = max_over_vocab(tail, axis)
     total = sum_over_vocab(jnp.exp(tail - highest), axis)
     return tail - highest - jnp.log(total) + rest

@@ -18,7 +18,7 @@ from kd_jax.config import (
 )
 from kd_jax.data.store import TEACHER
 from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.head_inputs import Seen, Side, Targets
+from kd_jax.losses.head_inputs import ChunkContext, Student, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import Vocab
 from kd_jax.setup.cached import check_loss
@@ -56,8 +56,8 @@ def dense(states, stored, treatment):
     """Returns the teacher's probabilities [B, S, V] of a treatment, in the head's own call."""
     teacher, z = side(stored, treatment), log_probs_of(*states[:2]).reshape(-1, V)
     rows = jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), teacher.rows)
-    seen = Seen(z, states[-1].reshape(-1), Vocab(teacher.entries), V)
-    return np.exp(teacher.logits(rows, teacher.entries, seen)).reshape(B, S, V)
+    context = ChunkContext(z, states[-1].reshape(-1), Vocab(teacher.entries), V)
+    return np.exp(teacher.logits(rows, teacher.entries, context)).reshape(B, S, V)
 
 
 def test_the_most_likely_entries_are_stored_with_the_mass_of_the_rest(states):
@@ -80,8 +80,10 @@ def test_ids_above_16_bits_are_whole():
     found = Selection(kind="topk", k=4, num_entries=70_000)(hidden, head, jnp.ones((1, 1)))
     teacher = side(found, num_entries=70_000)
     rows = jax.tree.map(lambda x: x[0], teacher.rows)
-    seen = Seen(jnp.zeros((1, 70_000)), jnp.zeros(1, int), Vocab(teacher.entries), 70_000)
-    z = teacher.logits(rows, teacher.entries, seen)[0]
+    context = ChunkContext(
+        jnp.zeros((1, 70_000)), jnp.zeros(1, int), Vocab(teacher.entries), 70_000
+    )
+    z = teacher.logits(rows, teacher.entries, context)[0]
     assert jax.lax.top_k(z, 4)[1].tolist() == [3, 69_999, 65_536, 65_535]
 
 
@@ -132,7 +134,7 @@ def test_value_and_gradient_are_those_of_k_entries_and_one_for_the_rest(states, 
     targets = Targets(labels, jnp.ones((B, S), bool))
 
     def ours(hidden, treatment):
-        return kd_head(config, scalars, Side(hidden, head), side(stored, treatment), targets)[0]
+        return kd_head(config, scalars, Student(hidden, head), side(stored, treatment), targets)[0]
 
     want, gradient = jax.value_and_grad(reference)(hidden)
     got, d_hidden = jax.value_and_grad(ours)(hidden, "bucket")
@@ -161,7 +163,7 @@ def test_renormalize_both_compares_the_stored_entries_alone(states, divergence):
     def ours(hidden, listed_only):
         config = HeadConfig(loss=loss, chunk_tokens=3, vocab_size=V, listed_only=listed_only)
         teacher = side(stored, "renormalize_both")
-        return kd_head(config, scalars, Side(hidden, head), teacher, targets)[0]
+        return kd_head(config, scalars, Student(hidden, head), teacher, targets)[0]
 
     want, gradient = jax.value_and_grad(reference)(hidden)
     got, d_hidden = jax.value_and_grad(ours)(hidden, True)
