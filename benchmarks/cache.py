@@ -123,16 +123,16 @@ def train(args: Args, config: Config) -> dict[str, Any]:
     tokenizers = (student.tokenizer, teacher.tokenizer)
     rows, _ = load_rows(config, *tokenizers)
     vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
-    extra = None
+    read_teacher = None
     if config.reads_cache:
         template = chat_template_of(config.data, *tokenizers)
         both = (rows, None)
-        extra = open_cached(config, teacher, mesh, teacher.hashes, template, both).train
+        read_teacher = open_cached(config, teacher, mesh, teacher.hashes, template, both).train
     models = load_models(config, student, teacher, mesh)
     program = make_program(config, models, vocab_size, mesh, num_steps)
     state = init_state(program, models.trainable)
     frozen = (models.frozen, models.teacher_arrays)
-    source = row_source(config, rows, mesh, 0, extra)
+    source = row_source(config, rows, mesh, 0, read_teacher)
     run = jit_train_step(mesh, jax.tree.map(lambda x: x.sharding, state))
     seconds, busy, waits, trace = [], [], [], []
     for step in range(args.steps):

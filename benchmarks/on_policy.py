@@ -105,7 +105,7 @@ def measure(config: Any, rounds: int) -> tuple[dict[str, list[float]], dict[str,
     every = config.on_policy.every_steps
     for step in range(0, every * (rounds + 2), every):
         state, _ = timed("whole", lambda: run(program, state, *frozen, source(step, state)))  # noqa: B023
-        lengths.append(source.facts()["samples/length"] * source.facts()["samples/count"])
+        lengths.append(source.metrics()["samples/length"] * source.metrics()["samples/count"])
         batch = timed("sampling", lambda: source(step, state))  # noqa: B023
         state, _ = timed("step", lambda: run(program, state, *frozen, batch))  # noqa: B023
         batch = data(step, state)

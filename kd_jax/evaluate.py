@@ -325,15 +325,15 @@ def _measure(args, config, student, teacher, loaded_teacher, cached, rows, mesh)
             teacher=loaded_teacher.student,
             teacher_arrays=arrays,
             teacher_kind="live" if cached is None else cached.kind,
-            own_rows=cached is None and rows.teacher is not None,
+            separate_teacher_rows=cached is None and rows.teacher is not None,
         )
     program = make_program(config, models, vocab_size, mesh)
     head = dataclasses.replace(program.head, top_k=args.top_k)
     program = dataclasses.replace(program, head=head)
     arrays = (models.frozen, models.teacher_arrays)
     lengths = scores.DRAFT_LENGTHS if args.draft else ()
-    extra = cached and cached.train
-    return evaluate_rows(program, mesh, *arrays, rows, config, extra, draft_lengths=lengths)
+    read_teacher = cached and cached.train
+    return evaluate_rows(program, mesh, *arrays, rows, config, read_teacher, draft_lengths=lengths)
 
 
 def _check_finite(model: str | None, values: dict[str, float]) -> None:

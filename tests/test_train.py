@@ -503,9 +503,9 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
     log, flush = step_log.StepLog.log, step_log.StepLog.flush
     started, read, compiled = [], [], []
 
-    def watched_log(self, step, metrics, facts):
+    def watched_log(self, step, metrics, batch_metrics):
         started.append(step)
-        log(self, step, metrics, facts)
+        log(self, step, metrics, batch_metrics)
 
     def watched_flush(self):
         before, pending = len(compiled), self.pending

@@ -44,11 +44,12 @@ def choose_rows(window: Prepared, data: DataConfig, teacher_seq_len: int | None)
         return [[i] for i in range(len(window.lengths))]
     sizes = window.lengths
     if window.teacher is not None:
-        theirs = window.teacher.lengths
+        teacher_sizes = window.teacher.lengths
         room = teacher_seq_len
         if room is None:
-            room = max(int(theirs.max()), -(-data.seq_len * int(theirs.sum()) // int(sizes.sum())))
-        sizes = np.maximum(sizes, -(-theirs * data.seq_len // room))
+            total, teacher_total = int(sizes.sum()), int(teacher_sizes.sum())
+            room = max(int(teacher_sizes.max()), -(-data.seq_len * teacher_total // total))
+        sizes = np.maximum(sizes, -(-teacher_sizes * data.seq_len // room))
     return pack(sizes.tolist(), data.seq_len)
 
 
@@ -107,8 +108,8 @@ def _joined(parts: list[Prepared]) -> Prepared:
     def join(flats: Iterable[Flat]) -> Flat:
         return Flat(*(np.concatenate(column) for column in zip(*flats, strict=True)))
 
-    theirs = [part.teacher for part in parts if part.teacher is not None]
-    return Prepared(*join(x.flat for x in parts), teacher=join(theirs) if theirs else None)
+    teachers = [part.teacher for part in parts if part.teacher is not None]
+    return Prepared(*join(x.flat for x in parts), teacher=join(teachers) if teachers else None)
 
 
 def shown(parts: Iterable[Prepared], name: str) -> Iterator[Prepared]:

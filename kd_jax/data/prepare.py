@@ -157,11 +157,11 @@ def fit(
         elif size > S:
             counts["cut"] += 1
         if document.teacher is not None:
-            ours, theirs = _cut_both(document, S, prompt.seq_len if prompt else None)
-            if ours[1].any():
-                kept.append(ours)
-                others.append(theirs)
-            counts["without_target"] += not ours[1].any()
+            student, other = _cut_both(document, S, prompt.seq_len if prompt else None)
+            if student[1].any():
+                kept.append(student)
+                others.append(other)
+            counts["without_target"] += not student[1].any()
             continue
         stop = size if is_plain else min(size, S)
         pieces = [slice(start, min(start + S, stop)) for start in range(0, stop, S)]
@@ -175,10 +175,10 @@ def fit(
 
 def _excess(document: Document, seq_len: int, teacher_seq_len: int | None) -> int:
     """Returns the tokens of the side that is longer than its row; 0 if both fit."""
-    ours, theirs = len(document.tokens), 0 if document.teacher is None else len(document.teacher[0])
-    if ours > seq_len:
-        return ours
-    return theirs if teacher_seq_len is not None and theirs > teacher_seq_len else 0
+    if len(document.tokens) > seq_len:
+        return len(document.tokens)
+    size = 0 if document.teacher is None else len(document.teacher[0])
+    return size if teacher_seq_len is not None and size > teacher_seq_len else 0
 
 
 def _cut_both(document: Document, seq_len: int, teacher_seq_len: int | None) -> tuple[Piece, Piece]:

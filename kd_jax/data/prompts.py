@@ -121,11 +121,11 @@ def _own_turns(record: Record) -> tuple[Conversation, tuple[bool, ...]]:
         raise ValueError(
             f"{OWN}: expected the record's {len(learned)} answers with a loss, got {len(same)}"
         )
-    for ours, theirs in zip(learned, same, strict=True):
-        if record.messages[ours] != turns[theirs]:
+    for i, j in zip(learned, same, strict=True):
+        if record.messages[i] != turns[j]:
             raise ValueError(
-                f"{OWN}: turn {theirs + 1}: expected the record's turn {ours + 1}, "
-                f"{_difference(record.messages[ours], turns[theirs])}"
+                f"{OWN}: turn {j + 1}: expected the record's turn {i + 1}, "
+                f"{_difference(record.messages[i], turns[j])}"
             )
     return turns, tuple(i in same for i in range(len(turns)))
 
@@ -145,11 +145,11 @@ def _answers(turns: Conversation) -> list[int]:
     return [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _difference(turn: dict[str, Any], other: dict[str, Any]) -> str:
     """Returns the first difference of two turns."""
-    a, b = content_of(ours), content_of(theirs)
+    a, b = content_of(turn), content_of(other)
     if a == b:
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        keys = [key for key in {**turn, **other} if turn.get(key) != other.get(key)]
         return f"got another {keys[0]}"
     at = next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
@@ -180,23 +180,23 @@ def render_teacher(
     return rendered
 
 
-def check_targets(tokenizer: Any, ours: np.ndarray, theirs: np.ndarray) -> None:
+def check_targets(tokenizer: Any, student: np.ndarray, teacher: np.ndarray) -> None:
     """Raises ValueError with the first target token that differs between student and teacher.
 
     Args:
-      ours, theirs: target tokens of one document, [n] int32 each.
+      student, teacher: target tokens of one document, [n] int32 each.
     """
-    if np.array_equal(ours, theirs):
+    if np.array_equal(student, teacher):
         return
-    size = min(len(ours), len(theirs))
-    differs = np.flatnonzero(ours[:size] != theirs[:size])
+    size = min(len(student), len(teacher))
+    differs = np.flatnonzero(student[:size] != teacher[:size])
     at = int(differs[0]) if len(differs) else size
     shown = [
         repr(tokenizer.decode(side[at : at + 1])) if at < len(side) else "no more"
-        for side in (theirs, ours)
+        for side in (teacher, student)
     ]
     raise ValueError(
-        f"expected the same {len(ours)} target tokens in the teacher's conversation, got "
-        f"{len(theirs)}, and {shown[0]} in place of {shown[1]} as the first that differs, number "
+        f"expected the same {len(student)} target tokens in the teacher's conversation, got "
+        f"{len(teacher)}, and {shown[0]} in place of {shown[1]} as the first that differs, number "
         f"{at + 1}"
     )

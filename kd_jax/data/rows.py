@@ -154,7 +154,7 @@ def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]
     def join(some: Sequence[Rows]) -> dict[str, Any]:
         return {name: Joined([getattr(part, name) for part in some]) for name in COLUMNS}
 
-    columns, theirs = join(parts), [part.teacher for part in parts if part.teacher is not None]
+    columns, teachers = join(parts), [part.teacher for part in parts if part.teacher is not None]
     return Rows(
         **columns,
         counts={name: counts[name] for name in parts[0].counts},
@@ -165,7 +165,7 @@ def blend_rows(parts: Sequence[Rows], sources: Sequence[tuple[str, float | None]
             (path, 0.0 if weight is None else weight, len(part))
             for (path, weight), part in zip(sources, parts, strict=True)
         ),
-        teacher=Rows(**join(theirs), counts={}, key=key.hexdigest()[:20]) if theirs else None,
+        teacher=Rows(**join(teachers), counts={}, key=key.hexdigest()[:20]) if teachers else None,
     )
 
 
@@ -198,9 +198,9 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
             columns, lengths = join_rows(window.flat, rows)
             columns = fill_rows(columns, lengths, data.seq_len, 0 if pad is None else pad)
             if window.teacher is not None:
-                theirs, lengths = join_rows(window.teacher, rows)
-                theirs |= {"ends": writer.counts[f"{TEACHER}tokens"] + np.cumsum(lengths)}
-                columns |= {f"{TEACHER}{name}": x for name, x in theirs.items()}
+                teacher, lengths = join_rows(window.teacher, rows)
+                teacher |= {"ends": writer.counts[f"{TEACHER}tokens"] + np.cumsum(lengths)}
+                columns |= {f"{TEACHER}{name}": x for name, x in teacher.items()}
                 longest = max(longest, int(lengths.max()))
             writer.append(columns)
             counts["tokens"] += len(window.tokens)

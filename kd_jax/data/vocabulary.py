@@ -51,7 +51,7 @@ class SharedVocab:
 
     def describe(self) -> str:
         """Returns the tokens that are not shared; "" if there are none."""
-        shown = [f"{i} is {ours!r} and {theirs!r}" for i, (ours, theirs) in self.differ.items()]
+        shown = [f"{i} is {name!r} and {other!r}" for i, (name, other) in self.differ.items()]
         more = f" and {len(shown) - 3:,} more" if len(shown) > 3 else ""
         return "; ".join(shown[:3]) + more
 
@@ -66,11 +66,11 @@ def share_vocab(
     Raises:
       UserError: other tokens or the merges differ, so that logits cannot be compared.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    size = min(max(ours.values()), max(theirs.values())) + 1
+    vocabs = student.get_vocab(), teacher.get_vocab()
+    size = min(max(vocab.values()) for vocab in vocabs) + 1
     if student.backend_tokenizer.to_str() == teacher.backend_tokenizer.to_str():
         return SharedVocab(size, {})  # parsing both takes half a gigabyte
-    own, other = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    own, other = ({i: token for token, i in vocab.items()} for vocab in vocabs)
     differ = {
         i: (own.get(i), other.get(i))
         for i in sorted(own.keys() | other.keys())

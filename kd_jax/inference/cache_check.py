@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.config import Config
-from kd_jax.data.batches import Extra
+from kd_jax.data.batches import ReadTeacher
 from kd_jax.data.rows import Rows
 from kd_jax.inference import scores
 from kd_jax.inference.cached import Data, open_finished, with_live_teacher
@@ -31,18 +31,18 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
     """
     config = with_live_teacher(config)
     cached = open_finished(config, path, data)
-    rows, extra = _some(data.rows, cached)
+    rows, read_teacher = _some(data.rows, cached)
     models = load_models(config, data.student, data.teacher, data.mesh)
-    ours = models.frozen | models.trainable["student"]
+    student_arrays = models.frozen | models.trainable["student"]
     stored = dataclasses.replace(models, teacher_kind=cached.kind)
 
-    def measure(models: Models, student: Any, extra: Extra | None) -> dict[str, float]:
+    def measure(models: Models, arrays: Any, read_teacher: ReadTeacher | None) -> dict[str, float]:
         program = make_program(config, models, data.vocab_size, data.mesh)
-        arrays = (student, models.teacher_arrays)
-        return scores.whole(evaluate_rows(program, data.mesh, *arrays, rows, config, extra)[0])
+        both = (arrays, models.teacher_arrays)
+        return scores.whole(evaluate_rows(program, data.mesh, *both, rows, config, read_teacher)[0])
 
-    live = measure(models, ours, None)
-    from_cache = measure(stored, ours, extra)
+    live = measure(models, student_arrays, None)
+    from_cache = measure(stored, student_arrays, read_teacher)
     out = {
         "tokens": live["target_tokens"],
         "live": live["kd_loss"],
@@ -53,7 +53,7 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
     if cached.kind == "hidden":
         assert models.teacher is not None
         teacher = dataclasses.replace(stored, student=models.teacher)
-        apart = measure(teacher, models.teacher_arrays, extra)
+        apart = measure(teacher, models.teacher_arrays, read_teacher)
         out |= {"kl": apart["kl_reverse"], "top1_agreement": apart["top1_agreement"]}
         shown = f"; KL(live || cache) {out['kl']:.3g}, top-1 agreement {out['top1_agreement']:.2%}"
     say(
@@ -64,7 +64,7 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
     return out
 
 
-def _some(rows: tuple[Rows, Rows | None], cached: CachedTeacher) -> tuple[Rows, Extra]:
+def _some(rows: tuple[Rows, Rows | None], cached: CachedTeacher) -> tuple[Rows, ReadTeacher]:
     """Returns the held-out rows, or the first training rows, and their values."""
     train, held_out = rows
     if held_out is not None and cached.held_out is not None:

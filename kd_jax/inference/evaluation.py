@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.config import Config
-from kd_jax.data.batches import Extra, eval_batches
+from kd_jax.data.batches import ReadTeacher, eval_batches
 from kd_jax.data.rows import Rows
 from kd_jax.inference.scores import Sums, accepted_length, tally
 from kd_jax.losses.fused_head import token_metrics
@@ -26,7 +26,7 @@ def evaluate_rows(
     teacher_arrays: Arrays,
     rows: Rows,
     config: Config,
-    extra: Extra | None = None,
+    read_teacher: ReadTeacher | None = None,
     draft_lengths: tuple[int, ...] = (),
 ) -> tuple[Sums, Sums]:
     """Returns sums over target tokens by document, and by position bucket in the document.
@@ -34,14 +34,14 @@ def evaluate_rows(
     Bucket b holds positions 2^b <= p < 2^(b + 1); a document begins at position 0.
 
     Args:
-      extra: adds arrays to a batch, such as a cached teacher's.
+      read_teacher: adds a cached teacher's arrays to a batch.
       draft_lengths: tokens proposed at a time, for which scores.accepted_length is measured.
     """
     run = _jit_eval_step(mesh)
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
-    for batch in eval_batches(rows, num_rows, extra=extra):
+    for batch in eval_batches(rows, num_rows, read_teacher=read_teacher):
         placed = put_batch(batch, mesh)
         mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
         values = {name: value[mask] for name, value in metrics.items()}

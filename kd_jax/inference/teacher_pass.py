@@ -45,10 +45,10 @@ class _Work:
     tokens: np.ndarray
     """[R] int64: target tokens of such documents in each of these rows."""
 
-    def select(self, batch: Batch, picked: np.ndarray) -> np.ndarray:
+    def select(self, batch: Batch, row_ids: np.ndarray) -> np.ndarray:
         """Returns [B, S] bool: tokens of a batch whose values are wanted."""
         segments, first = batch["segment_ids"], self.found.documents.first
-        document = np.where(segments > 0, first[picked][:, None] + segments - 1, 0)
+        document = np.where(segments > 0, first[row_ids][:, None] + segments - 1, 0)
         wanted = predicts_target(segments, batch["loss_mask"]) & (segments > 0)
         return wanted & self.missing[document]
 
@@ -101,13 +101,13 @@ class TeacherPass:
     def values(self, skip: int = 0) -> Iterator[Batch]:
         """Yields the values of the tokens from number `skip` on, a batch of rows at a time."""
         late: tuple[Any, np.ndarray, int] | None = None
-        for work, numbers, extra in self._batches(skip):
+        for work, numbers, before in self._batches(skip):
             (batch,) = eval_batches(work.found.teacher_rows, self.batch_rows, numbers)
-            picked = np.pad(numbers, (0, self.batch_rows - len(numbers)))
+            row_ids = np.pad(numbers, (0, self.batch_rows - len(numbers)))
             out = self.forward(batch)
             if late is not None:  # the device is at work on the next batch meanwhile
                 yield _selected(*late)
-            late = out, work.select(batch, picked), extra
+            late = out, work.select(batch, row_ids), before
         if late is not None:
             yield _selected(*late)
 

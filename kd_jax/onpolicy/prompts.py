@@ -53,19 +53,19 @@ def find_prompts(rows: Rows, longest: int, teacher_longest: int = 0) -> Prompts:
     Args:
       teacher_longest: most tokens of the teacher's own prompt, where it has one.
     """
-    ours = _all_prompts(rows)
-    long, without = ours.sizes > longest, ours.sizes < LEAST_PROMPT
-    theirs = None
+    student = _all_prompts(rows)
+    long, without = student.sizes > longest, student.sizes < LEAST_PROMPT
+    teacher = None
     if rows.teacher is not None:
-        theirs = _all_prompts(rows.teacher)
-        assert np.array_equal(ours.row, theirs.row), "rows with other answers"
-        long |= theirs.sizes > teacher_longest
+        teacher = _all_prompts(rows.teacher)
+        assert np.array_equal(student.row, teacher.row), "rows with other answers"
+        long |= teacher.sizes > teacher_longest
     fits = ~long & ~without
     return replace(
-        ours.taken(fits),
+        student.taken(fits),
         num_long=int(long.sum()),
         num_without=int(without.sum()),
-        teacher=theirs and theirs.taken(fits),
+        teacher=teacher and teacher.taken(fits),
     )
 
 

@@ -39,10 +39,10 @@ def make_sampler(
     own = rows.teacher is not None
     models = {"student": student} if own else {"student": student, "teacher": teacher}
     room, field = _room(config.data.seq_len, "data.seq-len", models)
-    theirs = rows.tokens.shape[1] if rows.teacher is None else rows.teacher.tokens.shape[1]
-    theirs, other = _room(theirs, "the teacher's rows", {"teacher": teacher})
-    prompts = find_prompts(rows, room - count, theirs - count)
-    why = f"{field} {room:,}{f' and {other} {theirs:,}' if own else ''} less on-policy."
+    teacher_len = rows.tokens.shape[1] if rows.teacher is None else rows.teacher.tokens.shape[1]
+    teacher_room, other = _room(teacher_len, "the teacher's rows", {"teacher": teacher})
+    prompts = find_prompts(rows, room - count, teacher_room - count)
+    why = f"{field} {room:,}{f' and {other} {teacher_room:,}' if own else ''} less on-policy."
     say(check_prompts(prompts, config.data.path, room - count, f"{why}max-new-tokens"))
     pad = tokenizer.pad_token_id
     return Sampler(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_jax.config import OnPolicyConfig
-from kd_jax.data.batches import find_places
+from kd_jax.data.batches import align_targets
 from kd_jax.data.store import COLUMNS, TEACHER, Batch
 from kd_jax.inference.sampling import Stop, stop_length
 from kd_jax.losses.head_inputs import FIRST_OF_BIN
@@ -60,9 +60,9 @@ def with_teacher(columns: Batch, rows: Sequence[Sequence[Sample]], seq_len: int)
       rows: the same answers after the teacher's own prompts.
       seq_len: of the teacher's rows.
     """
-    theirs = fill_rows(rows, seq_len, 0)
-    own = {name: theirs[name] for name in COLUMNS if name != "loss_mask"}
-    own["places"] = find_places(columns, theirs)
+    teacher = fill_rows(rows, seq_len, 0)
+    own = {name: teacher[name] for name in COLUMNS if name != "loss_mask"}
+    own["places"] = align_targets(columns, teacher)
     return columns | {f"{TEACHER}{name}": x for name, x in own.items()}
 
 

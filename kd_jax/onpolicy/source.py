@@ -73,8 +73,8 @@ class OnPolicySource:
         assert len(self.columns["tokens"]) == self._num_rows(step - self.age)
         return put_batch(mix(next(self.batches), self.columns), self.mesh)
 
-    def facts(self) -> dict[str, float | None]:
-        """Returns what metrics.jsonl says of the samples; None for a metric without a value."""
+    def metrics(self) -> dict[str, float | None]:
+        """Returns metrics of the samples; None for a metric without a value."""
         found = describe(self.columns, self.sampler.stops) | {"samples/age": float(self.age)}
         return found if self.age else found | {"samples/sampling_seconds": self.seconds}
 
@@ -94,8 +94,8 @@ class OnPolicySource:
 
     def _draw(self, step: int, state: Any) -> Batch:
         """Returns samples in rows: a function of the weights, the seed and the step."""
-        ours = self.config.on_policy
-        drawing = step // ours.every_steps
+        options = self.config.on_policy
+        drawing = step // options.every_steps
         rows = self.order.choose(drawing, self._num_rows(step), self._most_rows)
         prompts = [self.sampler.prompts.tokens(number) for row in rows for number in row]
         if not prompts:
@@ -104,7 +104,7 @@ class OnPolicySource:
         start = time.perf_counter()
         columns = self._fill(rows, iter(self._sample(prompts, step, state)))
         self.seconds = time.perf_counter() - start
-        if ours.log_samples and step % ours.log_samples < ours.every_steps:
+        if options.log_samples and step % options.log_samples < options.every_steps:
             self.write(step + 1, self._records(columns))
         return columns
 
@@ -112,22 +112,22 @@ class OnPolicySource:
         """Returns the columns of samples of the prompts in rows."""
         filled = [[next(drawn) for _ in row] for row in rows]
         columns = fill_rows(filled, self.config.data.seq_len, self.sampler.pad)
-        theirs = self.sampler.prompts.teacher
-        if theirs is None:
+        teacher = self.sampler.prompts.teacher
+        if teacher is None:
             return columns
         own = [
-            [sample._replace(prompt=theirs.tokens(i)) for i, sample in zip(*pair, strict=True)]
+            [sample._replace(prompt=teacher.tokens(i)) for i, sample in zip(*pair, strict=True)]
             for pair in zip(rows, filled, strict=True)
         ]
-        return with_teacher(columns, own, theirs.rows.tokens.shape[1])
+        return with_teacher(columns, own, teacher.rows.tokens.shape[1])
 
     def _sample(self, prompts: list[np.ndarray], step: int, state: Any) -> list[Sample]:
-        ours = self.config.on_policy
+        options = self.config.on_policy
         # Each drawing has the same number of prompts, which needs no other program: some are not
         # used, and get one token.
         most = self.order.most_prompts(self._most_rows)
         fill = max(0, most - len(prompts))
-        most_new = [ours.max_new_tokens] * len(prompts) + [1] * fill
+        most_new = [options.max_new_tokens] * len(prompts) + [1] * fill
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(most_new)))
         drawn = sample(
@@ -137,7 +137,7 @@ class OnPolicySource:
             keys=keys,
             max_new_tokens=most_new,
             stop_tokens=self.sampler.stops,
-            sampling=Sampling(temperature=ours.temperature, top_p=ours.top_p),
+            sampling=Sampling(temperature=options.temperature, top_p=options.top_p),
             vocab_size=self.vocab_size,
             longest=int(self.order.sizes[:, 0].max()),
         )

@@ -154,10 +154,10 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
             itemsize=DTYPE_BYTES[choose_dtype(part.dtype, case.topology.platform)],
         )
 
-    ours = shares(config.student, case.student, config.data.seq_len)
+    student = shares(config.student, case.student, config.data.seq_len)
     if case.teacher is None or config.teacher_part is None:
-        return ours, None
-    return ours, shares(config.teacher_part, case.teacher, config.teacher_seq_len)
+        return student, None
+    return student, shares(config.teacher_part, case.teacher, config.teacher_seq_len)
 
 
 def head_weight(arch: Architecture) -> dict[str, Weight]:
@@ -206,20 +206,21 @@ def step_flops(
 
 
 def work(case: Case) -> Work:
-    config, student, sizes = case.config, case.student, case.sizes
+    config, sizes = case.config, case.sizes
     num_tokens, accumulation = case.num_tokens, config.optim.accumulation_steps
     num_targets = case.num_targets
-    flops, again = step_flops(config, student, case.teacher, num_tokens, num_targets)
-    ours, theirs = make_shares(case)
+    flops, again = step_flops(config, case.student, case.teacher, num_tokens, num_targets)
+    student, teacher = make_shares(case)
     targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES)
-    logits = 2 * targets * (student.vocab_size // sizes["tensor"]) * 4
+    logits = 2 * targets * (student.arch.vocab_size // sizes["tensor"]) * 4
     passes = 3 if config.remat_policy in RECOMPUTING else 2
-    residuals = ours.residuals(config.remat_policy, config.lora.rank) * student.num_hidden_layers
-    each = passes * _layers(ours) + 2 * residuals + logits
-    if theirs is not None:
-        each += logits + (0 if config.reads_cache else _layers(theirs))
+    L = student.arch.num_hidden_layers
+    residuals = L * student.residuals(config.remat_policy, config.lora.rank)
+    each = passes * _layers(student) + 2 * residuals + logits
+    if teacher is not None:
+        each += logits + (0 if config.reads_cache else _layers(teacher))
     # Weights, both moments and the gradients are read and written.
-    updates = 8 * ours.stored(trained_weights(config, student), 4)
+    updates = 8 * student.stored(trained_weights(config, case.student), 4)
     return Work(flops=flops, recomputed_flops=again, traffic_bytes=accumulation * each + updates)
 
 

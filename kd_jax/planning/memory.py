@@ -57,31 +57,33 @@ class Memory(NamedTuple):
 
 def estimate_memory(case: Case) -> Memory:
     """Returns an estimate of the memory that XLA allocates; docs/planning.md compares the two."""
-    config, student = case.config, case.student
-    ours, theirs = make_shares(case)
-    trainable = ours.stored(trained_weights(config, student), 4)
-    frozen = weights(student) if config.trainable == "lora" else {}
+    config = case.config
+    student, teacher = make_shares(case)
+    trainable = student.stored(trained_weights(config, case.student), 4)
+    frozen = weights(case.student) if config.trainable == "lora" else {}
     loaded = head_weights if config.reads_cache else weights
     token_bytes: float = BATCH_BYTES + cached_bytes(case)
     if config.prompts_teacher and not config.reads_cache:
         token_bytes += PLACE_BYTES
         token_bytes += TEACHER_BYTES * config.teacher_seq_len / config.data.seq_len
-    own = config.teacher is not None and config.teacher.is_student  # has no weights of its own
-    kind = config.teacher.kind if config.teacher is not None and theirs is not None else "model"
+    kind = config.teacher.kind if config.teacher is not None and teacher is not None else "model"
+    frozen_teacher = 0  # of a student that is its own teacher
+    if teacher is not None and kind == "model":
+        frozen_teacher = teacher.stored(loaded(teacher.arch), teacher.itemsize)
     arguments = {
-        "teacher": theirs.stored(loaded(theirs.arch), theirs.itemsize) if theirs and not own else 0,
-        "student": ours.stored(frozen, ours.itemsize),
+        "teacher": frozen_teacher,
+        "student": student.stored(frozen, student.itemsize),
         "trainable": trainable,
         "optimizer": (3 if kind == "ema" else 2) * trainable,
         "batch": int(case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes),
     }
-    temporaries = _temporaries(case, ours, theirs, trainable)
+    temporaries = _temporaries(case, student, teacher, trainable)
     if config.samples:
-        temporaries = max(temporaries, sampling_bytes(case, ours))
+        temporaries = max(temporaries, sampling_bytes(case, student))
     return Memory(arguments, temporaries)
 
 
-def sampling_bytes(case: Case, ours: Shares) -> int:
+def sampling_bytes(case: Case, student: Shares) -> int:
     """Returns the bytes of a drawing of samples: keys and values, and the student's weights.
 
     Prompts are taken to be as long as answers; keys and values have room for a row of the data
@@ -93,31 +95,31 @@ def sampling_bytes(case: Case, ours: Shares) -> int:
     prompts = math.ceil(prompts / axes_size(case.sizes, BATCH_AXES))
     platform = PLATFORMS[topology.platform]
     slots = min(prompts, platform.sampled_rows)
-    cache = 2 * replace(ours, tokens=slots * S).keys * ours.arch.num_hidden_layers
-    cache = cache * platform.kv_itemsize(ours.itemsize) // ours.itemsize
+    cache = 2 * replace(student, tokens=slots * S).keys * student.arch.num_hidden_layers
+    cache = cache * platform.kv_itemsize(student.itemsize) // student.itemsize
     cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
-    return cache + ours.in_use(weights(ours.arch), ours.itemsize)
+    return cache + student.in_use(weights(student.arch), student.itemsize)
 
 
-def _temporaries(case: Case, ours: Shares, theirs: Shares | None, gradients: int) -> int:
+def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients: int) -> int:
     """Returns the bytes of the largest of the step's phases."""
     config = case.config
     rank = config.lora.rank if config.trainable == "lora" else 0
-    residuals = ours.arch.num_hidden_layers * ours.residuals(config.remat_policy, rank)
+    residuals = student.arch.num_hidden_layers * student.residuals(config.remat_policy, rank)
     summed = gradients if config.optim.accumulation_steps > 1 else 0
-    layer = 2 * ours.hidden + 2 * ours.stream + ours.heads
-    backward = residuals + summed + gradients + 2 * layer + _gathered_layer(ours)
-    head = residuals + summed + _head(case, ours, theirs)
-    if theirs is None or config.reads_cache:
+    layer = 2 * student.hidden + 2 * student.stream + student.heads
+    backward = residuals + summed + gradients + 2 * layer + _gathered_layer(student)
+    head = residuals + summed + _head(case, student, teacher)
+    if teacher is None or config.reads_cache:
         return max(backward, head)
-    return max(backward, head, 2 * (theirs.hidden + theirs.stream) + _gathered_layer(theirs))
+    return max(backward, head, 2 * (teacher.hidden + teacher.stream) + _gathered_layer(teacher))
 
 
-def _head(case: Case, ours: Shares, theirs: Shares | None) -> int:
+def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
     """Returns the bytes of the fused head: logits of a chunk, hidden states, gathered heads."""
     config, topology = case.config, case.topology
-    full, entries = config.trainable == "full", ours.arch.vocab_size // ours.sizes["tensor"]
-    shards = config.optim.accumulation_steps * axes_size(ours.sizes, BATCH_AXES)
+    full, entries = config.trainable == "full", student.arch.vocab_size // student.sizes["tensor"]
+    shards = config.optim.accumulation_steps * axes_size(student.sizes, BATCH_AXES)
     row, chip = PLATFORMS[topology.platform], topology.rated_chip
     C = chunk_tokens(
         config.loss.chunk_tokens,
@@ -127,10 +129,10 @@ def _head(case: Case, ours: Shares, theirs: Shares | None) -> int:
         case.num_tokens // shards,
         head_trainable=full,
     )
-    models = [ours] if theirs is None else [ours, theirs]
+    models = [student] if teacher is None else [student, teacher]
     total = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
     total += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
-    return total + (ours.in_use(head_weight(ours.arch), 4 + ours.itemsize) if full else 0)
+    return total + (student.in_use(head_weight(student.arch), 4 + student.itemsize) if full else 0)
 
 
 def _gathered_layer(model: Shares) -> int:

@@ -34,15 +34,15 @@ class Transfer(NamedTuple):
 def transfers(case: Case) -> list[Transfer]:
     """Returns a step's large collectives: of weights, their gradients, the residual stream."""
     config, sizes = case.config, case.sizes
-    ours, theirs = make_shares(case)
+    student, teacher = make_shares(case)
     recomputes = config.remat_policy in RECOMPUTING
-    found = _of_layers(ours, 3 if recomputes else 2, 3 if recomputes else 2)
+    found = _of_layers(student, 3 if recomputes else 2, 3 if recomputes else 2)
     trained = trained_weights(config, case.student)
-    if ours.fsdp > 1:
-        found.append(("reduce-scatter", ours.in_use(trained, 4), 1, (ROWS_AXIS,)))
-    found.append(("all-reduce", ours.stored(trained, 4), 1, ("data",)))
-    if theirs is not None:
-        found += _of_layers(theirs, 1, 1, head_only=config.reads_cache)
+    if student.fsdp > 1:
+        found.append(("reduce-scatter", student.in_use(trained, 4), 1, (ROWS_AXIS,)))
+    found.append(("all-reduce", student.stored(trained, 4), 1, ("data",)))
+    if teacher is not None:
+        found += _of_layers(teacher, 1, 1, head_only=config.reads_cache)
     accumulation = config.optim.accumulation_steps
     return [
         Transfer(kind, num_bytes, times * accumulation, _groups(sizes, axes))

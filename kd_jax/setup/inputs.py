@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, UserError
-from kd_jax.data.batches import Extra, train_batches
+from kd_jax.data.batches import ReadTeacher, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, default_split
 from kd_jax.data.prompts import TeacherPrompt, read_prompt
@@ -35,8 +35,8 @@ class BatchSource(Protocol):
     def __call__(self, step: int, state: Any) -> Arrays:
         """Returns the batch of a step, [A, B, S] on the mesh; `state` is that before the step."""
 
-    def facts(self) -> dict[str, float | None]:
-        """Returns what metrics.jsonl says of the last batch; None: the step has no such metric."""
+    def metrics(self) -> dict[str, float | None]:
+        """Returns metrics of the last batch; None: the step has no such metric."""
 
     def kept(self, step: int) -> Batch:
         """Returns arrays that a run which resumes at `step` needs beside the state."""
@@ -52,7 +52,7 @@ class RowSource:
     def __call__(self, step: int, state: Any) -> Arrays:
         return put_batch(next(self.batches), self.mesh)
 
-    def facts(self) -> dict[str, float | None]:
+    def metrics(self) -> dict[str, float | None]:
         return {}
 
     def kept(self, step: int) -> Batch:
@@ -193,14 +193,14 @@ def held_out_data(config: Config) -> DataConfig | None:
 
 
 def row_source(
-    config: Config, rows: Rows, mesh: Mesh, start_step: int, extra: Extra | None = None
+    config: Config, rows: Rows, mesh: Mesh, start_step: int, read_teacher: ReadTeacher | None = None
 ) -> RowSource:
     """Returns the source of training batches; it must be called for consecutive steps.
 
     Each process reads only the rows of its own devices.
 
     Args:
-      extra: adds arrays to a batch, such as a cached teacher's.
+      read_teacher: adds a cached teacher's arrays to a batch.
     """
     size, count = config.data.batch_size, config.optim.accumulation_steps
     batches = train_batches(
@@ -209,7 +209,7 @@ def row_source(
         start_step=start_step,
         batch_size=size,
         accumulation_steps=count,
-        wanted=local_rows(mesh, size // count),
-        extra=extra,
+        row_mask=local_rows(mesh, size // count),
+        read_teacher=read_teacher,
     )
     return RowSource(batches, mesh)

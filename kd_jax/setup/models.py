@@ -50,7 +50,7 @@ class Models:
     """A model in the program, or what of it comes with the batches, from a cache."""
     teacher_source: TeacherSource = "model"
     """Whose weights the teacher has; in self-distillation it has no arrays here."""
-    own_rows: bool = False
+    separate_teacher_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
 
 
@@ -116,7 +116,7 @@ def abstract_models(
         teacher_arrays=teacher_arrays,
         teacher_kind=kind,
         teacher_source=source,
-        own_rows=kind == "live" and config.prompts_teacher,
+        separate_teacher_rows=kind == "live" and config.prompts_teacher,
     )
 
 

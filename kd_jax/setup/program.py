@@ -111,7 +111,7 @@ def _make_teacher(config: Config, models: Models) -> LiveModel | StoredModel | T
     if spec is None:
         return None
     if models.teacher_kind == "live":
-        return LiveModel(spec, models.own_rows)
+        return LiveModel(spec, models.separate_teacher_rows)
     if models.teacher_kind == "hidden":
         return StoredModel(spec.arch)
     assert config.teacher is not None

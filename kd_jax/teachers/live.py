@@ -43,7 +43,7 @@ class LiveModel:
     """A teacher model in the student's program; static under jit."""
 
     spec: DecoderSpec
-    own_rows: bool = False
+    separate_teacher_rows: bool = False
     """The batch has the teacher's rows as data.batches.read_batch adds them."""
 
     def __call__(
@@ -51,14 +51,14 @@ class LiveModel:
     ) -> tuple[Live, jax.Array | None]:
         """Returns the side of rows [B, S], and the outputs of `layers`, [len(layers), B, S, Dt]."""
         model = Decoder(self.spec, arrays)
-        prefix = TEACHER if self.own_rows else ""
+        prefix = TEACHER if self.separate_teacher_rows else ""
         tokens, positions, segments = (
             batch[f"{prefix}{name}"] for name in ("tokens", "positions", "segment_ids")
         )
         hidden, outputs = model.with_layers(tokens, positions, segments, layers)
-        if self.own_rows:
+        if self.separate_teacher_rows:
             places = batch[f"{TEACHER}places"]
-            gather = jax.vmap(lambda x, at: x[at])  # [T, D], [S]
+            gather = jax.vmap(lambda x, at: x[at])  # [St, Dt], [S]
             hidden = gather(hidden, places)
             if outputs is not None:
                 outputs = jax.vmap(gather, (0, None))(outputs, places)

@@ -18,7 +18,7 @@ Span = tuple[int, int]
 
 
 class CachedRows:
-    """The teacher's values of rows; a function of row numbers (data.batches.Extra)."""
+    """The teacher's values of rows; a function of row numbers (data.batches.ReadTeacher)."""
 
     def __init__(self, cache: Cache, rows: Rows, documents: Documents, places: np.ndarray) -> None:
         """Takes the documents of the rows and where each begins, [N], all of them in the cache."""
@@ -30,13 +30,13 @@ class CachedRows:
             for number in range(len(cache.parts))
         ]
 
-    def __call__(self, picked: np.ndarray, wanted: np.ndarray) -> Batch:
-        """Returns `teacher_NAME` [..., B, S, ...] of rows `picked`, [..., B]; 0 where not wanted.
+    def __call__(self, row_ids: np.ndarray, row_mask: np.ndarray) -> Batch:
+        """Returns `teacher_NAME` [..., B, S, ...] of rows `row_ids`, [..., B]; 0 outside the mask.
 
         Raises:
           UserError: the cache was damaged after the start.
         """
-        numbers = np.where(wanted, picked, -1).ravel()
+        numbers = np.where(row_mask, row_ids, -1).ravel()
         there = np.flatnonzero(numbers >= 0)
         own = numbers[there]
         masks = predicts_target(self.rows.segment_ids[own], self.rows.loss_mask[own])
@@ -49,7 +49,7 @@ class CachedRows:
             for i, mask, parts in zip(there, masks, futures, strict=True):
                 if parts:
                     dense[i, mask] = self._join(parts)
-            out[f"{TEACHER}{name}"] = dense.reshape(*picked.shape, *dense.shape[1:])
+            out[f"{TEACHER}{name}"] = dense.reshape(*row_ids.shape, *dense.shape[1:])
         return out
 
     def _open(self, number: int, name: str) -> ts.TensorStore:

@@ -59,7 +59,7 @@ def abstract_run(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in COLUMNS.items()
     }
-    if models.own_rows:
+    if models.separate_teacher_rows:
         own = (*shape[:2], config.teacher_seq_len)
         batch |= {
             f"{TEACHER}{name}": jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))

@@ -99,7 +99,7 @@ def train(config: Config) -> None:
             loop.profile(step)
             state, metrics = run_step(program, state, *frozen, source(step, state))
             step += 1
-            loop.log(step, metrics, source.facts())
+            loop.log(step, metrics, source.metrics())
             last = step == run.num_steps
             eval_loss = None
             if run.eval_rows is not None and (last or step % config.eval.every_steps == 0):
@@ -205,8 +205,8 @@ def _make_source(
     config: Config, run: _Run, program: Program, frozen: Arrays, step: int, kept: Batch
 ) -> BatchSource:
     """Returns the source of batches from `step` on."""
-    extra = None if run.cached is None else run.cached.train
-    rows = row_source(config, run.rows, run.mesh, step, extra)
+    read_teacher = None if run.cached is None else run.cached.train
+    rows = row_source(config, run.rows, run.mesh, step, read_teacher)
     if run.sampler is None:
         return rows
     return OnPolicySource(
@@ -235,8 +235,10 @@ def _evaluate(
     teacher = teacher_weights(program, state, *frozen)
     arrays = frozen[0] | state.trainable["student"]
     assert run.eval_rows is not None
-    extra = None if run.cached is None else run.cached.held_out
-    documents, _ = evaluate_rows(program, run.mesh, arrays, teacher, run.eval_rows, config, extra)
+    read_teacher = None if run.cached is None else run.cached.held_out
+    documents, _ = evaluate_rows(
+        program, run.mesh, arrays, teacher, run.eval_rows, config, read_teacher
+    )
     values = scores.whole(documents)
     if run.exam is not None:
         values = values | grade(run.exam, program.student, arrays, run.vocab_size)

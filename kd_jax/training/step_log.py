@@ -12,7 +12,7 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.workdir import checkpoints
 from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 
-Facts = dict[str, float | None]
+BatchMetrics = dict[str, float | None]
 
 
 class StepLog:
@@ -22,34 +22,34 @@ class StepLog:
         self.config = config
         self.writer = writer
         self.checkpointer = checkpointer
-        self.pending: tuple[int, Arrays, Facts] | None = None
+        self.pending: tuple[int, Arrays, BatchMetrics] | None = None
         self.profiling = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def log(self, step: int, metrics: Arrays, facts: Facts) -> None:
+    def log(self, step: int, metrics: Arrays, batch_metrics: BatchMetrics) -> None:
         """Stores this step's metrics and writes the previous step's.
 
         Args:
-          facts: what the source of batches says; None: the step has no such metric.
+          batch_metrics: those of the source of batches; None: the step has no such metric.
         """
         self.flush()
-        self.pending = (step, metrics, facts)
+        self.pending = (step, metrics, batch_metrics)
 
     def flush(self) -> None:
         """Waits for the pending step and writes its metrics; raises UserError if not finite."""
         if self.pending is None:
             return
-        step, metrics, facts = self.pending
+        step, metrics, batch_metrics = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse(step, values)
-        values = {name: x for name, x in (values | facts).items() if x is not None}
+        values = {name: x for name, x in (values | batch_metrics).items() if x is not None}
         values["target_tokens"] = int(values["target_tokens"])
         values |= {
             "tokens_per_second": values.pop("tokens") / seconds,

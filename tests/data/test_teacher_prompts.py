@@ -64,8 +64,8 @@ def test_both_sides_have_the_same_answers_in_the_same_rows(pack, config, tokeniz
 
 def test_places_point_to_what_predicts_the_same_token(config, tokenizer):
     rows = rows_of(config, tokenizer, CHATS, seq_len=256)
-    picked, wanted = np.array([[1, 0], [0, 1]]), np.array([True, False])
-    batch = read_batch(rows, picked, wanted, None)
+    row_ids, row_mask = np.array([[1, 0], [0, 1]]), np.array([True, False])
+    batch = read_batch(rows, row_ids, row_mask, None)
     places, theirs = batch["teacher_places"], batch["teacher_tokens"]
     following = np.take_along_axis(np.roll(theirs, -1, -1), places, -1)
     target = np.roll(batch["loss_mask"], -1, -1)
@@ -76,7 +76,7 @@ def test_places_point_to_what_predicts_the_same_token(config, tokenizer):
     # Twin: rows whose answers differ are no pair.
     other = dataclasses.replace(rows, teacher=rows_of(config, tokenizer, CHATS[::-1]).teacher)
     with pytest.raises(AssertionError, match="other target tokens"):
-        read_batch(other, picked, np.ones(2, bool), None)
+        read_batch(other, row_ids, np.ones(2, bool), None)
 
 
 def test_a_blend_has_rows_of_the_longest_source(config, tokenizer, tmp_path):

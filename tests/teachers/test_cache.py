@@ -71,9 +71,9 @@ def open_rows(config, run):
 def trace(config, steps=STEPS, devices=None):
     """Returns the trained arrays and the metrics after each step, as in kd_jax.train."""
     run = Run(config, devices)
-    extra = open_rows(config, run).train if config.reads_cache else None
+    read_teacher = open_rows(config, run).train if config.reads_cache else None
     step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, run.state))
-    source = row_source(config, run.rows, run.mesh, 0, extra)
+    source = row_source(config, run.rows, run.mesh, 0, read_teacher)
     frozen, state, seen = (run.models.frozen, run.models.teacher_arrays), run.state, []
     for i in range(steps):
         state, metrics = step(run.program, state, *frozen, source(i, state))
@@ -110,14 +110,14 @@ def token_sums(config, change=lambda values: values):
     """Returns the sums of the metrics by document, of the student before training."""
     run = Run(config, jax.devices()[:1])
     arrays = (run.models.frozen | run.models.trainable["student"], run.models.teacher_arrays)
-    extra = None
+    read_teacher = None
     if config.reads_cache:
         reader = open_rows(config, run).train
 
-        def extra(*rows):
+        def read_teacher(*rows):
             return {name: change(x) for name, x in reader(*rows).items()}
 
-    return evaluate_rows(run.program, run.mesh, *arrays, run.rows, config, extra)[0]
+    return evaluate_rows(run.program, run.mesh, *arrays, run.rows, config, read_teacher)[0]
 
 
 def test_another_packing_and_batch_change_rounding_alone(make_config, cache):
