@@ -105,7 +105,7 @@ class TeacherConfig:
             expected = "model or ema with trainable full, which changes the base"
             checks.refuse("teacher.kind", expected, self.kind)
         for name, default in (("dtype", "auto"), ("shard_over", ("fsdp", "tensor"))):
-            own, theirs = getattr(config.student, name), getattr(self, name)
-            if theirs not in (default, own):
-                expected = f"the student's, {own!r}, whose weights it has"
-                checks.refuse(f"teacher.{name.replace('_', '-')}", expected, theirs)
+            student, teacher = getattr(config.student, name), getattr(self, name)
+            if teacher not in (default, student):
+                expected = f"the student's, {student!r}, whose weights it has"
+                checks.refuse(f"teacher.{name.replace('_', '-')}", expected, teacher)

@@ -182,20 +182,20 @@ def tokenize(
             encode(tokenizer, [one.text for one in side], [one.spans for one in side])
             for side in zip(*sides, strict=True)
         ]
-        for record, (one, *_), (own, *theirs) in zip(
+        for record, (one, *_), (student, *teachers) in zip(
             placed, sides, zip(*encoded, strict=True), strict=True
         ):
-            ids, target = own
+            ids, target = student
             target[:] |= data.train_on == "all"
-            for _, mask in (own, *theirs):
+            for _, mask in (student, *teachers):
                 mask[:1] = False
             try:
-                for other, mask in theirs:
+                for other, mask in teachers:
                     check_targets(tokenizer, ids[target], other[mask])
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
                 continue
-            teacher = theirs[0] if theirs else None
+            teacher = teachers[0] if teachers else None
             documents.append(Document(ids, target, frozenset(one.hidden), record, teacher))
     return documents, problems
 
