@@ -31,7 +31,8 @@ import numpy as np
 from kd_jax.config import Config, UserError
 from kd_jax.config.command import parse_config, run_command
 from kd_jax.config.flags import flag_name
-from kd_jax.evaluate import EvaluateArgs, measure, summarise
+from kd_jax.inference.arguments import EvaluateArgs
+from kd_jax.inference.comparison import measure, summarise
 from kd_jax.inference.scores import Sums, compare, whole
 from kd_jax.planning.cost import step_flops
 from kd_jax.reporting.page import make_report
@@ -293,12 +294,12 @@ def evaluate(args: argparse.Namespace, flags: Sequence[str], model: Path, folder
             seq_len=config.data.seq_len,
             batch_size=8,
         )
-        documents, positions, _ = measure(options)
+        measured = measure(options)
         folder.mkdir(parents=True, exist_ok=True)
-        result = summarise(options, documents, positions)
+        result = summarise(options, measured)
         write_whole(folder / "evaluation.json", json.dumps(result) + "\n")
         with open(folder / "part.npz", "wb") as out:
-            np.savez(out, **documents)
+            np.savez(out, **measured.documents)
         (folder / "part.npz").replace(file)
         print(f"{folder.name}: " + ", ".join(f"{n} {result[n]:.4f}" for n in SCORES), flush=True)
     with np.load(file) as stored:

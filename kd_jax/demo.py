@@ -293,7 +293,8 @@ def share_possible(model: Path) -> float:
 
 def answer(model: Path, prompts: tuple[str, ...], name: str, temperature: float) -> dict[str, str]:
     """Returns a model's answer to each prompt, which a file next to its folder keeps."""
-    from kd_jax.generate import GenerateArgs, answers
+    from kd_jax.inference.answering import answers
+    from kd_jax.inference.arguments import GenerateArgs
 
     file = model.with_name(f"{model.name}_{name}.json")
     if not file.is_file():

@@ -14,11 +14,12 @@ from scipy.stats import bootstrap, norm
 from tiny import logits
 
 from kd_jax import evaluate
-from kd_jax.config import DataConfig
+from kd_jax.config import DataConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
-from kd_jax.inference import scores
+from kd_jax.inference import comparison, scores
+from kd_jax.inference.arguments import EvaluateArgs
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
@@ -153,7 +154,7 @@ def expected_values(root, top_k):
     rows = data_rows.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
     batch = {name: np.array(getattr(rows, name)) for name in data_rows.COLUMNS}
     labels, mask = map(np.asarray, targets(batch)[:2])
-    mesh = make_mesh(evaluate.MeshConfig(), 8)
+    mesh = make_mesh(MeshConfig(), 8)
     both = []
     for name in ("student", "teacher"):
         models = load_model(open_model(str(root / name), "float32"), mesh)
@@ -197,11 +198,9 @@ def test_the_command_reports_what_float64_says(root, capsys):
 
 
 def test_rows_are_no_longer_than_their_documents_need(root, capsys, monkeypatch):
-    from kd_jax.inference import evaluation
-
-    widths, real = [], evaluation.rows_at_once
+    widths, real = [], comparison.rows_at_once
     monkeypatch.setattr(
-        evaluation, "rows_at_once", lambda *args: widths.append(args[2]) or real(*args)
+        comparison, "rows_at_once", lambda *args: widths.append(args[2]) or real(*args)
     )
     argv = ["--model", root / "student", "--data", root / "data.jsonl", "--dtype", "float32"]
     found = []
@@ -301,7 +300,7 @@ def test_a_trained_pair_has_torchs_values(real_data):
     """The pair and reference.json are those of shared/real_model/README.md."""
     pair = Path(os.environ["KD_JAX_REAL_MODEL"])
     want = json.loads((real_data.parent / "real_model" / "reference.json").read_text())
-    args = evaluate.EvaluateArgs(
+    args = EvaluateArgs(
         model=str(pair / "student"),
         teacher=str(pair / "teacher"),
         data=str(real_data / "gsm8k_alpaca.json"),
@@ -309,7 +308,7 @@ def test_a_trained_pair_has_torchs_values(real_data):
         seq_len=512,
         max_conversations=100,
     )
-    got = evaluate.evaluate(args)
+    got = comparison.evaluate(args)
     assert got["target_tokens"] == want["target_tokens"]
     names = {"ce": "student_ce", "teacher_ce": "teacher_ce", "kl_forward": "kl_teacher_student"}
     for ours, theirs in names.items():

@@ -63,9 +63,10 @@ FLOORS = [
     },
     {
         "inference": [
-            "load", "drawing", "unstacking", "decoding", "sampling", "speculative", "prompts",
-            "answer_file", "accuracy", "scores", "evaluation", "likelihoods", "lm_eval_model",
-            "teacher_pass", "cached", "cache_check", "cache_import", "exam",
+            "arguments", "load", "drawing", "unstacking", "decoding", "sampling", "speculative",
+            "prompts", "answer_file", "answering", "accuracy", "scores", "evaluation",
+            "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check",
+            "cache_import", "exam", "comparison",
         ],
         "reporting": ["arms", "tables", "curves", "texts", "teacher_cost", "page"],
     },

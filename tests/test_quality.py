@@ -12,6 +12,7 @@ from benchmarks import quality
 from kd_jax.config import UserError
 from kd_jax.config.command import parse_config
 from kd_jax.inference import scores
+from kd_jax.inference.comparison import Measured
 
 RATES = {1e-3: 3.0, 1e-2: 2.0, 1e-1: 5.0}
 NUM_DOCUMENTS = 12
@@ -54,14 +55,14 @@ def bench(tmp_path, monkeypatch):
 
     def measure(options):
         measured.append(options)
-        return make_sums(len(options.model)), {}, None
+        return Measured(make_sums(len(options.model)), {})
 
     monkeypatch.setattr("kd_jax.train.main", main)
     monkeypatch.setattr(quality, "completion", lambda workdir: str(workdir) in done)
     monkeypatch.setattr(quality, "read_run", read_run)
     monkeypatch.setattr(quality, "costs", lambda run: {"target_tokens": 800.0})
     monkeypatch.setattr(quality, "measure", measure)
-    monkeypatch.setattr(quality, "summarise", lambda options, *sums: scores.whole(sums[0]))
+    monkeypatch.setattr(quality, "summarise", lambda options, found: scores.whole(found.documents))
     return SimpleNamespace(args=args, flags=flags, runs=runs, measured=measured, out=args.out)
 
 

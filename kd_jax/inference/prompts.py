@@ -3,16 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data.chat import chat_template_of, end_of_turn, render_prompt
 from kd_jax.data.templates import Template
+from kd_jax.inference.sampling import Stop
 from kd_jax.models.architecture import Architecture
 from kd_jax.weights.files import read_json
-
-if TYPE_CHECKING:  # it imports jax, which --help does without
-    from kd_jax.inference.sampling import Stop
 
 
 def encode(
@@ -92,7 +90,7 @@ def template_stops(
     return (set(ids), []) if len(ids) < 2 else (set(), [text])
 
 
-def turn_ends(tokenizer: Any, template: Template | None, date: str) -> "set[Stop]":
+def turn_ends(tokenizer: Any, template: Template | None, date: str) -> set[Stop]:
     """Returns the template's end of turn, a token or several one after the other; {}: none."""
     ids = () if template is None else tuple(end_of_turn(tokenizer, template, date)[0])
     return {ids if len(ids) > 1 else ids[0]} if ids else set()

@@ -39,8 +39,7 @@ from kd_jax.config.checks import Range, metadata, plain_type
 from kd_jax.config.command import check_out_file, load_config, parse_args, parse_config, run_command
 from kd_jax.config.record import differences, dump, from_json
 from kd_jax.demo import DemoArgs
-from kd_jax.evaluate import EvaluateArgs
-from kd_jax.generate import GenerateArgs
+from kd_jax.inference.arguments import EvaluateArgs, GenerateArgs
 from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention

@@ -13,6 +13,8 @@ from kd_jax.config.command import run_command
 from kd_jax.data.questions import Question
 from kd_jax.inference import exam
 from kd_jax.inference.accuracy import final_number, is_correct
+from kd_jax.inference.arguments import EvaluateArgs
+from kd_jax.inference.comparison import open_setup
 from kd_jax.inference.sampling import Sampled
 
 pytestmark = pytest.mark.fast
@@ -103,13 +105,12 @@ def test_a_model_without_a_template_is_asked_with_the_teachers(tmp_path, tmp_pat
         file.unlink()
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"instruction": "What is 1?", "output": "#### 1"}) + "\n")
-    args = evaluate.EvaluateArgs(
+    args = EvaluateArgs(
         model=str(model), teacher=str(teacher), data=str(data), accuracy=2, dtype="float32"
     )
-    bare, ours, *_ = evaluate._open(args)
-    whole, *_ = evaluate._open(dataclasses.replace(args, model=str(teacher)))
-    assert bare.source.tokenizer.chat_template is None
-    found, asked = (evaluate._exam(args, *pair).questions for pair in ((bare, ours), (whole, None)))
-    assert found == asked and len(found) == 1
+    setup = open_setup(args)
+    whole = open_setup(dataclasses.replace(args, model=str(teacher)))
+    assert setup.student.source.tokenizer.chat_template is None
+    assert setup.exam.questions == whole.exam.questions and len(setup.exam.questions) == 1
     with pytest.raises(UserError, match="no tokenizer has a template"):
-        evaluate._exam(args, bare, None)
+        open_setup(dataclasses.replace(args, teacher=None))
