@@ -18,9 +18,8 @@ import numpy as np
 
 from kd_jax.config import MeshConfig
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.load import load_model, open_model
+from kd_jax.inference.load import load_unstacked, open_model
 from kd_jax.inference.sampling import sample
-from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.runtime import start_jax
 from kd_jax.weights.files import read_json
@@ -31,14 +30,13 @@ PROMPT = 32
 def ours(folder: Path, dtype: str, args: argparse.Namespace):
     """Returns a function from prompts to (seconds, new tokens)."""
     opened = open_model(str(folder), dtype)
-    models = load_model(opened, make_mesh(MeshConfig(), jax.device_count()))
-    unstack_layers(models.student, models.frozen)
+    model = load_unstacked(opened, make_mesh(MeshConfig(), jax.device_count()))
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p)
 
     def run(prompts):
         begin = time.perf_counter()
         found = sample(
-            models.student, models.frozen, prompts, keys=range(len(prompts)),
+            *model, prompts, keys=range(len(prompts)),
             max_new_tokens=args.tokens, sampling=sampling, batch_rows=len(prompts),
         )  # fmt: skip
         return time.perf_counter() - begin, [row.tolist() for row in found.tokens]

@@ -63,7 +63,7 @@ FLOORS = [
     },
     {
         "inference": [
-            "arguments", "load", "drawing", "unstacking", "decoding", "sampling", "speculative",
+            "arguments", "unstacking", "load", "drawing", "decoding", "sampling", "speculative",
             "prompts", "answer_file", "answering", "accuracy", "scores", "evaluation",
             "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check",
             "cache_import", "exam", "comparison",

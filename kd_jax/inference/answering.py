@@ -17,7 +17,7 @@ from kd_jax.data.vocabulary import num_entries
 from kd_jax.inference.answer_file import AnswerFile, Options, fit_context, write_answers
 from kd_jax.inference.arguments import GenerateArgs
 from kd_jax.inference.drawing import Sampling
-from kd_jax.inference.load import OpenModel, describe_dtype, load_model, open_model
+from kd_jax.inference.load import OpenModel, describe_dtype, load_unstacked, open_model
 from kd_jax.inference.prompts import (
     TextWriter,
     chat_stops,
@@ -32,7 +32,6 @@ from kd_jax.inference.prompts import (
 )
 from kd_jax.inference.sampling import generate
 from kd_jax.inference.speculative import Model, speculate
-from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.processes import joined, say
 from kd_jax.setup.runtime import start_jax
@@ -86,21 +85,16 @@ def _token_pieces(
     ends: set[int],
 ) -> Iterator[list[list[int]]]:
     """Yields the next tokens of each row, none for rows that have ended."""
-
-    def load(model: OpenModel) -> Model:
-        models = load_model(model, mesh)
-        unstack_layers(models.student, models.frozen)
-        return Model(models.student, models.frozen)
-
-    target = load(opened)
+    target = Model(*load_unstacked(opened, mesh))
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options: dict[str, Any] = {
         "max_new_tokens": room, "stop_tokens": ends, "sampling": sampling, "seed": args.seed,
         "vocab_size": num_entries(opened.source.tokenizer),
     }  # fmt: skip
     if draft is not None:
+        drafter = Model(*load_unstacked(draft[0], mesh))
         options |= {"proposed": args.draft_tokens, "shared_size": draft[1]}
-        yield from speculate(target, load(draft[0]), prompts, **options)
+        yield from speculate(target, drafter, prompts, **options)
         return
     for tokens in generate(*target, prompts, **options):
         yield [[] if token is None else [token] for token in tokens]
@@ -147,9 +141,7 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
         say(line)
     decode = partial(decode_answer, tokenizer)
     with file.begun():
-        models = load_model(opened, mesh)
-        unstack_layers(models.student, models.frozen)
-        return write_answers(file, models.student, models.frozen, fitting, options, decode)
+        return write_answers(file, *load_unstacked(opened, mesh), fitting, options, decode)
 
 
 def _data(args: GenerateArgs, opened: OpenModel) -> tuple[DataConfig, Template | None]:

@@ -55,7 +55,7 @@ class Slots(NamedTuple):
     """B rows being decoded; [B] each unless stated otherwise."""
 
     cache: Any
-    """(keys [B, K, H, T], values [B, K, T, H]) of each layer, or stacked; a ring over T."""
+    """(keys [B, K, H, T], values [B, K, T, H]) of each layer; a ring over T."""
     tokens: jax.Array
     """[B, T] int32: new tokens, at the place where their keys are or will be."""
     log_probs: jax.Array
@@ -78,27 +78,16 @@ class Slots(NamedTuple):
     """[any number, n] int32: what ends a row, its last tokens; -1 before shorter ones."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_slots(program: Program, num_slots: int, unstacked: bool, stops) -> Slots:
-    """Returns slots without rows.
-
-    Args:
-      unstacked: the model's layers are apart.
-      stops: as in Slots.
-    """
+@partial(jax.jit, static_argnums=(0, 1))
+def empty_slots(program: Program, num_slots: int, stops) -> Slots:
+    """Returns slots without rows; `stops` as in Slots."""
     arch = program.spec.arch
     B, K, T, H = num_slots, arch.num_key_value_heads, program.length, arch.head_dim
-    L = arch.num_hidden_layers
 
     def zeros(*shape):
-        if unstacked:
-            return program.rows(jnp.zeros(shape, program.cache_dtype))
-        return jnp.zeros((L, *shape), program.cache_dtype)
+        return program.rows(jnp.zeros(shape, program.cache_dtype))
 
-    def pair():
-        return zeros(B, K, H, T), zeros(B, K, T, H)
-
-    cache: Any = [pair() for _ in range(L)] if unstacked else pair()
+    cache = [(zeros(B, K, H, T), zeros(B, K, T, H)) for _ in range(arch.num_hidden_layers)]
     numbers, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
     tokens = jnp.zeros((num_slots, program.length), jnp.int32)
     return Slots(

@@ -192,7 +192,7 @@ class KdJaxLM(TemplateLM):
     # Generation.
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        unstack_layers(self.scorer.spec, self.scorer.arrays)
+        unstack_layers(self.scorer.spec, self.scorer.arrays)  # once, not for each batch
         asked = [request.args for request in requests]
         # Answers of one batch have equal options; the longest prompts come first.
         collator = Collator(asked, lambda args: -len(self._prompt(args[0])), group_by="gen_kwargs")

@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config, DataConfig, Dtype, OnPolicyConfig, StudentConfig, UserError
 from kd_jax.data.chat import saved_template
+from kd_jax.inference.unstacking import unstack_layers
+from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.mesh import platform
 from kd_jax.parallel.placement import Arrays
@@ -88,6 +90,13 @@ def load_model(model: OpenModel, mesh: Mesh) -> Models:
         spec, trained = models.student, open_trained(model.workdir, model.step)
         arrays = models.frozen | trained.load(_in_use(config, models))
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
+
+
+def load_unstacked(model: OpenModel, mesh: Mesh) -> tuple[DecoderSpec, Arrays]:
+    """Returns the spec and the arrays by layer, as decoding takes them."""
+    models = load_model(model, mesh)
+    unstack_layers(models.student, models.frozen)
+    return models.student, models.frozen
 
 
 def load_head(model: OpenModel, mesh: Mesh) -> Models:

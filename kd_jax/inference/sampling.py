@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.config import UserError
-from kd_jax.inference.decoding import (
-    Program,
-    admit,
-    advance,
-    empty_slots,
-)
+from kd_jax.inference.decoding import Program, admit, advance, empty_slots
 from kd_jax.inference.drawing import GREEDY, Sampling
-from kd_jax.inference.unstacking import gathered, unstack_layers
+from kd_jax.inference.unstacking import unstacked
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards
 from kd_jax.parallel.placement import Arrays, fetch
@@ -110,7 +105,7 @@ def sample_rows(
     ended it, as rows end; arguments as for `sample`."""
     if not rows:
         return
-    spec, arrays = _prepare(spec, arrays)
+    spec, arrays = unstacked(spec, arrays)
     length = max(_cache_length(rows), round_up(longest, 64))
     num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
     program = make_program(spec, arrays, length, sampling, vocab_size)
@@ -131,9 +126,8 @@ class _Batch:
     def __init__(
         self, program: Program, arrays: Arrays, num_slots: int, stop_tokens: Collection[Stop]
     ):
-        unstacked = "layers.self_attn.o_proj.weight" not in arrays
         self.program, self.arrays = program, arrays
-        self.slots = empty_slots(program, num_slots, unstacked, _stop_rows(stop_tokens))
+        self.slots = empty_slots(program, num_slots, _stop_rows(stop_tokens))
         self.free = list(range(num_slots))
         self.owners: dict[int, int] = {}  # slot -> row
         self.begins = np.zeros(num_slots, np.int64)  # clock at each row's first new token
@@ -189,9 +183,9 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Yields each row's next token at every step; None for rows that have ended.
 
-    A row ends before its first stop token or after `max_new_tokens`. Arguments as for `sample`;
-    stacked layers are used as they are.
+    A row ends before its first stop token or after `max_new_tokens`. Arguments as for `sample`.
     """
+    spec, arrays = unstacked(spec, arrays)
     keys = key_data(jax.random.split(jax.random.key(seed), len(prompts)))
     rows = [Row(*row) for row in zip(prompts, [max_new_tokens] * len(prompts), keys, strict=True)]
     length = _cache_length(rows)
@@ -234,15 +228,6 @@ def make_program(
         spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,
         length=length, by_sums=PLATFORMS[_platform(arrays)].summed_attention,
     )  # fmt: skip
-
-
-def _prepare(spec: DecoderSpec, arrays: Arrays) -> tuple[DecoderSpec, Arrays]:
-    """Returns a spec and unstacked arrays, whole on each device but for its `tensor` shard."""
-    if "layers.self_attn.o_proj.weight" not in arrays:
-        return spec, arrays
-    arrays = dict(arrays)
-    unstack_layers(spec, arrays, gather=True)
-    return gathered(spec), arrays
 
 
 def cache_rows(spec: DecoderSpec, length: int, arrays: Arrays) -> int:

@@ -6,7 +6,7 @@ max(p - q, 0), normalised. Greedy decoding is the case in which p and q have one
 """
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 from kd_jax.inference.decoding import Program, attend_cache, logits_of
 from kd_jax.inference.drawing import GREEDY, Sampling, distribution, invert
 from kd_jax.inference.sampling import bucket, key_data, make_program, round_up
+from kd_jax.inference.unstacking import unstacked
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.placement import Arrays
 
@@ -27,7 +28,7 @@ PROPOSED, ACCEPTED, REPLACED = range(3)  # what a uniform number of a token deci
 class Model(NamedTuple):
     spec: DecoderSpec
     arrays: Arrays
-    """Stacked or unstacked."""
+    """As for sampling.sample."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def speculate(
       vocab_size: the target's vocabulary entries without padding; None: all.
       shared_size: those that the draft model has too; None: all.
     """
+    target, draft = Model(*unstacked(*target)), Model(*unstacked(*draft))
     sizes = (vocab_size, min(shared_size or draft.spec.arch.vocab_size, vocab_size or sys.maxsize))
     P = bucket(max(map(len, prompts)))
     length = round_up(P + max_new_tokens + proposed + 1, 64)
@@ -113,7 +115,7 @@ def _begin(pair: Pair, arrays, tokens, lengths, keys):
     zeros = jnp.zeros_like(lengths)
 
     def read(program, weights):
-        model, cache = Decoder(program.spec, weights), _empty(program, len(tokens), weights)
+        model, cache = Decoder(program.spec, weights), _empty(program, len(tokens))
         return model, *_extend(program, model, cache, tokens, zeros)
 
     model, hidden, target_cache = read(pair.target, arrays[0])
@@ -218,13 +220,11 @@ def _write(program: Program, old, new, starts):
     return jax.vmap(write)(old, new, starts)
 
 
-def _empty(program: Program, num_rows: int, arrays: Mapping[str, jax.Array]):
+def _empty(program: Program, num_rows: int):
     arch = program.spec.arch
     shape = (num_rows, arch.num_key_value_heads, program.length, arch.head_dim)
-    L, zeros = arch.num_hidden_layers, jnp.zeros(shape, program.cache_dtype)
-    if "layers.self_attn.o_proj.weight" in arrays:
-        return tuple(jnp.broadcast_to(zeros[None], (L, *shape)) for _ in range(2))
-    return [(zeros, zeros)] * L
+    zeros = jnp.zeros(shape, program.cache_dtype)
+    return [(zeros, zeros)] * arch.num_hidden_layers
 
 
 def _distributions(pair: Pair, program: Program, model: Decoder, x):

@@ -63,9 +63,14 @@ def _split(dtype, layout, dims, scale, stack, factors) -> list[jax.Array]:
     return layers
 
 
-def gathered(spec: DecoderSpec) -> DecoderSpec:
-    """Returns the spec of a model whose weights were all-gathered along ROWS_AXIS."""
+def unstacked(spec: DecoderSpec, arrays: Arrays) -> tuple[DecoderSpec, Arrays]:
+    """Returns a spec and arrays by layer; arrays that are stacked are copied, and all-gathered
+    along ROWS_AXIS."""
+    if "layers.self_attn.o_proj.weight" not in arrays:
+        return spec, arrays
+    arrays = dict(arrays)
+    unstack_layers(spec, arrays, gather=True)
     if spec.layout is None:
-        return spec
+        return spec, arrays
     axes = tuple(axis for axis in spec.layout.axes if axis != ROWS_AXIS)
-    return replace(spec, layout=Layout(spec.layout.mesh, axes))
+    return replace(spec, layout=Layout(spec.layout.mesh, axes)), arrays

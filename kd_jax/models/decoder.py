@@ -2,7 +2,7 @@
 
 Dimensions: B batch, S sequence, D embed, F mlp, N query heads, K key/value heads, H head dim,
 V vocab, L layers. Weights have Hugging Face names and orientation, [out, in]. Layers are stacked on
-a leading L and run by a scan; for decoding they may be unstacked.
+a leading L and run by a scan; for decoding they are unstacked.
 """
 
 from collections.abc import Callable, Mapping

@@ -181,7 +181,10 @@ def decoding_programs(devices):
     spec = DecoderSpec(
         arch=arch, dtype=jnp.dtype("bfloat16"), attention="splash", layout=Layout(mesh)
     )
-    arrays = abstract_weights(weights(arch), spec.layout, "bfloat16")
+    table = {name: weight for name, weight in weights(arch).items() if "layers." not in name}
+    for i in range(arch.num_hidden_layers):
+        table |= {f"layers.{i}.{name}": weight for name, weight in layer_weights(arch).items()}
+    arrays = abstract_weights(table, spec.layout, "bfloat16")
     everywhere = replicated(mesh)
 
     def abstract(shape, dtype):
@@ -190,7 +193,7 @@ def decoding_programs(devices):
     program = Program(
         spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, by_sums=False
     )
-    empty = decoding.empty_slots.trace(program, 2, False, np.int32([[1]])).out_info
+    empty = decoding.empty_slots.trace(program, 2, np.int32([[1]])).out_info
     slots = jax.tree.map(lambda x: abstract(x.shape, x.dtype), empty)
     two = abstract((2,), jnp.int32)
     prompts = (abstract((2, 128), jnp.int32), abstract((2, 2), jnp.int32), two)
