@@ -113,29 +113,15 @@ def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | N
 
 def _cudnn(scale, q, k, v, mask):
     S = q.shape[1]
-    (q, k, v), mask = _padded(2, (q, k, v), mask)
+    heads, mask = _padded(2, (q, k, v), mask)
     seen = _visible(mask, slice(None), slice(None))
-    return _cudnn_kernel(scale, q, k, v, seen[:, None])[:, :S]
 
+    def run(q, k, v, seen):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=seen, scale=scale, is_causal=True, implementation="cudnn"
+        )
 
-def _cudnn_plain(scale, q, k, v, seen):
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=seen, scale=scale, is_causal=True, implementation="cudnn"
-    )
-
-
-_cudnn_kernel = jax.custom_vjp(_cudnn_plain, nondiff_argnums=(0,))
-
-
-def _cudnn_forward(scale, q, k, v, seen):
-    return _with_named_residuals(lambda *x: _cudnn_plain(scale, *x, seen), (q, k, v), seen)
-
-
-def _cudnn_backward(scale, backward, d_output):
-    return *backward(d_output), None
-
-
-_cudnn_kernel.defvjp(_cudnn_forward, _cudnn_backward)
+    return _with_named_residuals(run, heads, seen[:, None])[:, :S]
 
 
 def _splash(scale, q, k, v, mask):
@@ -145,35 +131,20 @@ def _splash(scale, q, k, v, mask):
     S = q.shape[1]
     (q, k, v), mask = _padded(128, (q, k, v), mask)
     q, k, v = (_heads_first(x) for x in (q * _scale(scale, q), k, v))
-    out = _splash_kernel(q, k, v, *mask.documents)
-    return _heads_first(out)[:, :S].astype(q.dtype)
-
-
-@jax.custom_vjp
-def _splash_kernel(q, k, v, segments):
-    return _splash_forward(q, k, v, segments)[0]
-
-
-def _splash_forward(q, k, v, segments):
-    splash = experimental("jax.experimental.pallas.ops.tpu", "splash_attention")
     length = q.shape[2]
+    splash = experimental("jax.experimental.pallas.ops.tpu", "splash_attention")
     size = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    run = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[1]),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
-    )
-    ids = splash.SegmentIds(segments, segments)
-    with _kernel_precision(q.dtype):
-        return _with_named_residuals(lambda *x: jax.vmap(run)(*x, ids), (q, k, v), segments)
 
+    def run(q, k, v, segments):
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[1]),
+            block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+        )
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
 
-def _splash_backward(backward, d_output):
-    with _kernel_precision(d_output.dtype):
-        return *backward(d_output), None
-
-
-_splash_kernel.defvjp(_splash_forward, _splash_backward)
+    out = _with_named_residuals(run, (q, k, v), *mask.documents)
+    return _heads_first(out)[:, :S].astype(q.dtype)
 
 
 def _kernel_precision(dtype):
@@ -182,20 +153,33 @@ def _kernel_precision(dtype):
 
 
 def _with_named_residuals(run, heads: tuple, seen: jax.Array):
-    """Returns a kernel's output and its vjp function.
+    """Returns run(*heads, seen), the output of a kernel.
 
     Residuals besides `heads` and `seen`, the output and the softmax's statistics, are named
     SAVED_ATTENTION: where gradient checkpointing saves them, the kernel does not run again.
     """
-    out, backward = jax.vjp(run, *heads)
-    named = checkpoint_name(out, SAVED_ATTENTION)
 
-    def name(x):
-        if x.shape == seen.shape or any(x is given for given in heads):
-            return x
-        return named if x is out else checkpoint_name(x, SAVED_ATTENTION)
+    def forward(*operands):
+        *heads, seen = operands
+        with _kernel_precision(heads[0].dtype):
+            out, backward = jax.vjp(lambda *x: run(*x, seen), *heads)
+        named = checkpoint_name(out, SAVED_ATTENTION)
 
-    return named, jax.tree.map(name, backward)
+        def name(x):
+            if x.shape == seen.shape or any(x is given for given in heads):
+                return x
+            return named if x is out else checkpoint_name(x, SAVED_ATTENTION)
+
+        return named, jax.tree.map(name, backward)
+
+    def backward(residuals, d_output):
+        with _kernel_precision(d_output.dtype):
+            return *residuals(d_output), None
+
+    kernel = jax.custom_vjp(run)
+    kernel.defvjp(forward, backward)
+    with _kernel_precision(heads[0].dtype):
+        return kernel(*heads, seen)
 
 
 def _padded(unit: int, heads: tuple, mask: Mask) -> tuple[tuple, Mask]:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from kd_jax.parallel.platforms import by_platform
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
     x: jax.Array, weight: jax.Array, dtype: Any, in_use: NamedSharding | None = None
 ) -> jax.Array:
@@ -23,11 +24,6 @@ def project(
       in_use: the weight's sharding in the matmul, all-gathered again in the backward pass; None
         keeps its own.
     """
-    return _project(dtype, in_use, x, weight)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project(dtype, in_use, x, weight):
     weight = _fetch(weight, dtype, in_use)
     if x.shape[1] == 1:
         # Decoding, one token a row: weight first and float32 out is several times faster on CPU.
@@ -41,8 +37,8 @@ def _fetch(weight, dtype, in_use):
     return weight if in_use is None else jax.lax.with_sharding_constraint(weight, in_use)
 
 
-def _forward(dtype, in_use, x, weight):
-    return _project(dtype, in_use, x, weight), (x, weight)
+def _forward(x, weight, dtype, in_use):
+    return project(x, weight, dtype, in_use), (x, weight)
 
 
 def _backward(dtype, in_use, residuals, dy):
@@ -52,9 +48,10 @@ def _backward(dtype, in_use, residuals, dy):
     return dx, d_weight.astype(weight.dtype)
 
 
-_project.defvjp(_forward, _backward)
+project.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def project_adapted(
     x: jax.Array,
     weight: jax.Array,
@@ -72,15 +69,11 @@ def project_adapted(
       factors: A [rank, in] and B [out, rank].
       save: names x Aᵀ for gradient checkpointing.
     """
-    return _adapted(scale, dtype, save, x, weight, *factors)
+    return _adapted_forward(x, weight, factors, scale, dtype, save)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _adapted(scale, dtype, save, x, weight, A, B):
-    return _adapted_forward(scale, dtype, save, x, weight, A, B)[0]
-
-
-def _adapted_forward(scale, dtype, save, x, weight, A, B):
+def _adapted_forward(x, weight, factors, scale, dtype, save):
+    A, B = factors
     low = save(_multiply("BSi,ri->BSr", x, A.astype(dtype)))
     inputs = jnp.concatenate([x, low], axis=-1)
     joined = jnp.concatenate([weight.astype(dtype), _scaled(scale, B, dtype)], axis=1)
@@ -100,10 +93,10 @@ def _adapted_backward(scale, dtype, save, residuals, dy):
     d_weight = _sum_products("BSo,BSi->oi", dy, x)  # unused, and then not computed, if W is frozen
     dA = _sum_products("BSr,BSi->ri", d_low, x)
     dB = scale * _sum_products("BSo,BSr->or", dy, low)
-    return dx, *(d.astype(p.dtype) for d, p in ((d_weight, weight), (dA, A), (dB, B)))
+    return dx, d_weight.astype(weight.dtype), (dA.astype(A.dtype), dB.astype(B.dtype))
 
 
-_adapted.defvjp(_adapted_forward, _adapted_backward)
+project_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def _sum_products(product: str, a: jax.Array, b: jax.Array) -> jax.Array:

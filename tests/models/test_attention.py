@@ -152,16 +152,6 @@ def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=2e-2 * np.abs(theirs).max())  # of bfloat16
 
 
-def test_no_attribute_of_jaxs_custom_vjp_is_used(monkeypatch):
-    """jax renames those that are not documented."""
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: q)
-    monkeypatch.setattr(module, "_cudnn_kernel", object())
-    q, k, v, segments, _ = make_inputs(8)
-    seen = segments[:, None, :, None] == segments[:, None, None, :]
-    out, _ = module._cudnn_forward(None, q, k, v, seen)
-    assert (out == q).all()
-
-
 def test_a_block_that_sees_too_little_is_noticed(monkeypatch):
     right = module._block_logits
     monkeypatch.setattr(
