@@ -277,19 +277,20 @@ def _print_error(error: BaseException) -> int:
     return 1
 
 
-def check_out_file(path: str, flag: str, field: str) -> Path:
+def check_out_file(path: str, flag: str, field: str, *, lines: bool = False) -> Path:
     """Returns the path of a JSON file to write.
 
     Args:
       field: a field of the object; a file that is there must have it to be replaced.
+      lines: the file has a line for each object, which has no other field.
 
     Raises:
       UserError: the folder does not exist, or the path is something else than an earlier result.
     """
     file = out_path(path, flag)
     try:
-        earlier = not file.exists() or (file.is_file() and field in json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        earlier = not file.exists() or (file.is_file() and _has(file, field, lines))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         earlier = False
     if not earlier:
         raise UserError(
@@ -297,3 +298,10 @@ def check_out_file(path: str, flag: str, field: str) -> Path:
             "another file. Give another name"
         )
     return file
+
+
+def _has(file: Path, field: str, lines: bool) -> bool:
+    with file.open("rb") as stream:
+        if lines:
+            return json.loads(stream.readline()).keys() == {field}
+        return field in json.loads(stream.read())

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, with
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, together
-from kd_jax.weights.files import hold, read_json, write_whole
+from kd_jax.weights.files import hold, read_json, read_lines, write_whole
 
 _TOLD_SECONDS = 10.0
 _FACTS = ("index", "sample", "ended", "tokens")
@@ -115,16 +115,15 @@ class AnswerFile:
     def part(self, process: int) -> Path:
         """Returns this process's part, without lines that a kill or a power cut tore."""
         part = self.path.with_name(f"{self.path.name}.part{process}")
-        if part.exists():
-            whole = b"".join(line for line, _ in _whole_lines(part))
-            if len(whole) < part.stat().st_size:
-                write_whole(part, whole.decode())
+        whole = "".join(f"{line}\n" for line, record in read_lines(part, _FACTS) if record)
+        if part.exists() and whole.encode() != part.read_bytes():
+            write_whole(part, whole)
         return part
 
     def read(self) -> dict[Place, dict[str, Any]]:
         """Returns the answers of all parts, without torn lines."""
-        records = [record for part in self.parts() for _, record in _whole_lines(part)]
-        return {(record["index"], record["sample"]): record for record in records}
+        lines = [line for part in self.parts() for line in read_lines(part, _FACTS)]
+        return {(record["index"], record["sample"]): record for _, record in lines if record}
 
     def finish(self, wanted: Sequence[Place]) -> dict[str, int]:
         """Writes the whole file and removes the parts; returns counts of the answers.
@@ -148,15 +147,6 @@ class AnswerFile:
             "answers": len(records), "empty": len(records) - len(full), "ended": ended,
             "tokens": sum(record["tokens"] for record in records),
         }  # fmt: skip
-
-
-def _whole_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields the lines of a part and their records, without torn ones."""
-    for line in file.read_bytes().splitlines(keepends=True):
-        with suppress(ValueError, LookupError, TypeError):
-            record = json.loads(line)
-            if line.endswith(b"\n") and all(isinstance(record[name], int) for name in _FACTS):
-                yield line, record
 
 
 class Fit(NamedTuple):

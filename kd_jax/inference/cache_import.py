@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 import xxhash
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.checks import out_path
+from kd_jax.config.command import check_out_file
 from kd_jax.data.documents import predicts_target
 from kd_jax.data.rows import Rows
 from kd_jax.data.store import Batch
@@ -87,12 +86,7 @@ def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | N
     Raises:
       UserError: the file is another one, or cannot be written.
     """
-    file = out_path(path, "--out")
-    if file.exists() and not _has_documents(file):
-        raise UserError(
-            f"--out: expected a new file, or earlier documents to replace, got {path}, which is "
-            "another file. Give another name"
-        )
+    file = check_out_file(path, "--out", "prompt_token_ids", lines=True)
     data = open_data(with_live_teacher(config), devices)
     seen: dict[bytes, None] = {}
     for rows in [some.teacher or some for some in data.rows if some is not None]:
@@ -100,14 +94,6 @@ def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | N
     lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
     write_whole(file, "".join(f"{line}\n" for line in lines))
     say(f"{path}: {len(lines):,} documents")
-
-
-def _has_documents(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return json.loads(stream.readline()).keys() == {"prompt_token_ids"}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
 
 
 def _documents(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:

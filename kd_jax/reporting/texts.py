@@ -1,12 +1,11 @@
 """Samples of on-policy runs as a table of a report. Needs no jax."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kd_jax.reporting.arms import Arm
 from kd_jax.reporting.tables import Table
+from kd_jax.weights.files import read_lines
 
 _FIRST, _LAST = 2, 4  # samples of a run that are shown
 _MOST_CHARACTERS = 600
@@ -16,7 +15,8 @@ def samples_tables(arms: Sequence[Arm]) -> list[Table]:
     """Returns a table of samples of each arm's first run; none where no run has samples."""
     rows = []
     for arm in arms:
-        found = _read(arm.runs[0].folder / "samples.jsonl")
+        lines = read_lines(arm.runs[0].folder / "samples.jsonl", ["step"])
+        found = [sample for _, sample in lines if sample]
         shown = found if len(found) <= _FIRST + _LAST else found[:_FIRST] + found[-_LAST:]
         rows += [[arm.label, *_cells(one)] for one in shown]
     header = ["arm", "step", "prompt", "answer", "ended", "log-probability a token"]
@@ -33,16 +33,3 @@ def _cells(sample: dict[str, Any]) -> list[str]:
         for text in (prompt[-_MOST_CHARACTERS:], answer[:_MOST_CHARACTERS])
     ]
     return [str(sample["step"]), *shown, ended, f"{sample.get('log_prob', 0.0):.3f}"]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Returns the samples of a file, without a line that a kill cut off; none without the file."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(sample, dict) and "step" in sample:
-            found.append(sample)
-    return found

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(tree).__name__}")
     return tree
+
+
+def read_lines(path: Path, integers: Collection[str]) -> list[tuple[str, dict[str, Any] | None]]:
+    """Returns the lines of a file of JSON objects with these integers, and the objects.
+
+    None stands for the object of a line that a kill or a power cut tore. An absent file has no
+    lines.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [(x.decode(errors="replace"), _object(x, integers)) for x in lines if x]
+
+
+def _object(line: bytes, integers: Collection[str]) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.decode())
+        return found if all(isinstance(found[name], int) for name in integers) else None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import jax
 
 from kd_jax.config import LogConfig
 from kd_jax.parallel.processes import say
-from kd_jax.weights.files import write_whole
+from kd_jax.weights.files import read_lines, write_whole
 
 SHOWN = (
     "loss", "ce_loss", "kd_loss",
@@ -113,22 +113,13 @@ def keep_until(path: Path, last_step: int) -> int:
     """Drops lines of a file after `last_step`, and damaged ones; returns the last step."""
     if not path.is_file():
         return 0
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    steps = [(_step_of(line), line) for line in lines if line]
-    if torn := sum(step is None for step, _ in steps):
+    lines = read_lines(path, ["step"])
+    if torn := sum(record is None for _, record in lines):
         say(f"warning: {path}: {torn} damaged lines were dropped")
-    kept = [(step, line) for step, line in steps if step is not None and step <= last_step]
-    write_whole(path, "".join(f"{line}\n" for _, line in kept))
-    return max((step for step, _ in kept), default=0)
-
-
-def _step_of(line: str) -> int | None:
-    """Returns the step of a JSON line; None for a damaged line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        return None
-    return step if isinstance(step, int) else None
+    kept = [(line, record["step"]) for line, record in lines if record]
+    kept = [(line, step) for line, step in kept if step <= last_step]
+    write_whole(path, "".join(f"{line}\n" for line, _ in kept))
+    return max((step for _, step in kept), default=0)
 
 
 def _progress_bar(start_step: int, num_steps: int):
