@@ -24,7 +24,8 @@ FLOORS = [
     },
     {
         "parallel": [
-            "rules", "platforms", "experimental", "signals", "processes", "mesh", "placement",
+            "rules", "platforms", "experimental", "signals", "processes", "progress", "mesh",
+            "placement",
         ],
         "data": [
             "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",

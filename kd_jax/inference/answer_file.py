@@ -6,8 +6,6 @@ progress. When all are there, the file is written whole, in the order of the pro
 
 import json
 import re
-import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,10 +23,10 @@ from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, without_stop
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.processes import is_first, together
+from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.progress import Progress
 from kd_jax.weights.files import hold, read_json, read_lines, write_whole
 
-_TOLD_SECONDS = 10.0
 _FACTS = ("index", "sample", "ended", "tokens")
 Place = tuple[int, int]
 """Index of a record in the data, and number of the sample."""
@@ -200,14 +198,17 @@ def write_answers(
     by_index = {q.index: q for q in questions}
     done = file.read()
     mine = [place for place in wanted[me::count] if place not in done]
-    progress = _Progress(len(wanted[me::count]), len(wanted[me::count]) - len(mine))
+    number = len(wanted[me::count])
+    progress = Progress(str(file.path), number, "answers", number - len(mine))
     with file.part(me).open("a", encoding="utf-8") as part:
         for place, record in _draw(spec, arrays, mine, by_index, options, decode):
             line = {**record, "index": place[0], "sample": place[1]}
             part.write(json.dumps(line, ensure_ascii=False) + "\n")
             part.flush()
-            progress.tell(record["tokens"])
-    progress.end()
+            progress.batch(progress.done + 1, record["tokens"])
+    if progress.tokens:
+        rate = progress.tokens / progress.seconds
+        say(f"{progress.tokens:,} tokens in {progress.seconds:,.1f} s: {rate:,.0f} tokens/s")
     together("answers/parts", lambda: (None, {}))  # all of them are written
     return together("answers/whole", lambda: (file.finish(wanted) if is_first() else None, {}))
 
@@ -267,40 +268,3 @@ def _keys(seed: int, places: Sequence[Place]) -> np.ndarray:
         return jax.random.key_data(jax.random.fold_in(key, place[1]))
 
     return np.asarray(jax.vmap(key_of)(np.array(places, np.int32)))
-
-
-class _Progress:
-    """Prints answers, rate and time left now and then, on process 0."""
-
-    def __init__(self, total: int, done: int):
-        self.total, self.done, self.tokens = total, done, 0
-        self.first = self.done
-        self.begin = self.told = time.monotonic()
-        if done:
-            self._say(f"{done:,} of {total:,} answers were there")
-
-    def tell(self, tokens: int) -> None:
-        self.done, self.tokens = self.done + 1, self.tokens + tokens
-        now = time.monotonic()
-        if now - self.told > _TOLD_SECONDS:
-            self.told = now
-            left = (self.total - self.done) * (now - self.begin) / (self.done - self.first)
-            self._say(
-                f"{self.done:,} of {self.total:,} answers, {self._rate(now):,.0f} tokens/s, "
-                f"{left / 60:,.1f} min left"
-            )
-
-    def end(self) -> None:
-        if self.tokens:
-            seconds = time.monotonic() - self.begin
-            self._say(
-                f"{self.tokens:,} tokens in {seconds:,.1f} s: "
-                f"{self._rate(time.monotonic()):,.0f} tokens/s"
-            )
-
-    def _rate(self, now: float) -> float:
-        return self.tokens / max(now - self.begin, 1e-9)
-
-    def _say(self, text: str) -> None:
-        if is_first():
-            print(text, file=sys.stderr, flush=True)

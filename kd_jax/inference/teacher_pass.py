@@ -1,6 +1,5 @@
 """The teacher's forward pass over rows, into a cache."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,11 @@ from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import Arrays, put_batch
 from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found
 from kd_jax.setup.models import load_frozen
 from kd_jax.setup.sources import Source
-from kd_jax.teachers.cost import Cost, Stopwatch, add_cost
+from kd_jax.teachers.cost import Cost, add_cost, cost_of
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.manifest import Cache, commit, read_cache
 from kd_jax.teachers.storage import storing, token_bytes
@@ -29,7 +29,6 @@ from kd_jax.teachers.stored import encode
 from kd_jax.teachers.topk import Selection
 from kd_jax.teachers.writing import PartWriter
 
-_TOLD_SECONDS = 10.0
 _FINITE = "finite"
 
 
@@ -167,16 +166,13 @@ def complete(
     teacher = TeacherPass(config, cache, source, mesh, found)
     keys, counts = teacher.keys, teacher.counts
     writer = together("cache/part", lambda: _begin(cache, keys, counts), first_alone=True)
-    if writer.done:
-        say(f"{cache.path}: {writer.done:,} of {writer.num_tokens:,} tokens are there")
-    shown, watch = Progress(cache.path, writer.num_tokens), Stopwatch()
+    progress = Progress(cache.path, writer.num_tokens, "tokens with a loss", writer.done)
     share = 1 - writer.done / max(1, writer.num_tokens)
     for values in teacher.values(writer.done):
         with storing(cache.path):
             writer.append(values)
-        shown.tell(writer.done)
-        watch.batch(teacher.batch_tokens)
-    finish(writer, watch.cost(share) if share else None)
+        progress.batch(writer.done, teacher.batch_tokens)
+    finish(writer, cost_of(progress, share) if share else None)
     done = read_cache(cache.path)
     if done is None:
         raise UserError(f"{cache.path}: what was written there cannot be read back")
@@ -212,25 +208,3 @@ def _commit(writer: PartWriter, cost: Cost | None) -> tuple[None, dict]:
             if cost is not None:
                 add_cost(writer.cache.store, cost)
     return None, {}
-
-
-class Progress:
-    """Prints tokens, rate and time left now and then."""
-
-    def __init__(self, path: str, total: int) -> None:
-        self.path, self.total = path, total
-        self.first: tuple[int, float] | None = None  # the first batch compiles
-        self.told = time.monotonic()
-
-    def tell(self, done: int) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done, now
-        elif now - self.told > _TOLD_SECONDS:
-            self.told = now
-            rate = (done - self.first[0]) / (now - self.first[1])
-            minutes = (self.total - done) / rate / 60
-            say(
-                f"{self.path}: {done:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, "
-                f"{minutes:,.1f} min left"
-            )

@@ -1,11 +1,11 @@
 """What the teacher's passes into a cache cost: cost.json beside the manifest."""
 
 import json
-import time
 from typing import NamedTuple
 
 import tensorstore as ts
 
+from kd_jax.parallel.progress import Progress
 from kd_jax.teachers.storage import open_folder, read_file, write_json
 
 COST = "cost.json"
@@ -29,26 +29,10 @@ class Cost(NamedTuple):
         return self.seconds / self.tokens if self.tokens else 0.0
 
 
-class Stopwatch:
-    """Measures a pass, batch by batch."""
-
-    def __init__(self) -> None:
-        self.begun = self.last = time.monotonic()
-        self.first: float | None = None
-        self.tokens = self.first_tokens = 0
-
-    def batch(self, tokens: int) -> None:
-        self.last = time.monotonic()
-        self.tokens += tokens
-        if self.first is None:
-            self.first, self.first_tokens = self.last, tokens
-
-    def cost(self, share: float) -> Cost:
-        """Returns the cost of a whole pass, of which `share` was done since the start."""
-        warm = self.last - self.first if self.first is not None else 0.0
-        tokens = self.tokens - self.first_tokens
-        whole = self.tokens / share, (self.last - self.begun) / share
-        return Cost(round(whole[0]), whole[1], tokens, warm)
+def cost_of(measured: Progress, share: float) -> Cost:
+    """Returns the cost of a whole pass, of which `share` was done since the start."""
+    whole = round(measured.tokens / share), measured.seconds / share
+    return Cost(*whole, measured.warm_tokens, measured.warm_seconds)
 
 
 def add_cost(store: ts.KvStore, cost: Cost) -> None:
