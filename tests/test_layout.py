@@ -28,7 +28,7 @@ FLOORS = [
             "placement",
         ],
         "data": [
-            "caching", "readers", "files", "fields", "records", "templates", "forms", "turns",
+            "readers", "files", "fields", "records", "templates", "forms", "turns",
             "hidden", "answers", "encode", "vocabulary", "prompts", "chat", "questions", "prepare",
             "pool", "arrays", "store", "packing", "rows", "documents", "batches",
         ],

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kd_jax.config import UserError
-from kd_jax.data.caching import once_per_tokenizer
 from kd_jax.data.fields import check_unicode
 from kd_jax.data.forms import Form, form_of
 from kd_jax.data.hidden import find_hidden
@@ -121,9 +120,8 @@ def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
     return Rendered(begin + text + end, spans, set())
 
 
-@once_per_tokenizer
 def _edges(tokenizer: Any) -> tuple[str, str]:
-    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begins = tokenizer.backend_tokenizer.encode("").ids[:1] == [tokenizer.bos_token_id]
     return (tokenizer.bos_token if begins else ""), tokenizer.eos_token or ""
 
 

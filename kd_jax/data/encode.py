@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-
-from kd_jax.data.caching import once_per_tokenizer
 
 Span = tuple[int, int]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -123,9 +122,18 @@ class _Pieces:
         return self.backend.encode(piece, add_special_tokens=False).offsets
 
 
-@once_per_tokenizer
+_PIECES: WeakKeyDictionary[Any, _Pieces | None] = WeakKeyDictionary()
+"""By tokenizer, none of which it keeps alive: one can use more memory than a small model."""
+
+
 def _pieces_of(tokenizer: Any) -> _Pieces | None:
     """Returns the pieces of a byte-level BPE tokenizer with a known pattern; None for any other."""
+    if tokenizer not in _PIECES:
+        _PIECES[tokenizer] = _make_pieces(tokenizer)
+    return _PIECES[tokenizer]
+
+
+def _make_pieces(tokenizer: Any) -> _Pieces | None:
     from tokenizers.models import BPE
 
     backend = tokenizer.backend_tokenizer
