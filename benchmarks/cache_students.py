@@ -95,7 +95,7 @@ def train_all(args: Args, config: Config, data: Data) -> None:
     record.write_text(recipe)
     done = {(x["form"], x["seed"]) for x in read_results(args)}
     cached = {name: open_finished(config, folder(args, name), data) for name in args.forms}
-    models = load_models(config, data.student, data.teacher, data.mesh, kind="hidden")
+    models = load_models(config, data.student, data.teacher, data.mesh, outputs="hidden")
     for seed in range(args.seeds):
         for name in (name for name in args.forms if (name, seed) not in done):
             start = time.perf_counter()
@@ -110,7 +110,7 @@ def train_all(args: Args, config: Config, data: Data) -> None:
 def train(config: Config, data: Data, models: Models, cached: CachedTeacher) -> Any:
     """Returns the weights of a student trained from a cache."""
     num_steps = count_steps(data.rows[0], config)
-    models = replace(models, teacher_kind=cached.kind)
+    models = replace(models, teacher_outputs=cached.kind)
     program = make_program(config, models, data.vocab_size, data.mesh, num_steps)
     state = init_state(program, jax.tree.map(jnp.copy, models.trainable))
     source = row_source(config, data.rows[0], data.mesh, 0, cached.train)

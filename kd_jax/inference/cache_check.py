@@ -34,7 +34,7 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
     rows, read_teacher = _some(data.rows, cached)
     models = load_models(config, data.student, data.teacher, data.mesh)
     student_arrays = models.frozen | models.trainable["student"]
-    stored = dataclasses.replace(models, teacher_kind=cached.kind)
+    stored = dataclasses.replace(models, teacher_outputs=cached.kind)
 
     def measure(models: Models, arrays: Any, read_teacher: ReadTeacher | None) -> dict[str, float]:
         program = make_program(config, models, data.vocab_size, data.mesh)

@@ -263,7 +263,7 @@ def _sums(
             models,
             teacher=teacher.student,
             teacher_arrays=teacher.frozen,
-            teacher_kind="live" if cached is None else cached.kind,
+            teacher_outputs="live" if cached is None else cached.kind,
             separate_teacher_rows=cached is None and setup.rows.teacher is not None,
         )
     program = make_program(setup.config, models, vocab_size, setup.mesh)

@@ -13,7 +13,7 @@ from kd_jax.data.documents import Documents, find_documents
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
 from kd_jax.parallel.processes import say
-from kd_jax.setup.models import TeacherKind
+from kd_jax.setup.models import TeacherOutputs
 from kd_jax.teachers.manifest import SOURCE, Cache, cache_key, find_places
 from kd_jax.teachers.reading import CachedRows
 
@@ -45,7 +45,7 @@ class CachedTeacher:
 
     train: CachedRows
     held_out: CachedRows | None
-    kind: TeacherKind
+    kind: TeacherOutputs
     key: str
     """Hash of what the run takes from the cache."""
     vocab_size: int | None = None

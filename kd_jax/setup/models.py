@@ -29,9 +29,10 @@ from kd_jax.setup.sources import Source
 from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
 
-TeacherKind = Literal["live", "hidden", "topk", "sampled"]
-TeacherSource = Literal["model", "base", "ema"]
+TeacherKind = Literal["model", "base", "ema"]
 """As teacher.kind of the configuration."""
+TeacherOutputs = Literal["live", "hidden", "topk", "sampled"]
+"""Computed in the program, or of a kind that kd_jax.cache stores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,10 @@ class Models:
     teacher: DecoderSpec | None
     teacher_arrays: dict[str, Any]
     """The teacher's weights; of a cached one the lm_head or, without hidden states, none."""
-    teacher_kind: TeacherKind = "live"
-    """A model in the program, or what of it comes with the batches, from a cache."""
-    teacher_source: TeacherSource = "model"
+    teacher_kind: TeacherKind = "model"
     """Whose weights the teacher has; in self-distillation it has no arrays here."""
+    teacher_outputs: TeacherOutputs = "live"
+    """Of a model in the program, or what of them comes with the batches, from a cache."""
     separate_teacher_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
 
@@ -81,14 +82,14 @@ def abstract_models(
     student: Architecture,
     teacher: Architecture | None,
     mesh: Mesh,
-    kind: TeacherKind | None = None,
+    outputs: TeacherOutputs | None = None,
 ) -> Models:
     """Returns the models of a run as ShapeDtypeStructs with shardings.
 
     Args:
-      kind: of the teacher; None: its hidden states come from teacher.cache, if that is given.
+      outputs: of the teacher; None: hidden states from teacher.cache, if that is given, else live.
     """
-    kind = kind or ("hidden" if config.reads_cache else "live")
+    outputs = outputs or ("hidden" if config.reads_cache else "live")
     spec = make_student_spec(config, student, mesh)
     table = trained_weights(config, student)
     trainable: dict[str, Any] = {"student": _abstract(spec, table, "float32")}
@@ -99,14 +100,14 @@ def abstract_models(
     if config.trainable == "lora":
         frozen = _abstract(spec, weights(student), spec.dtype.name)
     teacher_spec, teacher_arrays = None, dict[str, Any]()
-    source: TeacherSource = "model"
+    kind: TeacherKind = "model"
     if teacher is not None and config.teacher is not None:
         assert config.teacher_part is not None
-        source = config.teacher.kind
+        kind = config.teacher.kind
         teacher_spec = make_spec(config, config.teacher_part, teacher, mesh)
-        teacher_spec = replace(teacher_spec, lora_scale=spec.lora_scale if source == "ema" else 0.0)
+        teacher_spec = replace(teacher_spec, lora_scale=spec.lora_scale if kind == "ema" else 0.0)
         tables = {"live": weights(teacher), "hidden": head_weights(teacher)}
-        table = tables.get(kind, {}) if source == "model" else {}
+        table = tables.get(outputs, {}) if kind == "model" else {}
         teacher_arrays = _abstract(teacher_spec, table, teacher_spec.dtype.name)
     return Models(
         student=spec,
@@ -115,8 +116,8 @@ def abstract_models(
         teacher=teacher_spec,
         teacher_arrays=teacher_arrays,
         teacher_kind=kind,
-        teacher_source=source,
-        separate_teacher_rows=kind == "live" and config.prompts_teacher,
+        teacher_outputs=outputs,
+        separate_teacher_rows=outputs == "live" and config.prompts_teacher,
     )
 
 
@@ -132,16 +133,16 @@ def load_models(
     mesh: Mesh,
     *,
     with_trainable: bool = True,
-    kind: TeacherKind | None = None,
+    outputs: TeacherOutputs | None = None,
 ) -> Models:
     """Returns the models of a run.
 
     Args:
-      kind: of the teacher, as in abstract_models.
+      outputs: of the teacher, as in abstract_models.
       with_trainable: load or initialize the trainable arrays; otherwise they stay abstract, to be
         restored from a checkpoint.
     """
-    models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh, kind)
+    models = abstract_models(config, student.arch, teacher.arch if teacher else None, mesh, outputs)
     frozen = load_arrays(student.folder, student.arch, models.frozen)
     trainable = models.trainable
     if with_trainable:

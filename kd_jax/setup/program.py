@@ -11,7 +11,7 @@ from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.memory import chunk_tokens
-from kd_jax.setup.models import Models, TeacherSource
+from kd_jax.setup.models import Models, TeacherKind
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.stored import StoredModel
 from kd_jax.teachers.topk import TopKModel
@@ -24,10 +24,10 @@ class Program:
     student: DecoderSpec
     teacher: LiveModel | StoredModel | TopKModel | None
     """Gives the teacher's side of a batch."""
-    teacher_source: TeacherSource = "model"
+    teacher_kind: TeacherKind = "model"
     """Whose weights the teacher has."""
     ema_decay: float = 0.0
-    """With teacher_source ema: the share of the average that an update leaves."""
+    """With teacher_kind ema: the share of the average that an update leaves."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
     mesh: Mesh | None = None
@@ -88,13 +88,13 @@ def make_program(
         models.student.dtype.name,
         config.trainable == "full",
     )
-    if models.teacher_kind == "topk" and config.teacher is not None:
+    if models.teacher_outputs == "topk" and config.teacher is not None:
         both = config.teacher.cache_rest == "renormalize_both"
         head = dataclasses.replace(head, listed_only=both)
     return Program(
         student=models.student,
         teacher=_make_teacher(config, models),
-        teacher_source=models.teacher_source,
+        teacher_kind=models.teacher_kind,
         ema_decay=config.teacher.ema_decay if config.teacher is not None else 0.0,
         head=head,
         hidden=config.hidden if config.compares_hidden else None,
@@ -110,9 +110,9 @@ def _make_teacher(config: Config, models: Models) -> LiveModel | StoredModel | T
     spec = models.teacher
     if spec is None:
         return None
-    if models.teacher_kind == "live":
+    if models.teacher_outputs == "live":
         return LiveModel(spec, models.separate_teacher_rows)
-    if models.teacher_kind == "hidden":
+    if models.teacher_outputs == "hidden":
         return StoredModel(spec.arch)
     assert config.teacher is not None
     return TopKModel(spec.arch.vocab_size, config.teacher.cache_rest)

@@ -186,9 +186,9 @@ def _load(
     latest checkpoint, if there is one. The workdir is claimed once the models' hashes are known.
     """
     resumes = checkpointer.latest is not None
-    kind = None if run.cached is None else run.cached.kind
+    outputs = None if run.cached is None else run.cached.kind
     sources = (run.student, run.teacher)
-    models = load_models(config, *sources, run.mesh, with_trainable=not resumes, kind=kind)
+    models = load_models(config, *sources, run.mesh, with_trainable=not resumes, outputs=outputs)
     together("inputs", lambda: _claim(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     kept: Batch = {}
@@ -301,13 +301,13 @@ def describe_models(models: Models) -> str:
 
     trained, teacher = count(models.trainable["student"]), count(models.teacher_arrays)
     beside = f"teacher {teacher:,}" if teacher else "no teacher: the loss is the cross-entropy"
-    if models.teacher_source != "model":
+    if models.teacher_kind != "model":
         own = {"base": "without its adapter", "ema": "as an exponential average"}
-        beside = f"its teacher is itself, {own[models.teacher_source]}"
-    elif models.teacher_kind == "hidden":
+        beside = f"its teacher is itself, {own[models.teacher_kind]}"
+    elif models.teacher_outputs == "hidden":
         beside = f"teacher's lm_head {teacher:,}, its hidden states from teacher.cache"
-    elif models.teacher_kind != "live":
-        beside = f"teacher from teacher.cache ({models.teacher_kind})"
+    elif models.teacher_outputs != "live":
+        beside = f"teacher from teacher.cache ({models.teacher_outputs})"
     if "projection" in models.trainable:
         beside += f", projection {count(models.trainable['projection']):,}"
     total = trained + count(models.frozen)

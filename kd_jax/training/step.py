@@ -70,7 +70,7 @@ def abstract_state(program: Program, trainable: dict[str, Any]) -> TrainState:
 def _optimizer(program: Program) -> optax.GradientTransformation:
     assert program.optim is not None and program.num_steps is not None
     optimizer = make_optimizer(program.optim, program.num_steps)
-    if program.teacher_source != "ema":
+    if program.teacher_kind != "ema":
         return optimizer
     return optax.chain(optimizer, track_average(program.ema_decay))
 
@@ -154,9 +154,9 @@ def teacher_weights(
 
     base: the frozen weights, without the adapter. ema: the average of the trained weights.
     """
-    if program.teacher_source == "base":
+    if program.teacher_kind == "base":
         return frozen
-    if program.teacher_source == "ema":
+    if program.teacher_kind == "ema":
         return frozen | optax.tree.get(state.opt_state, "average")["student"]
     return teacher_arrays
 

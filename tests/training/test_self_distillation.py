@@ -68,7 +68,7 @@ def test_the_average_follows_the_weights(make_config):
 def assert_measured_to(run, average):
     """Compares the next step with that of a run whose teacher is a model with these weights."""
     given = {n: x.astype(np.float32) for n, x in average.items()}
-    program = replace(run.program, teacher_source="model")
+    program = replace(run.program, teacher_kind="model")
     state, frozen, _, batch = run.arguments(run.batch())
     step = jax.jit(lambda s, g: train_step(program, s, frozen, g, batch))
     plain = state._replace(opt_state=state.opt_state[0])
