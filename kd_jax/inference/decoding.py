@@ -120,8 +120,8 @@ def admit(
     def attend(q, k, v, window):
         return model.attend(q, k, v, segment_ids, place, window), (k, v)
 
-    def run_layer(x, layer, kind, old):
-        x, new = layer(x, rope, attend, kind)
+    def run_layer(x, layer, layer_type, old):
+        x, new = layer(x, rope, attend, layer_type)
         keys, values = (_ring(program, part, slots.clock) for part in new)
         parts = zip(old, (jnp.swapaxes(keys, 2, 3), values), strict=True)
         written = (program.rows(x.at[places].set(part, mode="drop")) for x, part in parts)
@@ -184,14 +184,14 @@ def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
     token = jax.lax.dynamic_slice_in_dim(slots.tokens, at, 1, axis=1)
     x, rope = model.embed(token, slots.lengths[:, None])
 
-    def run_layer(x, layer, kind, pair):
+    def run_layer(x, layer, layer_type, pair):
         def attend(q, k, v, window):
             mask = seen if window is None else seen & (age < window)[None]
             out = attend_token(program, q, pair, (k, v), mask)
             place = _after(at, out, slots.clock) if program.by_sums else at
             return out, _write_token(program, pair, (k, v), place)
 
-        return layer(x, rope, attend, kind)
+        return layer(x, rope, attend, layer_type)
 
     x, cache = model.over_layers(run_layer, x, slots.cache, T)
     logits = logits_of(program, model, x[:, 0])

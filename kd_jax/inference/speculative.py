@@ -200,7 +200,7 @@ def _extend(program: Program, model: Decoder, cache, tokens, lengths):
     x, rope = model.embed(tokens, positions)
     ages = positions[:, :, None] - jnp.arange(program.length)[None, None]  # [B, C, T]
 
-    def run_layer(x, layer, kind, pair):
+    def run_layer(x, layer, layer_type, pair):
         def attend(q, k, v, window):
             keys, values = (
                 _write(program, old, new, lengths) for old, new in zip(pair, (k, v), strict=True)
@@ -208,7 +208,7 @@ def _extend(program: Program, model: Decoder, cache, tokens, lengths):
             seen = (ages >= 0) if window is None else (ages >= 0) & (ages < window)
             return attend_cache(program, q, keys, values, seen), (keys, values)
 
-        return layer(x, rope, attend, kind)
+        return layer(x, rope, attend, layer_type)
 
     return model.over_layers(run_layer, x, cache, program.length)
 

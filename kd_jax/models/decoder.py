@@ -37,7 +37,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 [B, S, N, H], anything else)."""
 
 
-class Kind(NamedTuple):
+class LayerType(NamedTuple):
     """Numbers in which layers differ, as data of one scan: [L] int32, scalars within a layer."""
 
     window: Any = None
@@ -57,14 +57,14 @@ class Attention(nnx.Module):
         self.k_norm = optional_norm(spec, arrays, "self_attn.k_norm")
         self.arch = spec.arch
 
-    def __call__(self, x, rope, attend: Attend, kind: Kind, keys):
+    def __call__(self, x, rope, attend: Attend, layer_type: LayerType, keys):
         """Maps [B, S, D] to [B, S, D]; also returns the second output of `attend`."""
         q, k, v = self._project(x, keys)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _norm_parts(self.q_norm, q), _norm_parts(self.k_norm, k)
-        if kind.rope is not None:
-            rope = [tables[kind.rope] for tables in rope]
-        out, extra = attend(rotate(q, *rope), rotate(k, *rope), v, kind.window)
+        if layer_type.rope is not None:
+            rope = [tables[layer_type.rope] for tables in rope]
+        out, extra = attend(rotate(q, *rope), rotate(k, *rope), v, layer_type.window)
         return self.o_proj(out.reshape(*out.shape[:2], -1), keys[3]), extra
 
     def _project(self, x, keys):
@@ -109,11 +109,13 @@ class Layer(nnx.Module):
         self.post_feedforward_layernorm = optional_norm(spec, arrays, "post_feedforward_layernorm")
         self.arch = spec.arch
 
-    def __call__(self, x, rope, attend: Attend, kind: Kind, key: jax.Array | None = None):
+    def __call__(
+        self, x, rope, attend: Attend, layer_type: LayerType, key: jax.Array | None = None
+    ):
         """Returns the residual stream [B, S, D] after the layer, and attend's second output."""
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
         before, after, before_mlp, after_mlp = self._norms()
-        added, extra = self.self_attn(before(x), rope, attend, kind, keys[:4])
+        added, extra = self.self_attn(before(x), rope, attend, layer_type, keys[:4])
         x = x + self._weighted(after(added))
         return x + self._weighted(after_mlp(self.mlp(before_mlp(x), keys[4:]))), extra
 
@@ -175,17 +177,17 @@ class Decoder(nnx.Module):
         def attend(q, k, v, window):
             return self.attend(q, k, v, segment_ids, positions, window), None
 
-        def run_layer(x, layer, kind, key):
+        def run_layer(x, layer, layer_type, key):
             if self.spec.saves_bits:
                 x = self.spec.save(x, SAVED_INPUT)
-            return self.on_rows(layer(x, rope, attend, kind, key)[0])
+            return self.on_rows(layer(x, rope, attend, layer_type, key)[0])
 
         run_layer = _with_remat(run_layer, self.spec.remat)
 
-        def run_and_store(carry, layer, kind, key_and_slot):
+        def run_and_store(carry, layer, layer_type, key_and_slot):
             x, outputs = carry
             key, slot = key_and_slot
-            x = run_layer(x, layer, kind, key)
+            x = run_layer(x, layer, layer_type, key)
             if outputs is not None:  # outside gradient checkpointing: no residual of it is needed
                 outputs = jax.lax.dynamic_update_index_in_dim(outputs, x, slot, 0)
             return (x, outputs), None
@@ -231,21 +233,21 @@ class Decoder(nnx.Module):
         )  # fmt: skip
 
     def over_layers(self, step: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
-        """Scans `step(carry, layer, kind, x) -> (carry, y)` over the layers; returns (carry, ys).
+        """Returns (carry, ys) of a scan over the layers: `step(carry, layer, layer_type, x)`.
 
         Args:
           xs: arrays [L, ...]; for unstacked layers, optionally a list of length L.
           length: of the rows, or of the cache, tokens.
         """
-        kinds = _kinds(self.spec.arch, length)
+        types = _layer_types(self.spec.arch, length)
         if isinstance(self.layers, Layer):
-            return jax.lax.scan(lambda carry, x: step(carry, *x), carry, (self.layers, kinds, xs))
+            return jax.lax.scan(lambda carry, x: step(carry, *x), carry, (self.layers, types, xs))
         ys = []
         for i, layer in enumerate(self.layers):
-            kind, x = jax.tree.map(
-                lambda x, i=i: x[i], (kinds, None if isinstance(xs, list) else xs)
+            layer_type, x = jax.tree.map(
+                lambda x, i=i: x[i], (types, None if isinstance(xs, list) else xs)
             )
-            carry, y = step(carry, layer, kind, xs[i] if isinstance(xs, list) else x)
+            carry, y = step(carry, layer, layer_type, xs[i] if isinstance(xs, list) else x)
             ys.append(y)
         return carry, ys
 
@@ -260,10 +262,10 @@ class Decoder(nnx.Module):
         return source.weight[...]
 
 
-def _kinds(arch: Architecture, length: int) -> Kind:
-    """Returns the kinds of the layers, [L] each, for rows of `length` tokens."""
+def _layer_types(arch: Architecture, length: int) -> LayerType:
+    """Returns the types of the layers, [L] each, for rows of `length` tokens."""
     sizes = [length if size is None else size for size in arch.layer_windows]
-    return Kind(
+    return LayerType(
         window=np.array(sizes, np.int32) if any(x < length for x in sizes) else None,
         rope=np.array(arch.other_rope_layers, np.int32) if arch.other_rope_layers else None,
     )
