@@ -21,7 +21,7 @@ from kd_jax.models.modules import (
     DecoderSpec,
     Linear,
     RMSNorm,
-    Table,
+    VocabWeight,
     optional_linear,
     optional_norm,
     rope_tables,
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
         """Takes arrays by path of the weight table; unstacked layers are layers.0.NAME, ..."""
-        self.embed_tokens = Table(arrays["embed_tokens.weight"])
+        self.embed_tokens = VocabWeight(arrays["embed_tokens.weight"])
         self.layers: Any
         if "layers.self_attn.o_proj.weight" in arrays:
             self.layers = Layer(spec, _below(arrays, "layers."))
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
             self.layers = nnx.List([Layer(spec, _below(arrays, f"layers.{i}.")) for i in every])
         self.norm = RMSNorm(arrays["norm.weight"], spec.arch)
         tied = spec.arch.tie_word_embeddings
-        self.lm_head = nnx.data(None if tied else Table(arrays["lm_head.weight"]))
+        self.lm_head = nnx.data(None if tied else VocabWeight(arrays["lm_head.weight"]))
         self.spec = spec
 
     def __call__(

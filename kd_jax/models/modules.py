@@ -139,7 +139,7 @@ def optional_norm(spec: DecoderSpec, arrays: Mapping[str, Any], path: str) -> An
     return nnx.data(None if weight is None else RMSNorm(weight, spec.arch))
 
 
-class Table(nnx.Module):
+class VocabWeight(nnx.Module):
     """A weight [V, D]: the embedding or the lm_head."""
 
     def __init__(self, weight: Any):
