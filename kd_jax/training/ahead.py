@@ -45,11 +45,11 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
     used = compiled.memory_analysis()
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     report |= memory_fields(case.topology, used.argument_size_in_bytes, temporaries)
-    program = hlo.read_program(compiled.as_text())
+    module = hlo.read_module(compiled.as_text())
     tokens = rows * config.data.seq_len / axes_size(case.sizes, BATCH_AXES) * case.target_share
-    found = hlo.collectives(program, math.ceil(tokens / run.program.head.chunk_tokens))
+    found = hlo.collectives(module, math.ceil(tokens / run.program.head.chunk_tokens))
     report |= time_fields(case, [one.transfer for one in found])
-    largest = hlo.largest_arrays(program, LARGEST)
+    largest = hlo.largest_arrays(module, LARGEST)
     return report | {"largest_temporaries": [array._asdict() for array in largest]}
 
 

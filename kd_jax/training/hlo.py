@@ -43,7 +43,7 @@ class Instruction:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class HloModule:
     computations: dict[str, list[Instruction]]
     entry: str
     sources: dict[str, str] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Collective(NamedTuple):
     source: str
 
 
-def read_program(text: str) -> Program:
+def read_module(text: str) -> HloModule:
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -69,7 +69,7 @@ def read_program(text: str) -> Program:
             current = None
         elif current is not None:
             current += _instructions(line)
-    return Program(computations, entry, _sources(text))
+    return HloModule(computations, entry, _sources(text))
 
 
 def _instructions(line: str) -> Iterator[Instruction]:
@@ -125,16 +125,16 @@ def _sources(text: str) -> dict[str, str]:
     return found
 
 
-def _source(program: Program, line: str) -> str:
+def _source(module: HloModule, line: str) -> str:
     """Returns an instruction's file and line in this package, or else jax's name of it."""
     frame = re.search(r"stack_frame_id=(\d+)", line)
     name = re.search(r'op_name="([^"]*)"', line)
-    place = program.sources.get(frame[1], "") if frame else ""
+    place = module.sources.get(frame[1], "") if frame else ""
     return place or (name[1].removeprefix("jit(train_step)/") if name else "")
 
 
 def _walk(
-    program: Program, loop_trips: int
+    module: HloModule, loop_trips: int
 ) -> Iterator[tuple[Instruction, int, tuple[str, ...], bool]]:
     """Yields each instruction, how often it runs, the loops around it, and whether it is inside a
     fusion, where arrays take no memory.
@@ -142,14 +142,14 @@ def _walk(
     Args:
       loop_trips: trips of a loop whose number is not known before it runs.
     """
-    stack: list[tuple[str, int, tuple[str, ...], bool]] = [(program.entry, 1, (), False)]
+    stack: list[tuple[str, int, tuple[str, ...], bool]] = [(module.entry, 1, (), False)]
     while stack:
         name, times, loops, fused = stack.pop()
-        for one in program.computations.get(name, ()):
+        for one in module.computations.get(name, ()):
             yield one, times, loops, fused
             inner, around = times, loops
             if one.opcode == "while":
-                inner = times * (trips(program, one) or loop_trips)
+                inner = times * (trips(module, one) or loop_trips)
                 around = (*loops, one.name)
             called = re.findall(r"(?:body|calls|to_apply|_computation)=%?([\w.-]+)", one.line)
             for group in re.findall(r"branch_computations=\{([^}]*)\}", one.line):
@@ -157,20 +157,20 @@ def _walk(
             stack += [(child, inner, around, fused or one.opcode in _FUSIONS) for child in called]
 
 
-def trips(program: Program, loop: Instruction) -> int | None:
+def trips(module: HloModule, loop: Instruction) -> int | None:
     """Returns a loop's trips: the compiler's count, or the constant in its condition; or None."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.line)
-    lines = [one.line for one in program.computations.get(condition[1] if condition else "", ())]
+    lines = [one.line for one in module.computations.get(condition[1] if condition else "", ())]
     limits = [int(x) for line in lines for x in re.findall(r" s32\[\]\S* constant\((\d+)\)", line)]
     return max(limits, default=None)
 
 
-def collectives(program: Program, loop_trips: int = 1) -> list[Collective]:
+def collectives(module: HloModule, loop_trips: int = 1) -> list[Collective]:
     """Returns the program's collectives; one inside two asynchronous fusions counts once."""
     found: dict[tuple, Collective] = {}
-    for one, times, loops, _ in _walk(program, loop_trips):
+    for one, times, loops, _ in _walk(module, loop_trips):
         kind = one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -180,7 +180,7 @@ def collectives(program: Program, loop_trips: int = 1) -> list[Collective]:
             num_bytes *= groups.shape[1]
         channel = re.search(r"channel_id=(\d+)", one.line)
         key = (channel[1] if channel else one.name, loops)
-        source = _source(program, one.line)
+        source = _source(module, one.line)
         transfer = Transfer(kind, num_bytes, times, groups)
         found.setdefault(key, Collective(transfer, one.shapes, loops, source))
     return list(found.values())
@@ -227,17 +227,17 @@ class Largest(NamedTuple):
     source: str
 
 
-def largest_arrays(program: Program, count: int) -> list[Largest]:
+def largest_arrays(module: HloModule, count: int) -> list[Largest]:
     """Returns the largest arrays that the program makes, one for each shape and source line.
 
     They are not all alive at once.
     """
     found: dict[tuple[str, str], Largest] = {}
-    for one, _, _, fused in _walk(program, 1):
+    for one, _, _, fused in _walk(module, 1):
         if fused or one.opcode in _NO_ARRAY or one.opcode.endswith("-done"):
             continue
         for shape in one.shapes:
-            source = _source(program, one.line)
+            source = _source(module, one.line)
             array = Largest(shape_bytes(shape), shape, one.opcode, source)
             found.setdefault((shape, source), array)
     return sorted(found.values(), key=lambda x: (-x.num_bytes, x.shape, x.source))[:count]

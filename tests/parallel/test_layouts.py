@@ -116,7 +116,7 @@ def trained(request, configs):
     assert run.mesh.size == 8
     compiled = compile_step(run)
     text = compiled.as_text()
-    return layout, trainable, take_steps(run, compiled), hlo.read_program(text)
+    return layout, trainable, take_steps(run, compiled), hlo.read_module(text)
 
 
 def test_every_layout_trains_as_one_device_does(trained, alone):
@@ -179,5 +179,5 @@ def test_logits_that_are_gathered_are_seen_in_the_program():
 
     head = jnp.ones((SHAPE["vocab_size"], 64))
     arrays = jnp.ones((16, 64)), jax.device_put(head, NamedSharding(mesh, P("tensor")))
-    program = hlo.read_program(jax.jit(dense).lower(*arrays).compile().as_text())
+    program = hlo.read_module(jax.jit(dense).lower(*arrays).compile().as_text())
     assert excesses(program, SHAPE["vocab_size"], 32, WIDTHS)

@@ -61,7 +61,7 @@ def compiled(length):
     weights = jax.device_put(jnp.ones((4, 64, 64)), split)
     x = jax.device_put(jnp.ones((8, 64)), whole)
     text = jax.jit(run).lower(x, weights, jnp.int32(3)).compile().as_text()
-    return hlo.read_program(text)
+    return hlo.read_module(text)
 
 
 @pytest.mark.parametrize("length, times", [(5, 5), (None, 7)])
@@ -79,7 +79,7 @@ def test_the_largest_arrays_are_named_but_not_what_is_inside_fusions():
     def run(x):
         return jnp.sum(jnp.sort(jnp.exp(x[:, None] * x[None]), axis=0) ** 2)
 
-    program = hlo.read_program(jax.jit(run).lower(jnp.ones(512)).compile().as_text())
+    program = hlo.read_module(jax.jit(run).lower(jnp.ones(512)).compile().as_text())
     largest = hlo.largest_arrays(program, 3)
     assert largest[0].num_bytes == 512 * 512 * 4 and largest[0].shape == "f32[512,512]"
     assert len(largest) <= 3
@@ -98,7 +98,7 @@ def test_an_asynchronous_instruction_makes_its_output_and_not_its_inputs():
         "  ROOT %d = f32[1,64]{1,0} fusion-done(%s)",
         "}",
     ]
-    arrays = hlo.largest_arrays(hlo.read_program("\n".join(lines)), 9)
+    arrays = hlo.largest_arrays(hlo.read_module("\n".join(lines)), 9)
     assert [(x.shape, x.opcode) for x in arrays] == [("f32[1,64]", "fusion-start")]
 
 
@@ -107,7 +107,7 @@ def test_an_instruction_is_named_by_its_innermost_line_of_this_package():
         return _sum_by_token(rows, tokens, 5)
 
     lowered = jax.jit(run).lower(jnp.ones((1, 8, 4)), jnp.zeros((1, 8), jnp.int32))
-    sources = hlo.read_program(lowered.compile().as_text()).sources.values()
+    sources = hlo.read_module(lowered.compile().as_text()).sources.values()
     assert sources and all(re.fullmatch(r"models/embedding\.py:\d+", x) for x in sources)
 
 
@@ -131,5 +131,5 @@ ENTRY %main () -> f32[] {{
   ROOT %a = f32[] constant(0)
 }}
 """
-    program = hlo.read_program(text.format(package=Path(kd_jax.__file__).parent))
+    program = hlo.read_module(text.format(package=Path(kd_jax.__file__).parent))
     assert program.sources == {"2": "models/rope.py:7", "3": "models/rope.py:7"}
