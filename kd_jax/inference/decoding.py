@@ -19,7 +19,7 @@ from kd_jax.parallel.mesh import constrain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Program:
+class DecodingProgram:
     """What is static in the compiled programs of decoding."""
 
     spec: DecoderSpec
@@ -79,7 +79,7 @@ class Slots(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def empty_slots(program: Program, num_slots: int, stops) -> Slots:
+def empty_slots(program: DecodingProgram, num_slots: int, stops) -> Slots:
     """Returns slots without rows; `stops` as in Slots."""
     arch = program.spec.arch
     B, K, T, H = num_slots, arch.num_key_value_heads, program.length, arch.head_dim
@@ -99,7 +99,13 @@ def empty_slots(program: Program, num_slots: int, stops) -> Slots:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def admit(
-    program: Program, arrays: Mapping[str, jax.Array], slots: Slots, tokens, numbers, places, keys
+    program: DecodingProgram,
+    arrays: Mapping[str, jax.Array],
+    slots: Slots,
+    tokens,
+    numbers,
+    places,
+    keys,
 ) -> Slots:
     """Returns the slots with n more rows: their prompts in the cache, their first tokens drawn.
 
@@ -149,7 +155,7 @@ def admit(
     )
 
 
-def _ring(program: Program, new: jax.Array, clock: jax.Array) -> jax.Array:
+def _ring(program: DecodingProgram, new: jax.Array, clock: jax.Array) -> jax.Array:
     """Returns keys or values [n, P, K, H] as [n, K, T, H], with the last one at the clock."""
     P, T = new.shape[1], program.length
     rows = jnp.pad(jnp.swapaxes(new, 1, 2), ((0, 0), (0, 0), (0, T - P), (0, 0)))
@@ -158,7 +164,7 @@ def _ring(program: Program, new: jax.Array, clock: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advance(
-    program: Program, arrays: Mapping[str, jax.Array], slots: Slots, fewest, most_steps
+    program: DecodingProgram, arrays: Mapping[str, jax.Array], slots: Slots, fewest, most_steps
 ) -> tuple[Slots, jax.Array]:
     """Returns the slots after some steps, and the last step's tokens [B] int32.
 
@@ -174,7 +180,7 @@ def advance(
     return slots, slots.tokens[:, slots.clock % program.length]
 
 
-def _step(program: Program, model: Decoder, slots: Slots) -> Slots:
+def _step(program: DecodingProgram, model: Decoder, slots: Slots) -> Slots:
     """Returns the slots with each living row's last token in the cache, and a next one drawn."""
     T = program.length
     at, after = slots.clock % T, (slots.clock + 1) % T
@@ -231,7 +237,7 @@ def _is_stop(stops: jax.Array, recent: jax.Array) -> jax.Array:
     return jnp.any(jnp.all(same, axis=-1), axis=-1)
 
 
-def _write_token(program: Program, pair, new, at):
+def _write_token(program: DecodingProgram, pair, new, at):
     """Returns a layer's cache with a key and a value [B, 1, K, H] at one place of every row."""
     k, v = (x.astype(program.cache_dtype) for x in new)
     update = jax.lax.dynamic_update_slice_in_dim
@@ -247,7 +253,7 @@ def _write_new(old: jax.Array, new: jax.Array, at: jax.Array, alive: jax.Array) 
     return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
 
 
-def attend_token(program: Program, q, pair, new, mask):
+def attend_token(program: DecodingProgram, q, pair, new, mask):
     """Returns attention [B, 1, N, H] of one token's queries over a cache and its own key and value.
 
     Args:
@@ -271,7 +277,7 @@ def attend_token(program: Program, q, pair, new, mask):
     return out.reshape(B, 1, N, H).astype(q.dtype)
 
 
-def _product(program: Program, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(program: DecodingProgram, x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns x [B, K, G, M] times y [B, K, M, n], float32."""
     if not program.by_sums:
         return jnp.einsum("BKGM,BKMn->BKGn", x, y, preferred_element_type=jnp.float32)
@@ -279,7 +285,7 @@ def _product(program: Program, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(x[..., None] * y[:, :, None], axis=3)
 
 
-def attend_cache(program: Program, q, keys, values, mask):
+def attend_cache(program: DecodingProgram, q, keys, values, mask):
     """Returns attention [B, C, N, H] of queries [B, C, N, H] over a cache [B, K, T, H].
 
     Args:
@@ -300,7 +306,7 @@ def attend_cache(program: Program, q, keys, values, mask):
     return out.reshape(B, C, N, H).astype(q.dtype)
 
 
-def logits_of(program: Program, model: Decoder, x: jax.Array) -> jax.Array:
+def logits_of(program: DecodingProgram, model: Decoder, x: jax.Array) -> jax.Array:
     """Returns the logits [B, V] float32 of the last layer's hidden states x [B, D]."""
     hidden = model.final_norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.config import UserError
-from kd_jax.inference.decoding import Program, admit, advance, empty_slots
+from kd_jax.inference.decoding import DecodingProgram, admit, advance, empty_slots
 from kd_jax.inference.drawing import GREEDY, Sampling
 from kd_jax.inference.unstacking import unstacked
 from kd_jax.models.decoder import DecoderSpec
@@ -108,7 +108,7 @@ def sample_rows(
     spec, arrays = unstacked(spec, arrays)
     length = max(_cache_length(rows), round_up(longest, 64))
     num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
-    program = make_program(spec, arrays, length, sampling, vocab_size)
+    program = make_decoding_program(spec, arrays, length, sampling, vocab_size)
     batch = _Batch(program, arrays, num_slots, stop_tokens)
     waiting = _longest_first(rows)
     refill = num_slots if len(rows) <= num_slots else max(1, num_slots // 8)
@@ -124,7 +124,11 @@ class _Batch:
     """The slots on the devices, and which row is in which."""
 
     def __init__(
-        self, program: Program, arrays: Arrays, num_slots: int, stop_tokens: Collection[Stop]
+        self,
+        program: DecodingProgram,
+        arrays: Arrays,
+        num_slots: int,
+        stop_tokens: Collection[Stop],
     ):
         self.program, self.arrays = program, arrays
         self.slots = empty_slots(program, num_slots, _stop_rows(stop_tokens))
@@ -189,7 +193,7 @@ def generate(
     keys = key_data(jax.random.split(jax.random.key(seed), len(prompts)))
     rows = [Row(*row) for row in zip(prompts, [max_new_tokens] * len(prompts), keys, strict=True)]
     length = _cache_length(rows)
-    program = make_program(spec, arrays, length, sampling, vocab_size)
+    program = make_decoding_program(spec, arrays, length, sampling, vocab_size)
     num_slots = _num_slots(spec, arrays, length, len(prompts), len(prompts))
     batch = _Batch(program, arrays, num_slots, ())
     waiting = _longest_first(rows)
@@ -217,14 +221,14 @@ def _stream(
         yield [int(token) if on else None for token, on in zip(found, alive, strict=True)]
 
 
-def make_program(
+def make_decoding_program(
     spec: DecoderSpec,
     arrays: Arrays,
     length: int,
     sampling: Sampling,
     vocab_size: int | None,
-) -> Program:
-    return Program(
+) -> DecodingProgram:
+    return DecodingProgram(
         spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,
         length=length, by_sums=PLATFORMS[_platform(arrays)].summed_attention,
     )  # fmt: skip

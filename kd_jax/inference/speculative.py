@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.inference.decoding import Program, attend_cache, logits_of
+from kd_jax.inference.decoding import DecodingProgram, attend_cache, logits_of
 from kd_jax.inference.drawing import GREEDY, Sampling, distribution, invert
-from kd_jax.inference.sampling import bucket, key_data, make_program, round_up
+from kd_jax.inference.sampling import bucket, key_data, make_decoding_program, round_up
 from kd_jax.inference.unstacking import unstacked
 from kd_jax.models.decoder import Decoder, DecoderSpec
 from kd_jax.parallel.placement import Arrays
@@ -35,8 +35,8 @@ class Model(NamedTuple):
 class Pair:
     """What is static in a round."""
 
-    target: Program
-    draft: Program
+    target: DecodingProgram
+    draft: DecodingProgram
     proposed: int
     """k: tokens that the draft model proposes in a round."""
 
@@ -83,7 +83,7 @@ def speculate(
     P = bucket(max(map(len, prompts)))
     length = round_up(P + max_new_tokens + proposed + 1, 64)
     programs = [
-        make_program(*model, length, sampling, size)
+        make_decoding_program(*model, length, sampling, size)
         for model, size in zip((target, draft), sizes, strict=True)
     ]
     pair = Pair(programs[0], programs[1], proposed)
@@ -193,7 +193,7 @@ def _propose(pair: Pair, model: Decoder, state: State):
     return cache, tokens[:-1].T, jnp.swapaxes(q[:-1], 0, 1)
 
 
-def _extend(program: Program, model: Decoder, cache, tokens, lengths):
+def _extend(program: DecodingProgram, model: Decoder, cache, tokens, lengths):
     """Returns hidden states [B, C, D] of tokens [B, C] after `lengths` others, and the cache."""
     C = tokens.shape[1]
     positions = lengths[:, None] + jnp.arange(C)[None]
@@ -213,21 +213,21 @@ def _extend(program: Program, model: Decoder, cache, tokens, lengths):
     return model.over_layers(run_layer, x, cache, program.length)
 
 
-def _write(program: Program, old, new, starts):
+def _write(program: DecodingProgram, old, new, starts):
     """Returns a cache [B, K, T, H] with [B, C, K, H] from each row's own place on."""
     new = jnp.swapaxes(new, 1, 2).astype(program.cache_dtype)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(write)(old, new, starts)
 
 
-def _empty(program: Program, num_rows: int):
+def _empty(program: DecodingProgram, num_rows: int):
     arch = program.spec.arch
     shape = (num_rows, arch.num_key_value_heads, program.length, arch.head_dim)
     zeros = jnp.zeros(shape, program.cache_dtype)
     return [(zeros, zeros)] * arch.num_hidden_layers
 
 
-def _distributions(pair: Pair, program: Program, model: Decoder, x):
+def _distributions(pair: Pair, program: DecodingProgram, model: Decoder, x):
     """Returns the probabilities [B, C, V] to draw from, over the target's V entries."""
     logits = logits_of(program, model, x.reshape(-1, x.shape[-1]))
     found, size = distribution(logits, program.sampling), pair.target.spec.arch.vocab_size

@@ -14,7 +14,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kd_jax.config import LoraConfig, MeshConfig
 from kd_jax.inference import decoding
-from kd_jax.inference.decoding import Program
+from kd_jax.inference.decoding import DecodingProgram
 from kd_jax.inference.drawing import Sampling, _kept, argmax, draw
 from kd_jax.inference.sampling import generate
 from kd_jax.inference.unstacking import unstack_layers
@@ -190,7 +190,7 @@ def decoding_programs(devices):
     def abstract(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    program = Program(
+    program = DecodingProgram(
         spec=spec, sampling=Sampling(), vocab_size=arch.vocab_size, length=192, by_sums=False
     )
     empty = decoding.empty_slots.trace(program, 2, np.int32([[1]])).out_info
@@ -209,7 +209,9 @@ def test_a_token_attends_to_the_cache_and_to_itself(dtype, by_sums):
     B, K, G, H, T = 3, 2, 2, 8, 5
     arch = read_architecture(tiny.make_config(), "tiny")
     spec = DecoderSpec(arch=arch, dtype=jnp.dtype(dtype), attention="xla")
-    program = Program(spec=spec, sampling=Sampling(), vocab_size=9, length=T, by_sums=by_sums)
+    program = DecodingProgram(
+        spec=spec, sampling=Sampling(), vocab_size=9, length=T, by_sums=by_sums
+    )
     rng = np.random.default_rng(0)
     shapes = ((B, 1, K * G, H), (B, K, H, T), (B, K, T, H), (B, 1, K, H), (B, 1, K, H))
     q, keys, values, k, v = (
@@ -234,7 +236,9 @@ def test_attention_over_a_cache_has_the_models_dtype(by_sums):
     """Whatever the cache's: the layers after it would compute in float32."""
     arch = read_architecture(tiny.make_config(), "tiny")
     spec = DecoderSpec(arch=arch, dtype=jnp.dtype("bfloat16"), attention="xla")
-    program = Program(spec=spec, sampling=Sampling(), vocab_size=9, length=5, by_sums=by_sums)
+    program = DecodingProgram(
+        spec=spec, sampling=Sampling(), vocab_size=9, length=5, by_sums=by_sums
+    )
     cache = jnp.ones((3, 2, 5, 8), program.cache_dtype)
     queries, mask = jnp.ones((3, 2, 4, 8), spec.dtype), jnp.ones((3, 2, 5), bool)
     out = decoding.attend_cache(program, queries, cache, cache, mask)
