@@ -31,10 +31,10 @@ from kd_jax.inference.cached import make_cache, open_cached, with_live_teacher
 from kd_jax.inference.teacher_pass import TeacherPass
 from kd_jax.setup.cached import find_all, make_identity
 from kd_jax.setup.inputs import choose, load_rows, open_inputs, row_source
+from kd_jax.setup.model_files import shared_vocab
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import shared_vocab
 from kd_jax.teachers.manifest import new_cache
 from kd_jax.teachers.stored import hidden_fields
 from kd_jax.teachers.writing import PartWriter

@@ -30,10 +30,10 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.onpolicy.sampler import make_sampler
 from kd_jax.onpolicy.source import OnPolicySource
 from kd_jax.setup.inputs import choose, load_rows, open_inputs, row_source
+from kd_jax.setup.model_files import shared_vocab
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import shared_vocab
 from kd_jax.training.step import init_state, jit_train_step
 
 

@@ -112,11 +112,11 @@ def write_jobs(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, dict
     from kd_jax.data.batches import train_batches
     from kd_jax.setup.forward import targets
     from kd_jax.setup.inputs import load_rows
-    from kd_jax.setup.sources import open_source
+    from kd_jax.setup.model_files import open_model_files
 
     config = parse_config(["--config", str(args.out / "config.py"), *flags])
     assert config.teacher is not None and config.optim.accumulation_steps == 1
-    rows, _ = load_rows(config, open_source(config.student.path, None, "student").tokenizer)
+    rows, _ = load_rows(config, open_model_files(config.student.path, None, "student").tokenizer)
     size = config.data.batch_size
     endless = train_batches(
         rows, seed=config.seed, start_step=0, batch_size=size, accumulation_steps=1

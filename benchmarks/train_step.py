@@ -31,10 +31,10 @@ from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import step_flops
 from kd_jax.setup.forward import targets
 from kd_jax.setup.inputs import choose, load_rows, open_inputs
+from kd_jax.setup.model_files import shared_vocab
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import shared_vocab
 from kd_jax.training.step import init_state, jit_train_step
 from kd_jax.workdir.metrics import peak_memory_bytes
 

@@ -39,8 +39,8 @@ from kd_jax.models.weight_table import (
     weights,
 )
 from kd_jax.parallel.mesh import Layout, make_mesh
+from kd_jax.setup.model_files import open_model_files
 from kd_jax.setup.models import load_models
-from kd_jax.setup.sources import open_source
 from kd_jax.training.step import TrainState
 from kd_jax.weights import adapters, export
 from kd_jax.weights import folder as weights_folder
@@ -71,7 +71,7 @@ def make_config(folder, *, trainable="lora", dtype="float32", workdir="unused", 
 
 def load(config):
     """Returns the models of a run as kd_jax.train loads them."""
-    student = open_source(config.student.path, config.student.adapter, "student")
+    student = open_model_files(config.student.path, config.student.adapter, "student")
     return load_models(config, student, None, make_mesh(config.mesh, 8)), student.arch
 
 
@@ -298,7 +298,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
     other = {**config, "intermediate_size": 98, "tie_word_embeddings": False}
     arch = read_architecture(other, "config")
     for use in (
-        weights_load.check_source,
+        weights_load.check_tensors,
         lambda *args: weights_load.load_arrays(*args, {}),
     ):
         with pytest.raises(UserError) as error:
@@ -309,7 +309,7 @@ def test_an_orbax_folder_that_does_not_fit_is_refused(tiny_student, tmp_path):
         )
     shutil.rmtree(tmp_path / "out" / "orbax" / "state")
     with pytest.raises(UserError, match=r"orbax: expected what convert.from_hf wrote"):
-        weights_load.check_source(tmp_path / "out", read_architecture(config, "config"))
+        weights_load.check_tensors(tmp_path / "out", read_architecture(config, "config"))
 
 
 def run(*argv):

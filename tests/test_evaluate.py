@@ -24,7 +24,7 @@ from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup.forward import targets
-from kd_jax.setup.sources import open_source
+from kd_jax.setup.model_files import open_model_files
 
 
 def make_values(count=500, seed=0):
@@ -150,8 +150,8 @@ def evaluated(capsys, root, *flags, **options):
 def expected_values(root, top_k):
     """Returns each target token's values, document and position, from full logits."""
     config = DataConfig(path=str(root / "data.jsonl"), seq_len=192, cache_dir=str(root / "rows"))
-    source = open_source(str(root / "student"), None, "student")
-    rows = data_rows.make_rows(config, source.tokenizer, chat_template_of(config, source.tokenizer))
+    files = open_model_files(str(root / "student"), None, "student")
+    rows = data_rows.make_rows(config, files.tokenizer, chat_template_of(config, files.tokenizer))
     batch = {name: np.array(getattr(rows, name)) for name in data_rows.COLUMNS}
     labels, mask = map(np.asarray, targets(batch)[:2])
     mesh = make_mesh(MeshConfig(), 8)

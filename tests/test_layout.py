@@ -59,7 +59,7 @@ FLOORS = [
         ],
     },
     {
-        "setup": ["runtime", "sources", "models", "program", "forward", "inputs", "cached"],
+        "setup": ["runtime", "model_files", "models", "program", "forward", "inputs", "cached"],
         "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
     },
     {

@@ -21,9 +21,9 @@ from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.parallel.placement import put_batch
 from kd_jax.setup.inputs import open_inputs, prompt_of
+from kd_jax.setup.model_files import shared_vocab
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
-from kd_jax.setup.sources import shared_vocab
 from kd_jax.training.step import init_state, loss_gradients, train_step
 
 STEPS = 4

@@ -34,14 +34,14 @@ from kd_jax.inference.sampling import generate
 from kd_jax.inference.speculative import Model, speculate
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.processes import joined, say
+from kd_jax.setup.model_files import compare_tokenizers
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import compare_tokenizers
 
 
 def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
     opened = open_model(args.model, args.dtype, args.step)
-    tokenizer, folder = opened.source.tokenizer, opened.source.folder
+    tokenizer, folder = opened.files.tokenizer, opened.files.folder
     date = args.date or opened.config.data.date
     prompts = encode(
         tokenizer,
@@ -51,8 +51,8 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
         chat_template=args.chat_template,
         date=date,
     )
-    check_ids(prompts, opened.source.arch, "--model")
-    room = check_length(prompts, args.max_new_tokens, context_length(opened.source.arch))
+    check_ids(prompts, opened.files.arch, "--model")
+    room = check_length(prompts, args.max_new_tokens, context_length(opened.files.arch))
     start_jax(opened.config.compilation_cache)
     mesh = make_mesh(args.mesh, jax.device_count())
     if line := describe_dtype(args.dtype, mesh):
@@ -62,7 +62,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     ends |= stop_tokens(folder, tokenizer)
     draft = None if args.draft is None else _open_draft(args, opened)
     if draft is not None:
-        check_ids(prompts, draft[0].source.arch, "--draft")
+        check_ids(prompts, draft[0].files.arch, "--draft")
     for pieces in _token_pieces(args, opened, draft, mesh, prompts, room, ends):
         for row, (writer, tokens) in enumerate(zip(writers, pieces, strict=True)):
             for token in tokens:
@@ -89,7 +89,7 @@ def _token_pieces(
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options: dict[str, Any] = {
         "max_new_tokens": room, "stop_tokens": ends, "sampling": sampling, "seed": args.seed,
-        "vocab_size": num_entries(opened.source.tokenizer),
+        "vocab_size": num_entries(opened.files.tokenizer),
     }  # fmt: skip
     if draft is not None:
         drafter = Model(*load_unstacked(draft[0], mesh))
@@ -104,7 +104,7 @@ def _open_draft(args: GenerateArgs, opened: OpenModel) -> tuple[OpenModel, int]:
     """Returns the draft model, and the vocabulary entries that it shares with the target."""
     assert args.draft is not None
     draft = open_model(args.draft, args.dtype, flag="--draft")
-    return draft, compare_tokenizers(opened.source, draft.source, "--model, --draft").size
+    return draft, compare_tokenizers(opened.files, draft.files, "--model, --draft").size
 
 
 def answer_data(args: GenerateArgs) -> None:
@@ -125,7 +125,7 @@ def answer_data(args: GenerateArgs) -> None:
 
 def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | None:
     """Returns counts of the answers, on process 0; None for a file that was whole before."""
-    tokenizer = opened.source.tokenizer
+    tokenizer = opened.files.tokenizer
     data, template = _data(args, opened)
     mesh = make_mesh(args.mesh, jax.local_device_count(), jax.local_devices())
     options = _options(args, opened, template, data.date)
@@ -135,7 +135,7 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
         say(f"{args.out}: the answers are there")
         return None
     questions, left_out = read_questions(data, tokenizer, template, args.system)
-    check_ids([question.tokens for question in questions], opened.source.arch, "--model")
+    check_ids([question.tokens for question in questions], opened.files.arch, "--model")
     fitting, notes = fit_context(questions, options)
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
         say(line)
@@ -156,13 +156,13 @@ def _data(args: GenerateArgs, opened: OpenModel) -> tuple[DataConfig, Template |
         chat_template=args.chat_template,
         max_conversations=args.max_conversations,
     )
-    return data, chat_template_of(data, opened.source.tokenizer)
+    return data, chat_template_of(data, opened.files.tokenizer)
 
 
 def _options(
     args: GenerateArgs, opened: OpenModel, template: Template | None, date: str
 ) -> Options:
-    tokenizer, folder = opened.source.tokenizer, opened.source.folder
+    tokenizer, folder = opened.files.tokenizer, opened.files.folder
     _, texts = template_stops(tokenizer, template, date)
     return Options(
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
@@ -171,7 +171,7 @@ def _options(
         stop_tokens=turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer),
         stop_texts=[*args.stop, *texts],
         max_new_tokens=args.max_new_tokens,
-        context=context_length(opened.source.arch),
+        context=context_length(opened.files.arch),
         batch_rows=args.batch_rows,
         vocab_size=num_entries(tokenizer),
     )
@@ -188,7 +188,7 @@ def _identity(
     )  # fmt: skip
     return {
         **{name: getattr(args, name) for name in names},
-        "model": opened.source.hashes,
+        "model": opened.files.hashes,
         "data": hash_source(args.data, data.split),
         "date": data.date,
         "template": template,

@@ -26,7 +26,7 @@ from kd_jax.setup.cached import (
     read_cached,
 )
 from kd_jax.setup.inputs import open_inputs, read_rows
-from kd_jax.setup.sources import Source, check_shared, shared_vocab, start_hashing
+from kd_jax.setup.model_files import ModelFiles, check_shared, shared_vocab, start_hashing
 from kd_jax.teachers.claim import claimed
 from kd_jax.teachers.manifest import SOURCE, Cache, check_identity, new_cache, read_cache
 from kd_jax.teachers.storage import Fields, token_bytes
@@ -48,8 +48,8 @@ class Storage(NamedTuple):
 class Data:
     """The checked models and rows of a configuration whose teacher is to run."""
 
-    student: Source
-    teacher: Source
+    student: ModelFiles
+    teacher: ModelFiles
     mesh: Mesh
     vocab_size: int
     rows: tuple[Rows, Rows | None]
@@ -83,7 +83,7 @@ def open_data(config: Config, devices: Sequence[jax.Device] | None = None) -> Da
 
 def open_cached(
     config: Config,
-    teacher: Source,
+    teacher: ModelFiles,
     mesh: Mesh,
     hashes: dict[str, str],
     template: Template | None,

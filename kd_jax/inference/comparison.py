@@ -28,10 +28,10 @@ from kd_jax.parallel.mesh import make_mesh, platform
 from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.parallel.processes import say
 from kd_jax.setup.cached import CachedTeacher
+from kd_jax.setup.model_files import check_shared, compare_tokenizers, shared_vocab
 from kd_jax.setup.models import Models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import check_shared, compare_tokenizers, shared_vocab
 from kd_jax.weights.folder import same_path
 
 _RECORDED = (
@@ -81,7 +81,7 @@ def measure(args: EvaluateArgs) -> Measured:
     models = load_model(setup.student, setup.mesh)
     accuracy = teacher = theirs = None
     if setup.exam is not None:  # before the teacher's weights take memory
-        size = num_entries(setup.student.source.tokenizer)
+        size = num_entries(setup.student.files.tokenizer)
         accuracy = take_exam(setup.exam, models.student, models.frozen, size)
     if setup.teacher is not None:
         load = load_model if setup.cached is None else load_head
@@ -124,25 +124,25 @@ def open_setup(args: EvaluateArgs) -> Setup:
     if args.against is not None:
         against = open_model(args.against, args.dtype, flag="--against")
     shares = [
-        (other.source, compare_tokenizers(student.source, other.source, f"--model, {flag}"))
+        (other.files, compare_tokenizers(student.files, other.files, f"--model, {flag}"))
         for flag, other in (("--teacher", teacher), ("--against", against))
         if other is not None
     ]
     start_jax(student.config.compilation_cache)
     config = _config(args, student.config, jax.device_count())
     mesh = make_mesh(config.mesh, config.data.batch_size)
-    tokenizers = [model.source.tokenizer for model in (student, teacher) if model]
+    tokenizers = [model.files.tokenizer for model in (student, teacher) if model]
     template = chat_template_of(config.data, *tokenizers)
     exam = None
     if args.accuracy is not None:
         limits = args.accuracy, args.max_new_tokens
-        exam = read_exam(config.data, *limits, student.source, template, "--accuracy")
+        exam = read_exam(config.data, *limits, student.files, template, "--accuracy")
     config, rows = _make_rows(args, config, student, template)
-    context = describe_context(student.source.arch, config.data.seq_len, "model")
+    context = describe_context(student.files.arch, config.data.seq_len, "model")
     for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)
-    for source, shared in shares:
-        check_shared(shared, student.source, source, rows, "--data")
+    for files, shared in shares:
+        check_shared(shared, student.files, files, rows, "--data")
     if args.batch_size is None:
         size = rows_at_once(mesh, len(rows), config.data.seq_len)
         config = _with_data(config, batch_size=size)
@@ -200,7 +200,7 @@ def _make_rows(
     prompt = read_prompt(_prompted(args, model.config))
 
     def make(config: Config) -> Rows:
-        return make_rows(config.data, model.source.tokenizer, template, prompt=prompt)
+        return make_rows(config.data, model.files.tokenizer, template, prompt=prompt)
 
     rows = make(config)
     if args.seq_len is None and (width := shortest_rows(rows)) < config.data.seq_len:
@@ -227,8 +227,8 @@ def _vocab_sizes(
     args: EvaluateArgs, models: list[OpenModel | None], teacher: OpenModel | None
 ) -> list[int]:
     """Returns the vocabulary entries that each model shares with the teacher."""
-    source = None if teacher is None else teacher.source
-    sizes = [shared_vocab(model.source, source).size for model in models if model is not None]
+    files = None if teacher is None else teacher.files
+    sizes = [shared_vocab(model.files, files).size for model in models if model is not None]
     if args.top_k > min(sizes):
         expected = f"at most {min(sizes)} (vocabulary size)"
         raise UserError(f"--top-k: expected {expected}, got {args.top_k}")
@@ -246,8 +246,8 @@ def _with_cache(args: EvaluateArgs, setup: Setup, template: Template | None) -> 
         cache_missing=args.teacher_cache_missing,
     )
     config = dataclasses.replace(setup.config, teacher=part, hidden=HiddenConfig())
-    source, rows = teacher.source, (setup.rows, None)
-    cached = open_cached(config, source, setup.mesh, source.hashes, template, rows)
+    files, rows = teacher.files, (setup.rows, None)
+    cached = open_cached(config, files, setup.mesh, files.hashes, template, rows)
     for size in setup.vocab_sizes:
         cached.check_vocab(size)
     return dataclasses.replace(setup, config=config, cached=cached)

@@ -15,7 +15,7 @@ from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import say
 from kd_jax.setup.inputs import held_out_data
-from kd_jax.setup.sources import Source
+from kd_jax.setup.model_files import ModelFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def read_exam(
     data: DataConfig,
     count: int,
     max_new_tokens: int,
-    model: Source,
+    model: ModelFiles,
     template: Template | None,
     field: str,
 ) -> Exam:
@@ -92,7 +92,7 @@ def read_exam(
     )
 
 
-def make_exam(config: Config, student: Source, template: Template | None) -> Exam | None:
+def make_exam(config: Config, student: ModelFiles, template: Template | None) -> Exam | None:
     """Returns a run's exam, of its held-out data; None if eval.accuracy is 0."""
     data, part = held_out_data(config), config.eval
     if not part.accuracy or data is None:

@@ -30,8 +30,8 @@ from kd_jax.inference.prompts import chat_stops, stop_tokens
 from kd_jax.inference.sampling import generate
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh, traits
+from kd_jax.setup.model_files import ModelFiles, shared_vocab
 from kd_jax.setup.runtime import start_jax
-from kd_jax.setup.sources import Source, shared_vocab
 
 ROW_TOKENS = 512
 MAX_NEW_TOKENS = 256  # lm-eval's default
@@ -72,14 +72,14 @@ class KdJaxLM(TemplateLM):
         """
         super().__init__()
         model = open_model(pretrained, dtype, step)  # type: ignore[arg-type]
-        folder = model.source.folder
+        folder = model.files.folder
         start_jax(compilation_cache)
         mesh = make_mesh(MeshConfig(), jax.device_count())
         if line := describe_dtype(dtype, mesh):  # type: ignore[arg-type]
             print(line, file=sys.stderr)
         models = load_model(model, mesh)
-        self.tokenizer = _tokenizer(model.source, add_bos_token)
-        self.tokenizer.chat_template = model.source.tokenizer.chat_template  # the run's
+        self.tokenizer = _tokenizer(model.files, add_bos_token)
+        self.tokenizer.chat_template = model.files.tokenizer.chat_template  # the run's
         self.stop_tokens = stop_tokens(folder, self.tokenizer)
         self.stop_texts: list[str] = []
         if model.workdir is not None:
@@ -94,7 +94,7 @@ class KdJaxLM(TemplateLM):
             spec=models.student,
             arrays=models.frozen,
             mesh=mesh,
-            vocab_size=shared_vocab(model.source, None).size,
+            vocab_size=shared_vocab(model.files, None).size,
             row_tokens=ROW_TOKENS,
             batch_tokens=traits(mesh).scored_tokens * mesh.size
             if batch_size == "auto"
@@ -248,13 +248,13 @@ class KdJaxLM(TemplateLM):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _tokenizer(source: Source, add_bos_token: bool | None) -> Any:
+def _tokenizer(files: ModelFiles, add_bos_token: bool | None) -> Any:
     if add_bos_token is None:
-        return source.tokenizer
+        return files.tokenizer
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
-        source.folder,
+        files.folder,
         local_files_only=True,
         trust_remote_code=False,
         add_bos_token=add_bos_token,

@@ -14,8 +14,8 @@ from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.mesh import platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.platforms import choose_dtype
+from kd_jax.setup.model_files import ModelFiles, open_model_files
 from kd_jax.setup.models import Models, load_frozen, load_models
-from kd_jax.setup.sources import Source, open_source
 from kd_jax.workdir.checkpoints import open_trained
 from kd_jax.workdir.claim import check_inputs, read_run
 from kd_jax.workdir.history import is_run
@@ -27,7 +27,7 @@ class OpenModel:
 
     config: Config
     """The run's configuration in the requested dtype; without a run, a placeholder."""
-    source: Source
+    files: ModelFiles
     workdir: Path | None
     step: int | None
 
@@ -69,12 +69,12 @@ def open_model(
         unused = DataConfig(path="unused")
         config = Config(workdir="unused", teacher=None, student=student, data=unused, steps=1)
     named = None if workdir is not None else flag
-    source = open_source(config.student.path, config.student.adapter, field, named)
+    files = open_model_files(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
-        check_inputs(workdir, source.hashes)
+        check_inputs(workdir, files.hashes)
         if (template := saved_template(workdir, config.data)) is not None:
-            source.tokenizer.chat_template = template
-    return OpenModel(config=config, source=source, workdir=workdir, step=step)
+            files.tokenizer.chat_template = template
+    return OpenModel(config=config, files=files, workdir=workdir, step=step)
 
 
 def load_model(model: OpenModel, mesh: Mesh) -> Models:
@@ -82,11 +82,11 @@ def load_model(model: OpenModel, mesh: Mesh) -> Models:
 
     The trained arrays of a run come from its checkpoint, the others from its base model.
     """
-    config, source = model.config, model.source
+    config, files = model.config, model.files
     if model.workdir is None:
-        spec, arrays = load_frozen(config, config.student, source, mesh)
+        spec, arrays = load_frozen(config, config.student, files, mesh)
     else:
-        models = load_models(config, source, None, mesh, with_trainable=False)
+        models = load_models(config, files, None, mesh, with_trainable=False)
         spec, trained = models.student, open_trained(model.workdir, model.step)
         arrays = models.frozen | trained.load(_in_use(config, models))
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
@@ -101,9 +101,9 @@ def load_unstacked(model: OpenModel, mesh: Mesh) -> tuple[DecoderSpec, Arrays]:
 
 def load_head(model: OpenModel, mesh: Mesh) -> Models:
     """Returns a model of a folder or the hub with its lm_head alone as `frozen`."""
-    config, source = model.config, model.source
-    table = head_weights(source.arch)
-    spec, arrays = load_frozen(config, config.student, source, mesh, table)
+    config, files = model.config, model.files
+    table = head_weights(files.arch)
+    spec, arrays = load_frozen(config, config.student, files, mesh, table)
     return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
 
 

@@ -19,8 +19,8 @@ from kd_jax.parallel.placement import Arrays, put_batch
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found
+from kd_jax.setup.model_files import ModelFiles
 from kd_jax.setup.models import load_frozen
-from kd_jax.setup.sources import Source
 from kd_jax.teachers.cost import Cost, add_cost, cost_of
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.manifest import Cache, commit, read_cache
@@ -64,14 +64,14 @@ class TeacherPass:
     """The teacher on a mesh, and the documents that it has to run on."""
 
     def __init__(
-        self, config: Config, cache: Cache, source: Source, mesh: Mesh, found: Sequence[Found]
+        self, config: Config, cache: Cache, teacher: ModelFiles, mesh: Mesh, found: Sequence[Found]
     ) -> None:
         """Loads the teacher; `found` are the documents of all data sets."""
         assert config.teacher is not None
         self.cache, self.mesh = cache, mesh
         self.work = [_make_work(one) for one in found]
         self.batch_rows = config.data.batch_size // config.optim.accumulation_steps
-        self.spec, self.arrays = load_frozen(config, config.teacher, source, mesh)
+        self.spec, self.arrays = load_frozen(config, config.teacher, teacher, mesh)
         self.stored = _what_is_stored(cache)
         several = jax.process_count() > 1
         self.run = jax.jit(
@@ -158,20 +158,20 @@ def _what_is_stored(cache: Cache) -> str | Selection:
 
 
 def complete(
-    config: Config, cache: Cache, source: Source, mesh: Mesh, found: Sequence[Found]
+    config: Config, cache: Cache, teacher: ModelFiles, mesh: Mesh, found: Sequence[Found]
 ) -> Cache:
     """Returns the cache with the missing documents added, in a part of their own."""
     if not any(one.num_missing for one in found):
         return cache
-    teacher = TeacherPass(config, cache, source, mesh, found)
-    keys, counts = teacher.keys, teacher.counts
+    run = TeacherPass(config, cache, teacher, mesh, found)
+    keys, counts = run.keys, run.counts
     writer = together("cache/part", lambda: _begin(cache, keys, counts), first_alone=True)
     progress = Progress(cache.path, writer.num_tokens, "tokens with a loss", writer.done)
     share = 1 - writer.done / max(1, writer.num_tokens)
-    for values in teacher.values(writer.done):
+    for values in run.values(writer.done):
         with storing(cache.path):
             writer.append(values)
-        progress.batch(writer.done, teacher.batch_tokens)
+        progress.batch(writer.done, run.batch_tokens)
     finish(writer, cost_of(progress, share) if share else None)
     done = read_cache(cache.path)
     if done is None:

@@ -12,7 +12,7 @@ from kd_jax.inference.prompts import stop_tokens, turn_ends
 from kd_jax.inference.sampling import Stop
 from kd_jax.onpolicy.prompts import Prompts, check_prompts, find_prompts
 from kd_jax.parallel.processes import say
-from kd_jax.setup.sources import Source
+from kd_jax.setup.model_files import ModelFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Sampler:
 
 
 def make_sampler(
-    config: Config, student: Source, teacher: Source, template: Template | None, rows: Rows
+    config: Config, student: ModelFiles, teacher: ModelFiles, template: Template | None, rows: Rows
 ) -> Sampler:
     """Returns what a run's samples are drawn with, and prints a line about the prompts.
 
@@ -53,16 +53,16 @@ def make_sampler(
     )
 
 
-def _room(seq_len: int, name: str, models: dict[str, Source]) -> tuple[int, str]:
+def _room(seq_len: int, name: str, models: dict[str, ModelFiles]) -> tuple[int, str]:
     """Returns the tokens that a prompt and its answer may have together, and what bounds them."""
     rooms = [(seq_len, name)]
-    for name, source in models.items():
-        context = source.arch.max_position_embeddings
+    for name, files in models.items():
+        context = files.arch.max_position_embeddings
         rooms += [] if context is None else [(context, f"the {name}'s context")]
     return min(rooms)
 
 
-def _stops(config: Config, student: Source, template: Template | None) -> set[Stop]:
+def _stops(config: Config, student: ModelFiles, template: Template | None) -> set[Stop]:
     """Returns what ends an answer: the tokens of the student's folder, and the template's."""
     ends = turn_ends(student.tokenizer, template, config.data.date)
     stops = ends | stop_tokens(student.folder, student.tokenizer)

@@ -127,8 +127,8 @@ def _evaluated(run: Run) -> Numbers:
     return run.evaluation
 
 
-# Places that held-out numbers of a run come from: name, note, function.
-SOURCES: tuple[tuple[str, str, Callable[[Run], Numbers]], ...] = (
+# Evaluations that held-out numbers of a run come from: name, note, function.
+EVALUATIONS: tuple[tuple[str, str, Callable[[Run], Numbers]], ...] = (
     ("the last evaluation", "After the last step of each run.", _last),
     (
         "each run’s best evaluation",
@@ -141,10 +141,10 @@ SOURCES: tuple[tuple[str, str, Callable[[Run], Numbers]], ...] = (
 
 
 def result_tables(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> list[Table]:
-    """Returns means and differences by each source that has numbers, unless it repeats another."""
+    """Returns means and differences by each evaluation with numbers, unless it repeats another."""
     tables = []
     before: Frames = {}
-    for source, note, read in SOURCES:
+    for evaluation, note, read in EVALUATIONS:
         frames = {arm.name: _frame(arm, read, METRICS) for arm in arms}
         names = [n for n in METRICS if any(n in frame for frame in frames.values())]
         repeats = before and all(frames[name].equals(before[name]) for name in frames)
@@ -154,10 +154,10 @@ def result_tables(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> list[Tabl
         note += " Mean ± standard deviation over n seeds, per target token."
         note += _unlike(arms) if read is _evaluated else ""
         metrics = {name: METRICS[name] for name in names}
-        tables.append(_means_table(f"Held-out text, by {source}", arms, frames, metrics, note))
+        tables.append(_means_table(f"Held-out text, by {evaluation}", arms, frames, metrics, note))
         known = {name for control in controls.values() for name in frames[control.name]}
         if shared := [n for n in names if n in known and METRICS[n].compared]:
-            tables.append(_differences_table(source, arms, frames, controls, shared))
+            tables.append(_differences_table(evaluation, arms, frames, controls, shared))
     return tables
 
 
@@ -190,7 +190,7 @@ def _unlike(arms: Sequence[Arm]) -> str:
 
 
 def _differences_table(
-    source: str,
+    evaluation: str,
     arms: Sequence[Arm],
     frames: Frames,
     controls: Mapping[str, Arm],
@@ -209,7 +209,7 @@ def _differences_table(
     which = "each arm's control" if several else f"the control ({labels[0]})"
     headings = [heading for name in names for heading in (METRICS[name].heading, "t")]
     return Table(
-        title=f"Differences from {which}, by {source}",
+        title=f"Differences from {which}, by {evaluation}",
         header=["arm", *(["control"] if several else []), "n", *headings],
         rows=rows,
         note="Mean difference ± its standard error over n pairs of runs with equal seeds, and t, "

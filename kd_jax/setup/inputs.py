@@ -25,8 +25,8 @@ from kd_jax.planning.choices import choose_dtypes, choose_remat, describe_choice
 from kd_jax.planning.cost import Case
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
+from kd_jax.setup.model_files import ModelFiles, open_model_files, own_teacher
 from kd_jax.setup.runtime import check_attention
-from kd_jax.setup.sources import Source, open_source, own_teacher
 
 
 class BatchSource(Protocol):
@@ -61,7 +61,7 @@ class RowSource:
 
 def open_inputs(
     config: Config, devices: Sequence[jax.Device] | None = None
-) -> tuple[Source, Source | None, Mesh]:
+) -> tuple[ModelFiles, ModelFiles | None, Mesh]:
     """Returns the checked student, teacher (None for fine-tuning) and mesh.
 
     Args:
@@ -79,13 +79,15 @@ def open_inputs(
         except UserError as error:
             problems.append(str(error))
 
-    student = attempt(open_source, config.student.path, config.student.adapter, "student")
+    student = attempt(open_model_files, config.student.path, config.student.adapter, "student")
     teacher = None
     if config.teacher is not None and config.distils:
         if config.teacher.path is None:
             teacher = student and own_teacher(student)
         else:
-            teacher = attempt(open_source, config.teacher.path, config.teacher.adapter, "teacher")
+            teacher = attempt(
+                open_model_files, config.teacher.path, config.teacher.adapter, "teacher"
+            )
     if config.compares_hidden:
         attempt(check_layers, config.hidden, *(x and x.arch for x in (student, teacher)))
     archs = (student and student.arch, teacher and teacher.arch)
@@ -96,8 +98,8 @@ def open_inputs(
         attempt(check_source, held_out.path, held_out.split, "eval.path")
     if problems:
         raise UserError("\n".join(problems))
-    for source, field in ((student, "student"), (teacher, "teacher")):
-        if source is not None and (warning := describe_context(source.arch, seq_len, field)):
+    for files, field in ((student, "student"), (teacher, "teacher")):
+        if files is not None and (warning := describe_context(files.arch, seq_len, field)):
             say(warning)
     return student, teacher, mesh
 

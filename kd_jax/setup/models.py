@@ -25,7 +25,7 @@ from kd_jax.models.weight_table import (
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.platforms import choose_dtype
-from kd_jax.setup.sources import Source
+from kd_jax.setup.model_files import ModelFiles
 from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
 
@@ -128,8 +128,8 @@ def _abstract(spec: DecoderSpec, table: Mapping[str, Weight], dtype: str) -> Any
 
 def load_models(
     config: Config,
-    student: Source,
-    teacher: Source | None,
+    student: ModelFiles,
+    teacher: ModelFiles | None,
     mesh: Mesh,
     *,
     with_trainable: bool = True,
@@ -155,7 +155,7 @@ def load_models(
     return replace(models, frozen=frozen, trainable=trainable, teacher_arrays=arrays)
 
 
-def _first_values(config: Config, student: Source, models: Models) -> dict[str, Any]:
+def _first_values(config: Config, student: ModelFiles, models: Models) -> dict[str, Any]:
     """Returns the initial trainable arrays, structured like models.trainable."""
     abstract = models.trainable["student"]
     if config.trainable == "full":
@@ -178,7 +178,7 @@ def _first_values(config: Config, student: Source, models: Models) -> dict[str, 
 def load_frozen(
     config: Config,
     part: StudentConfig | TeacherConfig,
-    source: Source,
+    files: ModelFiles,
     mesh: Mesh,
     table: Mapping[str, Weight] | None = None,
 ) -> tuple[DecoderSpec, Arrays]:
@@ -187,7 +187,7 @@ def load_frozen(
     Args:
       table: weights to load; None: all.
     """
-    spec = make_spec(config, part, source.arch, mesh)
-    wanted = weights(source.arch) if table is None else table
+    spec = make_spec(config, part, files.arch, mesh)
+    wanted = weights(files.arch) if table is None else table
     abstract = _abstract(spec, wanted, spec.dtype.name)
-    return spec, load_arrays(source.folder, source.arch, abstract, adapter=source.adapter)
+    return spec, load_arrays(files.folder, files.arch, abstract, adapter=files.adapter)

@@ -28,16 +28,16 @@ from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.cached import CachedTeacher
 from kd_jax.setup.inputs import BatchSource, choose, open_inputs, read_rows, row_source
-from kd_jax.setup.models import Models, load_models
-from kd_jax.setup.program import Program, make_program
-from kd_jax.setup.sources import (
-    Source,
+from kd_jax.setup.model_files import (
+    ModelFiles,
     check_adapter,
     check_shared,
     shared_vocab,
     start_hashing,
     without_tokenizer,
 )
+from kd_jax.setup.models import Models, load_models
+from kd_jax.setup.program import Program, make_program
 from kd_jax.training.step import (
     TrainState,
     abstract_state,
@@ -60,8 +60,8 @@ class _Run:
 
     config: Config
     """With every choice made."""
-    student: Source
-    teacher: Source | None
+    student: ModelFiles
+    teacher: ModelFiles | None
     mesh: Mesh
     vocab_size: int
     rows: Rows
@@ -187,8 +187,9 @@ def _load(
     """
     resumes = checkpointer.latest is not None
     outputs = None if run.cached is None else run.cached.kind
-    sources = (run.student, run.teacher)
-    models = load_models(config, *sources, run.mesh, with_trainable=not resumes, outputs=outputs)
+    models = load_models(
+        config, run.student, run.teacher, run.mesh, with_trainable=not resumes, outputs=outputs
+    )
     together("inputs", lambda: _claim(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     kept: Batch = {}
@@ -248,7 +249,7 @@ def _evaluate(
 
 def _inputs(
     config: Config, workdir: Path
-) -> tuple[tuple[Config, Source, Source | None, Mesh], dict[str, Any]]:
+) -> tuple[tuple[Config, ModelFiles, ModelFiles | None, Mesh], dict[str, Any]]:
     """Returns the config with every choice made, the models and the mesh.
 
     Also returns the values that must be equal in all processes.

@@ -146,7 +146,7 @@ def open_orbax(folder: Path, arch: Architecture) -> OrbaxArrays:
     return arrays
 
 
-def check_source(folder: Path, arch: Architecture) -> None:
+def check_tensors(folder: Path, arch: Architecture) -> None:
     """Raises UserError unless the folder holds exactly this architecture's tensors."""
     if (folder / ORBAX).is_dir():
         open_orbax(folder, arch)

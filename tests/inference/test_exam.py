@@ -8,12 +8,12 @@ from samples import chat, write_lines
 
 from kd_jax.config import Config, DataConfig, EvalConfig, StudentConfig, UserError
 from kd_jax.inference import exam
-from kd_jax.setup.sources import open_source
+from kd_jax.setup.model_files import open_model_files
 
 
 @pytest.fixture
 def student(tmp_path):
-    return open_source(str(tiny.write_plain_model(tmp_path / "student")), None, "student")
+    return open_model_files(str(tiny.write_plain_model(tmp_path / "student")), None, "student")
 
 
 def config_for(path, **options):

@@ -16,7 +16,7 @@ from kd_jax.inference.load import load_model, open_model
 from kd_jax.models import attention
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
-from kd_jax.setup.sources import shared_vocab
+from kd_jax.setup.model_files import shared_vocab
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def scorer(tmp_path_factory):
     model = open_model(str(folder), "float32")
     mesh = make_mesh(MeshConfig(), jax.device_count())
     models = load_model(model, mesh)
-    vocab_size = shared_vocab(model.source, None).size
+    vocab_size = shared_vocab(model.files, None).size
     return Scorer(
         spec=models.student, arrays=models.frozen, mesh=mesh,
         vocab_size=vocab_size, row_tokens=32, batch_tokens=512,

@@ -263,7 +263,7 @@ def test_all_tensors_that_do_not_fit_are_listed(folder):
 
     edit(folder, spoil)
     with pytest.raises(UserError) as error:
-        weights_load.check_source(folder, weights_folder.load_architecture(folder))
+        weights_load.check_tensors(folder, weights_folder.load_architecture(folder))
     assert str(error.value).splitlines() == [
         f"{folder}: the tensors do not fit config.json:",
         f"  missing: {UP_PROJ} [96, 64]",
@@ -566,7 +566,7 @@ def test_names_that_wrappers_write_are_read_and_said(rename, tied, folder, capsy
     save_file({rename(name): x for name, x in tensors.items()}, folder / WEIGHTS)
     got = load(folder)
     assert capsys.readouterr().err == ""
-    weights_load.check_source(folder, weights_folder.load_architecture(folder))
+    weights_load.check_tensors(folder, weights_folder.load_architecture(folder))
     assert len(capsys.readouterr().err.splitlines()) == 1
     for path in want:
         np.testing.assert_array_equal(got[path], want[path])

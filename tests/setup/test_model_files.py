@@ -10,14 +10,14 @@ import tiny
 
 from kd_jax.config import UserError
 from kd_jax.models.architecture import read_architecture
-from kd_jax.setup.sources import Source, check_shared, shared_vocab
+from kd_jax.setup.model_files import ModelFiles, check_shared, shared_vocab
 
 
-def source(tokenizer, vocab_size=320, extra=()):
+def model(tokenizer, vocab_size=320, extra=()):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(list(extra))
     arch = read_architecture(tiny.make_config(vocab_size=vocab_size), "config")
-    return Source(folder=Path("x"), arch=arch, tokenizer=tokenizer, adapter=None, folders={})
+    return ModelFiles(folder=Path("x"), arch=arch, tokenizer=tokenizer, adapter=None, folders={})
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def source(tokenizer, vocab_size=320, extra=()):
 def test_entries_that_both_tokenizers_have_are_compared(
     student, teacher, compared, tokenizer, capsys
 ):
-    ours, theirs = (one and source(tokenizer, *one) for one in (student, teacher))
+    ours, theirs = (one and model(tokenizer, *one) for one in (student, teacher))
     assert shared_vocab(ours, theirs).size == compared
     assert ("do not share these tokens" in capsys.readouterr().err) == (
         teacher is not None and student[1] != teacher[1]
@@ -42,13 +42,13 @@ def test_entries_that_both_tokenizers_have_are_compared(
 
 
 def test_a_head_without_all_shared_entries_is_refused(tokenizer):
-    for student, teacher in ((source(tokenizer, 298), None), (source(tokenizer, 298),) * 2):
+    for student, teacher in ((model(tokenizer, 298), None), (model(tokenizer, 298),) * 2):
         with pytest.raises(UserError, match="expected at least 300 vocabulary entries"):
             shared_vocab(student, teacher)
 
 
 def test_rows_whose_answers_have_a_token_of_one_model_alone_are_refused(tokenizer, capsys):
-    student, teacher = source(tokenizer, extra=("<|x|>",)), source(tokenizer)
+    student, teacher = model(tokenizer, extra=("<|x|>",)), model(tokenizer)
     tokens, mask = np.array([[1, 300, 7, 8]]), np.array([[False, False, True, True]])
     rows = SimpleNamespace(tokens=tokens, loss_mask=mask, teacher=None)
     shared, alone = shared_vocab(student, teacher), shared_vocab(student, None)

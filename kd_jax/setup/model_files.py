@@ -13,11 +13,11 @@ from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter, load_adapter
 from kd_jax.weights.folder import fingerprint, load_architecture, resolve
-from kd_jax.weights.load import check_source
+from kd_jax.weights.load import check_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ModelFiles:
     """A model on disk with checked architecture, tensor names and tensor shapes."""
 
     folder: Path
@@ -33,7 +33,9 @@ class Source:
         return {field: fingerprint(folder) for field, folder in self.folders.items()}
 
 
-def open_source(path: str, adapter: str | None, field: str, flag: str | None = None) -> Source:
+def open_model_files(
+    path: str, adapter: str | None, field: str, flag: str | None = None
+) -> ModelFiles:
     """Returns a checked model.
 
     Args:
@@ -42,7 +44,7 @@ def open_source(path: str, adapter: str | None, field: str, flag: str | None = N
     """
     folder = resolve(path, flag or f"{field}.path")
     arch = load_architecture(folder)
-    check_source(folder, arch)
+    check_tensors(folder, arch)
     folders = {f"{field}.path": folder}
     loaded = None
     if adapter is not None:
@@ -50,18 +52,20 @@ def open_source(path: str, adapter: str | None, field: str, flag: str | None = N
         loaded = load_adapter(adapter_folder, arch)
         folders[f"{field}.adapter"] = adapter_folder
     tokenizer = load_tokenizer(folder)
-    return Source(folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, folders=folders)
+    return ModelFiles(
+        folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, folders=folders
+    )
 
 
-def own_teacher(student: Source) -> Source:
+def own_teacher(student: ModelFiles) -> ModelFiles:
     """Returns the student without its adapter, as the teacher of self-distillation."""
     return replace(student, adapter=None, folders={"teacher.path": student.folder})
 
 
-def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
-    """Returns a future of the sources' content hashes, computed in a thread."""
+def start_hashing(*models: ModelFiles | None) -> Future[dict[str, str]]:
+    """Returns a future of the models' content hashes, computed in a thread."""
     pool = ThreadPoolExecutor(1)
-    folders = {k: v for source in sources if source is not None for k, v in source.folders.items()}
+    folders = {k: v for files in models if files is not None for k, v in files.folders.items()}
 
     def compute() -> dict[str, str]:
         found = {folder: fingerprint(folder) for folder in {*folders.values()}}
@@ -72,12 +76,12 @@ def start_hashing(*sources: Source | None) -> Future[dict[str, str]]:
     return future
 
 
-def without_tokenizer(source: Source) -> Source:
-    """Returns the source without its tokenizer, which can use more memory than a small model."""
-    return replace(source, tokenizer=None)
+def without_tokenizer(files: ModelFiles) -> ModelFiles:
+    """Returns a model without its tokenizer, which can use more memory than a small model."""
+    return replace(files, tokenizer=None)
 
 
-def compare_tokenizers(ours: Source, theirs: Source, fields: str) -> SharedVocab:
+def compare_tokenizers(ours: ModelFiles, theirs: ModelFiles, fields: str) -> SharedVocab:
     """Returns the ids that two models' tokenizers share; raises if other than added tokens differ.
 
     Args:
@@ -86,33 +90,37 @@ def compare_tokenizers(ours: Source, theirs: Source, fields: str) -> SharedVocab
     return share_vocab(ours.tokenizer, theirs.tokenizer, ours.folder, theirs.folder, fields)
 
 
-def shared_vocab(student: Source, teacher: Source | None) -> SharedVocab:
+def shared_vocab(student: ModelFiles, teacher: ModelFiles | None) -> SharedVocab:
     """Returns the vocabulary entries to compare; raises if tokenizers differ.
 
     Heads of equal size are compared whole, others up to the tokenizer's size. Tokens that only one
     of two tokenizers has are said.
     """
     fields = "student.path" if teacher is None else "student.path, teacher.path"
-    sources = [student] if teacher is None else [student, teacher]
+    models = [student] if teacher is None else [student, teacher]
     if teacher is None:
         shared = SharedVocab(num_entries(student.tokenizer), {})
     else:
         shared = compare_tokenizers(student, teacher, fields)
     if shared.differ:
         say(f"warning: {fields}: the models do not share these tokens: {shared.describe()}")
-    sizes = [source.arch.vocab_size for source in sources]
+    sizes = [files.arch.vocab_size for files in models]
     if min(sizes) < shared.size:
         raise UserError(
             f"{fields}: expected at least {shared.size} vocabulary entries (the tokenizer's), got "
             + " and ".join(map(str, sizes))
         )
-    true_sizes = {num_entries(source.tokenizer) for source in sources}
+    true_sizes = {num_entries(files.tokenizer) for files in models}
     whole = len(set(sizes)) == len(true_sizes) == 1
     return replace(shared, size=sizes[0]) if whole else shared
 
 
 def check_shared(
-    shared: SharedVocab, student: Source, teacher: Source | None, rows: Rows | None, field: str
+    shared: SharedVocab,
+    student: ModelFiles,
+    teacher: ModelFiles | None,
+    rows: Rows | None,
+    field: str,
 ) -> None:
     """Raises UserError if targets of the rows are tokens that the models do not share.
 
@@ -131,10 +139,10 @@ def check_shared(
             say(warning)
 
 
-def check_adapter(source: Source, config: LoraConfig) -> None:
-    """Raises UserError if the source's adapter does not match the LoRA configuration."""
-    assert source.adapter is not None
-    stored = source.adapter.config
+def check_adapter(files: ModelFiles, config: LoraConfig) -> None:
+    """Raises UserError if the student's adapter does not match the LoRA configuration."""
+    assert files.adapter is not None
+    stored = files.adapter.config
     pairs = {
         "rank": (config.rank, stored.rank),
         "alpha": (config.alpha, stored.alpha),
