@@ -29,15 +29,16 @@ def main(argv: Sequence[str]) -> None:
     from kd_jax.weights.export import export_adapter, export_merged
     from kd_jax.weights.folder import fingerprint, resolve
     from kd_jax.workdir.checkpoints import open_trained
-    from kd_jax.workdir.claim import check_inputs, read_run
+    from kd_jax.workdir.history import read_config
+    from kd_jax.workdir.resume import check_same_inputs
 
     start_jax()
     workdir = Path(args.workdir).expanduser()
-    config = read_run(workdir)
+    config = read_config(workdir)
     if args.format == "adapter" and config.trainable == "full":
         raise UserError("--format: expected merged, since this run trained all weights")
     source = resolve(config.student.path, "student.path")
-    check_inputs(workdir, {"student.path": fingerprint(source)})
+    check_same_inputs(workdir, {"student.path": fingerprint(source)})
     trained = open_trained(workdir, args.step)
     export = export_adapter if args.format == "adapter" else export_merged
     template = saved_template(workdir, config.data)

@@ -23,7 +23,7 @@ from kd_jax.config.record import differences, dump, flatten, is_path, keep_chose
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
-from kd_jax.workdir.history import check_workdir, is_workdir, read_record, read_runs
+from kd_jax.workdir.history import check_no_foreign_files, is_workdir, read_record, read_runs
 from kd_jax.workdir.integrity import completion
 
 _RESUMES = "the same command resumes the unfinished runs"
@@ -221,7 +221,7 @@ def _check_workdirs(plans: Sequence[Plan]) -> None:
         problems.append(f"--workdir: expected a folder for many runs, got {root}, {other}")
     for plan in plans:
         try:
-            check_workdir(plan.folder)
+            check_no_foreign_files(plan.folder)
             if not any(plan.folder.glob("checkpoints/[0-9]*")):
                 continue
             old = read_record(plan.folder / "config.json")["config"]

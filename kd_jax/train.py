@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(argv, __doc__)
     from kd_jax.parallel.processes import joined
     from kd_jax.setup.runtime import start_jax
-    from kd_jax.workdir.claim import lock_workdir
+    from kd_jax.workdir.lock import lock_workdir
 
     start_jax(config.compilation_cache)  # before `joined`, which starts jax
     workdir, *caches = (

@@ -46,7 +46,7 @@ from kd_jax.weights import adapters, export
 from kd_jax.weights import folder as weights_folder
 from kd_jax.weights import load as weights_load
 from kd_jax.weights.orbax import OrbaxArrays
-from kd_jax.workdir import checkpoints, claim
+from kd_jax.workdir import checkpoints, resume
 
 pytestmark = pytest.mark.devices(8)
 
@@ -345,7 +345,7 @@ def run_of(tmp_path):
         config = make_config(source, workdir=workdir, **options)
         models, arch = load(config)
         hashes = {"student.path": weights_folder.fingerprint(source)}
-        claim.claim_workdir(config, workdir, hashes, num_steps=1)
+        resume.write_record(config, workdir, hashes, num_steps=1)
         arrays = {}
         with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
             for step in (3, 5):

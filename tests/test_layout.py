@@ -54,13 +54,15 @@ FLOORS = [
     },
     {
         "teachers": [
-            "live", "storage", "stored", "topk", "distillkit", "records", "manifest", "claim",
+            "live", "storage", "stored", "topk", "distillkit", "records", "manifest", "lock",
             "writing", "cost", "reading",
         ],
     },
     {
         "setup": ["runtime", "model_files", "models", "program", "forward", "inputs", "cached"],
-        "workdir": ["history", "claim", "integrity", "checkpoints", "metrics"],
+        "workdir": [
+            "history", "provenance", "lock", "resume", "integrity", "checkpoints", "metrics",
+        ],
     },
     {
         "inference": [

@@ -32,8 +32,7 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.setup import models as setup_models
 from kd_jax.training import step, step_log
 from kd_jax.training.step import TrainState, train_step
-from kd_jax.workdir import checkpoints
-from kd_jax.workdir import claim as workdir_record
+from kd_jax.workdir import checkpoints, history
 
 STEPS = 14  # enough to stop a run before its end
 EVALUATED = STEPS // 2
@@ -320,7 +319,7 @@ def test_the_profile_is_written(run_train, tmp_path):
 
 def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert run_train(tmp_path / "run", "--steps", "None", "--epochs", "2") == 0
-    config = workdir_record.read_run(tmp_path / "run")
+    config = history.read_config(tmp_path / "run")
     tokenizer = chat.load_tokenizer(Path(config.student.path))
     template = chat.chat_template_of(config.data, tokenizer)
     rows = data_rows.make_rows(config.data, tokenizer, template)

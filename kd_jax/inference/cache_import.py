@@ -23,7 +23,7 @@ from kd_jax.inference.cached import (
 from kd_jax.inference.teacher_pass import finish
 from kd_jax.parallel.processes import say
 from kd_jax.setup.cached import Found
-from kd_jax.teachers.claim import claimed
+from kd_jax.teachers.lock import lock_cache
 from kd_jax.teachers.manifest import SOURCE
 from kd_jax.teachers.records import (
     Record,
@@ -59,7 +59,7 @@ def import_cache(
     check_alignment(records.values(), source)
     identity = {n: x for n, x in data.identity.items() if not n.startswith("teacher.")}
     identity |= {SOURCE: "records", "vocabulary": str(data.vocab_size)}
-    with claimed(out, "--out"):
+    with lock_cache(out, "--out"):
         cache, found = open_cache(out, "--out", "topk", fields, identity, data.rows)
         values = [x for one in found for x in _values(one, records, source, k, data.vocab_size)]
         keys = [one.documents.keys[i] for one in found for i in np.flatnonzero(one.places < 0)]

@@ -27,7 +27,7 @@ from kd_jax.setup.cached import (
 )
 from kd_jax.setup.inputs import open_inputs, read_rows
 from kd_jax.setup.model_files import ModelFiles, check_shared, shared_vocab, start_hashing
-from kd_jax.teachers.claim import claimed
+from kd_jax.teachers.lock import lock_cache
 from kd_jax.teachers.manifest import SOURCE, Cache, check_identity, new_cache, read_cache
 from kd_jax.teachers.storage import Fields, token_bytes
 from kd_jax.teachers.stored import hidden_fields
@@ -104,7 +104,7 @@ def open_cached(
     identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, template)
     if config.teacher.cache_missing == "compute":
         fields = hidden_fields(teacher.arch.hidden_size, config.teacher.dtype)
-        with claimed(path, "teacher.cache"):
+        with lock_cache(path, "teacher.cache"):
             recipe = ("hidden", fields, identity, rows)
             cache, found = open_cache(path, "teacher.cache", *recipe)
             complete(config, cache, teacher, mesh, found)
@@ -198,7 +198,7 @@ def make_cache(
         cache, found = open_cache(out, "--out", *recipe)
         _estimate(config, cache, data, found)
         return data
-    with claimed(out, "--out"):
+    with lock_cache(out, "--out"):
         cache, found = open_cache(out, "--out", *recipe)
         say(_describe(cache, found))
         complete(config, cache, data.teacher, data.mesh, found)

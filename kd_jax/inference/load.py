@@ -17,8 +17,8 @@ from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.setup.model_files import ModelFiles, open_model_files
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.workdir.checkpoints import open_trained
-from kd_jax.workdir.claim import check_inputs, read_run
-from kd_jax.workdir.history import is_run
+from kd_jax.workdir.history import is_run, read_config
+from kd_jax.workdir.resume import check_same_inputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def open_model(
     folder = Path(path).expanduser()
     workdir = folder if is_run(folder) else None
     if workdir is not None:
-        config = read_run(workdir)
+        config = read_config(workdir)
         field = "student"
         student = dataclasses.replace(config.student, dtype=dtype)
         teacher = config.teacher
@@ -71,7 +71,7 @@ def open_model(
     named = None if workdir is not None else flag
     files = open_model_files(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
-        check_inputs(workdir, files.hashes)
+        check_same_inputs(workdir, files.hashes)
         if (template := saved_template(workdir, config.data)) is not None:
             files.tokenizer.chat_template = template
     return OpenModel(config=config, files=files, workdir=workdir, step=step)

@@ -47,9 +47,9 @@ from kd_jax.training.step import (
 )
 from kd_jax.training.step_log import StepLog
 from kd_jax.weights.files import write_whole
-from kd_jax.workdir import checkpoints, claim, integrity
-from kd_jax.workdir.history import find_checkpoints
+from kd_jax.workdir import checkpoints, integrity, resume
 from kd_jax.workdir.metrics import SampleWriter, Writer
+from kd_jax.workdir.provenance import versions
 
 _PATHS = ("path", "adapter", "cache_dir", "teacher.cache")  # may differ between hosts
 
@@ -133,7 +133,7 @@ def _open_run(config: Config) -> _Run:
     check_shared(shared, student, teacher, eval_rows, "eval.path")
     num_steps = count_steps(rows, config)
     check_schedules(config, num_steps)
-    together("workdir", lambda: _check_workdir(config, workdir))
+    together("workdir", lambda: _prepare_workdir(config, workdir))
     cached = None
     if teacher is not None and config.reads_cache:
         hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
@@ -161,19 +161,11 @@ def _open_run(config: Config) -> _Run:
     )
 
 
-def _check_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]:
-    """Compares the workdir's configuration, and renames damaged checkpoints after the whole one."""
-    if not is_first():
-        return None, {}
-    claim.check_config(config, workdir)
-    if not find_checkpoints(workdir):
-        return None, {}
-    step, damaged = integrity.choose_checkpoint(workdir)
-    for name, wrong in zip(integrity.set_aside(workdir, damaged), damaged.values(), strict=True):
-        say(
-            f"warning: {workdir}: the checkpoint after step {step} is damaged ({wrong}): it is now "
-            f"checkpoints/{name}, and its steps are trained again"
-        )
+def _prepare_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]:
+    """Refuses a workdir of another run, then renames its damaged checkpoints; on process 0."""
+    if is_first():
+        resume.check_same_config(config, workdir)
+        integrity.set_aside_damaged(workdir)
     return None, {}
 
 
@@ -183,14 +175,14 @@ def _load(
     """Returns the program, the first state, and the frozen arrays of student and teacher.
 
     Also returns what the checkpoint keeps for the source of batches. The state comes from the
-    latest checkpoint, if there is one. The workdir is claimed once the models' hashes are known.
+    latest checkpoint, if there is one. The record is written once the models' hashes are known.
     """
     resumes = checkpointer.latest is not None
     outputs = None if run.cached is None else run.cached.kind
     models = load_models(
         config, run.student, run.teacher, run.mesh, with_trainable=not resumes, outputs=outputs
     )
-    together("inputs", lambda: _claim(config, run))
+    together("inputs", lambda: _write_record(config, run))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     kept: Batch = {}
     if resumes:
@@ -254,7 +246,7 @@ def _inputs(
 
     Also returns the values that must be equal in all processes.
     """
-    config = claim.keep_choices(config, workdir)
+    config = resume.reuse_choices(config, workdir)
     student, teacher, mesh = open_inputs(config)
     config = choose(config, student.arch, teacher.arch if teacher else None, mesh)
     here = ("distributed", "log", "compilation_cache", "workdir")
@@ -263,16 +255,16 @@ def _inputs(
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(_PATHS)
     }
-    return (config, student, teacher, mesh), {**fields, **claim.versions()}
+    return (config, student, teacher, mesh), {**fields, **versions()}
 
 
-def _claim(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
-    """Claims the workdir on process 0; returns the input hashes, equal in all processes."""
+def _write_record(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
+    """Writes the run's record on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.key} | run.hashing.result()
     if run.cached is not None:
         inputs["teacher.cache"] = run.cached.key
     if is_first():
-        claim.claim_workdir(config, run.workdir, inputs, run.num_steps)
+        resume.write_record(config, run.workdir, inputs, run.num_steps)
         if run.template is not None:
             text = json.dumps({"chat_template": run.template}, ensure_ascii=False)
             write_whole(run.workdir / TEMPLATE_FILE, text + "\n")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_jax.config import UserError
+from kd_jax.config import Config, UserError
 from kd_jax.config.errors import did_you_mean, raise_all
 from kd_jax.config.record import dump, flatten, from_json
 from kd_jax.weights.files import read_json
@@ -131,6 +131,11 @@ def read_run(folder: Path) -> Run:
     return Run(folder=folder, record=record, train=train, held_out=held_out, evaluation=evaluation)
 
 
+def read_config(workdir: Path) -> Config:
+    """Returns the configuration that a run was started with."""
+    return from_json(read_record(workdir / "config.json")["config"])
+
+
 def num_steps_of(record: dict[str, Any]) -> int | None:
     """Returns the total steps of a run; None if they were not recorded."""
     return record.get("num_steps") or record["config"]["steps"]
@@ -163,7 +168,7 @@ def find_checkpoints(workdir: Path) -> dict[int, Path]:
     return {int(x.name): x for x in sorted(found, key=lambda x: int(x.name))}
 
 
-def check_workdir(folder: Path, own: Sequence[Path] = ()) -> None:
+def check_no_foreign_files(folder: Path, own: Sequence[Path] = ()) -> None:
     """Raises UserError unless the folder is absent, empty, or a workdir of kd_jax.train.
 
     Args:
@@ -204,7 +209,7 @@ def _others(folder: Path, own: Sequence[Path]) -> list[str]:
 def is_workdir(folder: Path) -> bool:
     """Returns True for a folder of kd_jax.train's that is not empty."""
     try:
-        check_workdir(folder)
+        check_no_foreign_files(folder)
     except UserError:
         return False
     return folder.is_dir() and any(folder.iterdir())

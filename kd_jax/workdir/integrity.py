@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_jax.config import UserError
 from kd_jax.config.record import RESUMABLE, flatten
+from kd_jax.parallel.processes import say
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.hashes import hash_files
 from kd_jax.workdir.history import find_checkpoints, num_steps_of, read_record, read_run
@@ -125,13 +126,21 @@ def completion(workdir: Path) -> bool | None:
     return last.is_dir() and not damage(last) and read_run(workdir).finished
 
 
-def set_aside(workdir: Path, damaged: dict[int, str]) -> list[str]:
-    """Renames damaged checkpoints, so that their steps can be saved again; returns the names."""
-    names: list[str] = []
-    for step in damaged:
-        folder = find_checkpoints(workdir)[step]
-        free = (folder.with_name(f"{step}.damaged{i}") for i in count(1))
+def set_aside_damaged(workdir: Path) -> None:
+    """Renames damaged checkpoints after the latest whole one: their steps will be saved again.
+
+    Raises:
+      UserError: no checkpoint is whole, or it is of another run.
+    """
+    if not find_checkpoints(workdir):
+        return
+    step, damaged = choose_checkpoint(workdir)
+    for later, wrong in damaged.items():
+        folder = find_checkpoints(workdir)[later]
+        free = (folder.with_name(f"{later}.damaged{i}") for i in count(1))
         aside = next(x for x in free if not x.exists())
         os.rename(folder, aside)
-        names.append(aside.name)
-    return names
+        say(
+            f"warning: {workdir}: the checkpoint after step {step} is damaged ({wrong}): it is now "
+            f"checkpoints/{aside.name}, and its steps are trained again"
+        )

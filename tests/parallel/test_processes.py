@@ -21,7 +21,7 @@ from kd_jax import train
 from kd_jax.config import DistributedConfig, UserError
 from kd_jax.config.command import parse_config, run_command
 from kd_jax.parallel import processes as parallel_processes
-from kd_jax.workdir.claim import lock_workdir
+from kd_jax.workdir.lock import lock_workdir
 
 pytestmark = [pytest.mark.devices(8), pytest.mark.timeout(400)]  # pairs of processes on two cores
 

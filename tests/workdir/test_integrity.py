@@ -12,7 +12,7 @@ import pytest
 from kd_jax.config import Config, DataConfig, StudentConfig, UserError
 from kd_jax.config.record import dump
 from kd_jax.training.step import TrainState
-from kd_jax.workdir import checkpoints, claim, integrity
+from kd_jax.workdir import checkpoints, integrity, resume
 
 CONFIG = Config(
     workdir="unused", teacher=None, student=StudentConfig(path="s"), data=DataConfig(path="d"),
@@ -29,7 +29,7 @@ def state(step):
 def saved(tmp_path_factory):
     """A workdir with checkpoints 2 and 4. Read only."""
     workdir = tmp_path_factory.mktemp("saved") / "run"
-    claim.claim_workdir(CONFIG, workdir, {"student.path": "a"}, num_steps=4)
+    resume.write_record(CONFIG, workdir, {"student.path": "a"}, num_steps=4)
     with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
         for step in (2, 4):
             checkpoints.save(checkpointer, state(step), step, None)
@@ -43,8 +43,8 @@ def workdir(saved, tmp_path):
 
 def restored_step(workdir):
     """Returns the step that training would resume from, after what it does first."""
-    step, damaged = integrity.choose_checkpoint(workdir)
-    integrity.set_aside(workdir, damaged)
+    step, _ = integrity.choose_checkpoint(workdir)
+    integrity.set_aside_damaged(workdir)
     with checkpoints.open_checkpointer(workdir, 2) as checkpointer:
         found, _ = checkpoints.restore(checkpointer, state(0))
         assert int(found.step) == step

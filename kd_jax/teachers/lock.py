@@ -14,7 +14,7 @@ _OWN = re.compile(r"lock|(manifest\.json|cost\.json|part\d+)(\.__lock)?|lost\+fo
 
 
 @contextmanager
-def claimed(path: str, flag: str) -> Iterator[None]:
+def lock_cache(path: str, flag: str) -> Iterator[None]:
     """Makes a local cache's folder and keeps other commands from writing; process 0 has the lock.
 
     An object store has no locks.
