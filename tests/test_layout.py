@@ -71,7 +71,9 @@ FLOORS = [
             "likelihoods", "lm_eval_model", "teacher_pass", "cached", "cache_check",
             "cache_import", "exam", "comparison",
         ],
-        "reporting": ["arms", "tables", "curves", "texts", "teacher_cost", "page"],
+        "reporting": [
+            "arms", "tables", "provenance", "curves", "texts", "teacher_cost", "page",
+        ],
     },
     {"onpolicy": ["prompts", "sampler", "samples", "source"]},
     {

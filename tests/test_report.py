@@ -27,7 +27,7 @@ from kd_jax.config import (
 )
 from kd_jax.config.command import run_command
 from kd_jax.config.record import dump
-from kd_jax.reporting import curves, tables
+from kd_jax.reporting import curves, provenance, tables
 from kd_jax.reporting import page as reporting_page
 from kd_jax.reporting.arms import find_controls, make_arms
 from kd_jax.reporting.teacher_cost import shared_table
@@ -255,17 +255,33 @@ def test_where_runs_differ_hardware_and_versions_are_counted(tmp_path):
         for seed, device in enumerate(["1 x A", "8 x B", "1 x A"])
     ]
     arms = arms_of(folders)
-    rows = tables.setup_table(arms).rows
-    assert rows == [
+    table = provenance.setup_table(arms)
+    assert table.note == "" and table.rows == [
         ["devices", "1 x A (2 runs); 8 x B (1 run)"],
         ["commit", "c0"],
         ["jax", "0.10"],
     ]
-    fields = dict(tables.config_table(arms).rows)
+    fields = dict(provenance.config_table(arms).rows)
     assert fields["loss.kd-ratio"] == "0.5" and not {"seed", "workdir"} & fields.keys()
 
 
-def test_starts_are_counted_by_the_event_files(tmp_path):
+def test_what_differed_when_a_run_resumed_is_named(tmp_path):
+    first = {"step": 0, "versions": {"jax": "0.10"}, "devices": "1 x A", "git_commit": "c0"}
+    starts = [first, first | {"step": 4}, first | {"step": 6, "versions": {"jax": "0.11"}}]
+    starts.append(first | {"step": 8, "devices": "8 x B"})
+    folders = [
+        write_run(tmp_path / "plain", seed=1, record=first),
+        write_run(tmp_path / "moved", record=first | {"starts": starts}),
+    ]
+    arms = arms_of(folders)
+    table = provenance.setup_table(arms)
+    assert table.rows[0] == ["devices", "1 x A"] and table.rows[2] == ["jax", "0.10"]
+    moved = "moved from step 6 on: jax 0.11; moved from step 8 on: devices 8 x B"
+    assert table.note == f"As each run began. Resumed on others: {moved}."
+    assert [row[4] for row in tables.runs_table(arms).rows] == ["4", "–"]
+
+
+def test_starts_of_an_earlier_versions_run_are_counted_by_the_event_files(tmp_path):
     folder = write_run(tmp_path / "run")
     assert tables.runs_table(arms_of([folder])).rows[0][4] == "–"
     (folder / "tensorboard").mkdir()

@@ -209,6 +209,8 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, lo
     # Saved at once, regardless of every_steps.
     assert checkpoints.open_trained(tmp_path / "stopped").step == reached
     assert run_train(tmp_path / "stopped") == 0
+    record = history.read_record(tmp_path / "stopped" / "config.json")
+    assert [start["step"] for start in history.list_starts(record)] == [0, reached]
     assert losses(tmp_path / "stopped") == losses(lora_run)
     ours, theirs = (checkpoints.open_trained(folder) for folder in (tmp_path / "stopped", lora_run))
     for name in theirs.shapes:

@@ -1,14 +1,12 @@
-"""Tables of a report: arms, means over seeds, paired differences, costs, setup. Needs no jax."""
+"""Tables of a report: arms, means over seeds, paired differences, costs. Needs no jax."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kd_jax.config.record import flatten
 from kd_jax.reporting.arms import Arm, label_names
 from kd_jax.workdir.history import Run
 
@@ -304,38 +302,3 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     while len({place[-depth:] for place in places}) < len(places):
         depth += 1
     return ["/".join(place[-depth:]) for place in places]
-
-
-def setup_table(arms: Sequence[Arm]) -> Table:
-    """Returns hardware, commit and versions; where runs differ, each value with its count."""
-    records = [
-        {
-            "devices": run.record.get("devices", "not recorded"),
-            "commit": run.record.get("git_commit") or "not recorded",
-            **run.record["versions"],
-        }
-        for arm in arms
-        for run in arm.runs
-    ]
-    rows = []
-    for name, found in _count_values(records).items():
-        counted = [f"{x} ({n} run{'s' * (n > 1)})" for x, n in found.items()]
-        rows.append([name, "; ".join(counted if len(counted) > 1 else found)])
-    return Table(title="Hardware and software", header=["what", "value"], rows=rows)
-
-
-def config_table(arms: Sequence[Arm]) -> Table:
-    """Returns the fields with one value in all runs."""
-    found = _count_values([flatten(run.record["config"]) for arm in arms for run in arm.runs])
-    rows = [[name.replace("_", "-"), *values] for name, values in found.items() if len(values) == 1]
-    return Table(title="Configuration of all runs", header=["field", "value"], rows=rows)
-
-
-def _count_values(records: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Returns the number of records with each value, by name."""
-    names = {name: None for record in records for name in record}
-    return {name: Counter(_plain(record.get(name, "–")) for record in records) for name in names}
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

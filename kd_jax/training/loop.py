@@ -182,7 +182,8 @@ def _load(
     models = load_models(
         config, run.student, run.teacher, run.mesh, with_trainable=not resumes, outputs=outputs
     )
-    together("inputs", lambda: _write_record(config, run))
+    step = checkpointer.latest.step if resumes else 0
+    together("inputs", lambda: _write_record(config, run, step))
     program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
     kept: Batch = {}
     if resumes:
@@ -258,13 +259,13 @@ def _inputs(
     return (config, student, teacher, mesh), {**fields, **versions()}
 
 
-def _write_record(config: Config, run: _Run) -> tuple[None, dict[str, str]]:
+def _write_record(config: Config, run: _Run, step: int) -> tuple[None, dict[str, str]]:
     """Writes the run's record on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.key} | run.hashing.result()
     if run.cached is not None:
         inputs["teacher.cache"] = run.cached.key
     if is_first():
-        resume.write_record(config, run.workdir, inputs, run.num_steps)
+        resume.write_record(config, run.workdir, inputs, run.num_steps, step)
         if run.template is not None:
             text = json.dumps({"chat_template": run.template}, ensure_ascii=False)
             write_whole(run.workdir / TEMPLATE_FILE, text + "\n")

@@ -21,6 +21,9 @@ _STARTED = re.compile(
     r"lock|checkpoints(/\d+\.orbax-checkpoint-tmp.*)?|\.config\.json\..*\.tmp|lost\+found"
 )
 
+PROVENANCE = ("versions", "devices", "git_commit")
+"""What a record has of each start."""
+
 NEEDED = {
     "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",
 }  # fmt: skip
@@ -71,8 +74,9 @@ class Run:
 
     @property
     def num_starts(self) -> int:
-        """Returns the number of TensorBoard files, one for each start; 0 without TensorBoard."""
-        return len(list(self.folder.glob("tensorboard/events.out.tfevents.*")))
+        """Returns the number of starts; of an earlier version's run that of TensorBoard's files."""
+        files = self.folder.glob("tensorboard/events.out.tfevents.*")
+        return len(self.record["starts"] if "starts" in self.record else list(files))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -141,6 +145,15 @@ def num_steps_of(record: dict[str, Any]) -> int | None:
     return record.get("num_steps") or record["config"]["steps"]
 
 
+def list_starts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns `versions`, `devices` and `git_commit` of each start of a run, and its first `step`.
+
+    A record of an earlier version has those of its last start alone, whose step is None.
+    """
+    known = {name: record.get(name) for name in PROVENANCE}
+    return record.get("starts", [{"step": None, **known}])
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Returns config.json with every field; raises UserError unless kd_jax.train wrote it."""
     if not path.is_file():
@@ -152,6 +165,8 @@ def read_record(path: Path) -> dict[str, Any]:
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError
         if not isinstance(num_steps, int | None):
+            raise TypeError
+        if not all({"step", *PROVENANCE} <= start.keys() for start in record.get("starts", [])):
             raise TypeError
         config = dump(from_json(record["config"]))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):

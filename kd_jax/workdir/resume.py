@@ -15,11 +15,17 @@ by `check_same_inputs`.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import differences, dump, keep_chosen
 from kd_jax.weights.files import write_whole
-from kd_jax.workdir.history import check_no_foreign_files, find_checkpoints, read_record
+from kd_jax.workdir.history import (
+    check_no_foreign_files,
+    find_checkpoints,
+    list_starts,
+    read_record,
+)
 from kd_jax.workdir.provenance import describe_start
 
 
@@ -50,6 +56,9 @@ def write_record(
 ) -> None:
     """Writes WORKDIR/config.json, after a check that it describes the same run if there is one.
 
+    The record has the configuration of the last start, the provenance of the first one, and that of
+    each in `starts`.
+
     Args:
       inputs: a content hash of each input of the run, by config field.
       num_steps: optimizer steps, which `epochs` alone does not determine.
@@ -62,17 +71,26 @@ def write_record(
     old = check_same_config(config, workdir)
     if old:
         _refuse(workdir, _changed_inputs(old, inputs))
-    record = {
-        "config": dump(config),
-        "inputs": inputs,
-        "num_steps": num_steps,
-        **describe_start(step),
-    }
+    starts = _starts(workdir, step, num_steps)
+    first = {name: x for name, x in starts[0].items() if name != "step"}
+    record = {"config": dump(config), "inputs": inputs, "num_steps": num_steps, **first}
+    record["starts"] = starts
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / "config.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written ({error})") from None
+
+
+def _starts(workdir: Path, step: int, num_steps: int) -> list[dict[str, Any]]:
+    """Returns the provenance of each start that took steps which the run still has.
+
+    Steps after the checkpoint that a run resumes from are taken again. A finished run takes none.
+    """
+    found = find_checkpoints(workdir)
+    earlier = list_starts(read_record(workdir / "config.json")) if found else []
+    earlier = [start for start in earlier if start["step"] is None or start["step"] < step]
+    return earlier if earlier and step >= num_steps else [*earlier, describe_start(step)]
 
 
 def check_same_inputs(workdir: Path, inputs: dict[str, str]) -> None:

@@ -42,6 +42,48 @@ def test_a_run_that_resumes_keeps_what_it_chose(tmp_path):
     resume.check_same_config(replace(chosen, remat="layer"), tmp_path)
 
 
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts a run of 8 steps after `step` updates, on a version of jax; returns its record."""
+
+    def start(step, version):
+        known = {"step": step, "versions": {"jax": version}, "devices": "1 x A", "git_commit": None}
+        monkeypatch.setattr(resume, "describe_start", lambda _: known)
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        resume.write_record(CONFIG, tmp_path, {}, num_steps=8, step=step)
+        return json.loads((tmp_path / "config.json").read_text())
+
+    resume.write_record(CONFIG, tmp_path, {}, num_steps=8)
+    return start
+
+
+def steps_and_versions(record):
+    return [(x["step"], x["versions"]["jax"]) for x in history.list_starts(record)]
+
+
+def test_a_record_has_the_versions_of_each_start_and_is_headed_by_the_first(start):
+    start(0, "a")
+    start(4, "b")
+    assert start(4, "c")["versions"] == {"jax": "a"}  # the steps of b are taken again
+    record = start(6, "d")
+    assert steps_and_versions(record) == [(0, "a"), (4, "c"), (6, "d")]
+    assert (record["versions"], record["devices"]) == ({"jax": "a"}, "1 x A")
+    assert start(8, "e")["starts"] == record["starts"]  # it is finished
+
+
+def test_a_record_of_an_earlier_version_has_one_start_at_an_unknown_step(start, tmp_path):
+    record = start(4, "a")
+    del record["starts"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert steps_and_versions(history.read_record(tmp_path / "config.json")) == [(None, "a")]
+    record = start(6, "b")
+    assert steps_and_versions(record) == [(None, "a"), (6, "b")]
+    assert record["versions"] == {"jax": "a"}
+    (tmp_path / "config.json").write_text(json.dumps(record | {"starts": [{"step": 0}]}))
+    with pytest.raises(UserError, match=r"config\.json: not written by kd_jax"):
+        history.read_record(tmp_path / "config.json")
+
+
 def test_checkpoints_without_their_configuration_are_refused(tmp_path):
     finished(tmp_path)
     (tmp_path / "config.json").unlink()
