@@ -313,9 +313,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys):
     assert all(np.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
 
 
-def test_the_profile_is_written(run_train, tmp_path):
+def test_the_profile_is_written(run_train, tmp_path, capsys):
     flags = ("--log.profile-start", "1", "--log.profile-steps", "2", "--eval.path", "None")
-    assert run_train(tmp_path / "run", *flags) == 0
+    assert run_train(tmp_path / "run", *flags, "--eval.split", "train[98%:]") == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = next(i for i, line in enumerate(lines) if line.startswith("nothing is evaluated"))
+    assert told < next(i for i, line in enumerate(lines) if "compiling" in line)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
@@ -501,12 +504,12 @@ def test_an_adapter_of_another_rank_is_refused(lora_run, run_train, tmp_path, ca
 
 def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
     """Metrics are read after the next step starts; nothing is queued behind that step."""
-    log, flush = step_log.StepLog.log, step_log.StepLog.flush
+    add, flush = step_log.StepLog.add, step_log.StepLog.flush
     started, read, compiled = [], [], []
 
-    def watched_log(self, step, metrics, batch_metrics):
+    def watched_add(self, step, metrics, batch_metrics):
         started.append(step)
-        log(self, step, metrics, batch_metrics)
+        add(self, step, metrics, batch_metrics)
 
     def watched_flush(self):
         before, pending = len(compiled), self.pending
@@ -518,7 +521,7 @@ def test_the_loop_waits_for_no_device(run_train, tmp_path, monkeypatch):
         if event.startswith("/jax/core/compile/"):
             compiled.append(event)
 
-    monkeypatch.setattr(step_log.StepLog, "log", watched_log)
+    monkeypatch.setattr(step_log.StepLog, "add", watched_add)
     monkeypatch.setattr(step_log.StepLog, "flush", watched_flush)
     jax.clear_caches()  # compiles everything that is dispatched
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -10,7 +10,6 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, UserError
-from kd_jax.data.chat import chat_template_of
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
 from kd_jax.inference.teacher_pass import TeacherPass, complete
@@ -25,8 +24,8 @@ from kd_jax.setup.cached import (
     make_identity,
     read_cached,
 )
-from kd_jax.setup.inputs import open_inputs, read_rows
-from kd_jax.setup.model_files import ModelFiles, check_shared, shared_vocab, start_hashing
+from kd_jax.setup.inputs import open_inputs, open_rows
+from kd_jax.setup.model_files import ModelFiles, start_hashing
 from kd_jax.teachers.lock import lock_cache
 from kd_jax.teachers.manifest import SOURCE, Cache, check_identity, new_cache, read_cache
 from kd_jax.teachers.storage import Fields, token_bytes
@@ -63,20 +62,15 @@ def open_data(config: Config, devices: Sequence[jax.Device] | None = None) -> Da
     student, teacher, mesh = together("config", lambda: (open_inputs(config, devices), {}))
     assert teacher is not None
     hashing = start_hashing(teacher)
-    tokenizers = (student.tokenizer, teacher.tokenizer)
-    shared = shared_vocab(student, teacher)
-    rows = together("rows", lambda: read_rows(config, *tokenizers), first_alone=True)
-    check_shared(shared, student, teacher, rows[0], "data.path")
-    check_shared(shared, student, teacher, rows[1], "eval.path")
+    rows = open_rows(config, student, teacher)
     hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
-    template = chat_template_of(config.data, *tokenizers)
-    identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, template)
+    identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, rows.template)
     return Data(
         student=student,
         teacher=teacher,
         mesh=mesh,
-        vocab_size=shared.size,
-        rows=rows,
+        vocab_size=rows.vocab_size,
+        rows=rows.both,
         identity=identity,
     )
 

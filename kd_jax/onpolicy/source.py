@@ -78,7 +78,7 @@ class OnPolicySource:
         found = describe(self.columns, self.sampler.stops) | {"samples/age": float(self.age)}
         return found if self.age else found | {"samples/sampling_seconds": self.seconds}
 
-    def kept(self, step: int) -> Batch:
+    def resume_arrays(self, step: int) -> Batch:
         """Returns the samples that a run which resumes at `step` trains on but cannot draw."""
         drawn = step % self.config.on_policy.every_steps > 0 and len(self.columns["tokens"]) > 0
         return self.columns if drawn else {}

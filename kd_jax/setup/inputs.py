@@ -15,17 +15,24 @@ from kd_jax.data.files import check_source, default_split
 from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.data.store import Batch
+from kd_jax.data.templates import Template
 from kd_jax.losses.hidden import check_layers
 from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.mesh import make_mesh, platform
 from kd_jax.parallel.placement import Arrays, local_rows, put_batch
-from kd_jax.parallel.processes import say
+from kd_jax.parallel.processes import say, together
 from kd_jax.parallel.rules import mesh_sizes
 from kd_jax.planning.choices import choose_dtypes, choose_remat, describe_choices, with_remat
 from kd_jax.planning.cost import Case
 from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.planning.topology import local_topology
-from kd_jax.setup.model_files import ModelFiles, open_model_files, own_teacher
+from kd_jax.setup.model_files import (
+    ModelFiles,
+    check_shared,
+    open_model_files,
+    own_teacher,
+    shared_vocab,
+)
 from kd_jax.setup.runtime import check_attention
 
 
@@ -38,7 +45,7 @@ class BatchSource(Protocol):
     def metrics(self) -> dict[str, float | None]:
         """Returns metrics of the last batch; None: the step has no such metric."""
 
-    def kept(self, step: int) -> Batch:
+    def resume_arrays(self, step: int) -> Batch:
         """Returns arrays that a run which resumes at `step` needs beside the state."""
 
 
@@ -55,7 +62,7 @@ class RowSource:
     def metrics(self) -> dict[str, float | None]:
         return {}
 
-    def kept(self, step: int) -> Batch:
+    def resume_arrays(self, step: int) -> Batch:
         return {}
 
 
@@ -169,18 +176,60 @@ def load_rows(config: Config, *tokenizers: Any) -> tuple[Rows, Rows | None]:
     return rows, held_out
 
 
+def describe_no_evaluation(config: Config) -> str | None:
+    """Returns a line about a configuration that names a split to evaluate, but no data."""
+    if config.eval.split is None or held_out_data(config) is not None:
+        return None
+    return (
+        "nothing is evaluated during training, since eval.path is not set: --eval.path PATH "
+        f"evaluates on its split {config.eval.split!r}"
+    )
+
+
 def prompt_of(config: Config) -> TeacherPrompt | None:
     """Returns the teacher's own prompt; None: it sees the student's, or takes no part."""
     return read_prompt(config.teacher) if config.prompts_teacher else None
 
 
-def read_rows(
-    config: Config, *tokenizers: Any
-) -> tuple[tuple[Rows, Rows | None], dict[str, str | None]]:
-    """Returns load_rows(config, ...), and their keys, which must be equal in all processes."""
-    rows, eval_rows = load_rows(config, *tokenizers)
-    held_out = None if eval_rows is None else eval_rows.key
-    return (rows, eval_rows), {"data.path": rows.key, "eval.path": held_out}
+@dataclass(frozen=True, kw_only=True)
+class PairRows:
+    """Rows whose target tokens all models of a run share, the same in all processes."""
+
+    train: Rows
+    held_out: Rows | None
+    template: Template | None
+    """The chat template of both."""
+    vocab_size: int
+    """Vocabulary entries that the models share."""
+
+    @property
+    def both(self) -> tuple[Rows, Rows | None]:
+        return self.train, self.held_out
+
+
+def open_rows(config: Config, student: ModelFiles, teacher: ModelFiles | None) -> PairRows:
+    """Returns a run's rows, once for all processes; process 0 reads first, and writes the cache.
+
+    Raises:
+      UserError: tokenizers differ, records cannot be used, targets are tokens that the models do
+        not share, or processes have other rows.
+    """
+    shared = shared_vocab(student, teacher)
+    tokenizers = [model.tokenizer for model in (student, teacher) if model]
+
+    def read() -> tuple[tuple[Rows, Rows | None], dict[str, str | None]]:
+        train, held_out = load_rows(config, *tokenizers)
+        return (train, held_out), {"data.path": train.key, "eval.path": held_out and held_out.key}
+
+    train, held_out = together("rows", read, first_alone=True)
+    check_shared(shared, student, teacher, train, "data.path")
+    check_shared(shared, student, teacher, held_out, "eval.path")
+    return PairRows(
+        train=train,
+        held_out=held_out,
+        template=chat_template_of(config.data, *tokenizers),
+        vocab_size=shared.size,
+    )
 
 
 def held_out_data(config: Config) -> DataConfig | None:

@@ -13,10 +13,8 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten
 from kd_jax.data.batches import count_steps
-from kd_jax.data.chat import chat_template_of
-from kd_jax.data.rows import Rows
 from kd_jax.data.store import Batch
-from kd_jax.data.templates import TEMPLATE_FILE, Template
+from kd_jax.data.templates import TEMPLATE_FILE
 from kd_jax.inference import scores
 from kd_jax.inference.cached import open_cached
 from kd_jax.inference.evaluation import evaluate_rows
@@ -27,12 +25,18 @@ from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.cached import CachedTeacher
-from kd_jax.setup.inputs import BatchSource, choose, open_inputs, read_rows, row_source
+from kd_jax.setup.inputs import (
+    BatchSource,
+    PairRows,
+    choose,
+    describe_no_evaluation,
+    open_inputs,
+    open_rows,
+    row_source,
+)
 from kd_jax.setup.model_files import (
     ModelFiles,
     check_adapter,
-    check_shared,
-    shared_vocab,
     start_hashing,
     without_tokenizer,
 )
@@ -63,10 +67,7 @@ class _Run:
     student: ModelFiles
     teacher: ModelFiles | None
     mesh: Mesh
-    vocab_size: int
-    rows: Rows
-    eval_rows: Rows | None
-    template: Template | None
+    rows: PairRows
     cached: CachedTeacher | None
     sampler: Sampler | None
     exam: Exam | None
@@ -89,29 +90,29 @@ def train(config: Config) -> None:
         checkpoints.open_checkpointer(run.workdir, config.checkpoint.keep) as checkpointer,
         ExitStack() as stack,
     ):
-        program, state, frozen, kept = _load(config, run, checkpointer)
+        program, state, frozen, teacher_arrays, resume_arrays = _load(run, checkpointer)
         step = int(state.step)
         writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
-        loop = stack.enter_context(closing(StepLog(config, writer, checkpointer)))
+        log = stack.enter_context(closing(StepLog(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
-        source = _make_source(config, run, program, frozen[0], step, kept)
+        source = _make_source(run, program, frozen, step, resume_arrays)
         while step < run.num_steps and not (stop := should_stop(step)):
-            loop.profile(step)
-            state, metrics = run_step(program, state, *frozen, source(step, state))
+            log.profile(step)
+            state, metrics = run_step(program, state, frozen, teacher_arrays, source(step, state))
             step += 1
-            loop.log(step, metrics, source.metrics())
+            log.add(step, metrics, source.metrics())
             last = step == run.num_steps
             eval_loss = None
-            if run.eval_rows is not None and (last or step % config.eval.every_steps == 0):
-                loop.flush()
-                eval_loss = _evaluate(config, run, program, state, frozen, writer)
-                loop.restart_clock()
+            if run.rows.held_out is not None and (last or step % config.eval.every_steps == 0):
+                log.flush()
+                eval_loss = _evaluate(run, program, state, frozen, teacher_arrays, writer)
+                log.restart_clock()
             if last or step % config.checkpoint.every_steps == 0:
-                loop.flush()  # raises if not finite, so that such a state is not saved
-                checkpoints.save(checkpointer, state, step, eval_loss, source.kept(step))
-        loop.flush()
+                log.flush()  # raises if not finite, so that such a state is not saved
+                checkpoints.save(checkpointer, state, step, eval_loss, source.resume_arrays(step))
+        log.flush()
         if step < run.num_steps:
-            checkpoints.save(checkpointer, state, step, None, source.kept(step))
+            checkpoints.save(checkpointer, state, step, None, source.resume_arrays(step))
             checkpointer.wait()
             say(f"stopped by {stop} at step {step}; the same command resumes")
             raise SystemExit(exit_status(stop))
@@ -123,38 +124,32 @@ def _open_run(config: Config) -> _Run:
     workdir = Path(config.workdir).expanduser()
     config, student, teacher, mesh = together("config", lambda: _inputs(config, workdir))
     hashing = start_hashing(student, teacher)
-    shared = shared_vocab(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
-    tokenizers = [model.tokenizer for model in (student, teacher) if model]
-    rows, eval_rows = together("rows", lambda: read_rows(config, *tokenizers), first_alone=True)
-    template = chat_template_of(config.data, *tokenizers)
-    check_shared(shared, student, teacher, rows, "data.path")
-    check_shared(shared, student, teacher, eval_rows, "eval.path")
-    num_steps = count_steps(rows, config)
+    rows = open_rows(config, student, teacher)
+    num_steps = count_steps(rows.train, config)
     check_schedules(config, num_steps)
+    if line := describe_no_evaluation(config):
+        say(line)
     together("workdir", lambda: _prepare_workdir(config, workdir))
     cached = None
     if teacher is not None and config.reads_cache:
         hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
-        cached = open_cached(config, teacher, mesh, hashes, template, (rows, eval_rows))
-        cached.check_vocab(shared.size)
+        cached = open_cached(config, teacher, mesh, hashes, rows.template, rows.both)
+        cached.check_vocab(rows.vocab_size)
     sampler = None
     if config.samples:
         assert teacher is not None
-        sampler = make_sampler(config, student, teacher, template, rows)
+        sampler = make_sampler(config, student, teacher, rows.template, rows.train)
     return _Run(
         config=config,
         student=without_tokenizer(student),
         teacher=teacher and without_tokenizer(teacher),
         mesh=mesh,
-        vocab_size=shared.size,
         rows=rows,
-        eval_rows=eval_rows,
-        template=template,
         cached=cached,
         sampler=sampler,
-        exam=make_exam(config, student, template),
+        exam=make_exam(config, student, rows.template),
         num_steps=num_steps,
         workdir=workdir,
         hashing=hashing,
@@ -169,73 +164,71 @@ def _prepare_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str
     return None, {}
 
 
-def _load(
-    config: Config, run: _Run, checkpointer: Any
-) -> tuple[Program, TrainState, tuple[Arrays, Arrays], Batch]:
-    """Returns the program, the first state, and the frozen arrays of student and teacher.
+def _load(run: _Run, checkpointer: Any) -> tuple[Program, TrainState, Arrays, Arrays, Batch]:
+    """Returns the program, the first state, the student's frozen arrays, and the teacher's.
 
-    Also returns what the checkpoint keeps for the source of batches. The state comes from the
+    Last are the arrays that the source of batches resumes from. State and these come from the
     latest checkpoint, if there is one. The record is written once the models' hashes are known.
     """
+    config = run.config
     resumes = checkpointer.latest is not None
     outputs = None if run.cached is None else run.cached.kind
     models = load_models(
         config, run.student, run.teacher, run.mesh, with_trainable=not resumes, outputs=outputs
     )
     step = checkpointer.latest.step if resumes else 0
-    together("inputs", lambda: _write_record(config, run, step))
-    program = make_program(config, models, run.vocab_size, run.mesh, run.num_steps)
-    kept: Batch = {}
+    together("inputs", lambda: _write_record(run, step))
+    program = make_program(config, models, run.rows.vocab_size, run.mesh, run.num_steps)
+    arrays: Batch = {}
     if resumes:
-        state, kept = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
+        state, arrays = checkpoints.restore(checkpointer, abstract_state(program, models.trainable))
         say(f"resumed at step {int(state.step)}")
     else:
         state = init_state(program, models.trainable)
         say(describe_models(models))
-    return program, state, (models.frozen, models.teacher_arrays), kept
+    return program, state, models.frozen, models.teacher_arrays, arrays
 
 
 def _make_source(
-    config: Config, run: _Run, program: Program, frozen: Arrays, step: int, kept: Batch
+    run: _Run, program: Program, frozen: Arrays, step: int, resume_arrays: Batch
 ) -> BatchSource:
     """Returns the source of batches from `step` on."""
     read_teacher = None if run.cached is None else run.cached.train
-    rows = row_source(config, run.rows, run.mesh, step, read_teacher)
+    rows = row_source(run.config, run.rows.train, run.mesh, step, read_teacher)
     if run.sampler is None:
         return rows
     return OnPolicySource(
-        config=config,
+        config=run.config,
         sampler=run.sampler,
         batches=rows.batches,
         mesh=run.mesh,
         student=program.student,
         frozen=frozen,
-        vocab_size=run.vocab_size,
+        vocab_size=run.rows.vocab_size,
         num_steps=run.num_steps,
         write=SampleWriter(run.workdir, step).write,
-        columns=kept,
+        columns=resume_arrays,
     )
 
 
 def _evaluate(
-    config: Config,
     run: _Run,
     program: Program,
     state: TrainState,
-    frozen: tuple[Arrays, Arrays],
+    frozen: Arrays,
+    teacher_arrays: Arrays,
     writer: Writer,
 ) -> float:
     """Evaluates the held-out rows, writes the means and returns the loss."""
-    teacher = teacher_weights(program, state, *frozen)
-    arrays = frozen[0] | state.trainable["student"]
-    assert run.eval_rows is not None
+    arrays = frozen | state.trainable["student"]
+    teacher = teacher_weights(program, state, frozen, teacher_arrays)
+    rows, config = run.rows.held_out, run.config
+    assert rows is not None
     read_teacher = None if run.cached is None else run.cached.held_out
-    documents, _ = evaluate_rows(
-        program, run.mesh, arrays, teacher, run.eval_rows, config, read_teacher
-    )
+    documents, _ = evaluate_rows(program, run.mesh, arrays, teacher, rows, config, read_teacher)
     values = scores.whole(documents)
     if run.exam is not None:
-        values = values | grade(run.exam, program.student, arrays, run.vocab_size)
+        values = values | grade(run.exam, program.student, arrays, run.rows.vocab_size)
     writer.write(int(state.step), {f"eval/{name}": value for name, value in values.items()})
     return values["loss"]
 
@@ -259,15 +252,15 @@ def _inputs(
     return (config, student, teacher, mesh), {**fields, **versions()}
 
 
-def _write_record(config: Config, run: _Run, step: int) -> tuple[None, dict[str, str]]:
+def _write_record(run: _Run, step: int) -> tuple[None, dict[str, str]]:
     """Writes the run's record on process 0; returns the input hashes, equal in all processes."""
-    inputs = {"data.path": run.rows.key} | run.hashing.result()
+    inputs = {"data.path": run.rows.train.key} | run.hashing.result()
     if run.cached is not None:
         inputs["teacher.cache"] = run.cached.key
     if is_first():
-        resume.write_record(config, run.workdir, inputs, run.num_steps, step)
-        if run.template is not None:
-            text = json.dumps({"chat_template": run.template}, ensure_ascii=False)
+        resume.write_record(run.config, run.workdir, inputs, run.num_steps, step)
+        if run.rows.template is not None:
+            text = json.dumps({"chat_template": run.rows.template}, ensure_ascii=False)
             write_whole(run.workdir / TEMPLATE_FILE, text + "\n")
     return None, inputs
 

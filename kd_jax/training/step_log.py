@@ -29,7 +29,7 @@ class StepLog:
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def log(self, step: int, metrics: Arrays, batch_metrics: BatchMetrics) -> None:
+    def add(self, step: int, metrics: Arrays, batch_metrics: BatchMetrics) -> None:
         """Stores this step's metrics and writes the previous step's.
 
         Args:
