@@ -69,6 +69,7 @@ def import_cache(
                 hashes = "".join(hash_files(source_files(source)))
                 origin = xxhash.xxh3_128_hexdigest(hashes.encode())
                 writer = PartWriter(cache, keys, counts, origin)
+                writer.go_on(writer.count_whole())
                 skip = writer.done
                 for some in values:
                     count = len(some["rest"])

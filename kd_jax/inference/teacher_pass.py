@@ -16,7 +16,7 @@ from kd_jax.data.store import Batch
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import Arrays, put_batch
-from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.processes import gather, is_first, say, together
 from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found
 from kd_jax.setup.model_files import ModelFiles
@@ -165,7 +165,7 @@ def complete(
         return cache
     run = TeacherPass(config, cache, teacher, mesh, found)
     keys, counts = run.keys, run.counts
-    writer = together("cache/part", lambda: _begin(cache, keys, counts), first_alone=True)
+    writer = _begin(cache, keys, counts)
     progress = Progress(cache.path, writer.num_tokens, "tokens with a loss", writer.done)
     share = 1 - writer.done / max(1, writer.num_tokens)
     for values in run.values(writer.done):
@@ -183,10 +183,21 @@ def complete(
     return done
 
 
-def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> tuple[PartWriter, dict]:
-    with storing(cache.path):
-        writer = PartWriter(cache, keys, counts)
-    return writer, {"tokens on disk": writer.done}
+def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> PartWriter:
+    """Returns the writer of a new part, after what of it is whole on disk."""
+
+    def open_part() -> tuple[PartWriter, dict[str, int]]:
+        with storing(cache.path):
+            writer = PartWriter(cache, keys, counts)
+        return writer, {"tokens": writer.num_tokens}
+
+    def count_whole() -> int:
+        with storing(cache.path):
+            return writer.count_whole()
+
+    writer = together("cache/part", open_part, first_alone=True)
+    writer.go_on(min(gather("cache/whole", count_whole)))
+    return writer
 
 
 def finish(writer: PartWriter, cost: Cost | None = None) -> None:

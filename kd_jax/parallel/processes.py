@@ -207,6 +207,25 @@ def together(
     return result  # type: ignore[return-value]
 
 
+def gather(name: str, run: Callable[[], T]) -> list[T]:
+    """Returns the results of `run`, which are JSON, on all processes in their order.
+
+    Args:
+      name: key of this call, unique in the run.
+
+    Raises:
+      UserError: on every process, with the errors of all.
+    """
+    import jax
+
+    value = together(name, lambda: (run(), {}))
+    me, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return [value]
+    _send(f"{name}/value/{me}", {"value": value})
+    return [_receive(f"{name}/value/{i}")["value"] for i in range(count)]
+
+
 def _problems(outcomes: list[dict[str, Any]]) -> list[str]:
     """Returns the distinct errors of all processes, or else the differences of their facts."""
     errors = [outcome["error"] for outcome in outcomes if outcome["error"]]

@@ -31,7 +31,7 @@ class PartWriter:
     def __init__(
         self, cache: Cache, keys: list[bytes], counts: np.ndarray, origin: str = ""
     ) -> None:
-        """Begins the part, or goes on with an unfinished one of the same documents and origin.
+        """Begins the part; one of the same documents and origin is left for `go_on`.
 
         Args:
           origin: hash of the file that the values are from, if not from the teacher.
@@ -46,7 +46,7 @@ class PartWriter:
             )
             for name, field in cache.fields.items()
         }
-        self.done = self._count_done()
+        self.done = 0
         """Tokens that are on disk or waiting to be written."""
         self.waiting: list[Batch] = []
         self.pending: list[Any] = []
@@ -70,15 +70,23 @@ class PartWriter:
         except ValueError:
             return None
 
-    def _count_done(self) -> int:
-        """Returns the tokens in the shards before the first missing or damaged one."""
-        found, number = set(list_files(self.store)), 0
-        while number * self.shard < self.num_tokens and all(
-            shard_key(name, field, number) in found and self._is_whole(name, number)
-            for name, field in self.cache.fields.items()
-        ):
-            number += 1
-        return min(number * self.shard, self.num_tokens)
+    def count_whole(self) -> int:
+        """Returns the number of shards before the first missing or damaged one of this process.
+
+        Of several processes each reads its own shards.
+        """
+        found, num_shards = set(list_files(self.store)), -(-self.num_tokens // self.shard)
+        for number in range(jax.process_index(), num_shards, jax.process_count()):
+            if not all(
+                shard_key(name, field, number) in found and self._is_whole(name, number)
+                for name, field in self.cache.fields.items()
+            ):
+                return number
+        return num_shards
+
+    def go_on(self, num_whole: int) -> None:
+        """Goes on after the first shards, which are there: the least `count_whole` of all."""
+        self.done = min(num_whole * self.shard, self.num_tokens)
 
     def _is_whole(self, name: str, number: int) -> bool:
         """Reads a shard; returns False if a chunk has another CRC."""

@@ -28,7 +28,7 @@ from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
 from kd_jax.teachers.cost import read_cost
-from kd_jax.teachers.manifest import read_cache
+from kd_jax.teachers.manifest import new_cache, read_cache
 from kd_jax.training.step import jit_train_step
 
 STEPS = 20
@@ -186,6 +186,36 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(make_config, tmp_path, monkey
     assert files_of(tmp_path / "torn") == files_of(tmp_path / "whole")
     whole, torn = (read_cost(str(tmp_path / name)) for name in ("whole", "torn"))
     assert whole.tokens == pytest.approx(torn.tokens, rel=0.5) and whole.seconds_per_token > 0
+
+
+@pytest.mark.fast
+def test_processes_that_go_on_read_each_their_own_shards(tmp_path, monkeypatch):
+    """The least of what they count is what one process counts alone."""
+    monkeypatch.setattr(storage, "SHARD_BYTES", 2**14)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 2**11)
+    cache = new_cache(str(tmp_path), "hidden", {"hidden": storage.Field((8,), "float32")}, {})
+    part = [bytes(16)], np.array([4000])
+    writer = writing.PartWriter(cache, *part)
+    writer.append({"hidden": np.ones((4000, 8), np.float32)})
+    writer.flush()
+    shard = tmp_path / "part0000" / "hidden" / "c" / "5" / "0"
+    shard.write_bytes(bytes(reversed(shard.read_bytes())))
+    is_whole, read = writing.PartWriter._is_whole, []
+
+    def watched(self, name, number):
+        read.append(number)
+        return is_whole(self, name, number)
+
+    monkeypatch.setattr(writing.PartWriter, "_is_whole", watched)
+
+    def count(process, num_processes):
+        monkeypatch.setattr(writing.jax, "process_index", lambda: process)
+        monkeypatch.setattr(writing.jax, "process_count", lambda: num_processes)
+        read.clear()
+        return writing.PartWriter(cache, *part).count_whole(), list(read)
+
+    assert count(0, 1) == (5, [0, 1, 2, 3, 4, 5])
+    assert [count(i, 3) for i in range(3)] == [(8, [0, 3, 6]), (8, [1, 4, 7]), (5, [2, 5])]
 
 
 def test_documents_are_added_to_a_cache_and_computed_for_a_run(
