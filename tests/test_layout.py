@@ -54,8 +54,8 @@ FLOORS = [
     },
     {
         "teachers": [
-            "live", "storage", "stored", "topk", "distillkit", "records", "manifest", "lock",
-            "writing", "cost", "reading",
+            "live", "storage", "stored", "topk", "entries", "distillkit", "records", "manifest",
+            "lock", "writing", "cost", "reading",
         ],
     },
     {

@@ -219,7 +219,8 @@ def open_rows(config: Config, student: ModelFiles, teacher: ModelFiles | None) -
 
     def read() -> tuple[tuple[Rows, Rows | None], dict[str, str | None]]:
         train, held_out = load_rows(config, *tokenizers)
-        return (train, held_out), {"data.path": train.key, "eval.path": held_out and held_out.key}
+        held_out_key = None if held_out is None else held_out.key
+        return (train, held_out), {"data.path": train.key, "eval.path": held_out_key}
 
     train, held_out = together("rows", read, first_alone=True)
     check_shared(shared, student, teacher, train, "data.path")

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from kd_jax.config import UserError
+from kd_jax.teachers.entries import Group
 
 CONFIG = "compression_config.yaml"
 VALUES, IDS = "compressed_logprobs", "bytepacked_indices"
@@ -182,34 +183,37 @@ def _curve(coefficients: np.ndarray, form: Compression, count: int) -> np.ndarra
 
 def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Returns [n, count] int64 of numbers of `bits` bits each in bytes [n, m] uint8."""
-    flat = np.unpackbits(data, axis=1, count=bits * count)
-    powers = np.int64(1) << np.arange(bits - 1, -1, -1, dtype=np.int64)
-    return flat.reshape(len(data), count, bits) @ powers
+    flat = np.unpackbits(data, axis=1, count=bits * count).reshape(len(data), count, bits)
+    width = next(width for width in (8, 16, 32, 64) if width >= bits)
+    whole = np.pad(flat, ((0, 0), (0, 0), (width - bits, 0)))
+    numbers = np.packbits(whole, axis=2).view(f">u{width // 8}")
+    return numbers[..., 0].astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(Mapping[int, tuple[np.ndarray, np.ndarray]]):
-    """The entries of a document's tokens, decoded when they are asked for (records.Entries)."""
+class Packed:
+    """The entries of a document's tokens, decoded when they are read."""
 
     packed_values: np.ndarray
     """[n, bytes] uint8; the first is of the document's token 1."""
     packed_ids: np.ndarray
     form: Compression
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 1 <= position <= len(self):
-            raise KeyError(position)
-        one = slice(position - 1, position)
-        (log_probs,) = read_log_probs(self.packed_values[one], self.form)
-        (ids,) = unpack(self.packed_ids[one], self.form.id_bits, self.form.k)
-        there = log_probs != -np.inf  # ranks that the teacher's server left out
-        return ids[there], log_probs[there]
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(1, len(self.packed_values) + 1)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(1, len(self) + 1))
-
-    def __len__(self) -> int:
-        return len(self.packed_values)
+    def read(self, positions: np.ndarray) -> Iterator[Group]:
+        if not len(positions):
+            return
+        log_probs = read_log_probs(self.packed_values[positions - 1], self.form)
+        ids = unpack(self.packed_ids[positions - 1], self.form.id_bits, self.form.k)
+        there = log_probs != -np.inf  # the teacher's server left out other ranks
+        whole = there.all(axis=1)
+        yield Group(np.flatnonzero(whole), ids[whole], log_probs[whole])
+        for row in np.flatnonzero(~whole):
+            some = there[row]
+            yield Group(np.array([row]), ids[row, some][None], log_probs[row, some][None])
 
 
 def documents(row: Mapping[str, Any], form: Compression) -> Iterator[tuple[np.ndarray, Packed]]:

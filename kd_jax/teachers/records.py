@@ -1,25 +1,24 @@
 """Log-probabilities that another system computed, as records of documents, checked one by one."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.store import Batch
 from kd_jax.losses.vocabulary import NEGATIVE
 from kd_jax.teachers import distillkit
+from kd_jax.teachers.entries import Entries, Group, Listed
 from kd_jax.teachers.topk import split_ids
 
 _MASS_TOLERANCE = 1e-3  # of log-probabilities in 16 bits
 _ROWS = 64  # of a table in memory at a time
-
-Entries = Mapping[int, tuple[np.ndarray, np.ndarray]]
-"""(ids [n], log-probabilities [n]) of the token at each position, given those before it."""
 
 
 class Record(NamedTuple):
@@ -95,11 +94,12 @@ def _from_json(tree: dict[str, Any]) -> tuple[np.ndarray, Entries]:
         ]
     if len(found) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens with log-probabilities of {len(found)}")
-    return _integers(tokens).astype(np.int32), {
+    listed = {
         position: (_integers([i for i, _ in some]), np.array([x for _, x in some], np.float64))
         for position, some in enumerate(found)
         if some
     }
+    return _integers(tokens).astype(np.int32), Listed(listed)
 
 
 def _table(file: Path) -> Iterator[Record]:
@@ -143,10 +143,11 @@ def _from_row(row: dict[str, Any]) -> tuple[np.ndarray, Entries]:
     if len(set(positions)) < len(positions):
         raise ValueError("a position twice")
     lists = zip(positions, row["ids"], row["log_probs"], strict=True)
-    return _integers(row["tokens"]).astype(np.int32), {
+    listed = {
         position: (_integers(ids), np.array(log_probs, np.float64))
         for position, ids, log_probs in lists
     }
+    return _integers(row["tokens"]).astype(np.int32), Listed(listed)
 
 
 def _integers(values: list[Any]) -> np.ndarray:
@@ -167,9 +168,11 @@ def check_alignment(records: Iterable[Record], source: str) -> None:
 
     Aligned entries have their own token nearly always, since vLLM adds it, a neighbour's seldom.
     """
-    sums = np.zeros(4, np.int64)
+    sums, last = np.zeros(4, np.int64), None
     for record in records:
-        seen = _count_own(record)
+        if record.entries is last:  # of the document that differs in its last token alone
+            continue
+        last, seen = record.entries, _count_own(record)
         _check_shift(record.place, seen)
         sums += seen
     _check_shift(source, sums)
@@ -178,11 +181,12 @@ def check_alignment(records: Iterable[Record], source: str) -> None:
 def _count_own(record: Record) -> np.ndarray:
     """Returns how many positions there are, and how many have among their entries the token of the
     position itself, of that before and of that after, [4] int64."""
-    tokens, out = record.tokens, np.zeros(4, np.int64)
-    for position, (ids, _) in record.entries.items():
-        if 0 < position < len(tokens) - 1:
-            around = tokens[[position, position - 1, position + 1]]
-            out += [1, *(around[:, None] == ids).any(axis=1)]
+    tokens, positions = record.tokens, record.entries.positions
+    positions = positions[(positions > 0) & (positions < len(tokens) - 1)]
+    out = np.array([len(positions), 0, 0, 0])
+    for rows, ids, _ in record.entries.read(positions):
+        around = positions[rows] + np.array([[0], [-1], [1]])
+        out[1:] += (tokens[around][..., None] == ids).any(axis=2).sum(axis=1)
     return out
 
 
@@ -203,21 +207,22 @@ def make_values(record: Record, positions: np.ndarray, k: int, num_entries: int)
     Raises:
       UserError: a position is missing, or its entries are no part of a distribution.
     """
+    if len(absent := np.setdiff1d(positions, record.entries.positions)):
+        raise UserError(f"{record.place}: token {absent[0]}: expected log-probabilities, got none")
     ids, log_probs = np.zeros((len(positions), k), np.int64), np.full((len(positions), k), -6e4)
     rest = np.empty(len(positions), np.float32)
-    for i, position in enumerate(positions.tolist()):
-        place = f"{record.place}: token {position}"
-        if position not in record.entries:
-            raise UserError(f"{place}: expected log-probabilities, got none")
-        some, values = _checked(
-            *record.entries[position], num_entries, record.mass_tolerance, place
-        )
-        if (mass := np.exp(values).sum()) > 1:  # by rounding
-            values = values - np.log(mass)
-        order = np.argsort(-values, kind="stable")[:k]
-        ids[i, : len(order)], log_probs[i, : len(order)] = some[order], values[order]
-        left = 1 - np.exp(values[order]).sum()
-        rest[i] = np.log(left) if left > 1e-7 else NEGATIVE
+    for group in record.entries.read(positions):
+        _check_entries(record, positions[group.rows], group, num_entries)
+        rows, some, values = group
+        mass = np.exp(values).sum(axis=1, keepdims=True)
+        values = np.where(mass > 1, values - np.log(mass), values)  # by rounding
+        order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        most = np.take_along_axis(values, order, axis=1)
+        kept = np.arange(order.shape[1])
+        ids[rows[:, None], kept] = np.take_along_axis(some, order, axis=1)
+        log_probs[rows[:, None], kept] = most
+        left = 1 - np.exp(most).sum(axis=1)
+        rest[rows] = np.log(left, out=np.full(len(left), NEGATIVE), where=left > 1e-7)
     low, high = split_ids(ids)
     return {
         "ids": np.asarray(low),
@@ -227,24 +232,29 @@ def make_values(record: Record, positions: np.ndarray, k: int, num_entries: int)
     }
 
 
-def _checked(
-    ids: np.ndarray, log_probs: np.ndarray, num_entries: int, tolerance: float, place: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a token's entries; raises UserError unless they are part of a distribution."""
-    expected, got = "", ""
-    if len(ids) != len(log_probs) or not len(ids):
-        expected, got = "as many ids as log-probabilities", f"{len(ids)} and {len(log_probs)}"
-    elif ids.min() < 0 or ids.max() >= num_entries:
-        expected, got = f"ids from 0 to {num_entries - 1}", f"{ids.min()} to {ids.max()}"
-    elif len(np.unique(ids)) < len(ids):
-        expected, got = "each id once", f"{len(ids) - len(np.unique(ids))} again"
-    elif not (log_probs <= tolerance).all():
-        expected, got = "log-probabilities up to 0", f"{log_probs.max()}"
-    elif (mass := np.exp(log_probs).sum()) > 1 + tolerance:
-        expected, got = "probabilities that sum to at most 1", f"{mass:.4f}"
-    if expected:
-        raise UserError(f"{place}: expected {expected}, got {got}")
-    return ids, log_probs
+def _check_entries(record: Record, positions: np.ndarray, group: Group, num_entries: int) -> None:
+    """Raises UserError unless the entries of each position are part of a distribution."""
+    _, ids, log_probs = group
+
+    def check(good: NDArray[np.bool_], expected: str, got: Callable[[int], str]) -> None:
+        if not good.all():
+            i = int(np.argmin(good))
+            place = f"{record.place}: token {positions[i]}"
+            raise UserError(f"{place}: expected {expected}, got {got(i)}")
+
+    counts = ids.shape[1], log_probs.shape[1]
+    as_many = np.full(len(positions), counts[0] == counts[1] > 0, np.bool_)
+    check(as_many, "as many ids as log-probabilities", lambda _: f"{counts[0]} and {counts[1]}")
+    low, high = ids.min(axis=1), ids.max(axis=1)
+    inside = (low >= 0) & (high < num_entries)
+    check(inside, f"ids from 0 to {num_entries - 1}", lambda i: f"{low[i]} to {high[i]}")
+    again = (np.diff(np.sort(ids, axis=1), axis=1) == 0).sum(axis=1)
+    check(again == 0, "each id once", lambda i: f"{again[i]} again")
+    below = np.all(log_probs <= record.mass_tolerance, axis=1)
+    check(below, "log-probabilities up to 0", lambda i: f"{log_probs[i].max()}")
+    mass = np.exp(log_probs).sum(axis=1)
+    whole = mass <= 1 + record.mass_tolerance
+    check(whole, "probabilities that sum to at most 1", lambda i: f"{mass[i]:.4f}")
 
 
 def difference(tokens: np.ndarray, records: Mapping[bytes, Record]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
-from kd_jax.teachers.distillkit import CONFIG, read_compression, read_log_probs, unpack
+from kd_jax.teachers.distillkit import CONFIG, Packed, read_compression, read_log_probs, unpack
 
 K = 8
 FORM = {"d": 320, "k": K, "exact_k": 3, "residual_bins": [], "delta_encoding": False}
@@ -65,6 +65,26 @@ def test_bytes_mean_the_log_probabilities_that_were_stored(tmp_path, name):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=3e-6)  # of sums in float32
     other = read_compression_with(tmp_path, FORMS[name], not form.delta_encoding)
     assert np.abs(read_log_probs(data.astype(np.uint8), other) - want).max() > 0.1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_positions_that_are_read_together_have_the_entries_of_each_alone(tmp_path, name):
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(FORMS[name]))
+    rng, form = np.random.default_rng(0), read_compression(tmp_path)
+    logs = -np.sort(rng.exponential(3, (9, K)), axis=1)
+    if name == "whole":
+        logs[2, 5:] = logs[6, 1:] = -np.inf  # ranks that were left out
+    values = np.array([compress(x, FORMS[name])[0] for x in logs], np.uint8)
+    ids = np.array([packed(x, 9) for x in rng.integers(0, 320, (9, K)).tolist()], np.uint8)
+    entries = Packed(values, ids, form)
+    alone = [next(x for x in entries.read(np.array([i])) if len(x.rows)) for i in entries.positions]
+    seen = []
+    for rows, some, log_probs in entries.read(entries.positions):
+        for row, *found in zip(rows.tolist(), some, log_probs, strict=True):
+            seen.append((row, len(found[0])))
+            np.testing.assert_array_equal(found, [alone[row].ids[0], alone[row].log_probs[0]])
+    short = {2: 5, 6: 1} if name == "whole" else {}
+    assert sorted(seen) == [(row, short.get(row, K)) for row in range(9)]
 
 
 def read_compression_with(folder, form, delta):

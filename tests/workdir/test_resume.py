@@ -72,7 +72,7 @@ def test_a_record_has_the_versions_of_each_start_and_is_headed_by_the_first(star
 
 
 def test_a_record_of_an_earlier_version_has_one_start_at_an_unknown_step(start, tmp_path):
-    record = start(4, "a")
+    record = start(0, "a")
     del record["starts"]
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert steps_and_versions(history.read_record(tmp_path / "config.json")) == [(None, "a")]
