@@ -22,8 +22,8 @@ def chat(*contents: str, roles: str = "ua") -> list[dict[str, str]]:
     return [{"role": names[r], "content": c} for r, c in zip(letters, contents, strict=True)]
 
 
-def record(messages: list[dict[str, Any]]) -> Record:
-    return Record("d:1", messages, (True,) * len(messages))
+def record(messages: list[dict[str, Any]], **more: Any) -> Record:
+    return make_record("d:1", {"messages": messages, **more})
 
 
 def records_of(path: Path | str, split: str = "train") -> list[Record]:

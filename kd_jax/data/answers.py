@@ -19,7 +19,7 @@ from kd_jax.data.templates import (
     choose,
     need_template,
 )
-from kd_jax.data.turns import as_taken, called, content_of, with_text_arguments
+from kd_jax.data.turns import as_taken, called, with_text_arguments
 
 Span = tuple[int, int]
 
@@ -164,7 +164,7 @@ def _placed(
             continue
         begin, shown, stop = region
         if not _has_thought(text[begin:shown], turn) and form.shows & {
-            "thought" if "</think>" in content_of(turn) else "reasoning_content"
+            "thought" if "</think>" in turn["content"] else "reasoning_content"
         }:
             hidden.add("dropped")
             continue
@@ -188,13 +188,13 @@ def _end_of(text: str, shown: int, stop: int, form: Form, last: bool) -> int:
 
 def _is_shown(turn: dict[str, Any], shown: str) -> bool:
     """Returns False for tool calls without text that the template leaves out."""
-    return bool(content_of(turn)) or all(name in shown for name in called(turn))
+    return bool(turn["content"]) or all(name in shown for name in called(turn))
 
 
 def _has_thought(shown: str, turn: dict[str, Any]) -> bool:
     """Returns False if the turn has a thought that the shown answer lacks."""
     thought = turn.get("reasoning_content") or ""
-    content = content_of(turn)
+    content = turn["content"]
     if "</think>" in content:
         thought = content.split("</think>")[0].split("<think>")[-1]
     return thought.strip() in shown
@@ -235,7 +235,7 @@ def _by_contents(
     regions: list[Region | None] = []
     for i, turn in enumerate(turns):
         region = None
-        if turn["role"] == "assistant" and called(turn) and not content_of(turn):
+        if turn["role"] == "assistant" and called(turn) and not turn["content"]:
             gap = _header_gap(text, cursor, form) or gaps.get(role := turns[i - 1]["role"], "")
             if not (gap and text.startswith(gap, cursor)) and len(gaps) < MAX_PROMPTS:
                 gap = gaps[role] = gaps[i] = _gap(text, cursor, prompt_of(i))
@@ -282,7 +282,7 @@ def _find(text: str, turn: dict[str, Any], begin: int, stop: int, end: str = "")
     Templates show it as it is, trimmed, or without its thought, which may be written otherwise. An
     answer is followed by `end`, which a short one elsewhere is not.
     """
-    content, thought = content_of(turn), (turn.get("reasoning_content") or "").strip()
+    content, thought = turn["content"], (turn.get("reasoning_content") or "").strip()
     if (at := text.find(thought, begin, stop)) >= 0:
         begin = at + len(thought)
     ways = [(content, begin), (content.strip(), begin)]

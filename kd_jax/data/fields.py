@@ -62,12 +62,17 @@ def check_unicode(value: str, name: str) -> None:
 
 def decoded(value: Any) -> Any:
     """Returns a list or object that a table has as JSON text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    return (
+        _from_json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+    )
+
+
+def _from_json(text: str) -> Any:
+    """Returns what a JSON text stands for; any other text as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def turn_of(
@@ -151,7 +156,9 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{at}: tool_calls: expected name and arguments, got {call!r:.60}")
-        function = {**function, "arguments": decoded(function.get("arguments", {}))}
+        given = function.get("arguments", {})
+        arguments = _from_json(given) if isinstance(given, str) else given  # OpenAI's are text
+        function = {**function, "arguments": arguments}
         beside = call if "function" in call else {}
         out.append({"type": "function", **beside, "function": function})
     check_unicode(json.dumps(out, ensure_ascii=False), f"{at}: tool_calls")

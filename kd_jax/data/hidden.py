@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from kd_jax.data.forms import Form
 from kd_jax.data.records import Record
-from kd_jax.data.turns import called, content_of
+from kd_jax.data.turns import called
 
 # Parts of a record from which nothing is learned, and the reason.
 HIDDEN = {
@@ -37,7 +37,7 @@ def find_hidden(text: str, record: Record, form: Form) -> set[str]:
     if record.tools and "tools" not in form.shows:
         found.add("tools")
     for turn in record.messages:
-        content, role = content_of(turn), turn["role"]
+        content, role = turn["content"], turn["role"]
         if role != "assistant" and not _shows(text, content):
             found.add(role if role in HIDDEN else "user")
         if turn.get("name") and role != "tool" and not _shows(text, turn["name"]):

@@ -13,7 +13,6 @@ from kd_jax.data.fields import SYSTEM_ROLES, decoded, turn_of
 from kd_jax.data.hidden import HIDDEN
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
-from kd_jax.data.turns import content_of
 
 OWN = "teacher_messages"
 """The key of a record's turns for the teacher."""
@@ -80,7 +79,7 @@ def with_system(turns: Conversation, system: str) -> Conversation:
     first, rest = turns[0], turns[1:]
     if first["role"] not in SYSTEM_ROLES:
         return [{"role": "system", "content": system}, *turns]
-    return [{**first, "content": f"{system}\n\n{content_of(first)}"}, *rest]
+    return [{**first, "content": f"{system}\n\n{first['content']}"}, *rest]
 
 
 def teacher_record(record: Record, prompt: TeacherPrompt) -> Record:
@@ -147,7 +146,7 @@ def _answers(turns: Conversation) -> list[int]:
 
 def _difference(turn: dict[str, Any], other: dict[str, Any]) -> str:
     """Returns the first difference of two turns."""
-    a, b = content_of(turn), content_of(other)
+    a, b = turn["content"], other["content"]
     if a == b:
         keys = [key for key in {**turn, **other} if turn.get(key) != other.get(key)]
         return f"got another {keys[0]}"

@@ -13,7 +13,7 @@ from kd_jax.data.forms import form_of
 from kd_jax.data.readers import Raw
 from kd_jax.data.records import Conversation, Record, make_record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
-from kd_jax.data.turns import as_taken, content_of
+from kd_jax.data.turns import as_taken
 
 _STAND_IN = "-"  # for the answer of a record that has none
 _ANSWER = {"role": "assistant", "content": _STAND_IN}
@@ -162,5 +162,5 @@ def _question(
             f"(add_generation_prompt), got one that leaves out {form.header.strip()!r}"
         )
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer = content_of(record.messages[last]) if own else ""
+    answer = record.messages[last]["content"] if own else ""
     return Question(index, record.place, tokens, answer, turns, record.tools)

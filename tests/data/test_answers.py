@@ -115,9 +115,7 @@ TALKS = [
 
 
 def shown(tokenizer, messages, template, **more):
-    found = answers.render(
-        tokenizer, Record("d:1", messages, (True,) * len(messages), **more), template, DAY
-    )
+    found = answers.render(tokenizer, record(messages, **more), template, DAY)
     return [found.text[begin:end] for begin, end in found.spans], found
 
 
@@ -377,7 +375,7 @@ def test_parts_are_joined_or_passed_on(tokenizer):
     for template in (CHATML + PROMPT, PARTS):
         assert shown(tokenizer, talk, template)[0] == ["Blue.<|im_end|>"]
     image = {"role": "user", "content": [{"type": "image", "url": "x"}]}
-    with pytest.raises(ValueError, match=r"expected parts of text, got \{'type': 'image'"):
+    with pytest.raises(ValueError, match=r"turn 1: expected parts of type text, got 'image'"):
         shown(tokenizer, [image, *talk[1:]], CHATML)
 
 

@@ -72,9 +72,11 @@ SAME = {
     "JSON in a cell": ({"messages": json.dumps(chat("Q.", "A."))}, chat("Q.", "A.")),
     "text of arguments": (
         {"messages": [*chat("Q.", roles="u"), {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c1", "function": {"name": "add", "arguments": '{"a": 12}'}}]}]},
+            {"id": "c1", "function": {"name": "add", "arguments": '{"a": 12}'}},
+            {"name": "say", "arguments": '"it"'}, {"name": "say", "arguments": "it"}]}]},
         [*chat("Q.", roles="u"), {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "id": "c1", "function": CALL}]}],
+            {"type": "function", "id": "c1", "function": CALL},
+            *[{"type": "function", "function": {"name": "say", "arguments": "it"}}] * 2]}],
     ),
     "calls as text beside an old one": (
         {"messages": [*chat("Q.", roles="u"), {"role": "assistant", "content": "",
