@@ -46,7 +46,7 @@ from kd_jax.losses.token_weights import token_weight
 from kd_jax.parallel.mesh import compiler_options, make_mesh
 from kd_jax.setup.program import make_head
 from kd_jax.setup.runtime import start_jax
-from kd_jax.teachers.live import Live
+from kd_jax.teachers.live import HiddenStates
 
 GPU_TOKENS, CPU_TOKENS = (1024, 2048, 4096, 8192), (800,)
 GPU_WIDTHS, CPU_WIDTHS = (2048, 4096), (256, 512)  # Llama 3.2 1B and 3.1 8B; the yardstick's
@@ -128,7 +128,7 @@ def fused(config: HeadConfig, inputs: Inputs) -> Entry:
     def loss(inputs):
         scalars = LossScalars(jnp.float32(config.loss.kd_ratio), jnp.float32(1))
         student = Student(inputs.student_hidden, inputs.student_head)
-        teacher = Live(inputs.teacher_hidden, inputs.teacher_head)
+        teacher = HiddenStates(inputs.teacher_hidden, inputs.teacher_head)
         return kd_head(config, scalars, student, teacher, Targets(inputs.labels, inputs.mask))
 
     return with_gradients(loss, config, inputs)

@@ -1,16 +1,15 @@
 """A teacher whose final-normed hidden states come with the batch; only its head is loaded."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kd_jax.data.store import TEACHER
-from kd_jax.losses.head_inputs import ChunkContext
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import head_weights
 from kd_jax.parallel.placement import Arrays
+from kd_jax.teachers.live import HiddenStates
 from kd_jax.teachers.storage import Field, Fields
 
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -40,40 +39,6 @@ def encode(hidden: jax.Array, dtype: str) -> Arrays:
     return {"hidden": scaled.astype(dtype), "scales": scales}
 
 
-class Stored(NamedTuple):
-    """Stored hidden states and the head; implements losses.head_inputs.Teacher."""
-
-    hidden: jax.Array
-    """[B, S, Dt] as stored; 0 at tokens without a loss."""
-    scales: jax.Array | None
-    """[B, S] float32, by which the hidden states are multiplied; None: they are whole."""
-    head: jax.Array
-    """[V', Dt]: the lm_head, or the tied embedding; the matmul runs in its dtype."""
-
-    @property
-    def num_entries(self) -> int:
-        return len(self.head)
-
-    @property
-    def rows(self) -> tuple[jax.Array, jax.Array | None]:
-        return self.hidden, self.scales
-
-    @property
-    def vocab_arrays(self) -> jax.Array:
-        return self.head
-
-    @staticmethod
-    def logits(
-        rows: tuple[jax.Array, jax.Array | None], vocab_arrays: jax.Array, context: ChunkContext
-    ) -> jax.Array:
-        """Returns [C, V] float32 of hidden states [C, Dt], scales [C] and the head [V, Dt]."""
-        hidden, scales = rows
-        if scales is not None:
-            hidden = hidden.astype(jnp.float32) * scales[:, None]
-        hidden = hidden.astype(vocab_arrays.dtype)  # the live teacher's
-        return jnp.einsum("CD,VD->CV", hidden, vocab_arrays, preferred_element_type=jnp.float32)
-
-
 @dataclass(frozen=True, slots=True)
 class StoredModel:
     """A teacher read from a cache; static under jit."""
@@ -82,9 +47,9 @@ class StoredModel:
 
     def __call__(
         self, arrays: Arrays, batch: Arrays, layers: tuple[int, ...] = ()
-    ) -> tuple[Stored, None]:
+    ) -> tuple[HiddenStates, None]:
         """Returns the side of rows [B, S]; there are no outputs of layers."""
         assert not layers
         (path,) = head_weights(self.arch)
-        scales = batch.get(f"{TEACHER}scales")
-        return Stored(batch[f"{TEACHER}hidden"], scales, arrays[path]), None
+        hidden, scales = batch[f"{TEACHER}hidden"], batch.get(f"{TEACHER}scales")
+        return HiddenStates(hidden, arrays[path], scales), None

@@ -17,7 +17,7 @@ from kd_jax.losses.head_inputs import Student, Targets
 from kd_jax.losses.token_loss import LossScalars, agreement_terms
 from kd_jax.losses.token_weights import adaptive_weight, token_weight
 from kd_jax.losses.vocabulary import sum_over_vocab
-from kd_jax.teachers.live import Live
+from kd_jax.teachers.live import HiddenStates
 
 N, V = 5, 40
 CASES = [
@@ -386,7 +386,7 @@ def run_head(case, temperature, padding, length):
     @jax.jit
     def measure(hidden):
         student, targets = Student(hidden, w_s), Targets(labels, mask)
-        return kd_head(config, scalars, student, Live(h_t, w_t), targets)
+        return kd_head(config, scalars, student, HiddenStates(h_t, w_t), targets)
 
     (value, metrics), gradient = jax.value_and_grad(measure, has_aux=True)(h_s)
     teacher = np.float64(h_t) @ np.float64(w_t[:V]).T

@@ -27,7 +27,7 @@ from kd_jax.losses.token_loss import (
 )
 from kd_jax.losses.vocabulary import Vocab, _plain_sums, sum_over_vocab, top_k
 from kd_jax.parallel.mesh import compiler_options, make_mesh
-from kd_jax.teachers.live import Live
+from kd_jax.teachers.live import HiddenStates
 
 pytestmark = pytest.mark.devices(8)
 
@@ -61,7 +61,7 @@ def make_inputs(seed=0, dtype=np.float32, student_vocab=V, teacher_vocab=V):
 
 def sides(hidden, teacher_hidden, head, teacher_head, labels, mask):
     """Returns kd_head's student, teacher and targets."""
-    teacher = None if teacher_hidden is None else Live(teacher_hidden, teacher_head)
+    teacher = None if teacher_hidden is None else HiddenStates(teacher_hidden, teacher_head)
     return Student(hidden, head), teacher, Targets(labels, mask)
 
 
