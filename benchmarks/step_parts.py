@@ -40,7 +40,6 @@ def time_parts(
 
 def time_call(program: Program, run: Any, arguments: tuple[Any, ...], rounds: int) -> float:
     """Returns the median seconds of a function under jit."""
-    assert program.mesh is not None
     run = jax.jit(run, compiler_options=compiler_options(program.mesh))
     jax.block_until_ready(run(*arguments))
     seconds = []

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import jaxs_own, with_gradients
+from test_attention import attention, jaxs_own, with_gradients
 from test_fused_head import make_head, value_and_gradients
 from tiny_run import STEPS, Run, assert_near
 
 from kd_jax.losses.divergences import DIVERGENCES
-from kd_jax.models.attention import attention
 
 GPUS = [device for device in jax.devices() if device.platform == "gpu"]
 pytestmark = pytest.mark.skipif(not GPUS, reason="no GPU here")
@@ -77,12 +76,14 @@ def make_head_inputs(vocab_size):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_head_equals_a_cpus(divergence, temperature):
-    config = make_head(True, divergence=divergence, temperature=temperature)
-    config = replace(config, vocab_size=5000, chunk_tokens=7)
-    inputs = make_head_inputs(5000)
-    values, gradients = value_and_gradients(config, *inputs)
+    def run():
+        config = make_head(True, divergence=divergence, temperature=temperature)
+        config = replace(config, vocab_size=5000, chunk_tokens=7)
+        return value_and_gradients(config, *make_head_inputs(5000))
+
+    values, gradients = run()
     with on_cpu():
-        want_values, want = value_and_gradients(config, *inputs)
+        want_values, want = run()
     for name, value in want_values.items():
         assert float(values[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     for got, expected in zip(gradients, want, strict=True):

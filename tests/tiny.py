@@ -150,6 +150,26 @@ def write_model(
     return folder
 
 
+def one_device() -> Any:
+    """Returns the mesh of the default device alone."""
+    import jax
+
+    from kd_jax.config import MeshConfig
+    from kd_jax.parallel.mesh import make_mesh
+
+    device = jax.config.jax_default_device or jax.devices()[0]
+    return make_mesh(MeshConfig(), 1, [device])
+
+
+def make_spec(arch: Any, dtype: str = "float32", **options: Any) -> Any:
+    """Returns a DecoderSpec, on one device by default."""
+    from kd_jax.models.decoder import DecoderSpec
+    from kd_jax.parallel.mesh import Layout
+
+    options = {"layout": Layout(one_device()), **options}
+    return DecoderSpec(arch=arch, dtype=np.dtype(dtype), **options)
+
+
 def arrays_of(decoder: Any) -> dict[str, Any]:
     """Returns a decoder's arrays by Flax path."""
     from flax import nnx

@@ -43,12 +43,11 @@ class DecodingProgram:
     def rows(self, x: jax.Array) -> jax.Array:
         """Returns an array [B, ...] with its rows sharded."""
         layout = self.spec.layout
-        return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
+        return constrain(x, layout.mesh, layout.row_axes(len(x)))
 
     def everywhere(self, x: jax.Array) -> jax.Array:
         """Returns an array that all devices hold, so that every process can read it."""
-        layout = self.spec.layout
-        return x if layout is None else constrain(x, layout.mesh)
+        return constrain(x, self.spec.layout.mesh)
 
 
 class Slots(NamedTuple):

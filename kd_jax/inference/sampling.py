@@ -256,7 +256,7 @@ def _num_slots(
 
 
 def _row_shards(spec: DecoderSpec) -> int:
-    return 1 if spec.layout is None else num_batch_shards(spec.layout.mesh)
+    return num_batch_shards(spec.layout.mesh)
 
 
 def key_data(keys: Any) -> np.ndarray:

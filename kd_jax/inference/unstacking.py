@@ -70,7 +70,5 @@ def unstacked(spec: DecoderSpec, arrays: Arrays) -> tuple[DecoderSpec, Arrays]:
         return spec, arrays
     arrays = dict(arrays)
     unstack_layers(spec, arrays, gather=True)
-    if spec.layout is None:
-        return spec, arrays
     axes = tuple(axis for axis in spec.layout.axes if axis != ROWS_AXIS)
     return replace(spec, layout=Layout(spec.layout.mesh, axes)), arrays

@@ -48,8 +48,8 @@ class HeadConfig:
     """Tokens in a chunk, per device."""
     vocab_size: int
     """Vocabulary entries in use; higher ones are padding in either model."""
-    mesh: Mesh | None = None
-    """Shards rows and vocabulary; None: one device."""
+    mesh: Mesh
+    """Shards rows and vocabulary."""
     transpose_head: bool = False
     """Transpose the student's head once to [D, V]: bfloat16 matmuls on CPU are faster with it."""
     head_trainable: bool = False
@@ -63,7 +63,7 @@ class HeadConfig:
     @property
     def vocab_axis(self) -> str | None:
         """The mesh axis that shards the vocabulary."""
-        return "tensor" if self.mesh is not None and self.mesh.shape["tensor"] > 1 else None
+        return "tensor" if self.mesh.shape["tensor"] > 1 else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -135,7 +135,7 @@ def _run(config, scalars, student, teacher, targets):
     """Returns loss, metrics and the gradient, a Student; its head is None if that is frozen."""
     # The vocabulary of the head's gradient is also sharded over fsdp where that divides it.
     axes, num_entries = ("tensor", "fsdp"), _common_entries(student, teacher)
-    scatters = config.mesh is not None and num_entries % axes_size(config.mesh.shape, axes) == 0
+    scatters = num_entries % axes_size(config.mesh.shape, axes) == 0
     d_head = P(axes if scatters else config.vocab_axis) if config.head_trainable else None
     specs = P(), P(), Student(P(BATCH_AXES), d_head)
     run = partial(_device_gradients, scatters=scatters)
@@ -189,16 +189,15 @@ def _shard_mapped(config, run, out_specs, scalars, student, teacher, targets):
         share = _targets_first(config, rows, head, vocab_arrays, teacher_logits)
         return run(config, scalars, share)
 
-    if config.mesh is not None:
-        by_entry = P(config.vocab_axis)
-        run_device = jax.shard_map(
-            run_device,
-            mesh=config.mesh,
-            in_specs=(P(), P(BATCH_AXES), by_entry, by_entry),
-            out_specs=out_specs,
-            check_vma=False,
-        )
-    return run_device(scalars, rows, head, vocab_arrays)
+    by_entry = P(config.vocab_axis)
+    run_devices = jax.shard_map(
+        run_device,
+        mesh=config.mesh,
+        in_specs=(P(), P(BATCH_AXES), by_entry, by_entry),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+    return run_devices(scalars, rows, head, vocab_arrays)
 
 
 def _targets_first(config, rows, head, vocab_arrays, teacher_logits):
@@ -292,7 +291,7 @@ def _device_gradients(config, scalars, share, scatters):
     if config.head_trainable:
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
     carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
-    sums, d_hidden, d_head = carry if config.mesh is None else _psum(config, *carry, scatters)
+    sums, d_hidden, d_head = _psum(config, *carry, scatters)
     loss = jnp.sum(sums.pop("loss"))
     return loss, sums, Student(_restore(share, d_hidden.astype(hidden.dtype)), d_head)
 

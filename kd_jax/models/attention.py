@@ -48,11 +48,11 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | tuple[jax.Array, jax.Array],
+    layout: Layout,
     *,
     window: Window | None = None,
     scale: float | None = None,
     implementation: Implementation = "xla",
-    layout: Layout | None = None,
 ) -> jax.Array:
     """Returns softmax(scale q kᵀ) v, where a token attends to its document up to itself.
 
@@ -62,10 +62,10 @@ def attention(
       v: [B, S, K, H].
       segment_ids: [B, S] int32, the document of each token. A second such array names another
         document that the token attends to: a prompt that several answers share.
+      layout: of the model on the mesh; rows and query heads are sharded.
       window: None: a token attends to its whole past.
       scale: None: 1 / sqrt(H).
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
-      layout: of the model on the mesh; rows and query heads are sharded.
 
     Returns:
       [B, S, N, H] in q's dtype; the softmax is float32.
@@ -79,11 +79,11 @@ def attention(
         )
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     mask = Mask(documents, window)
-    as_bits = layout is not None and traits(layout.mesh).integer_residuals
-    kernels = {"xla": partial(_blockwise, as_bits), "cudnn": _cudnn, "splash": _splash}
+    blockwise = partial(_blockwise, traits(layout.mesh).integer_residuals)
+    kernels = {"xla": blockwise, "cudnn": _cudnn, "splash": _splash}
     kernel: Any = kernels[implementation]
     run: Any = partial(kernel, scale)
-    if layout is None or layout.mesh.size == 1:
+    if layout.mesh.size == 1:
         return run(q, k, v, mask)
     tensor = _axis_of_heads(layout, q.shape[2], k.shape[2])
     if tensor is not None:

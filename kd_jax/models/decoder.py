@@ -228,8 +228,8 @@ class Decoder(nnx.Module):
         """Returns attention of whole rows, [B, S, N, H], with a sliding window of `size`."""
         window = None if size is None else Window(positions, size)
         return attention(
-            q, k, v, segment_ids, window=window, scale=self.spec.arch.attention_scale,
-            implementation=self.spec.attention, layout=self.spec.layout,
+            q, k, v, segment_ids, self.spec.layout, window=window,
+            scale=self.spec.arch.attention_scale, implementation=self.spec.attention,
         )  # fmt: skip
 
     def over_layers(self, step: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
     def on_rows(self, x: jax.Array) -> jax.Array:
         """Returns hidden states [B, S, D] sharded over rows only."""
         layout = self.spec.layout
-        return x if layout is None else constrain(x, layout.mesh, layout.row_axes(len(x)))
+        return constrain(x, layout.mesh, layout.row_axes(len(x)))
 
     def head_weight(self) -> jax.Array:
         """Returns the lm_head, [V, D]."""

@@ -10,14 +10,8 @@ from kd_jax.parallel.mesh import Layout, traits
 from kd_jax.parallel.rules import split
 
 
-def embed(table: jax.Array, tokens: jax.Array, layout: Layout | None) -> jax.Array:
-    """Returns the rows [B, S, D] of a table [V, D] for tokens [B, S] int32.
-
-    Args:
-      layout: of the table on the mesh; None: the plain gradient, which varies on a GPU.
-    """
-    if layout is None:
-        return table[tokens]
+def embed(table: jax.Array, tokens: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the rows [B, S, D] of a table [V, D] for tokens [B, S] int32."""
     if traits(layout.mesh).integer_lookup and table.dtype == jnp.bfloat16:  # never trained
         bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)

@@ -25,8 +25,8 @@ class DecoderSpec:
     dtype: Any
     """Dtype of activations and matmuls."""
     attention: Implementation = "xla"
-    layout: Layout | None = None
-    """Shardings of weights and rows; None: one device."""
+    layout: Layout
+    """Shardings of weights and rows."""
     remat: Literal["none", "dots", "attention", "layer"] = "none"
     lora_scale: float = 0.0
     """alpha / rank of the adapters."""
@@ -36,7 +36,7 @@ class DecoderSpec:
     @property
     def saves_bits(self) -> bool:
         """True if bfloat16 residuals are saved as integers."""
-        return self.layout is not None and traits(self.layout.mesh).integer_residuals
+        return traits(self.layout.mesh).integer_residuals
 
     def save(self, x: jax.Array, name: str) -> jax.Array:
         return save(x, name, self.saves_bits)
@@ -47,9 +47,8 @@ class DecoderSpec:
 
     def joins_adapters(self, x: jax.Array) -> bool:
         """True if a projection of x [B, S, in] and its adapter are one matmul: on one device."""
-        if self.layout is None or self.layout.mesh.size > 1:
-            return False
-        return x.shape[1] > 1 and traits(self.layout.mesh).joined_adapters
+        mesh = self.layout.mesh
+        return mesh.size == 1 and x.shape[1] > 1 and traits(mesh).joined_adapters
 
 
 class LoraParam(nnx.Param):
@@ -103,9 +102,8 @@ class Linear(nnx.Module):
         return self.spec.save(y, SAVED_PRODUCT)  # the backward pass needs only the sum
 
     def _project(self, x: jax.Array, weight: jax.Array, *dims: str) -> jax.Array:
-        layout, in_use = self.spec.layout, None
-        if layout is not None and layout.mesh.size > 1:
-            in_use = layout.in_use(dims, weight.shape)
+        layout = self.spec.layout
+        in_use = layout.in_use(dims, weight.shape) if layout.mesh.size > 1 else None
         return project(x, weight, self.spec.dtype, in_use)
 
 

@@ -79,11 +79,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns `x` constrained to mesh axes, one for each leading dimension.
-
-    Without a mesh, or on one device, it is `x` itself.
-    """
-    if mesh is None or mesh.size == 1:
+def constrain(x: jax.Array, mesh: Mesh, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Returns `x` constrained to mesh axes, one for each leading dimension; `x` on one device."""
+    if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))

@@ -122,7 +122,6 @@ def abstract_models(
 
 
 def _abstract(spec: DecoderSpec, table: Mapping[str, Weight], dtype: str) -> Any:
-    assert spec.layout is not None
     return abstract_weights(table, spec.layout, dtype)
 
 

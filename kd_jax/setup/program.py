@@ -30,7 +30,7 @@ class Program:
     """With teacher_kind ema: the share of the average that an update leaves."""
     head: HeadConfig
     hidden: HiddenConfig | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh
     seed: int = 0
     optim: OptimConfig | None = None
     """The optimizer, built while the step is traced; None for evaluation."""

@@ -30,7 +30,6 @@ class AbstractRun:
 
     def trace(self) -> Any:
         """Returns the traced step, ready to lower and compile for the mesh."""
-        assert self.program.mesh is not None
         layout = jax.tree.map(lambda x: x.sharding, self.state)
         models = self.models
         return jit_train_step(self.program.mesh, layout).trace(

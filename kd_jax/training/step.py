@@ -40,8 +40,6 @@ class TrainState(NamedTuple):
 def init_state(program: Program, trainable: dict[str, Any]) -> TrainState:
     """Returns the state before the first step, with scalars replicated over the mesh."""
     state = TrainState(trainable, _optimizer(program).init(trainable), jnp.zeros((), jnp.int32))
-    if program.mesh is None:
-        return state
     everywhere = replicated(program.mesh)
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if x.ndim == 0 else x, state)
 
@@ -52,7 +50,6 @@ def abstract_state(program: Program, trainable: dict[str, Any]) -> TrainState:
     Args:
       trainable: arrays or ShapeDtypeStructs; each moment is sharded like its weight.
     """
-    assert program.mesh is not None
     everywhere = replicated(program.mesh)
     optimizer = _optimizer(program)
     opt_state = optax.tree.map_params(

@@ -20,7 +20,6 @@ from kd_jax.inference.sampling import generate
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.models import decoder
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import merge
 from kd_jax.models.weight_table import (
     FACTORS,
@@ -178,9 +177,7 @@ def decoding_programs(devices):
     config = tiny.make_config(hidden_size=256, head_dim=64, intermediate_size=256, vocab_size=512)
     arch = read_architecture(config, "tiny")
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 2, devices)
-    spec = DecoderSpec(
-        arch=arch, dtype=jnp.dtype("bfloat16"), attention="splash", layout=Layout(mesh)
-    )
+    spec = tiny.make_spec(arch, "bfloat16", attention="splash", layout=Layout(mesh))
     table = {name: weight for name, weight in weights(arch).items() if "layers." not in name}
     for i in range(arch.num_hidden_layers):
         table |= {f"layers.{i}.{name}": weight for name, weight in layer_weights(arch).items()}
@@ -208,7 +205,7 @@ def test_a_token_attends_to_the_cache_and_to_itself(dtype, by_sums):
     """Sums, as on a CPU, and matmuls, as elsewhere, against float64 NumPy."""
     B, K, G, H, T = 3, 2, 2, 8, 5
     arch = read_architecture(tiny.make_config(), "tiny")
-    spec = DecoderSpec(arch=arch, dtype=jnp.dtype(dtype), attention="xla")
+    spec = tiny.make_spec(arch, dtype)
     program = DecodingProgram(
         spec=spec, sampling=Sampling(), vocab_size=9, length=T, by_sums=by_sums
     )
@@ -235,7 +232,7 @@ def test_a_token_attends_to_the_cache_and_to_itself(dtype, by_sums):
 def test_attention_over_a_cache_has_the_models_dtype(by_sums):
     """Whatever the cache's: the layers after it would compute in float32."""
     arch = read_architecture(tiny.make_config(), "tiny")
-    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("bfloat16"), attention="xla")
+    spec = tiny.make_spec(arch, "bfloat16")
     program = DecodingProgram(
         spec=spec, sampling=Sampling(), vocab_size=9, length=5, by_sums=by_sums
     )

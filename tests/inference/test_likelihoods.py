@@ -100,8 +100,8 @@ def test_a_context_is_run_once(scorer, monkeypatch):
 
 
 def test_a_continuation_that_saw_another_would_be_noticed(scorer, expected, monkeypatch):
-    def blind(q, k, v, segment_ids, **options):
-        return attention.attention(q, k, v, segment_ids[1], **options)  # context and all siblings
+    def blind(q, k, v, segment_ids, layout, **options):  # of the context and all siblings
+        return attention.attention(q, k, v, segment_ids[1], layout, **options)
 
     monkeypatch.setattr("kd_jax.models.decoder.attention", blind)
     jax.clear_caches()

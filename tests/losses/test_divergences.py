@@ -9,6 +9,7 @@ import optax
 import published
 import pytest
 import reference
+import tiny
 
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences, token_loss
@@ -380,7 +381,7 @@ def run_head(case, temperature, padding, length):
     w_s, w_t = (rng.normal(size=(V + padding, D)).astype(np.float32) for D in (DS, DT))
     labels, mask = rng.integers(0, V, (B, S)), rng.random((B, S)) < 0.7
     loss = LossConfig(kd_ratio=0.4, temperature=temperature, scale_by_t2=True, **case)
-    config = HeadConfig(loss=loss, chunk_tokens=length, vocab_size=V)
+    config = HeadConfig(loss=loss, chunk_tokens=length, vocab_size=V, mesh=tiny.one_device())
     scalars = LossScalars(jnp.float32(0.4), jnp.float32(temperature))
 
     @jax.jit

@@ -22,7 +22,7 @@ from kd_jax.config import (
 from kd_jax.config.record import dump, from_json
 from kd_jax.losses.hidden import KINDS, check_layers, hidden_loss, init_projection
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import Decoder, DecoderSpec
+from kd_jax.models.decoder import Decoder
 from kd_jax.models.weight_table import projection_weight, weights
 
 PAIRS, B, S = 3, 2, 5
@@ -199,7 +199,7 @@ def make_model(depth=4, remat="none", dtype="float32", seed=0):
         path: jnp.asarray(rng.normal(size=w.shape) / w.shape[-1] ** 0.5, jnp.float32)
         for path, w in weights(arch).items()
     }
-    return Decoder(DecoderSpec(arch=arch, dtype=jnp.dtype(dtype), remat=remat), arrays)
+    return Decoder(tiny.make_spec(arch, dtype, remat=remat), arrays)
 
 
 def make_inputs():

@@ -8,17 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.experimental.pallas import tpu as pltpu
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import attention as module
-from kd_jax.models.attention import Window, attention
+from kd_jax.models.attention import Window
 from kd_jax.models.matmul import project
 from kd_jax.parallel.mesh import Layout, make_mesh
 
 pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
 
 B, N, K, H = 2, 4, 2, 8
+
+
+def attention(*inputs, layout=None, **options):
+    """Runs the model's attention, on one device by default."""
+    return module.attention(*inputs, layout or Layout(tiny.one_device()), **options)
 
 
 def make_inputs(S, dtype=np.float32):

@@ -15,7 +15,7 @@ from kd_jax.config import MeshConfig
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import Attention, Decoder, DecoderSpec, rotate
+from kd_jax.models.decoder import Attention, Decoder, rotate
 from kd_jax.models.rope import Rope
 from kd_jax.models.weight_table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
@@ -66,8 +66,7 @@ def port(torch_model, **options):
             arrays[path] = jnp.stack([state[name] for name in names])
         else:
             arrays[path] = jnp.asarray(state[path if "lm_head" in path else f"model.{path}"])
-    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("float32"), **options)
-    return Decoder(spec, arrays)
+    return Decoder(tiny.make_spec(arch, **options), arrays)
 
 
 def some_tokens(rows=2, length=48):
@@ -197,8 +196,8 @@ def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family
     arch = load_architecture(tmp_path)
     layout = Layout(make_mesh(MeshConfig(), 8))
     arrays = load_arrays(tmp_path, arch, abstract_weights(weights(arch), layout, "float32"))
-    spec = DecoderSpec(arch=arch, dtype=jnp.dtype("float32"))
-    assert distance(theirs, Decoder(spec, arrays)) < TOLERANCE
+    decoder = Decoder(tiny.make_spec(arch, layout=layout), arrays)
+    assert distance(theirs, decoder) < TOLERANCE
 
 
 def interleaved(x, cos, sin):

@@ -15,7 +15,7 @@ from tiny import logits
 from kd_jax.config import LoraConfig, MeshConfig, UserError
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.decoder import Decoder, DecoderSpec, Linear
+from kd_jax.models.decoder import Decoder, Linear
 from kd_jax.models.lora import init_adapters, merge
 from kd_jax.models.weight_table import (
     FACTORS,
@@ -47,7 +47,7 @@ def random_arrays():
 
 
 def random_model():
-    return Decoder(DecoderSpec(arch=ARCH, dtype=jnp.dtype("float32")), random_arrays())
+    return Decoder(tiny.make_spec(ARCH), random_arrays())
 
 
 def adapted(config, start=None, seed=0):
@@ -56,12 +56,7 @@ def adapted(config, start=None, seed=0):
 
 def with_adapters(arch, arrays, config, start=None, seed=0):
     """Returns a decoder with adapters, in their first values or those of `start`."""
-    spec = DecoderSpec(
-        arch=arch,
-        dtype=jnp.dtype("float32"),
-        lora_scale=config.alpha / config.rank,
-        dropout=config.dropout,
-    )
+    spec = tiny.make_spec(arch, lora_scale=config.alpha / config.rank, dropout=config.dropout)
     return Decoder(spec, arrays | (start or init_adapters(config, arch, seed)))
 
 
@@ -153,7 +148,7 @@ def linear_of(W, A, B, scale, dropout=0.0, dtype=jnp.float32):
         "mlp.up_proj.lora_A": jnp.asarray(A, jnp.float32),
         "mlp.up_proj.lora_B": jnp.asarray(B, jnp.float32),
     }
-    spec = DecoderSpec(arch=ARCH, dtype=jnp.dtype(dtype), lora_scale=scale, dropout=dropout)
+    spec = tiny.make_spec(ARCH, dtype, lora_scale=scale, dropout=dropout)
     return Linear(spec, arrays, "mlp.up_proj")
 
 
@@ -458,10 +453,10 @@ def test_a_folder_without_an_adapter_is_refused(adapter):
     "dtype, remat, tolerance", [("float32", "layer", 1e-4), ("bfloat16", "dots", 3e-2)]
 )
 def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, remat, tolerance):
-    """Joined on one CPU device, where bfloat16 residuals are integers too; not without a mesh."""
+    """Joined on one CPU device, not on two."""
     plain = adapted(LoraConfig(rank=4, target_modules=LINEAR_NAMES))
-    layout = Layout(make_mesh(MeshConfig(), 1, jax.devices()[:1]))
     spec = replace(plain.spec, dtype=jnp.dtype(dtype), remat=remat)
+    two = replace(spec, layout=Layout(make_mesh(MeshConfig(), 2, jax.devices()[:2])))
     arrays = {n: x + 0.02 if is_adapter(n) else x for n, x in tiny.arrays_of(plain).items()}
 
     def gradients(spec, arrays):
@@ -470,21 +465,20 @@ def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, remat, tol
 
         return jax.jit(jax.grad(score))(arrays)
 
-    want, got = gradients(spec, arrays), gradients(replace(spec, layout=layout), arrays)
+    want, got = gradients(two, arrays), gradients(spec, arrays)
     for name, value in want.items():
         scale = np.abs(value).max()
         np.testing.assert_allclose(got[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
     if dtype == "bfloat16":
         return
-    wrong = gradients(replace(spec, layout=layout, lora_scale=2.2), arrays)  # twin: 2.0 is right
+    wrong = gradients(replace(spec, lora_scale=2.2), arrays)  # twin: 2.0 is right
     names = [name for name in want if name.endswith("lora_B")]
     gaps = [np.abs(wrong[name] - want[name]).max() / np.abs(want[name]).max() for name in names]
     assert min(gaps) > tolerance
 
 
 def test_only_rows_on_one_device_are_multiplied_so():
-    one, two = (Layout(make_mesh(MeshConfig(), n, jax.devices()[:n])) for n in (1, 2))
     spec, rows = random_model().spec, jnp.zeros((2, 5, 3))
-    assert replace(spec, layout=one).joins_adapters(rows)
-    assert not replace(spec, layout=one).joins_adapters(rows[:, :1])  # decoding
-    assert not replace(spec, layout=two).joins_adapters(rows) and not spec.joins_adapters(rows)
+    two = replace(spec, layout=Layout(make_mesh(MeshConfig(), 2, jax.devices()[:2])))
+    assert spec.joins_adapters(rows) and not two.joins_adapters(rows)
+    assert not spec.joins_adapters(rows[:, :1])  # decoding

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from kd_jax.config import (
     Config,
@@ -26,6 +27,7 @@ from kd_jax.teachers.storage import token_bytes
 from kd_jax.teachers.topk import Selection, TopKModel, topk_fields
 
 B, S, D, V, K = 2, 4, 16, 40, 6
+SIZES = {"chunk_tokens": 3, "vocab_size": V}  # of the head
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_value_and_gradient_are_those_of_k_entries_and_one_for_the_rest(states, 
         return DIVERGENCES[divergence](p, q).sum()
 
     loss = LossConfig(kd_ratio=1.0, divergence=divergence)
-    config = HeadConfig(loss=loss, chunk_tokens=3, vocab_size=V)
+    config = HeadConfig(loss=loss, mesh=tiny.one_device(), **SIZES)
     scalars = LossScalars(jnp.float32(1), jnp.float32(1))
     targets = Targets(labels, jnp.ones((B, S), bool))
 
@@ -161,7 +163,7 @@ def test_renormalize_both_compares_the_stored_entries_alone(states, divergence):
         return 0.5 * ce + 0.5 * terms.sum()
 
     def ours(hidden, listed_only):
-        config = HeadConfig(loss=loss, chunk_tokens=3, vocab_size=V, listed_only=listed_only)
+        config = HeadConfig(loss=loss, mesh=tiny.one_device(), listed_only=listed_only, **SIZES)
         teacher = side(stored, "renormalize_both")
         return kd_head(config, scalars, Student(hidden, head), teacher, targets)[0]
 
