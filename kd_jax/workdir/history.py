@@ -166,7 +166,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise TypeError
         if not isinstance(num_steps, int | None):
             raise TypeError
-        if not all({"step", *PROVENANCE} <= start.keys() for start in record.get("starts", [])):
+        if not all(map(_is_start, record.get("starts", []))):
             raise TypeError
         config = dump(from_json(record["config"]))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -175,6 +175,11 @@ def read_record(path: Path) -> dict[str, Any]:
         )
         raise UserError(message) from None
     return record | {"config": config}
+
+
+def _is_start(tree: dict[str, Any]) -> bool:
+    known = {"step", *PROVENANCE} <= tree.keys()
+    return known and isinstance(tree["step"], int | None) and isinstance(tree["versions"], dict)
 
 
 def find_checkpoints(workdir: Path) -> dict[int, Path]:

@@ -79,9 +79,11 @@ def test_a_record_of_an_earlier_version_has_one_start_at_an_unknown_step(start, 
     record = start(6, "b")
     assert steps_and_versions(record) == [(None, "a"), (6, "b")]
     assert record["versions"] == {"jax": "a"}
-    (tmp_path / "config.json").write_text(json.dumps(record | {"starts": [{"step": 0}]}))
-    with pytest.raises(UserError, match=r"config\.json: not written by kd_jax"):
-        history.read_record(tmp_path / "config.json")
+    last = record["starts"][-1]
+    for wrong in (None, [3], [{"step": 0}], [last | {"step": "x"}], [last | {"versions": "x"}]):
+        (tmp_path / "config.json").write_text(json.dumps(record | {"starts": wrong}))
+        with pytest.raises(UserError, match=r"config\.json: not written by kd_jax"):
+            history.read_record(tmp_path / "config.json")
 
 
 def test_checkpoints_without_their_configuration_are_refused(tmp_path):
