@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from kd_jax.models.residuals import SAVED_ATTENTION, save
 from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout, traits
-from kd_jax.parallel.platforms import PLATFORMS, Implementation
+from kd_jax.parallel.platforms import Implementation
 
 NEGATIVE = -1e30
 """Logit of a masked key; finite, so that no difference of two is NaN."""
@@ -32,15 +32,6 @@ class Mask(NamedTuple):
     documents: tuple[jax.Array, ...]
     """[B, S] int32 each: the query's own document is the first; a key's must be one of them."""
     window: Window | None = None
-
-
-def choose_attention(wanted: str, platform: str, dtype: Any, head_dim: int) -> Implementation:
-    """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
-    if wanted != "auto":
-        return wanted  # type: ignore[return-value]
-    row = PLATFORMS[platform]
-    dtypes, head_dims = row.attention_dtypes, row.attention_head_dims
-    return row.attention if jnp.dtype(dtype).name in dtypes and head_dim in head_dims else "xla"
 
 
 def attention(

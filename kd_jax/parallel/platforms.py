@@ -150,6 +150,15 @@ def choose_dtype(wanted: Dtype, platform: str) -> Dtype:
     return "bfloat16" if fast else "float32"
 
 
+def choose_attention(wanted: str, platform: str, dtype: str, head_dim: int) -> Implementation:
+    """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    row = PLATFORMS[platform]
+    dtypes, head_dims = row.attention_dtypes, row.attention_head_dims
+    return row.attention if dtype in dtypes and head_dim in head_dims else "xla"
+
+
 def cpu_features() -> set[str]:
     """Returns the features of this machine's CPU by Linux's names; none where it does not say."""
     try:

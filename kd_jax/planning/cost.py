@@ -13,7 +13,7 @@ from kd_jax.models.weight_table import (
     layer_weights,
     trained_weights,
 )
-from kd_jax.parallel.platforms import choose_dtype
+from kd_jax.parallel.platforms import choose_attention, choose_dtype
 from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
 from kd_jax.planning.chips import Topology
 
@@ -77,6 +77,8 @@ class Shares:
     tokens: int
     itemsize: int
     """Bytes of its activations' dtype."""
+    mask: int
+    """Bytes of attention's mask, [B, 1, S, S] bfloat16 for cuDNN; other kernels make no array."""
 
     @property
     def tensor(self) -> int:
@@ -146,12 +148,15 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
     def shares(part: StudentConfig | TeacherConfig, arch: Architecture, seq_len: int) -> Shares:
         rows = config.data.batch_size // config.optim.accumulation_steps
         own = rows // axes_size(sizes, row_axes(sizes, part.shard_over, rows))
+        dtype = choose_dtype(part.dtype, case.topology.platform)
+        kernel = choose_attention(config.attention, case.topology.platform, dtype, arch.head_dim)
         return Shares(
             arch=arch,
             sizes=sizes,
             axes=part.shard_over,
             tokens=own * seq_len,
-            itemsize=DTYPE_BYTES[choose_dtype(part.dtype, case.topology.platform)],
+            itemsize=DTYPE_BYTES[dtype],
+            mask=2 * own * seq_len**2 if kernel == "cudnn" else 0,
         )
 
     student = shares(config.student, case.student, config.data.seq_len)

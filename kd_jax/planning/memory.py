@@ -108,11 +108,13 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
     residuals = student.arch.num_hidden_layers * student.residuals(config.remat_policy, rank)
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     layer = 2 * student.hidden + 2 * student.stream + student.heads
-    backward = residuals + summed + gradients + 2 * layer + _gathered_layer(student)
+    masks = 2 * student.mask  # and its gradient, which cuDNN computes
+    backward = residuals + summed + gradients + 2 * layer + masks + _gathered_layer(student)
     head = residuals + summed + _head(case, student, teacher)
     if teacher is None or config.reads_cache:
         return max(backward, head)
-    return max(backward, head, 2 * (teacher.hidden + teacher.stream) + _gathered_layer(teacher))
+    forward = 2 * (teacher.hidden + teacher.stream) + teacher.mask + _gathered_layer(teacher)
+    return max(backward, head, forward)
 
 
 def _head(case: Case, student: Shares, teacher: Shares | None) -> int:

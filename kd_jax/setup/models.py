@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, StudentConfig, TeacherConfig
 from kd_jax.losses.hidden import init_projection
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.attention import choose_attention
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.models.lora import init_adapters
 from kd_jax.models.weight_table import (
@@ -24,7 +23,7 @@ from kd_jax.models.weight_table import (
 )
 from kd_jax.parallel.mesh import Layout, platform
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.platforms import choose_dtype
+from kd_jax.parallel.platforms import choose_attention, choose_dtype
 from kd_jax.setup.model_files import ModelFiles
 from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
@@ -59,10 +58,10 @@ def make_spec(
     config: Config, part: StudentConfig | TeacherConfig, arch: Architecture, mesh: Mesh
 ) -> DecoderSpec:
     """Returns the spec of a frozen model without adapters."""
-    dtype = jnp.dtype(choose_dtype(part.dtype, platform(mesh)))
+    dtype = choose_dtype(part.dtype, platform(mesh))
     return DecoderSpec(
         arch=arch,
-        dtype=dtype,
+        dtype=jnp.dtype(dtype),
         attention=choose_attention(config.attention, platform(mesh), dtype, arch.head_dim),
         layout=Layout(mesh, part.shard_over),
     )

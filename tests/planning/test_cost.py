@@ -28,7 +28,7 @@ from kd_jax.models.weight_table import adapter_weights
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.planning import cost, memory, network
-from kd_jax.planning.chips import CHIPS, find_topology
+from kd_jax.planning.chips import CHIPS, GIB, find_topology
 from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.devices(8)
@@ -238,3 +238,20 @@ def test_a_drawing_of_samples_has_room_for_keys_values_and_a_copy_of_the_student
     slots = rows * 2048 // (2 * 256)  # prompts as long as answers
     cache = 2 * 16 * slots * 2048 * 8 * 64 * 2  # keys and values of 16 layers, bfloat16
     assert memory.sampling_bytes(case, cost.make_shares(case)[0]) == cache + 1_235_814_400 * 2
+
+
+@pytest.mark.parametrize("rows, remat, compiled", [(1, "dots", 49.85), (4, "layer", 49.36)])
+def test_long_rows_on_a_gpu_are_estimated_with_their_mask(rows, remat, compiled):
+    """Compiled: kd_jax.plan --topology h100:1x1, GiB (docs/benchmarks.md)."""
+    config, *archs = open_config("8b_to_1b", remat=remat)
+    data = dataclasses.replace(config.data, batch_size=rows, seq_len=32768)
+    case = cost.Case(
+        config=dataclasses.replace(config, data=data),
+        student=archs[0],
+        teacher=archs[1],
+        sizes={"data": 1, "fsdp": 1, "tensor": 1},
+        topology=find_topology("h100:1x1"),
+    )
+    found = memory.estimate_memory(case)
+    total = (sum(found.arguments.values()) + found.temporaries) / GIB
+    assert compiled <= total < 1.08 * compiled
