@@ -76,7 +76,7 @@ class Run:
     def num_starts(self) -> int:
         """Returns the number of starts; of an earlier version's run that of TensorBoard's files."""
         files = self.folder.glob("tensorboard/events.out.tfevents.*")
-        return len(self.record["starts"] if "starts" in self.record else list(files))
+        return len(self.record.get("starts") or list(files))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -151,7 +151,7 @@ def list_starts(record: dict[str, Any]) -> list[dict[str, Any]]:
     A record of an earlier version has those of its last start alone, whose step is None.
     """
     known = {name: record.get(name) for name in PROVENANCE}
-    return record.get("starts", [{"step": None, **known}])
+    return record.get("starts") or [{"step": None, **known}]
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def test_a_record_of_an_earlier_version_has_one_start_at_an_unknown_step(start, 
     del record["starts"]
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert steps_and_versions(history.read_record(tmp_path / "config.json")) == [(None, "a")]
+    assert steps_and_versions(record | {"starts": []}) == [(None, "a")]
     record = start(6, "b")
     assert steps_and_versions(record) == [(None, "a"), (6, "b")]
     assert record["versions"] == {"jax": "a"}
