@@ -39,8 +39,8 @@ import numpy as np
 from kd_jax.config import LossConfig, MeshConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.losses import divergences
-from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.head_inputs import Student, Targets
+from kd_jax.losses.fused_head import kd_head
+from kd_jax.losses.head_inputs import HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.token_weights import token_weight
 from kd_jax.parallel.mesh import compiler_options, make_mesh

@@ -41,8 +41,8 @@ FLOORS = [
     },
     {
         "losses": [
-            "vocabulary", "head_inputs", "softmax", "token_weights", "divergences", "token_loss",
-            "fused_head", "hidden", "schedules",
+            "vocabulary", "head_inputs", "chunks", "softmax", "token_weights", "divergences",
+            "token_loss", "fused_head", "hidden", "schedules",
         ],
         "weights": [
             "files", "chat_files", "kinds", "hashes", "safetensors", "folder", "orbax", "adapters",

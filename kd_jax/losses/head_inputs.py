@@ -1,10 +1,40 @@
-"""Inputs of the fused head: the student's side, the teacher's side and the targets."""
+"""Inputs of the fused head: its settings, the student's side, the teacher's side, the targets."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.sharding import Mesh
 
+from kd_jax.config import LossConfig
 from kd_jax.losses.vocabulary import Vocab
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """Settings of the fused head; static under jit."""
+
+    loss: LossConfig
+    chunk_tokens: int
+    """Tokens in a chunk, per device."""
+    vocab_size: int
+    """Vocabulary entries in use; higher ones are padding in either model."""
+    mesh: Mesh
+    """Shards rows and vocabulary."""
+    transpose_head: bool = False
+    """Transpose the student's head once to [D, V]: bfloat16 matmuls on CPU are faster with it."""
+    head_trainable: bool = False
+    """Compute the gradient of the student's head."""
+    listed_only: bool = False
+    """Take the divergence over the teacher's entries above NEGATIVE alone, with both models'
+    probabilities divided by their sums over these."""
+    top_k: int | None = None
+    """Entries of each model whose overlap evaluation measures; None: not measured."""
+
+    @property
+    def vocab_axis(self) -> str | None:
+        """The mesh axis that shards the vocabulary."""
+        return "tensor" if self.mesh.shape["tensor"] > 1 else None
 
 
 class Student(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
-from kd_jax.losses.fused_head import HeadConfig
+from kd_jax.losses.head_inputs import HeadConfig
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, traits
 from kd_jax.planning.chips import chip_of

@@ -13,8 +13,8 @@ import tiny
 
 from kd_jax.config import LossConfig
 from kd_jax.losses import divergences, token_loss
-from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.head_inputs import Student, Targets
+from kd_jax.losses.fused_head import kd_head
+from kd_jax.losses.head_inputs import HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import LossScalars, agreement_terms
 from kd_jax.losses.token_weights import adaptive_weight, token_weight
 from kd_jax.losses.vocabulary import sum_over_vocab

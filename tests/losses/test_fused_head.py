@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kd_jax.config import LossConfig, MeshConfig
 from kd_jax.losses import softmax
 from kd_jax.losses.divergences import DIVERGENCES
-from kd_jax.losses.fused_head import HeadConfig, kd_head, token_metrics
-from kd_jax.losses.head_inputs import NUM_GROUPS, Student, Targets
+from kd_jax.losses.fused_head import kd_head, token_metrics
+from kd_jax.losses.head_inputs import NUM_GROUPS, HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
     METRICS,

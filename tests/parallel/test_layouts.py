@@ -128,13 +128,13 @@ def test_every_layout_trains_as_one_device_does(trained, alone):
 
 
 def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, alone, monkeypatch):
-    add_up = fused_head._add_up
+    psum = fused_head._psum
 
-    def leaves_out(config, sums, d_hidden, d_head):
-        sums, _, d_head = add_up(config, sums, d_hidden, d_head)
+    def leaves_out(config, sums, d_hidden, d_head, scatters):
+        sums, _, d_head = psum(config, sums, d_hidden, d_head, scatters)
         return sums, d_hidden, d_head
 
-    monkeypatch.setattr(fused_head, "_add_up", leaves_out)
+    monkeypatch.setattr(fused_head, "_psum", leaves_out)
     jax.clear_caches()  # of programs with the right sum
     run = Run(configs("full", **LAYOUTS["tensor"]))
     with pytest.raises(AssertionError):
@@ -155,7 +155,7 @@ def excesses(program, vocab_size, chunk, widths):
                 found.append(f"logits {one}")
             if loops & set(one.loops) and math.prod(shape) > chunk:
                 found.append(f"inside the head's loop {one}")
-        if one.transfer.kind == "all-gather" and one.source.startswith("losses/fused_head.py"):
+        if one.transfer.kind == "all-gather" and one.source.startswith("losses/chunks.py"):
             for width in widths:
                 heads[width] += one.transfer.times * any(width in shape for shape in sizes)
     return found + [f"heads of {width}: {n} times" for width, n in heads.items() if n > 1]

@@ -18,8 +18,8 @@ from kd_jax.config import (
     UserError,
 )
 from kd_jax.data.store import TEACHER
-from kd_jax.losses.fused_head import HeadConfig, kd_head
-from kd_jax.losses.head_inputs import ChunkContext, Student, Targets
+from kd_jax.losses.fused_head import kd_head
+from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import Vocab
 from kd_jax.setup.cached import check_loss

@@ -1,0 +1,147 @@
+"""The chunks of the fused head: each device's tokens and vocabulary entries, and their logits.
+
+Tokens with a loss are moved to the front, so that chunks without any are at the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets, Teacher
+from kd_jax.losses.vocabulary import NEGATIVE, Vocab
+from kd_jax.parallel.rules import BATCH_AXES
+
+
+def common_entries(student: Student, teacher: Teacher | None) -> int:
+    """Returns the number of vocabulary entries that both models have, padding included."""
+    size = len(student.head)
+    return size if teacher is None else min(size, teacher.num_entries)
+
+
+class Rows(NamedTuple):
+    """Arrays of the tokens: [B, S, ...], or [chunks * C, ...] with the target tokens first."""
+
+    hidden: jax.Array
+    teacher: Any
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class Share:
+    """One device's tokens and vocabulary entries, ready for the loop."""
+
+    rows: Rows
+    """[chunks * C, ...], the target tokens first."""
+    head: jax.Array
+    """[V, D], or [D, V] with transpose_head."""
+    vocab_arrays: Any
+    """The teacher's, [V, ...]."""
+    teacher_logits: Callable[[Any, Any, ChunkContext], jax.Array] | None
+    vocab: Vocab
+    order: jax.Array
+    """[B * S] int32: where each token was."""
+    shape: tuple[int, int]
+    """(B, S)."""
+    num_chunks: jax.Array
+    """Chunks with a loss."""
+
+
+def shard_mapped(
+    config: HeadConfig,
+    run: Callable[[HeadConfig, Any, Share], Any],
+    out_specs: Any,
+    scalars: Any,
+    student: Student,
+    teacher: Teacher | None,
+    targets: Targets,
+) -> Any:
+    """Returns run(config, scalars, share) of every device's share, put together by `out_specs`."""
+    size = common_entries(student, teacher)
+    head = student.head[:size].astype(student.hidden.dtype)
+    rows, vocab_arrays, teacher_logits = Rows(student.hidden, None, targets), None, None
+    if teacher is not None:
+        rows, teacher_logits = rows._replace(teacher=teacher.rows), teacher.logits
+        vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
+
+    def run_device(scalars, rows, head, vocab_arrays):
+        share = _targets_first(config, rows, head, vocab_arrays, teacher_logits)
+        return run(config, scalars, share)
+
+    by_entry = P(config.vocab_axis)
+    run_devices = jax.shard_map(
+        run_device,
+        mesh=config.mesh,
+        in_specs=(P(), P(BATCH_AXES), by_entry, by_entry),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+    return run_devices(scalars, rows, head, vocab_arrays)
+
+
+def _targets_first(config, rows, head, vocab_arrays, teacher_logits):
+    """Returns the Share of rows [B, S, ...] and of this device's vocabulary entries."""
+    shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    order = jnp.argsort(~rows.targets.mask, stable=True)
+    padding = -len(order) % config.chunk_tokens
+
+    def gather(x):
+        return jnp.pad(jnp.take(x, order, axis=0), [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+
+    entries = jnp.arange(len(head))
+    if config.vocab_axis is not None:
+        entries += len(head) * jax.lax.axis_index(config.vocab_axis)
+    # Without the barrier a CPU recomputes them for every logit, at the cost of the softmax.
+    entries = jax.lax.optimization_barrier(entries)
+    return Share(
+        rows=jax.tree.map(gather, rows),
+        head=head.T if config.transpose_head else head,
+        vocab_arrays=vocab_arrays,
+        teacher_logits=teacher_logits,
+        vocab=Vocab(entries, config.vocab_axis),
+        order=order,
+        shape=shape,
+        num_chunks=-(-num_targets // config.chunk_tokens),
+    )
+
+
+def restore(share: Share, x: jax.Array) -> jax.Array:
+    """Returns x [chunks * C, ...] in the order of the tokens, as [B, S, ...]."""
+    return jnp.take(x, jnp.argsort(share.order), axis=0).reshape(*share.shape, *x.shape[1:])
+
+
+def read_chunk(
+    config: HeadConfig, share: Share, index: jax.Array
+) -> tuple[Rows, jax.Array, jax.Array | None]:
+    """Returns a chunk's Rows [C, ...] and both models' logits [C, V] float32."""
+    rows = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(
+            x, index * config.chunk_tokens, config.chunk_tokens, axis=0
+        ),
+        share.rows,
+    )
+    product = "CD,DV->CV" if config.transpose_head else "CD,VD->CV"
+    z_s = jnp.einsum(product, rows.hidden, share.head, preferred_element_type=jnp.float32)
+    z_s, z_t = _mask_padding(config, share.vocab, z_s), None
+    if share.teacher_logits is not None:
+        context = ChunkContext(z_s, rows.targets.labels, share.vocab, config.vocab_size)
+        z_t = share.teacher_logits(rows.teacher, share.vocab_arrays, context)
+        z_t = _mask_padding(config, share.vocab, z_t)
+    return rows, z_s, z_t
+
+
+def _mask_padding(config, vocab, logits):
+    """Returns logits [C, V] with NEGATIVE at vocabulary padding."""
+    num_shards = 1 if vocab.axis is None else config.mesh.shape[vocab.axis]
+    if len(vocab.entries) * num_shards == config.vocab_size:
+        return logits
+    return jnp.where(vocab.entries < config.vocab_size, logits, NEGATIVE)
+
+
+def write_chunk(array: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns array [chunks * C, ...] with a chunk [C, ...] written into it."""
+    return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * len(chunk), axis=0)
