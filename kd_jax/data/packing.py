@@ -41,8 +41,8 @@ def choose_rows(window: Prepared, data: DataConfig, teacher_seq_len: int | None)
     its shares of the two rows.
     """
     if not data.pack:
-        return [[i] for i in range(len(window.lengths))]
-    sizes = window.lengths
+        return [[i] for i in range(len(window.flat.lengths))]
+    sizes = window.flat.lengths
     if window.teacher is not None:
         teacher_sizes = window.teacher.lengths
         room = teacher_seq_len
@@ -94,9 +94,9 @@ def windows(parts: Iterable[Prepared], data: DataConfig, total: Prepared) -> Ite
         total.hidden += part.hidden
         total.problems = (total.problems + part.problems)[:MAX_SHOWN]
         total.long = (total.long + part.long)[:MAX_SHOWN]
-        if len(part.lengths):
+        if len(part.flat.lengths):
             window.append(part)
-            size += len(part.tokens) if data.pack else len(part.lengths) * data.seq_len
+            size += len(part.flat.tokens) if data.pack else len(part.flat.lengths) * data.seq_len
         if size >= WINDOW_TOKENS:
             yield _joined(window)
             window, size = [], 0
@@ -109,7 +109,7 @@ def _joined(parts: list[Prepared]) -> Prepared:
         return Flat(*(np.concatenate(column) for column in zip(*flats, strict=True)))
 
     teachers = [part.teacher for part in parts if part.teacher is not None]
-    return Prepared(*join(x.flat for x in parts), teacher=join(teachers) if teachers else None)
+    return Prepared(join(x.flat for x in parts), teacher=join(teachers) if teachers else None)
 
 
 def shown(parts: Iterable[Prepared], name: str) -> Iterator[Prepared]:
@@ -124,6 +124,6 @@ def shown(parts: Iterable[Prepared], name: str) -> Iterator[Prepared]:
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task, began = bar.add_task(name, total=None, speed=0), time.monotonic()
         for part in parts:
-            done = bar.tasks[0].completed + len(part.tokens)
+            done = bar.tasks[0].completed + len(part.flat.tokens)
             bar.update(task, completed=done, speed=done / (time.monotonic() - began))
             yield part

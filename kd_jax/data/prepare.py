@@ -19,8 +19,6 @@ from kd_jax.data.records import Record, make_record
 Chunk = list[tuple[str, Raw]]
 """Raw records with their places."""
 
-EMPTY = np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
-
 Piece = tuple[np.ndarray, np.ndarray]
 """Ids and target tokens of a document or of a part of it."""
 _CHUNK_RECORDS = 512
@@ -50,20 +48,21 @@ class Flat(NamedTuple):
     lengths: np.ndarray
 
 
+EMPTY = Flat(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64))
+
+
 def join(pieces: list[Piece]) -> Flat:
     if not pieces:
-        return Flat(*EMPTY)
+        return EMPTY
     tokens, target = (np.concatenate(column) for column in zip(*pieces, strict=True))
     return Flat(tokens, target, np.array([len(x) for x, _ in pieces]))
 
 
 @dataclass(slots=True)
 class Prepared:
-    """Documents, one after the other, and what became of the records."""
+    """Documents, and what became of the records."""
 
-    tokens: np.ndarray
-    target: np.ndarray
-    lengths: np.ndarray
+    flat: Flat
     counts: Counter[str] = field(default_factory=Counter)
     """`conversations` and, of these, `long` ones that were `truncated` or `dropped`, texts that
     were `cut`, those `without_target`, and `chats`; and `bad` records."""
@@ -77,10 +76,6 @@ class Prepared:
     """`place (tokens)` of each document that is longer than a row."""
     teacher: Flat | None = None
     """The same documents with the teacher's own prompt."""
-
-    @property
-    def flat(self) -> Flat:
-        return Flat(self.tokens, self.target, self.lengths)
 
 
 def chunks(raw: Iterable[tuple[str, Raw]]) -> Iterator[Chunk]:
@@ -170,7 +165,7 @@ def fit(
         counts["without_target"] += not useful
         kept += [(document.tokens[x], document.target[x]) for x in useful]
     teacher = None if prompt is None else join(others)
-    return Prepared(*join(kept), counts, long=long, teacher=teacher)
+    return Prepared(join(kept), counts, long=long, teacher=teacher)
 
 
 def _excess(document: Document, seq_len: int, teacher_seq_len: int | None) -> int:

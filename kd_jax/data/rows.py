@@ -184,7 +184,7 @@ def overlap(rows: Rows, others: Rows) -> str:
 
 
 def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    data, prompt, total = job.data, job.prompt, Prepared(*EMPTY)
+    data, prompt, total = job.data, job.prompt, Prepared(EMPTY)
     pad = job.tokenizer.pad_token_id
     begin, end = slice_of(data.path, data.split)
     last = end if data.max_conversations is None else begin + data.max_conversations
@@ -203,8 +203,8 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
                 columns |= {f"{TEACHER}{name}": x for name, x in teacher.items()}
                 longest = max(longest, int(lengths.max()))
             writer.append(columns)
-            counts["tokens"] += len(window.tokens)
-            counts["target_tokens"] += int(window.target.sum())
+            counts["tokens"] += len(window.flat.tokens)
+            counts["target_tokens"] += int(window.flat.target.sum())
         counts["rows"] = writer.num_rows
         _check(total, data, prompt, writer.num_rows)
         notes = _notes(total, job, (begin, end))

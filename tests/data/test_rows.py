@@ -47,8 +47,8 @@ def test_overlong_conversations_are_cut_or_dropped_and_counted(overlong, lengths
     documents = [document(4), document(8), document(9), document(30, first_target=8)]
     config = DataConfig(path="d", seq_len=8, overlong=overlong)
     fitted = prepare.fit(documents, config)
-    assert fitted.lengths.tolist() == lengths and len(fitted.tokens) == len(fitted.target)
-    assert len(fitted.tokens) == sum(lengths)
+    tokens, target, sizes = fitted.flat
+    assert sizes.tolist() == lengths and len(tokens) == len(target) == sum(lengths)
     assert {name: fitted.counts[name] for name in counts} == counts
 
 
@@ -56,8 +56,9 @@ def test_long_text_is_cut_into_consecutive_rows():
     text = Record("d:1", [], text="x", answers=((0, 1),))
     long = dataclasses.replace(document(20), record=text)
     fitted = prepare.fit([long], DataConfig(path="d", seq_len=8))
-    assert fitted.tokens.tolist() == list(range(20)) and fitted.lengths.tolist() == [8, 8, 4]
-    assert np.flatnonzero(~fitted.target).tolist() == [0, 8, 16]
+    tokens, target, lengths = fitted.flat
+    assert tokens.tolist() == list(range(20)) and lengths.tolist() == [8, 8, 4]
+    assert np.flatnonzero(~target).tolist() == [0, 8, 16]
     assert fitted.counts["cut"] == 1 and not fitted.long
 
 
@@ -143,7 +144,7 @@ def test_packing_loses_and_splits_nothing_and_fills_well(seed):
     config = DataConfig(path="", seq_len=size)
     tokens = np.concatenate([one.tokens for one in documents])
     target = np.concatenate([one.target for one in documents])
-    window = prepare.Prepared(tokens, target, np.array(lengths))
+    window = prepare.Prepared(prepare.Flat(tokens, target, np.array(lengths)))
     rows = fill_rows(window, config)
     want = sorted((d.tokens.tolist(), d.target.tolist()) for d in documents)
     assert sorted(unpack(rows)) == want
