@@ -233,15 +233,32 @@ def _text(file: str) -> Iterator[tuple[str, Raw]]:
                 yield f":{number}", {"text": text}
 
 
-def _parquet(file: str) -> Iterator[tuple[str, Raw]]:
+def _columns(file: str) -> Iterator[tuple[str, Raw]]:
+    number = 0
+    for batch in record_batches(file, 512):
+        for record in batch.to_pylist():
+            number += 1
+            yield f", record {number}", record
+
+
+def record_batches(file: str, num_rows: int) -> Iterator[Any]:
+    """Yields a Parquet or Arrow file's checked pyarrow.RecordBatch, of at most `num_rows` rows."""
+    for batch in (_parquet if kind_of(file)[0] == ".parquet" else _arrow)(file, num_rows):
+        batch.validate(full=True)  # a damaged offset would read outside the memory
+        for start in range(0, batch.num_rows, num_rows):
+            yield batch.slice(start, num_rows)
+
+
+def _parquet(file: str, num_rows: int) -> Iterator[Any]:
     from pyarrow import parquet
 
     with _open(file) as stream:
         source = io.BytesIO(stream.read()) if kind_of(file)[1] else stream
-        yield from _batches(parquet.ParquetFile(source).iter_batches(batch_size=512))
+        checked = parquet.ParquetFile(source, page_checksum_verification=True)
+        yield from checked.iter_batches(batch_size=num_rows)
 
 
-def _arrow(file: str) -> Iterator[tuple[str, Raw]]:
+def _arrow(file: str, _: int) -> Iterator[Any]:
     import pyarrow
 
     with _open(file) as stream:
@@ -249,19 +266,9 @@ def _arrow(file: str) -> Iterator[tuple[str, Raw]]:
     with _open(file) as stream:
         if head == b"ARROW1":
             reader = pyarrow.ipc.open_file(io.BytesIO(stream.read()))
-            yield from _batches(reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            yield from _batches(pyarrow.ipc.open_stream(stream))
-
-
-def _batches(batches: Any) -> Iterator[tuple[str, Raw]]:
-    number = 0
-    for batch in batches:
-        batch.validate(full=True)  # a damaged offset would read outside the memory
-        for start in range(0, batch.num_rows, 512):
-            for record in batch.slice(start, 512).to_pylist():
-                number += 1
-                yield f", record {number}", record
+            yield from pyarrow.ipc.open_stream(stream)
 
 
 READERS: dict[str, Callable[[str], Iterator[tuple[str, Raw]]]] = {
@@ -271,6 +278,6 @@ READERS: dict[str, Callable[[str], Iterator[tuple[str, Raw]]]] = {
     ".csv": _table(","),
     ".tsv": _table("\t"),
     ".txt": _text,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _columns,
+    ".arrow": _columns,
 }

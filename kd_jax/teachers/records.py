@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
+from kd_jax.data.readers import record_batches
 from kd_jax.data.store import Batch
 from kd_jax.losses.vocabulary import NEGATIVE
 from kd_jax.teachers import distillkit
@@ -120,15 +121,8 @@ def _table(file: Path) -> Iterator[Record]:
 
 
 def _batches(file: Path) -> Iterator[Any]:
-    import pyarrow.parquet
-
     with _reading(str(file)):
-        if file.suffix == ".parquet":
-            checked = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-            yield from checked.iter_batches(batch_size=_ROWS)
-        else:
-            with pyarrow.memory_map(str(file)) as stream:
-                yield from pyarrow.ipc.open_stream(stream)
+        yield from record_batches(str(file), _ROWS)
 
 
 def _find_form(file: Path) -> distillkit.Compression:
