@@ -24,7 +24,7 @@ from kd_jax.inference.teacher_pass import finish
 from kd_jax.parallel.processes import say
 from kd_jax.setup.cached import Found
 from kd_jax.teachers.lock import lock_cache
-from kd_jax.teachers.manifest import SOURCE
+from kd_jax.teachers.manifest import SOURCE, new_cache
 from kd_jax.teachers.records import (
     Record,
     check_alignment,
@@ -60,7 +60,8 @@ def import_cache(
     identity = {n: x for n, x in data.identity.items() if not n.startswith("teacher.")}
     identity |= {SOURCE: "records", "vocabulary": str(data.vocab_size)}
     with lock_cache(out, "--out"):
-        cache, found = open_cache(out, "--out", "topk", fields, identity, data.rows)
+        new = new_cache(out, "topk", fields, identity)
+        cache, found = open_cache(new, "--out", data.rows)
         values = [x for one in found for x in _values(one, records, source, k, data.vocab_size)]
         keys = [one.documents.keys[i] for one in found for i in np.flatnonzero(one.places < 0)]
         if keys:

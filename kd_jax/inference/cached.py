@@ -99,8 +99,8 @@ def open_cached(
     if config.teacher.cache_missing == "compute":
         fields = hidden_fields(teacher.arch.hidden_size, config.teacher.dtype)
         with lock_cache(path, "teacher.cache"):
-            recipe = ("hidden", fields, identity, rows)
-            cache, found = open_cache(path, "teacher.cache", *recipe)
+            new = new_cache(path, "hidden", fields, identity)
+            cache, found = open_cache(new, "teacher.cache", rows)
             complete(config, cache, teacher, mesh, found)
     return _read_finished(config, path, identity, rows)
 
@@ -130,32 +130,26 @@ def _read_finished(
     return together("cache/read", read)
 
 
-def open_cache(
-    path: str,
-    flag: str,
-    kind: str,
-    fields: Fields,
-    identity: dict[str, str],
-    rows: tuple[Rows, Rows | None],
-) -> tuple[Cache, list[Found]]:
-    """Returns the cache to which documents of the rows are added, or a new one, and these.
+def open_cache(new: Cache, flag: str, rows: tuple[Rows, Rows | None]) -> tuple[Cache, list[Found]]:
+    """Returns the cache to which documents of the rows are added, and these.
 
     Args:
-      fields: of a new cache; with the flag --out, also those that one must have that is there.
+      new: taken where there is none. One that is there must be of the same teacher; with the flag
+        --out it must also have the same arrays.
     """
 
     def read() -> tuple[tuple[Cache, list[Found]], dict[str, int]]:
-        cache = read_cache(path, flag) or new_cache(path, kind, fields, identity)
-        if (SOURCE in cache.identity) != (SOURCE in identity):
+        cache = read_cache(new.path, flag) or new
+        if (SOURCE in cache.identity) != (SOURCE in new.identity):
             wanted = "was made of a file" if SOURCE in cache.identity else "a teacher made"
             raise UserError(
-                f"{flag}: expected a cache that one teacher fills, got {path}, which {wanted}. "
+                f"{flag}: expected a cache that one teacher fills, got {new.path}, which {wanted}. "
                 + "Add to it with "
                 + ("--source alone" if SOURCE in cache.identity else "a teacher, not --source")
             )
         if flag == "--out":
-            _check_fields(cache, kind, fields)
-        check_identity(cache, identity, flag)
+            _check_fields(cache, new)
+        check_identity(cache, new.identity, flag)
         return (cache, find_all(cache, *rows)), {"parts": len(cache.parts)}
 
     return together("cache/open", read)
@@ -187,13 +181,13 @@ def make_cache(
     fields = make_fields(how, config.teacher.dtype, data)
     # Log-probabilities depend on the vocabulary that the models share; hidden states do not.
     size = {} if how.kind == "hidden" else {"vocabulary": str(data.vocab_size)}
-    recipe = (how.kind, fields, data.identity | size, data.rows)
+    new = new_cache(out, how.kind, fields, data.identity | size)
     if dry_run:
-        cache, found = open_cache(out, "--out", *recipe)
+        cache, found = open_cache(new, "--out", data.rows)
         _estimate(config, cache, data, found)
         return data
     with lock_cache(out, "--out"):
-        cache, found = open_cache(out, "--out", *recipe)
+        cache, found = open_cache(new, "--out", data.rows)
         say(_describe(cache, found))
         complete(config, cache, data.teacher, data.mesh, found)
     say(f"done: --teacher.cache {out} trains from it")
@@ -236,16 +230,17 @@ def with_live_teacher(config: Config) -> Config:
     return dataclasses.replace(config, teacher=own)
 
 
-def _check_fields(cache: Cache, kind: str, fields: Fields) -> None:
+def _check_fields(cache: Cache, new: Cache) -> None:
     """Raises UserError if a cache that is there stores its values in another form."""
-    ours, theirs = (
-        f"{what}: " + ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in sorted(some.items()))
-        for what, some in ((kind, fields), (cache.kind, cache.fields))
+    wanted, got = (
+        f"{some.kind}: "
+        + ", ".join(f"{n} {x.dtype}{list(x.shape)}" for n, x in sorted(some.fields.items()))
+        for some in (cache, new)
     )
-    if (kind, fields) != (cache.kind, cache.fields):
+    if wanted != got:
         raise UserError(
-            f"--kind, --k, --dtype: expected those of the cache {cache.path} ({theirs}), got "
-            f"{ours}. Give another --out"
+            f"--kind, --k, --dtype: expected those of the cache {cache.path} ({wanted}), got "
+            f"{got}. Give another --out"
         )
 
 
