@@ -20,7 +20,6 @@ from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.load import OpenModel, describe_dtype, load_unstacked, open_model
 from kd_jax.inference.prompts import (
     TextWriter,
-    chat_stops,
     check_ids,
     check_length,
     context_length,
@@ -42,14 +41,12 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
     opened = open_model(args.model, args.dtype, args.step)
     tokenizer, folder = opened.files.tokenizer, opened.files.folder
-    date = args.date or opened.config.data.date
+    date, template = args.date or opened.config.data.date, None
+    if not args.raw:
+        own = DataConfig(path="unused", chat_template=args.chat_template)
+        template = chat_template_of(own, tokenizer)
     prompts = encode(
-        tokenizer,
-        args.prompt,
-        raw=args.raw,
-        system=args.system,
-        chat_template=args.chat_template,
-        date=date,
+        tokenizer, args.prompt, raw=args.raw, system=args.system, template=template, date=date
     )
     check_ids(prompts, opened.files.arch, "--model")
     room = check_length(prompts, args.max_new_tokens, context_length(opened.files.arch))
@@ -57,7 +54,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     mesh = make_mesh(args.mesh, jax.device_count())
     if line := describe_dtype(args.dtype, mesh):
         print(line, file=sys.stderr)
-    ends, texts = (set(), []) if args.raw else chat_stops(tokenizer, args.chat_template, date)
+    ends, texts = template_stops(tokenizer, template, date)
     writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]
     ends |= stop_tokens(folder, tokenizer)
     draft = None if args.draft is None else _open_draft(args, opened)

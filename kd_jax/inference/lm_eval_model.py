@@ -4,6 +4,7 @@ Importing this module registers the model and needs the `eval` extra:
 `lm_eval.simple_evaluate("kd_jax", "pretrained=FOLDER_OR_WORKDIR,dtype=float32", tasks=[...])`.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from kd_jax.config import MeshConfig, UserError
+from kd_jax.data.chat import chat_template_of
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import describe_dtype, load_model, open_model
-from kd_jax.inference.prompts import chat_stops, stop_tokens
+from kd_jax.inference.prompts import stop_tokens, template_stops
 from kd_jax.inference.sampling import generate
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh, traits
@@ -83,7 +85,9 @@ class KdJaxLM(TemplateLM):
         self.stop_tokens = stop_tokens(folder, self.tokenizer)
         self.stop_texts: list[str] = []
         if model.workdir is not None:
-            ends, self.stop_texts = chat_stops(self.tokenizer, None, model.config.data.date)
+            data = dataclasses.replace(model.config.data, chat_template=None)  # it has the run's
+            template = chat_template_of(data, self.tokenizer)
+            ends, self.stop_texts = template_stops(self.tokenizer, template, data.date)
             self.stop_tokens |= ends
         self.max_length = max_length or _max_length(folder, self.tokenizer)
         self.add_bos_token = add_bos_token

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax.config import DataConfig, UserError
-from kd_jax.data.chat import chat_template_of, end_of_turn, render_prompt
+from kd_jax.config import UserError
+from kd_jax.data.chat import end_of_turn, render_prompt
 from kd_jax.data.templates import Template
 from kd_jax.inference.sampling import Stop
 from kd_jax.models.architecture import Architecture
@@ -19,27 +19,21 @@ def encode(
     *,
     raw: bool,
     system: str | None,
-    chat_template: str | None,
+    template: Template | None,
     date: str,
 ) -> list[list[int]]:
     """Returns the tokens of each prompt, in the chat template unless `raw`.
 
     Args:
       system: system message before each prompt; None omits it.
-      chat_template: Jinja file to use instead of the tokenizer's own template.
       date: date for templates that print today's.
     """
     if raw:
         return [tokenizer(text)["input_ids"] for text in prompts]
-    template = chat_template_of(_data(chat_template), tokenizer)
     before = [] if system is None else [{"role": "system", "content": system}]
     turns = [[*before, {"role": "user", "content": text}] for text in prompts]
     texts = [render_prompt(tokenizer, some, template, date) for some in turns]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-def _data(chat_template: str | None) -> DataConfig:
-    return DataConfig(path="unused", chat_template=chat_template)
 
 
 def check_ids(prompts: Sequence[Sequence[int]], arch: Architecture, flag: str) -> None:
@@ -73,11 +67,6 @@ def check_length(prompts: list[list[int]], max_new_tokens: int, context: int) ->
 def context_length(arch: Architecture) -> int:
     """Returns the model's most tokens of prompt and answer."""
     return arch.max_position_embeddings or sys.maxsize
-
-
-def chat_stops(tokenizer: Any, chat_template: str | None, date: str) -> tuple[set[int], list[str]]:
-    """Returns template_stops of a Jinja file or, without one, of the tokenizer's template."""
-    return template_stops(tokenizer, chat_template_of(_data(chat_template), tokenizer), date)
 
 
 def template_stops(

@@ -5,7 +5,14 @@ import copy
 import pytest
 import tiny
 
-from kd_jax.inference.prompts import chat_stops
+from kd_jax.config import DataConfig
+from kd_jax.data.chat import chat_template_of
+from kd_jax.inference.prompts import template_stops
+
+
+def stops(tokenizer, file=None):
+    template = chat_template_of(DataConfig(path="unused", chat_template=file), tokenizer)
+    return template_stops(tokenizer, template, "2024-07-26")
 
 
 @pytest.mark.parametrize(
@@ -17,8 +24,8 @@ def test_generation_stops_at_the_templates_end_of_turn(end, tokens, texts, token
     other.chat_template = "{{ 'not used' }}"
     file = tmp_path / "t.jinja"
     file.write_text(tiny.TEMPLATE.replace("<|eot|>", end))
-    assert chat_stops(other, str(file), "2024-07-26") == (tokens, texts)
+    assert stops(other, str(file)) == (tokens, texts)
     other.chat_template = file.read_text()
-    assert chat_stops(other, None, "2024-07-26") == (tokens, texts)
+    assert stops(other) == (tokens, texts)
     other.chat_template = None
-    assert chat_stops(other, None, "2024-07-26") == (set(), [])
+    assert stops(other) == (set(), [])
