@@ -15,14 +15,14 @@ Encoded = tuple[np.ndarray, np.ndarray]
 """Ids [n] int32, and True for the tokens with a character in one of the text's spans, [n] bool."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
+LLAMA3 = (  # pieces of text, whose ends no token crosses
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_QWEN2 = LLAMA3.replace("{1,3}", "")
 # No word of these patterns has a space after another character than white space, so that such a
 # space begins a word, and tokens before it do not depend on what follows.
-_SPACED = {_GPT2, _LLAMA3, _QWEN2}
+_SPACED = {_GPT2, LLAMA3, _QWEN2}
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 _MOST_PIECES = 2**18

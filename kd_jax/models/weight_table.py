@@ -168,6 +168,13 @@ def hf_names(path: str, arch: Architecture) -> list[str]:
     return [path if path == HEAD else f"model.{path}"]
 
 
+def tensor_shapes(table: Mapping[str, Weight], arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a table's tensors by Hugging Face name."""
+    return {
+        name: weight.layer_shape for path, weight in table.items() for name in hf_names(path, arch)
+    }
+
+
 def shape_problems(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:

@@ -165,10 +165,6 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
     return student, shares(config.teacher_part, case.teacher, config.teacher_seq_len)
 
 
-def head_weight(arch: Architecture) -> dict[str, Weight]:
-    return {"head": Weight((arch.vocab_size, arch.hidden_size), ("vocab", "embed"))}
-
-
 def count(table: Mapping[str, Weight]) -> int:
     return sum(math.prod(weight.shape) for weight in table.values())
 

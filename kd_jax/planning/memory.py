@@ -8,7 +8,7 @@ from kd_jax.models.weight_table import head_weights, layer_weights, trained_weig
 from kd_jax.parallel.platforms import PLATFORMS, Platform
 from kd_jax.parallel.rules import BATCH_AXES, axes_size
 from kd_jax.planning.chips import GIB, Chip, Topology
-from kd_jax.planning.cost import Case, Shares, cached_bytes, head_weight, make_shares
+from kd_jax.planning.cost import Case, Shares, cached_bytes, make_shares
 
 BATCH_BYTES = 4 + 4 + 4 + 1  # tokens, positions, segment ids, loss mask of one token
 TEACHER_BYTES = 4 + 4 + 4  # tokens, positions, segment ids of a token of the teacher's own rows
@@ -134,7 +134,7 @@ def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
     models = [student] if teacher is None else [student, teacher]
     total = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
     total += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
-    return total + (student.in_use(head_weight(student.arch), 4 + student.itemsize) if full else 0)
+    return total + (student.in_use(head_weights(student.arch), 4 + student.itemsize) if full else 0)
 
 
 def _gathered_layer(model: Shares) -> int:
@@ -148,4 +148,4 @@ def _gathered_head(model: Shares, topology: Topology) -> int:
     """Returns the bytes of an all-gathered head; a TPU copies shards that fill no tiles of 8."""
     ragged = model.arch.vocab_size // (model.fsdp * model.tensor) % 8 > 0
     copies = 2 if ragged and topology.platform == "tpu" else 1
-    return copies * model.in_use(head_weight(model.arch), model.itemsize)
+    return copies * model.in_use(head_weights(model.arch), model.itemsize)

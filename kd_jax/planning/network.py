@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_jax.models.weight_table import layer_weights
+from kd_jax.models.weight_table import head_weights, layer_weights, trained_weights
 from kd_jax.parallel.rules import ROWS_AXIS, Sizes, axes_size
 from kd_jax.planning.chips import Topology
 from kd_jax.planning.cost import (
@@ -14,9 +14,7 @@ from kd_jax.planning.cost import (
     Case,
     Shares,
     Work,
-    head_weight,
     make_shares,
-    trained_weights,
 )
 
 
@@ -55,7 +53,7 @@ def _of_layers(
     model: Shares, gathers: int, sums: int, head_only: bool = False
 ) -> list[tuple[str, int, int, tuple]]:
     """Returns a model's collectives; layers are all-gathered and all-reduced that many times."""
-    layer, head = layer_weights(model.arch), head_weight(model.arch)
+    layer, head = layer_weights(model.arch), head_weights(model.arch)
     L = 0 if head_only else model.arch.num_hidden_layers
     found: list[tuple[str, int, int, tuple]] = []
     if model.fsdp > 1:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax.data.encode import LLAMA3
 from kd_jax.models.architecture import read_architecture
-from kd_jax.models.weight_table import hf_names, weights
+from kd_jax.models.weight_table import tensor_shapes, weights
 from kd_jax.weights.export import new_folder
 
 BEGIN, START, END, END_OF_TURN = (
@@ -22,11 +23,6 @@ TEMPLATE = (
     f"{{{{- '{START}' + m['role'] + '{END}\n\n' + m['content'] | trim + '{END_OF_TURN}' -}}}}"
     "{%- endfor -%}"
     f"{{%- if add_generation_prompt -%}}{{{{- '{START}assistant{END}\n\n' -}}}}{{%- endif -%}}"
-)
-# Llama 3's regular expression for pieces of text, whose ends no token crosses.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SHAPE = {
     "model_type": "llama",
@@ -48,7 +44,7 @@ def make_tokenizer(exchanges: Sequence[tuple[str, str]], vocab_size: int) -> Any
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -89,17 +85,14 @@ def write_llama(folder: Path, tokenizer: Any, seed: int, **shape: int) -> int:
     arch = read_architecture(config, str(folder))
     rng = np.random.default_rng(seed)
     tensors = {}
-    for path, weight in weights(arch).items():
-        layered = path.startswith("layers.")
-        size = weight.shape[1:] if layered else weight.shape
-        for name in hf_names(path, arch):
-            if len(size) == 1:
-                tensors[name] = np.ones(size, np.float32)
-                continue
-            scale = size[-1] ** -0.5
-            if path.endswith(("o_proj.weight", "down_proj.weight")):
-                scale *= (2 * arch.num_hidden_layers) ** -0.5
-            tensors[name] = rng.normal(0.0, scale, size).astype(np.float32)
+    for name, size in tensor_shapes(weights(arch), arch).items():
+        if len(size) == 1:
+            tensors[name] = np.ones(size, np.float32)
+            continue
+        scale = size[-1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            scale *= (2 * arch.num_hidden_layers) ** -0.5
+        tensors[name] = rng.normal(0.0, scale, size).astype(np.float32)
     with new_folder(folder) as place:
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         (place / "config.json").write_text(json.dumps(config, indent=2))

@@ -15,7 +15,14 @@ from kd_jax.config.errors import first_lines
 from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.config_keys import is_number, show
-from kd_jax.models.weight_table import FACTORS, FUSED, adapter_weights, hf_names, shape_problems
+from kd_jax.models.weight_table import (
+    FACTORS,
+    FUSED,
+    adapter_weights,
+    hf_names,
+    shape_problems,
+    tensor_shapes,
+)
 from kd_jax.weights.files import is_there, read_json
 from kd_jax.weights.kinds import describe_folder
 from kd_jax.weights.safetensors import open_folder
@@ -159,11 +166,7 @@ def load_adapter(folder: Path, arch: Architecture) -> Adapter:
     problems = peft_problems(config)
     rank = config["r"] if type(config.get("r")) is int and 0 < config["r"] < 2**31 else 0
     every = LoraConfig(rank=rank, target_modules=LINEAR_NAMES)
-    shapes = {
-        name: weight.layer_shape
-        for dotted, weight in adapter_weights(every, arch).items()
-        for name in hf_names(dotted, arch)
-    }
+    shapes = tensor_shapes(adapter_weights(every, arch), arch)
     modules = peft_targets(config, {name.rpartition(".")[0] for name in shapes}, problems)
     names = [name for name in shapes if name.rpartition(".")[0] in modules]
     if rank > 0:

@@ -16,7 +16,7 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import first_line, first_lines
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.lora import merge
-from kd_jax.models.weight_table import HEAD, hf_names, shape_problems, weights
+from kd_jax.models.weight_table import HEAD, hf_names, shape_problems, tensor_shapes, weights
 from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter
 from kd_jax.weights.folder import ORBAX
@@ -54,11 +54,7 @@ def open_tensors(folder: Path, arch: Architecture, *, tell: bool = False) -> dic
     tensors = _unwrapped(open_folder(folder), folder, tell)
     if arch.tie_word_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         tensors[EMBEDDING] = tensors[HEAD]  # as transformers reads a model that stores only this
-    table = {
-        name: weight.layer_shape
-        for path, weight in weights(arch).items()
-        for name in hf_names(path, arch)
-    }
+    table = tensor_shapes(weights(arch), arch)
     shapes = {
         name: tensor.shape
         for name, tensor in tensors.items()
