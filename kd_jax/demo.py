@@ -231,7 +231,7 @@ def train(stage: Stage, name: str, workdir: Path, paths: dict[str, Path], seed: 
         if str(reduce(getattr, field.split("."), config)) != str(value):
             words += [f"--{field}", str(value)]
     try:
-        seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir) or False)
+        seconds = run(stage, "kd_jax.train", main, words, done=completion(workdir))
     except SystemExit:  # a signal: training has saved
         raise KeyboardInterrupt from None
     if seconds:

@@ -89,7 +89,7 @@ def sweep(argv: Sequence[str]) -> None:
         if stopped:
             print(_RESUMES, file=sys.stderr)
             raise KeyboardInterrupt
-        if status == 0 and completion(plan.folder) is False:
+        if status == 0 and not completion(plan.folder):
             status = 1  # a run that itself got a SIGTERM saves and exits with 0
         if status:
             failed[plan.folder] = status

@@ -126,10 +126,10 @@ def curve(run: Run, figure: Figure) -> "pd.Series":
 
 def minimises_kl(run: Run) -> bool:
     """Returns True where a run's kd_loss is KL(teacher || student)."""
-    loss = run.record["config"]["loss"]
-    plain = loss["temperature"] == 1 and loss.get("temperature_end") in (None, 1)
-    plain = plain and loss.get("compat") != "torchtune"  # whose forward KL is a cross-entropy
-    return loss["divergence"] == "forward_kl" and plain
+    loss = run.config.loss
+    plain = loss.temperature == 1 and loss.temperature_end in (None, 1)
+    plain = plain and loss.compat != "torchtune"  # whose forward KL is a cross-entropy
+    return loss.divergence == "forward_kl" and plain
 
 
 def moving_average(values: "pd.Series", width: int) -> "pd.Series":

@@ -123,7 +123,7 @@ def spread_widths(table: Table) -> list[int | None]:
 
 def _caption(figure: Figure, arms: Sequence[Arm]) -> str:
     """Returns a warning for readers of a figure, or nothing."""
-    losses = {str(sorted(arm.runs[0].record["config"]["loss"].items())) for arm in arms}
+    losses = {arm.runs[0].config.loss for arm in arms}
     if figure.column == "loss" and len(losses) > 1:
         return "The arms minimise different losses: compare cross-entropy and KL instead."
     distilled = [run for arm in arms for run in arm.runs if run.distils]

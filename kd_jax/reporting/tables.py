@@ -264,7 +264,7 @@ def cost_table(arms: Sequence[Arm]) -> Table:
         unit, size = ("hours", 3600) if longest >= 3 * 3600 else ("minutes", 60)
     metrics = {**COSTS, "seconds": replace(COSTS["seconds"], unit=unit, scale=1 / size)}
     runs = [run for arm in arms for run in arm.finished]
-    sparse = any(run.record["config"]["log"]["every_steps"] > 1 for run in runs)
+    sparse = any(run.config.log.every_steps > 1 for run in runs)
     note = (
         "Training time is the sum of step_seconds. It includes the compilation in the first step, "
         "and leaves out loading, evaluations and checkpoints. Steps repeated after an interruption "

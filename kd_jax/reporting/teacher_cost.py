@@ -45,9 +45,9 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
 
     readers: dict[str, list[Run]] = {}
     for run in runs:
-        path = (run.record["config"]["teacher"] or {}).get("cache")
-        if path and run.distils and run.finished:
-            readers.setdefault(path, []).append(run)
+        teacher = run.config.teacher
+        if teacher is not None and teacher.cache and run.distils and run.finished:
+            readers.setdefault(teacher.cache, []).append(run)
     out = []
     for path, some in readers.items():
         if (cost := read_cost(path)) is None:

@@ -36,6 +36,7 @@ class Run:
     folder: Path
     record: dict[str, Any]
     """Contents of config.json."""
+    config: Config
     train: "pd.DataFrame"
     """Metrics of the logged steps, NaN where a step lacks one."""
     held_out: "pd.DataFrame"
@@ -45,11 +46,15 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.record["config"]["seed"]
+        return self.config.seed
 
     @property
-    def num_steps(self) -> int | None:
-        return num_steps_of(self.record)
+    def distils(self) -> bool:
+        return self.config.distils
+
+    @property
+    def num_steps(self) -> int:
+        return self.record["num_steps"]
 
     @property
     def last_step(self) -> int:
@@ -57,20 +62,14 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        every = self.record["config"]["log"]["every_steps"]
-        return self.num_steps is None or self.last_step >= self.num_steps // every * every
+        every = self.config.log.every_steps
+        return self.last_step >= self.num_steps // every * every
 
     @property
     def status(self) -> str:
         if self.finished:
             return "finished"
         return f"unfinished at step {self.last_step} of {self.num_steps}"
-
-    @property
-    def distils(self) -> bool:
-        config = self.record["config"]
-        highest = max(config["loss"]["kd_ratio"], config["loss"].get("kd_ratio_end") or 0)
-        return config["teacher"] is not None and highest > 0
 
     @property
     def num_starts(self) -> int:
@@ -132,17 +131,15 @@ def read_run(folder: Path) -> Run:
     train, held_out = _read_metrics(folder / "metrics.jsonl")
     path = folder / "evaluation.json"
     evaluation = read_json(path) if path.is_file() else {}
-    return Run(folder=folder, record=record, train=train, held_out=held_out, evaluation=evaluation)
+    return Run(
+        folder=folder, record=record, config=from_json(record["config"]), train=train,
+        held_out=held_out, evaluation=evaluation,
+    )  # fmt: skip
 
 
 def read_config(workdir: Path) -> Config:
     """Returns the configuration that a run was started with."""
     return from_json(read_record(workdir / "config.json")["config"])
-
-
-def num_steps_of(record: dict[str, Any]) -> int | None:
-    """Returns the total steps of a run; None if they were not recorded."""
-    return record.get("num_steps") or record["config"]["steps"]
 
 
 def list_starts(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,26 +152,27 @@ def list_starts(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns config.json with every field; raises UserError unless kd_jax.train wrote it."""
+    """Returns config.json with every field and num_steps; raises UserError unless kd_jax.train
+    wrote it."""
     if not path.is_file():
         raise UserError(f"{path.parent}: expected a workdir of kd_jax.train, got no config.json")
     record = read_json(path)
     parts = [record.get(part) for part in ("config", "inputs", "versions")]
-    num_steps = record.get("num_steps")
     try:
         if not all(isinstance(part, dict) for part in parts):
-            raise TypeError
-        if not isinstance(num_steps, int | None):
             raise TypeError
         if not all(map(_is_start, record.get("starts", []))):
             raise TypeError
         config = dump(from_json(record["config"]))
+        num_steps = record.get("num_steps", config["steps"])
+        if not isinstance(num_steps, int):
+            raise TypeError
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         message = (
             f"{path}: not written by kd_jax.train of this version; {path.parent} is no workdir"
         )
         raise UserError(message) from None
-    return record | {"config": config}
+    return record | {"config": config, "num_steps": num_steps}
 
 
 def _is_start(tree: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from kd_jax.config.record import RESUMABLE, flatten
 from kd_jax.parallel.processes import say
 from kd_jax.weights.files import read_json, write_whole
 from kd_jax.weights.hashes import hash_files
-from kd_jax.workdir.history import find_checkpoints, num_steps_of, read_record, read_run
+from kd_jax.workdir.history import find_checkpoints, read_record, read_run
 
 SEAL = "kd_jax.json"
 
@@ -111,18 +111,16 @@ def _check_record(workdir: Path, checkpoint: Path) -> None:
         )
 
 
-def completion(workdir: Path) -> bool | None:
-    """Returns True for a run with its last metrics and whole checkpoint; None for unknown length.
+def completion(workdir: Path) -> bool:
+    """Returns True for a run with its last metrics and whole checkpoint.
 
     Raises:
       UserError: kd_jax.train did not write the folder's files.
     """
     if not (workdir / "config.json").is_file():
         return False
-    num_steps = num_steps_of(read_record(workdir / "config.json"))
-    if num_steps is None:
-        return None
-    last = workdir / "checkpoints" / str(num_steps)
+    record = read_record(workdir / "config.json")
+    last = workdir / "checkpoints" / str(record["num_steps"])
     return last.is_dir() and not damage(last) and read_run(workdir).finished
 
 
