@@ -21,9 +21,9 @@ COLUMNS = {
     "possible": Metric("possible %", "", 1, scale=100),
 }
 WHY = (
-    "Fine-tuning sees one sampled answer to a question, now and then a slip, and learns it by "
-    "heart. The teacher, who has read many, gives the odds of every answer, and so the same few "
-    "questions teach the whole distribution."
+    "Fine-tuning memorizes one sampled answer to each question, errors included. The teacher was "
+    "trained on many and gives the probability of every answer, so the same few questions teach "
+    "the whole distribution."
 )
 
 
