@@ -78,19 +78,20 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 def measure(args: EvaluateArgs) -> Measured:
     """Returns what the arguments ask for; mistakes in them are found before weights are loaded."""
     setup = open_setup(args)
-    models = load_model(setup.student, setup.mesh)
-    accuracy = teacher = theirs = None
-    if setup.exam is not None:  # before the teacher's weights take memory
-        size = num_entries(setup.student.files.tokenizer)
-        accuracy = take_exam(setup.exam, models.student, models.frozen, size)
+    teacher = accuracy = theirs = None
     if setup.teacher is not None:
         load = load_model if setup.cached is None else load_head
         teacher = load(setup.teacher, setup.mesh)
-    documents, positions = _sums(args, setup, models, teacher, setup.vocab_sizes[0])
     if setup.against is not None:
-        del models  # whose memory the second model takes
-        models = load_model(setup.against, setup.mesh)
-        theirs, _ = _sums(args, setup, models, teacher, setup.vocab_sizes[1])
+        against = load_model(setup.against, setup.mesh)
+        theirs, _ = _sums(args, setup, against, teacher, setup.vocab_sizes[1])
+        del against  # whose memory the model takes
+    models = load_model(setup.student, setup.mesh)
+    documents, positions = _sums(args, setup, models, teacher, setup.vocab_sizes[0])
+    del teacher  # whose memory the answers take
+    if setup.exam is not None:
+        size = num_entries(setup.student.files.tokenizer)
+        accuracy = take_exam(setup.exam, models.student, models.frozen, size)
     return Measured(documents, positions, theirs, accuracy)
 
 
