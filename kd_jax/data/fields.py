@@ -88,7 +88,7 @@ def turn_of(
     role = turn["role"]
     if role not in ROLES:
         raise ValueError(f"{at}: expected role {'|'.join(ROLES)}, got {role!r:.60}")
-    calls = [] if is_empty(calls := decoded(turn.get("tool_calls"))) else calls
+    calls = decoded(turn.get("tool_calls")) or []
     if not is_empty(call := turn.pop("function_call", None)):
         calls = [*calls, decoded(call)] if isinstance(calls, list) else calls
     message = {"role": role}

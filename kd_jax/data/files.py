@@ -160,8 +160,10 @@ def is_dataset_folder(folder: Path) -> bool:
     return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
 
 
-def default_split(path: str) -> str:
-    """Returns the split of held-out data where none is given: test, or all of files."""
+def choose_split(path: str, wanted: str | None) -> str:
+    """Returns `wanted`, or where it is None the split of held-out data: test, or all of files."""
+    if wanted is not None:
+        return wanted
     path = list_sources(path)[0][0]
     place = Path(path).expanduser()
     if place.is_dir():

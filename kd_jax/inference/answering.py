@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kd_jax.config import DataConfig
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import check_source, default_split, hash_source
+from kd_jax.data.files import check_source, choose_split, hash_source
 from kd_jax.data.questions import read_questions
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
@@ -83,9 +83,8 @@ def _token_pieces(
 ) -> Iterator[list[list[int]]]:
     """Yields the next tokens of each row, none for rows that have ended."""
     target = Model(*load_unstacked(opened, mesh))
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options: dict[str, Any] = {
-        "max_new_tokens": room, "stop_tokens": ends, "sampling": sampling, "seed": args.seed,
+        "max_new_tokens": room, "stop_tokens": ends, "sampling": _sampling(args), "seed": args.seed,
         "vocab_size": num_entries(opened.files.tokenizer),
     }  # fmt: skip
     if draft is not None:
@@ -95,6 +94,10 @@ def _token_pieces(
         return
     for tokens in generate(*target, prompts, **options):
         yield [[] if token is None else [token] for token in tokens]
+
+
+def _sampling(args: GenerateArgs) -> Sampling:
+    return Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
 
 def _open_draft(args: GenerateArgs, opened: OpenModel) -> tuple[OpenModel, int]:
@@ -144,7 +147,7 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
 def _data(args: GenerateArgs, opened: OpenModel) -> tuple[DataConfig, Template | None]:
     """Returns the configuration of the prompts, and the chat template."""
     assert args.data is not None
-    split = default_split(args.data) if args.split is None else args.split
+    split = choose_split(args.data, args.split)
     check_source(args.data, split, "--data")
     data = DataConfig(
         path=args.data,
@@ -162,7 +165,7 @@ def _options(
     tokenizer, folder = opened.files.tokenizer, opened.files.folder
     _, texts = template_stops(tokenizer, template, date)
     return Options(
-        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+        sampling=_sampling(args),
         samples=args.samples,
         seed=args.seed,
         stop_tokens=turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kd_jax.config import Config, HiddenConfig, TeacherConfig, UserError
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import check_source, default_split
+from kd_jax.data.files import check_source, choose_split
 from kd_jax.data.prompts import read_prompt
 from kd_jax.data.rows import Rows, make_rows, shortest_rows
 from kd_jax.data.templates import Template
@@ -176,7 +176,7 @@ def _is_teacher(run: Config, args: EvaluateArgs) -> bool:
 
 def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
     """Returns the run's configuration, changed by the arguments."""
-    split = default_split(args.data) if args.split is None else args.split
+    split = choose_split(args.data, args.split)
     check_source(args.data, split, "--data")
     optim = dataclasses.replace(run.optim, accumulation_steps=1)
     return _with_data(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.batches import ReadTeacher, train_batches
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import check_source, default_split
+from kd_jax.data.files import check_source, choose_split
 from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.data.store import Batch
@@ -238,9 +238,11 @@ def held_out_data(config: Config) -> DataConfig | None:
     path = config.eval.path
     if path is None:
         return config.data if config.eval.fraction else None
-    split = default_split(path) if config.eval.split is None else config.eval.split
     return dataclasses.replace(
-        config.data, path=path, split=split, max_conversations=config.eval.max_conversations
+        config.data,
+        path=path,
+        split=choose_split(path, config.eval.split),
+        max_conversations=config.eval.max_conversations,
     )
 
 
