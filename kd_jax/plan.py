@@ -17,11 +17,12 @@ from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.models.architecture import Architecture, describe_context, read_architecture
 from kd_jax.models.known import KNOWN_MODELS
+from kd_jax.parallel.rules import describe_mesh
 from kd_jax.planning.chips import GIB, find_topology
 from kd_jax.planning.choices import choose_dtypes, choose_remat, with_remat
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate
-from kd_jax.planning.mesh_choice import choose_sizes, describe_mesh, remedy, walk
+from kd_jax.planning.mesh_choice import choose_sizes, remedy, walk
 from kd_jax.planning.topology import devices_of, local_topology, prepare
 from kd_jax.training.ahead import compile_ahead
 from kd_jax.weights.folder import load_architecture, resolve

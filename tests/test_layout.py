@@ -36,7 +36,8 @@ FLOORS = [
     {
         "models": [
             "config_keys", "rope", "families", "layer_types", "architecture", "weight_table",
-            "known", "residuals", "attention", "matmul", "embedding", "modules", "decoder", "lora",
+            "known", "residuals", "masks", "attention", "matmul", "embedding", "modules", "decoder",
+            "lora",
         ],
     },
     {

@@ -185,6 +185,10 @@ def test_a_missing_compiler_is_answered_with_the_extra_that_has_it(
             "found none. It fits with",
         ),
         (("--topology", "h200:1x8", "--meshes", "3"), "--meshes: no such flag"),
+        (
+            ("--topology", "h200:1x8", "--mesh.context", "4", "--data.seq-len", "2046"),
+            "mesh.context: expected a divisor of data.seq-len, 2,046 tokens, got 4",
+        ),
     ],
     ids=str,
 )
@@ -240,6 +244,23 @@ def test_rows_beyond_the_models_context_are_warned_of(capsys):
     warning = capsys.readouterr().err
     assert "exceed the student's context (max_position_embeddings 131,072)" in warning
     assert "the teacher's context" in warning
+
+
+def test_rows_are_split_where_nothing_else_fits(capsys):
+    flags = ("--config", MAIN, "--topology", "h100:1x8", "--data.batch-size", "1", "--analytic")
+    shorter, longer = (
+        report(capsys, *flags, "--data.seq-len", length) for length in ("65536", "131072")
+    )
+    assert shorter["mesh"] == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert longer["mesh"]["context"] > 1 and longer["fits"]
+
+
+def test_a_plan_with_split_rows_says_so(capsys):
+    flags = ("--topology", "h100:1x8", "--data.seq-len", "32768", "--mesh.context", "4")
+    got = report(capsys, "--config", MAIN, *flags, "--mesh.tensor", "1", "--analytic")
+    assert got["mesh"] == {"data": 2, "fsdp": 1, "context": 4, "tensor": 1} and got["fits"]
+    assert set(got["collectives"]) == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert "data 2 x fsdp 1 x context 4 x tensor 1" in plan.describe(got)
 
 
 def test_no_layout_is_refused_for_its_rows_where_tensor_takes_the_devices():

@@ -331,10 +331,19 @@ def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert read_metrics(tmp_path / "run")[-1]["step"] == -(-2 * len(rows) // 8)
 
 
+def test_split_rows_give_the_losses_of_whole_ones(run_train, lora_run, tmp_path):
+    """And those of an evaluation; the other run's devices have whole rows."""
+    assert run_train(tmp_path / "run", "--mesh.data", "1", "--mesh.context", "2") == 0
+    for got, want in zip(losses(tmp_path / "run"), losses(lora_run), strict=True):
+        for name in {"loss", "eval/loss", "eval/kl_forward"} & want.keys():
+            assert got[name] == pytest.approx(want[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--data.batch-size", "7"], ["data.batch-size", "2 devices"]),
+        (["--mesh.context", "2", "--data.seq-len", "127"], ["mesh.context", "data.seq-len"]),
         (["--mesh.fsdp", "3"], ["mesh", "product of 2"]),
         (["--student.path", "/nowhere/model"], ["student.path", "/nowhere/model"]),
         (["--data.path", "/nowhere.json"], ["/nowhere.json"]),

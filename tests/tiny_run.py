@@ -20,6 +20,7 @@ from kd_jax.data import batches
 from kd_jax.data import rows as data_rows
 from kd_jax.data.chat import chat_template_of
 from kd_jax.parallel.placement import put_batch
+from kd_jax.parallel.rules import AXES
 from kd_jax.setup.inputs import open_inputs, prompt_of
 from kd_jax.setup.model_files import shared_vocab
 from kd_jax.setup.models import load_models
@@ -69,7 +70,7 @@ class Run:
 
     def __init__(self, config, devices=None):
         self.config = config
-        sizes = (max(getattr(config.mesh, axis), 1) for axis in ("data", "fsdp", "tensor"))
+        sizes = (max(getattr(config.mesh, axis), 1) for axis in AXES)
         devices = devices or jax.devices()[: math.prod(sizes)]
         student, teacher, self.mesh = open_inputs(config, devices)
         template = chat_template_of(config.data, student.tokenizer)

@@ -127,12 +127,17 @@ class MeshConfig:
     tensor: Annotated[int, Range(least=0, also=-1)] = 0
     """Tensor parallelism: weights and the vocabulary are sharded, rows are not split; 0 as for
     fsdp."""
+    context: Annotated[int, Range(least=0, also=-1)] = 0
+    """Context parallelism: each row's tokens are split over this axis, for rows too long or too few
+    for the devices. Keys and values are all-gathered; weights are replicated. 0: 1, and more only
+    where no other layout fits."""
     unsharded_tolerance: Annotated[float, Range(least=0, most=1)] = 0.02
     """Largest share of a model's bytes that may be replicated because their dimensions do not
     divide by the mesh axes."""
 
     def check(self, checks: Checks) -> None:
-        free = [name for name in ("data", "fsdp", "tensor") if getattr(self, name) == -1]
+        axes = ("data", "fsdp", "context", "tensor")
+        free = [name for name in axes if getattr(self, name) == -1]
         if len(free) > 1:
             checks.refuse("mesh", "at most one axis of -1", ", ".join(free))
 

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, HiddenConfig, TeacherConfig, UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, choose_split
 from kd_jax.data.prompts import read_prompt
@@ -27,6 +28,7 @@ from kd_jax.models.architecture import describe_context
 from kd_jax.parallel.mesh import make_mesh, platform
 from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.parallel.processes import say
+from kd_jax.parallel.rules import uneven_rows
 from kd_jax.setup.cached import CachedTeacher
 from kd_jax.setup.model_files import check_shared, compare_tokenizers, shared_vocab
 from kd_jax.setup.models import Models
@@ -139,6 +141,7 @@ def open_setup(args: EvaluateArgs) -> Setup:
         limits = args.accuracy, args.max_new_tokens
         exam = read_exam(config.data, *limits, student.files, template, "--accuracy")
     config, rows = _make_rows(args, config, student, template)
+    raise_all(uneven_rows(mesh.shape, {"--seq-len": config.data.seq_len}))
     context = describe_context(student.files.arch, config.data.seq_len, "model")
     for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
         print(line, file=sys.stderr)

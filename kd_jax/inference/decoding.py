@@ -130,7 +130,7 @@ def admit(
         keys, values = (_ring(program, part, slots.clock) for part in new)
         parts = zip(old, (jnp.swapaxes(keys, 2, 3), values), strict=True)
         written = (program.rows(x.at[places].set(part, mode="drop")) for x, part in parts)
-        return model.on_rows(x), tuple(written)
+        return model.sharded(x), tuple(written)
 
     x, cache = model.over_layers(run_layer, x, slots.cache, P)
     none = jnp.zeros_like(most)

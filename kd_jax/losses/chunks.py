@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets, Teacher
 from kd_jax.losses.vocabulary import NEGATIVE, Vocab
-from kd_jax.parallel.rules import BATCH_AXES
+from kd_jax.parallel.rules import BATCH_AXES, context_axis, token_axes
 
 
 def common_entries(student: Student, teacher: Teacher | None) -> int:
@@ -48,6 +48,13 @@ class Share:
     """(B, S)."""
     num_chunks: jax.Array
     """Chunks with a loss."""
+    token_axes: tuple[str, ...]
+    """Mesh axes that shard the tokens."""
+
+
+def token_spec(config: HeadConfig, targets: Targets) -> P:
+    """Returns the spec of arrays [B, S, ...]: rows are sharded, and tokens over context."""
+    return P(BATCH_AXES, context_axis(config.mesh.shape, targets.mask.shape[1]))
 
 
 def shard_mapped(
@@ -67,22 +74,24 @@ def shard_mapped(
         rows, teacher_logits = rows._replace(teacher=teacher.rows), teacher.logits
         vocab_arrays = jax.tree.map(lambda x: x[:size], teacher.vocab_arrays)
 
+    axes = token_axes(config.mesh.shape, targets.mask.shape[1])
+
     def run_device(scalars, rows, head, vocab_arrays):
-        share = _targets_first(config, rows, head, vocab_arrays, teacher_logits)
+        share = _targets_first(config, axes, rows, head, vocab_arrays, teacher_logits)
         return run(config, scalars, share)
 
     by_entry = P(config.vocab_axis)
     run_devices = jax.shard_map(
         run_device,
         mesh=config.mesh,
-        in_specs=(P(), P(BATCH_AXES), by_entry, by_entry),
+        in_specs=(P(), token_spec(config, targets), by_entry, by_entry),
         out_specs=out_specs,
         check_vma=False,
     )
     return run_devices(scalars, rows, head, vocab_arrays)
 
 
-def _targets_first(config, rows, head, vocab_arrays, teacher_logits):
+def _targets_first(config, axes, rows, head, vocab_arrays, teacher_logits):
     """Returns the Share of rows [B, S, ...] and of this device's vocabulary entries."""
     shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
@@ -106,6 +115,7 @@ def _targets_first(config, rows, head, vocab_arrays, teacher_logits):
         order=order,
         shape=shape,
         num_chunks=-(-num_targets // config.chunk_tokens),
+        token_axes=axes,
     )
 
 

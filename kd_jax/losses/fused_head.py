@@ -8,7 +8,7 @@ with a loss are moved to the front, and chunks without any are skipped.
 The formula of each divergence and of its gradient is in divergences.py, the gradient in the logits
 of a token in token_loss.py.
 
-On a mesh, each device runs the loop on its own rows and its share of the vocabulary. The only
+On a mesh, each device runs the loop on its own tokens and its share of the vocabulary. The only
 collectives inside the loop are the reductions over the vocabulary; loss, metrics and gradients are
 summed over devices after it.
 """
@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kd_jax.losses.chunks import common_entries, read_chunk, restore, shard_mapped, write_chunk
+from kd_jax.losses.chunks import (
+    common_entries,
+    read_chunk,
+    restore,
+    shard_mapped,
+    token_spec,
+    write_chunk,
+)
 from kd_jax.losses.head_inputs import NUM_GROUPS, HeadConfig, Student, Targets, Teacher
 from kd_jax.losses.token_loss import (
     EVAL_METRICS,
@@ -30,7 +37,7 @@ from kd_jax.losses.token_loss import (
     token_losses,
 )
 from kd_jax.losses.vocabulary import overlap, top_k
-from kd_jax.parallel.rules import BATCH_AXES, axes_size
+from kd_jax.parallel.rules import ROWS_AXIS, axes_size
 
 Metrics = dict[str, jax.Array]
 
@@ -97,7 +104,8 @@ def token_metrics(
       values by the names in EVAL_METRICS, or SINGLE_EVAL_METRICS without a teacher, and with
       config.top_k and a teacher topk_overlap.
     """
-    return shard_mapped(config, _device_metrics, P(BATCH_AXES), scalars, student, teacher, targets)
+    spec = token_spec(config, targets)
+    return shard_mapped(config, _device_metrics, spec, scalars, student, teacher, targets)
 
 
 def _run(config, scalars, student, teacher, targets):
@@ -106,7 +114,7 @@ def _run(config, scalars, student, teacher, targets):
     axes, num_entries = ("tensor", "fsdp"), common_entries(student, teacher)
     scatters = num_entries % axes_size(config.mesh.shape, axes) == 0
     d_head = P(axes if scatters else config.vocab_axis) if config.head_trainable else None
-    specs = P(), P(), Student(P(BATCH_AXES), d_head)
+    specs = P(), P(), Student(token_spec(config, targets), d_head)
     run = partial(_device_gradients, scatters=scatters)
     return shard_mapped(config, run, specs, scalars, student, teacher, targets)
 
@@ -144,7 +152,7 @@ def _device_gradients(config, scalars, share, scatters):
     if config.head_trainable:
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
     carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
-    sums, d_hidden, d_head = _psum(config, *carry, scatters)
+    sums, d_hidden, d_head = _psum(share, *carry, scatters)
     loss = jnp.sum(sums.pop("loss"))
     return loss, sums, Student(restore(share, d_hidden.astype(hidden.dtype)), d_head)
 
@@ -157,17 +165,17 @@ def _sum_targets(values, targets):
     return jnp.sum(jnp.where(there, values[:, None], 0.0), axis=0)
 
 
-def _psum(config, sums, d_hidden, d_head, scatters):
-    """Returns sums over devices: d_hidden over the vocabulary's axis, the others over the rows'."""
-    if config.vocab_axis is not None:
-        d_hidden = jax.lax.psum(d_hidden, config.vocab_axis)
+def _psum(share, sums, d_hidden, d_head, scatters):
+    """Returns sums over devices: d_hidden over the vocabulary's axis, others over the tokens'."""
+    if share.vocab.axis is not None:
+        d_hidden = jax.lax.psum(d_hidden, share.vocab.axis)
     if d_head is not None:
-        d_head = jax.lax.psum(d_head, "data")
+        d_head = jax.lax.psum(d_head, tuple(axis for axis in share.token_axes if axis != ROWS_AXIS))
         if scatters:
-            d_head = jax.lax.psum_scatter(d_head, "fsdp", tiled=True)
+            d_head = jax.lax.psum_scatter(d_head, ROWS_AXIS, tiled=True)
         else:
-            d_head = jax.lax.psum(d_head, "fsdp")
-    return jax.lax.psum(sums, BATCH_AXES), d_hidden, d_head
+            d_head = jax.lax.psum(d_head, ROWS_AXIS)
+    return jax.lax.psum(sums, share.token_axes), d_hidden, d_head
 
 
 def _device_metrics(config, scalars, share):

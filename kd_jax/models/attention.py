@@ -1,37 +1,18 @@
 """Causal attention within documents: one function, several kernels, one mask."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from kd_jax.models.masks import NEGATIVE, Mask, Window, causal, of_queries, visible
 from kd_jax.models.residuals import SAVED_ATTENTION, save
 from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout, traits
 from kd_jax.parallel.platforms import Implementation
-
-NEGATIVE = -1e30
-"""Logit of a masked key; finite, so that no difference of two is NaN."""
-
-
-class Window(NamedTuple):
-    """Sliding window: a token attends to positions less than `size` before its own."""
-
-    positions: jax.Array
-    """[B, S] int32, of the tokens in their documents."""
-    size: jax.Array
-    """Scalar int32, so that layers of one scan can differ in it."""
-
-
-class Mask(NamedTuple):
-    """The keys that a query attends to, besides that they do not come after it."""
-
-    documents: tuple[jax.Array, ...]
-    """[B, S] int32 each: the query's own document is the first; a key's must be one of them."""
-    window: Window | None = None
 
 
 def attention(
@@ -47,13 +28,18 @@ def attention(
 ) -> jax.Array:
     """Returns softmax(scale q kᵀ) v, where a token attends to its document up to itself.
 
+    Where the mesh shards a row's tokens, a device has the queries of its part and all-gathers the
+    row's keys and values; the backward pass reduce-scatters their gradients. A ring
+    would send as much, in steps whose results each kernel would have to merge. The last part's
+    queries have the most keys, and the other devices wait for it.
+
     Args:
       q: [B, S, N, H].
       k: [B, S, K, H]; N is a multiple of K.
       v: [B, S, K, H].
       segment_ids: [B, S] int32, the document of each token. A second such array names another
         document that the token attends to: a prompt that several answers share.
-      layout: of the model on the mesh; rows and query heads are sharded.
+      layout: of the model on the mesh; rows, their tokens and query heads are sharded.
       window: None: a token attends to its whole past.
       scale: None: 1 / sqrt(H).
       implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
@@ -73,19 +59,24 @@ def attention(
     blockwise = partial(_blockwise, traits(layout.mesh).integer_residuals)
     kernels = {"xla": blockwise, "cudnn": _cudnn, "splash": _splash}
     kernel: Any = kernels[implementation]
-    run: Any = partial(kernel, scale)
     if layout.mesh.size == 1:
-        return run(q, k, v, mask)
+        return kernel(scale, None, q, k, v, mask)
     tensor = _axis_of_heads(layout, q.shape[2], k.shape[2])
     if tensor is not None:
         # A device needs at least one key head.
         times = max(1, layout.mesh.shape[tensor] // k.shape[2])
         k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
-    rows = layout.row_axes(q.shape[0])
-    heads = P(rows, None, tensor)
+    rows, context = layout.activations(q.shape[:2])
+    heads = P(rows, context, tensor)
     masks = Mask(P(rows), None if window is None else Window(P(rows), P()))  # type: ignore[arg-type]
+
+    def run_device(q, k, v, mask):
+        if context is not None:
+            k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+        return kernel(scale, context, q, k, v, mask)
+
     run = jax.shard_map(
-        run,
+        run_device,
         mesh=layout.mesh,
         in_specs=(heads, heads, heads, masks),
         out_specs=heads,
@@ -102,40 +93,70 @@ def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | N
     return axis if fits else None
 
 
-def _cudnn(scale, q, k, v, mask):
+def _cudnn(scale, context, q, k, v, mask):
+    """Attention by cuDNN, which computes and masks later keys where tokens are sharded."""
     S = q.shape[1]
+    if context is not None and S % 2:  # padding a part would move the next one
+        return _blockwise(False, scale, context, q, k, v, mask)
     heads, mask = _padded(2, (q, k, v), mask)
-    seen = _visible(mask, slice(None), slice(None))
+    own = of_queries(context, S, mask)
+    seen = visible(own, mask, slice(None), slice(None))
+    if context is not None:
+        seen &= causal(context, S, slice(0, S), k.shape[1])
 
     def run(q, k, v, seen):
         return jax.nn.dot_product_attention(
-            q, k, v, mask=seen, scale=scale, is_causal=True, implementation="cudnn"
+            q, k, v, mask=seen, scale=scale, is_causal=context is None, implementation="cudnn"
         )
 
     return _with_named_residuals(run, heads, seen[:, None])[:, :S]
 
 
-def _splash(scale, q, k, v, mask):
+def _splash(scale, context, q, k, v, mask):
     """Attention by jax's TPU kernel, which skips blocks that are masked."""
-    if len(mask.documents) > 1 or mask.window is not None:  # it has no mask for these
-        return _blockwise(False, scale, q, k, v, mask)
     S = q.shape[1]
+    ragged = context is not None and S % 128 > 0  # padding a part would move the next one
+    if len(mask.documents) > 1 or mask.window is not None or ragged:  # it has no mask for these
+        return _blockwise(False, scale, context, q, k, v, mask)
     (q, k, v), mask = _padded(128, (q, k, v), mask)
     q, k, v = (_heads_first(x) for x in (q * _scale(scale, q), k, v))
-    length = q.shape[2]
     splash = experimental("jax.experimental.pallas.ops.tpu", "splash_attention")
-    size = next(size for size in (512, 256, 128) if length % size == 0)
+    size = next(size for size in (512, 256, 128) if q.shape[2] % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
 
     def run(q, k, v, segments):
-        kernel = splash.make_splash_mha_single_device(
+        length = k.shape[2]
+        make = partial(
+            splash.make_splash_mha,
             splash.MultiHeadMask([splash.CausalMask((length, length))] * q.shape[1]),
             block_sizes=splash.BlockSizes(**{f"block_{name}": size for name in names}),
+            is_mqa=False,
+            head_shards=1,
         )
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+        kernel = make(q_seq_shards=length // q.shape[2])
+        if context is not None:
+            kernel = _own_part(context, kernel)
+        (own,) = of_queries(context, q.shape[2], Mask((segments,))).documents
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(own, segments))
 
     out = _with_named_residuals(run, (q, k, v), *mask.documents)
     return _heads_first(out)[:, :S].astype(q.dtype)
+
+
+def _own_part(context: str, kernel: Any) -> Any:
+    """Returns a splash kernel of all parts of a row with the blocks of this device's queries."""
+    num_parts = jax.lax.axis_size(context)
+    mesh = jax.sharding.AbstractMesh((num_parts,), (context,))
+    specs = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, P(None, context)))
+
+    def take(x, spec):
+        if context not in spec:
+            return x
+        axis = spec.index(context)
+        size = x.shape[axis] // num_parts
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(context) * size, size, axis)
+
+    return jax.tree.map(take, kernel, specs)
 
 
 def _kernel_precision(dtype):
@@ -180,38 +201,27 @@ def _padded(unit: int, heads: tuple, mask: Mask) -> tuple[tuple, Mask]:
     return tuple(jnp.pad(x, (*room, (0, 0), (0, 0))) for x in heads), rows
 
 
-def _visible(mask: Mask, queries: slice, keys: slice) -> jax.Array:
-    """Returns [B, S, T] bool: True where a query may attend to a key, causality aside."""
-    own, *_ = mask.documents
-    each = [x[:, queries, None] == own[:, None, keys] for x in mask.documents]
-    seen = jnp.any(jnp.stack(each), axis=0) if len(each) > 1 else each[0]
-    if mask.window is not None:
-        place = mask.window.positions
-        seen &= place[:, queries, None] - place[:, None, keys] < mask.window.size
-    return seen
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blockwise(as_bits, scale, q, k, v, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blockwise(as_bits, scale, context, q, k, v, mask):
     """Attention by blocks of queries, each with the keys up to its end.
 
     No array of queries x keys outlives its block: the backward pass recomputes the weights from
     each query's logsumexp, as FlashAttention does (arXiv 2205.14135).
     """
-    return _forward(as_bits, scale, q, k, v, mask)[0]
+    return _forward(as_bits, scale, context, q, k, v, mask)[0]
 
 
-def _forward(as_bits, scale, q, k, v, mask):
+def _forward(as_bits, scale, context, q, k, v, mask):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     values = jnp.concatenate(
         [values, jnp.ones_like(values[..., :1])], axis=-1
     )  # the sum of weights
     outputs, logsumexps = [], []
-    for block in _blocks(q.shape[1]):
-        z = _block_logits(scale, queries, keys, mask, block)
+    for block, stop in _blocks(q.shape[1], k.shape[1]):
+        z = _block_logits(scale, context, queries, keys, mask, block, stop)
         highest = jnp.max(z, axis=-1, keepdims=True)
         weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
-        sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, : block.stop])
+        sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, :stop])
         sums = sums.reshape(*weights.shape[:4], -1)
         outputs.append((sums[..., :-1] / sums[..., -1:]).astype(q.dtype))
         logsumexps.append(highest + jnp.log(sums[..., -1:]))
@@ -221,7 +231,7 @@ def _forward(as_bits, scale, q, k, v, mask):
     return output, (q, k, v, mask, output, logsumexp)
 
 
-def _backward(as_bits, scale, residuals, d_output):
+def _backward(as_bits, scale, context, residuals, d_output):
     q, k, v, mask, output, logsumexp = residuals
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
     d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
@@ -229,10 +239,10 @@ def _backward(as_bits, scale, residuals, d_output):
     d_outputs = _grouped(d_output, k)
     d_queries = []
     d_keys, d_values = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    for block in _blocks(q.shape[1]):
-        seen = slice(0, block.stop)
+    for block, stop in _blocks(q.shape[1], k.shape[1]):
+        seen = slice(0, stop)
         d_block, q_block = d_outputs[:, :, :, block], queries[:, :, :, block]
-        z = _block_logits(scale, queries, keys, mask, block)
+        z = _block_logits(scale, context, queries, keys, mask, block, stop)
         weights = jnp.exp(z - logsumexp[:, :, :, block])
         d_weights = _product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
         d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
@@ -260,20 +270,24 @@ def _add_to_first(x, part):
     return jax.lax.dynamic_update_slice_in_dim(x, x[:, :, : part.shape[2]] + part, 0, axis=2)
 
 
-def _blocks(num_tokens: int) -> list[slice]:
-    """Returns blocks of at least 128 queries, at most eight."""
-    size = max(128, -(-num_tokens // 8))
-    return [slice(s, min(s + size, num_tokens)) for s in range(0, num_tokens, size)]
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[slice, int]]:
+    """Returns blocks of at least 128 queries, at most eight, and how many keys each may attend to.
+
+    Where tokens are sharded, these are the keys of the block in the last part of a row.
+    """
+    size = max(128, -(-num_queries // 8))
+    blocks = [slice(s, min(s + size, num_queries)) for s in range(0, num_queries, size)]
+    return [(block, num_keys - num_queries + block.stop) for block in blocks]
 
 
-def _block_logits(scale, queries, keys, mask, block):
-    """Returns logits of a block's queries and the keys up to its end, [B, K, G, S, T] float32."""
+def _block_logits(scale, context, queries, keys, mask, block, stop):
+    """Returns logits of a block's queries and the first `stop` keys, [B, K, G, S, T] float32."""
+    num_queries = queries.shape[3]
     queries = queries[:, :, :, block]
-    z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, : block.stop])
+    z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, :stop])
     z = z.reshape(*queries.shape[:4], -1)
-    seen = _visible(mask, block, slice(0, block.stop))
-    place = jnp.arange(block.stop)
-    seen &= place[None, block, None] >= place[None, None]
+    seen = visible(of_queries(context, num_queries, mask), mask, block, slice(0, stop))
+    seen &= causal(context, num_queries, block, stop)
     return jnp.where(seen[:, None, None], z * _scale(scale, queries), NEGATIVE)
 
 

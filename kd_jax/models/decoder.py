@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.attention import Window, attention
+from kd_jax.models.attention import attention
 from kd_jax.models.embedding import embed
+from kd_jax.models.masks import Window
 from kd_jax.models.modules import (
     DecoderSpec,
     Linear,
@@ -180,7 +181,7 @@ class Decoder(nnx.Module):
         def run_layer(x, layer, layer_type, key):
             if self.spec.saves_bits:
                 x = self.spec.save(x, SAVED_INPUT)
-            return self.on_rows(layer(x, rope, attend, layer_type, key)[0])
+            return self.sharded(layer(x, rope, attend, layer_type, key)[0])
 
         run_layer = _with_remat(run_layer, self.spec.remat)
 
@@ -214,7 +215,7 @@ class Decoder(nnx.Module):
         Tables of two RoPEs are stacked on a leading axis.
         """
         x = embed(self.embed_tokens.weight[...], tokens, self.spec.layout)
-        x = self.on_rows(x).astype(self.spec.dtype)
+        x = self.sharded(x).astype(self.spec.dtype)
         arch, dtype = self.spec.arch, self.spec.dtype
         if arch.embedding_multiplier != 1:
             x = x * arch.embedding_multiplier
@@ -251,10 +252,10 @@ class Decoder(nnx.Module):
             ys.append(y)
         return carry, ys
 
-    def on_rows(self, x: jax.Array) -> jax.Array:
-        """Returns hidden states [B, S, D] sharded over rows only."""
+    def sharded(self, x: jax.Array) -> jax.Array:
+        """Returns hidden states [B, S, D] with rows and tokens sharded, and their width whole."""
         layout = self.spec.layout
-        return constrain(x, layout.mesh, layout.row_axes(len(x)))
+        return constrain(x, layout.mesh, *layout.activations(x.shape))
 
     def head_weight(self) -> jax.Array:
         """Returns the lm_head, [V, D]."""

@@ -32,11 +32,11 @@ def _forward(layout, table, tokens):
 def _backward(layout, residuals, d_rows):
     table, tokens = residuals
     parts = split(layout.mesh.shape, layout.axes, ("vocab", "embed"), table.shape)
-    rows = layout.row_axes(len(tokens))
+    rows, context = layout.activations(tokens.shape)
     add_up = jax.shard_map(
-        partial(_add_up, len(table), parts[0], rows),
+        partial(_add_up, len(table), parts[0], rows if context is None else (*rows, context)),
         mesh=layout.mesh,
-        in_specs=(P(rows), P(rows)),
+        in_specs=(P(rows, context), P(rows, context)),
         out_specs=P(*parts),
         check_vma=False,
     )
@@ -46,17 +46,17 @@ def _backward(layout, residuals, d_rows):
 _embed.defvjp(_forward, _backward)
 
 
-def _add_up(num_entries, table_axes, row_axes, d_rows, tokens):
-    """Returns a device's shard of the table's gradient, from its own rows.
+def _add_up(num_entries, table_axes, token_axes, d_rows, tokens):
+    """Returns a device's shard of the table's gradient, from its own tokens.
 
     Args:
       table_axes: mesh axes that shard the table's entries.
-      row_axes: mesh axes that shard the rows; devices along others hold the same rows.
+      token_axes: mesh axes that shard rows and tokens; devices along others hold the same.
     """
-    own = tuple(axis for axis in table_axes if axis not in row_axes)
+    own = tuple(axis for axis in table_axes if axis not in token_axes)
     share = num_entries // jax.lax.axis_size(own)
     sums = _sum_by_token(d_rows, tokens - share * jax.lax.axis_index(own), share)
-    sums = jax.lax.psum(sums, tuple(axis for axis in row_axes if axis not in table_axes))
+    sums = jax.lax.psum(sums, tuple(axis for axis in token_axes if axis not in table_axes))
     for axis in table_axes[len(own) :]:
         sums = jax.lax.psum_scatter(sums, axis, tiled=True)
     return sums

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from kd_jax.config import MeshConfig
 from kd_jax.parallel import rules
 from kd_jax.parallel.platforms import PLATFORMS, Platform
-from kd_jax.parallel.rules import AXES, BATCH_AXES, ROWS_AXIS, axes_size, mesh_sizes
+from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, axes_size, mesh_sizes
 
 
 def make_mesh(
@@ -19,8 +19,8 @@ def make_mesh(
     """Returns the mesh over all devices; its batch shards must divide a micro-batch's rows."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices), batch_rows)
-    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -65,10 +65,20 @@ class Layout:
         """Returns the axes that shard the rows that this model computes."""
         return rules.row_axes(self.mesh.shape, self.axes, num_rows)
 
+    def activations(self, shape: tuple[int, ...]) -> P:
+        """Returns the spec of activations [B, S, ...], with rows sharded, and tokens by context."""
+        return P(self.row_axes(shape[0]), rules.context_axis(self.mesh.shape, shape[1]))
+
 
 def batch_sharding(mesh: Mesh, num_dims: int = 3) -> NamedSharding:
     """Returns the sharding of a batch's arrays, [accumulation, B, S] or, with two dims, [B, S]."""
     return NamedSharding(mesh, P(*(None,) * (num_dims - 2), BATCH_AXES))
+
+
+def vector_sharding(mesh: Mesh, num_dims: int, num_tokens: int) -> NamedSharding:
+    """Returns the sharding of a batch's arrays with a vector for each token, [..., B, S, D]."""
+    context = rules.context_axis(mesh.shape, num_tokens)
+    return NamedSharding(mesh, P(*(None,) * (num_dims - 3), BATCH_AXES, context))
 
 
 def num_batch_shards(mesh: Mesh) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.parallel.experimental import experimental
-from kd_jax.parallel.mesh import batch_sharding
+from kd_jax.parallel.mesh import batch_sharding, vector_sharding
 
 Arrays = dict[str, jax.Array]
 
@@ -25,11 +25,16 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
     """Returns [A, B, S, ...] or [B, S, ...] arrays on the mesh; each process sends its own rows.
 
     Args:
-      batch: arrays of which `tokens` has the dimensions that all begin with.
+      batch: arrays of which `tokens` has the dimensions that all begin with. Of those with more,
+        a device has its part of the rows' tokens alone.
     """
-    sharding = batch_sharding(mesh, batch["tokens"].ndim)
+    shape = batch["tokens"].shape
+    plain = batch_sharding(mesh, len(shape))
+    vectors = vector_sharding(mesh, len(shape) + 1, shape[-1])
     return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        name: jax.make_array_from_callback(
+            x.shape, vectors if x.ndim > len(shape) else plain, x.__getitem__
+        )
         for name, x in batch.items()
     }
 

@@ -14,7 +14,15 @@ from kd_jax.models.weight_table import (
     trained_weights,
 )
 from kd_jax.parallel.platforms import choose_attention, choose_dtype
-from kd_jax.parallel.rules import BATCH_AXES, ROWS_AXIS, Sizes, axes_size, row_axes, split
+from kd_jax.parallel.rules import (
+    BATCH_AXES,
+    ROWS_AXIS,
+    Sizes,
+    axes_size,
+    context_size,
+    row_axes,
+    split,
+)
 from kd_jax.planning.chips import Topology
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -62,6 +70,9 @@ class Work(NamedTuple):
     """Matmuls, attention and heads of all devices, forward and backward."""
     recomputed_flops: float
     """Added by gradient checkpointing."""
+    awaited_flops: float
+    """What devices with earlier parts of rows do not compute while the last parts attend to more
+    keys than the average."""
     traffic_bytes: float
     """Between one device and its memory: weights, optimizer state, residuals and logits."""
 
@@ -78,11 +89,15 @@ class Shares:
     itemsize: int
     """Bytes of its activations' dtype."""
     mask: int
-    """Bytes of attention's mask, [B, 1, S, S] bfloat16 for cuDNN; other kernels make no array."""
+    """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN; other kernels make no array."""
 
     @property
     def tensor(self) -> int:
         return self.sizes["tensor"] if "tensor" in self.axes else 1
+
+    @property
+    def context(self) -> int:
+        return context_size(self.sizes)
 
     @property
     def fsdp(self) -> int:
@@ -118,6 +133,11 @@ class Shares:
         return self._activations(width) // self.tensor
 
     @property
+    def gathered_keys(self) -> int:
+        """Bytes of whole rows' keys and values, all-gathered for attention."""
+        return 2 * self.context * self.keys if self.context > 1 else 0
+
+    @property
     def hidden(self) -> int:
         """Bytes of one of the MLP's hidden activations."""
         return self._activations(self.arch.intermediate_size) // self.tensor
@@ -127,11 +147,12 @@ class Shares:
         statistics = self.tokens * self.arch.num_attention_heads * 4 // self.tensor
         low = 7 * self.tokens * rank * self.itemsize
         products = 3 * self.stream + self.heads + 2 * self.keys + 2 * self.hidden + low
+        none = products + 3 * self.stream + 3 * self.heads + 2 * self.keys + 4 * self.hidden
         return {
             "layer": self.stream,
             "attention": self.stream + self.heads + statistics,
             "dots": products + self.heads + statistics,
-            "none": products + 3 * self.stream + 3 * self.heads + 2 * self.keys + 4 * self.hidden,
+            "none": none + self.gathered_keys,
         }[remat]
 
 
@@ -148,15 +169,16 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
     def shares(part: StudentConfig | TeacherConfig, arch: Architecture, seq_len: int) -> Shares:
         rows = config.data.batch_size // config.optim.accumulation_steps
         own = rows // axes_size(sizes, row_axes(sizes, part.shard_over, rows))
+        tokens = own * seq_len // context_size(sizes)
         dtype = choose_dtype(part.dtype, case.topology.platform)
         kernel = choose_attention(config.attention, case.topology.platform, dtype, arch.head_dim)
         return Shares(
             arch=arch,
             sizes=sizes,
             axes=part.shard_over,
-            tokens=own * seq_len,
+            tokens=tokens,
             itemsize=DTYPE_BYTES[dtype],
-            mask=2 * own * seq_len**2 if kernel == "cudnn" else 0,
+            mask=2 * tokens * seq_len if kernel == "cudnn" else 0,
         )
 
     student = shares(config.student, case.student, config.data.seq_len)
@@ -206,13 +228,28 @@ def step_flops(
     return needed, num_tokens * again.get(config.remat_policy, 0.0)
 
 
+def attention_flops(
+    config: Config, student: Architecture, teacher: Architecture | None, num_tokens: int
+) -> float:
+    """Returns the FLOPs of a step's causal attention, with what gradient checkpointing adds."""
+    passes = 4 if config.remat_policy == "layer" else 3
+    flops = passes * num_tokens * layer_flops(student, config.data.seq_len)[1]
+    if teacher is not None and not config.reads_cache:
+        longer = config.teacher_seq_len / config.data.seq_len
+        flops += num_tokens * longer * layer_flops(teacher, config.teacher_seq_len)[1]
+    return flops
+
+
 def work(case: Case) -> Work:
     config, sizes = case.config, case.sizes
     num_tokens, accumulation = case.num_tokens, config.optim.accumulation_steps
     num_targets = case.num_targets
-    flops, again = step_flops(config, case.student, case.teacher, num_tokens, num_targets)
+    models = (case.student, case.teacher)
+    flops, again = step_flops(config, *models, num_tokens, num_targets)
+    # Of c parts of a row the last has 2 - 1 / c times the average number of keys.
+    awaited = attention_flops(config, *models, num_tokens) * (1 - 1 / context_size(sizes))
     student, teacher = make_shares(case)
-    targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES)
+    targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES) / context_size(sizes)
     logits = 2 * targets * (student.arch.vocab_size // sizes["tensor"]) * 4
     passes = 3 if config.remat_policy in RECOMPUTING else 2
     L = student.arch.num_hidden_layers
@@ -222,7 +259,12 @@ def work(case: Case) -> Work:
         each += logits + (0 if config.reads_cache else _layers(teacher))
     # Weights, both moments and the gradients are read and written.
     updates = 8 * student.stored(trained_weights(config, case.student), 4)
-    return Work(flops=flops, recomputed_flops=again, traffic_bytes=accumulation * each + updates)
+    return Work(
+        flops=flops,
+        recomputed_flops=again,
+        awaited_flops=awaited,
+        traffic_bytes=accumulation * each + updates,
+    )
 
 
 def _layers(model: Shares) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kd_jax.models.weight_table import head_weights, layer_weights, trained_weights, weights
 from kd_jax.parallel.platforms import PLATFORMS, Platform
-from kd_jax.parallel.rules import BATCH_AXES, axes_size
+from kd_jax.parallel.rules import BATCH_AXES, axes_size, context_size
 from kd_jax.planning.chips import GIB, Chip, Topology
 from kd_jax.planning.cost import Case, Shares, cached_bytes, make_shares
 
@@ -62,7 +62,7 @@ def estimate_memory(case: Case) -> Memory:
     trainable = student.stored(trained_weights(config, case.student), 4)
     frozen = weights(case.student) if config.trainable == "lora" else {}
     loaded = head_weights if config.reads_cache else weights
-    token_bytes: float = BATCH_BYTES + cached_bytes(case)
+    token_bytes: float = BATCH_BYTES + cached_bytes(case) / context_size(case.sizes)
     if config.prompts_teacher and not config.reads_cache:
         token_bytes += PLACE_BYTES
         token_bytes += TEACHER_BYTES * config.teacher_seq_len / config.data.seq_len
@@ -109,11 +109,13 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     layer = 2 * student.hidden + 2 * student.stream + student.heads
     masks = 2 * student.mask  # and its gradient, which cuDNN computes
-    backward = residuals + summed + gradients + 2 * layer + masks + _gathered_layer(student)
+    keys = 2 * student.gathered_keys  # and their gradients
+    backward = residuals + summed + gradients + 2 * layer + masks + keys + _gathered_layer(student)
     head = residuals + summed + _head(case, student, teacher)
     if teacher is None or config.reads_cache:
         return max(backward, head)
     forward = 2 * (teacher.hidden + teacher.stream) + teacher.mask + _gathered_layer(teacher)
+    forward += teacher.gathered_keys
     return max(backward, head, forward)
 
 
@@ -122,6 +124,7 @@ def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
     config, topology = case.config, case.topology
     full, entries = config.trainable == "full", student.arch.vocab_size // student.sizes["tensor"]
     shards = config.optim.accumulation_steps * axes_size(student.sizes, BATCH_AXES)
+    shards *= student.context
     row, chip = PLATFORMS[topology.platform], topology.rated_chip
     C = chunk_tokens(
         config.loss.chunk_tokens,

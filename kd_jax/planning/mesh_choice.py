@@ -15,8 +15,12 @@ from kd_jax.parallel.rules import (
     BATCH_AXES,
     Sizes,
     axes_size,
+    context_size,
+    describe_mesh,
+    mesh_axes,
     mesh_sizes,
     split,
+    uneven_rows,
     wanted_split,
 )
 from kd_jax.planning.chips import GIB, Topology
@@ -39,8 +43,8 @@ def choose_sizes(
     """Returns the devices along each axis; axes that the config leaves at 0 are chosen.
 
     Chooses the fastest layout that fits by `estimate`; of equals, the one that shards weights
-    least; if none is certain to fit, the one with the lowest peak. Weights are not sharded on
-    devices of unknown memory.
+    least; if none is certain to fit, the one with the lowest peak. Tokens of a row are split over
+    devices only where no other layout fits. Weights are not sharded on devices of unknown memory.
 
     Raises:
       UserError: no layout divides the models, or none holds them.
@@ -53,6 +57,8 @@ def choose_sizes(
         return sizes
     case = Case(config=config, student=student, teacher=teacher, sizes={}, topology=topology)
     found = [estimate(one) for one in layouts(case)]
+    if found and not any(map(fits, found)):
+        found += [estimate(one) for one in layouts(case, split_rows=True)]
     if not found:  # raises the reason
         plain = {name: getattr(config.mesh, name) or 1 for name in ("fsdp", "tensor")}
         return choose_sizes(_with_sizes(config, **plain), student, teacher, topology)
@@ -71,15 +77,23 @@ def choose_sizes(
     )
 
 
-def layouts(case: Case) -> Iterator[Case]:
-    """Yields the case in every layout that its config allows and that divides the models."""
+def layouts(case: Case, split_rows: bool = False) -> Iterator[Case]:
+    """Yields the case in every layout that its config allows and that divides the models.
+
+    Args:
+      split_rows: a context that the config leaves open is above 1; otherwise it is 1.
+    """
     config, num_devices = case.config, case.topology.num_devices
     rows = config.data.batch_size // config.optim.accumulation_steps
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     asked = [getattr(config.mesh, name) for name in AXES]
     choices = [divisors if size in (-1, 0) else [size] for size in asked]
+    if config.mesh.context == 0:
+        choices[AXES.index("context")] = divisors[1:] if split_rows else [1]
+    elif split_rows:
+        return
     for values in itertools.product(*choices):
-        sizes = dict(zip(AXES, values, strict=True))
+        sizes = mesh_axes(dict(zip(AXES, values, strict=True)))
         if math.prod(values) != num_devices or rows % axes_size(sizes, BATCH_AXES):
             continue
         try:
@@ -91,7 +105,11 @@ def layouts(case: Case) -> Iterator[Case]:
 
 def walk(case: Case) -> list[tuple[Case, Report]]:
     """Returns all batch sizes, micro-batches, remat policies and allowed layouts that fit, with
-    their estimates, fastest first."""
+    their estimates, fastest first. Tokens of a row are split only if nothing fits otherwise."""
+    return _walk(case) or _walk(case, split_rows=True)
+
+
+def _walk(case: Case, split_rows: bool = False) -> list[tuple[Case, Report]]:
     config, found = case.config, list[Case]()
     own = config.data.batch_size
     for factor, steps, remat in itertools.product(BATCH_FACTORS, ACCUMULATION, REMAT):
@@ -101,7 +119,7 @@ def walk(case: Case) -> list[tuple[Case, Report]]:
         data = dataclasses.replace(config.data, batch_size=rows)
         optim = dataclasses.replace(config.optim, accumulation_steps=steps)
         changed = dataclasses.replace(config, data=data, optim=optim, remat=remat)
-        found += layouts(dataclasses.replace(case, config=changed))
+        found += layouts(dataclasses.replace(case, config=changed), split_rows)
 
     def order(pair: tuple[Case, Report]) -> tuple:
         report = pair[1]
@@ -116,9 +134,9 @@ def fits(report: Report) -> bool:
 
 
 def slowness(report: Report) -> tuple:
-    """Returns a sort key: time of a token, micro-batches, sharding of weights, memory."""
+    """Returns a sort key: time of a token, micro-batches, splits of rows and weights, memory."""
     mesh = report["mesh"]
-    splits = (report["accumulation_steps"], mesh["tensor"], mesh["fsdp"])
+    splits = (report["accumulation_steps"], context_size(mesh), mesh["tensor"], mesh["fsdp"])
     return _seconds(report), *splits, report["peak_bytes_per_device"]
 
 
@@ -127,17 +145,13 @@ def _seconds(report: Report) -> float:
     return 1 / speed if speed else 0.0  # unknown: all the same
 
 
-def describe_mesh(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in sizes.items())
-
-
 def _with_sizes(config: Config, **sizes: int) -> Config:
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
 
 
 def remedy(case: Case) -> str:
     """Returns advice for a run that does not fit: smaller steps, or more devices."""
-    open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0)
+    open_mesh = _with_sizes(case.config, data=-1, fsdp=0, tensor=0, context=0)
     if found := walk(dataclasses.replace(case, config=open_mesh)):
         best = found[0][1]
         return (
@@ -159,7 +173,10 @@ def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) ->
             f"mesh.tensor: expected a divisor of the vocabulary's {size} entries, got "
             f"{sizes['tensor']}"
         )
-    raise_all(problems)
+    lengths = {"data.seq-len": config.data.seq_len}
+    if config.prompts_teacher:
+        lengths["teacher.seq-len"] = config.teacher_seq_len
+    raise_all([*problems, *uneven_rows(sizes, lengths)])
 
 
 def _problems(config: Config, sizes: Sizes, field: str, arch: Architecture) -> list[str]:

@@ -30,7 +30,7 @@ class Transfer(NamedTuple):
 
 
 def transfers(case: Case) -> list[Transfer]:
-    """Returns a step's large collectives: of weights, their gradients, the residual stream."""
+    """Returns a step's large collectives: of weights, gradients, the residual stream, keys."""
     config, sizes = case.config, case.sizes
     student, teacher = make_shares(case)
     recomputes = config.remat_policy in RECOMPUTING
@@ -38,9 +38,12 @@ def transfers(case: Case) -> list[Transfer]:
     trained = trained_weights(config, case.student)
     if student.fsdp > 1:
         found.append(("reduce-scatter", student.in_use(trained, 4), 1, (ROWS_AXIS,)))
-    found.append(("all-reduce", student.stored(trained, 4), 1, ("data",)))
+    copies = ("data", "context") if student.context > 1 else ("data",)
+    found.append(("all-reduce", student.stored(trained, 4), 1, copies))
+    found += _of_keys(student, 1 if config.remat_policy == "none" else 2, trained=True)
     if teacher is not None:
         found += _of_layers(teacher, 1, 1, head_only=config.reads_cache)
+        found += [] if config.reads_cache else _of_keys(teacher, 1)
     accumulation = config.optim.accumulation_steps
     return [
         Transfer(kind, num_bytes, times * accumulation, _groups(sizes, axes))
@@ -61,6 +64,20 @@ def _of_layers(
         found.append(("all-gather", model.in_use(head, model.itemsize), 1, (ROWS_AXIS,)))
     if model.tensor > 1:
         found.append(("all-reduce", model.stream, 2 * sums * L, ("tensor",)))
+    return found
+
+
+def _of_keys(
+    model: Shares, gathers: int, trained: bool = False
+) -> list[tuple[str, int, int, tuple]]:
+    """Returns the collectives of whole rows' keys and values, and of their gradients."""
+    if model.context == 1:
+        return []
+    num_bytes, L = model.gathered_keys // 2, model.arch.num_hidden_layers
+    found: list[tuple[str, int, int, tuple]] = []
+    found.append(("all-gather", num_bytes, 2 * gathers * L, ("context",)))
+    if trained:
+        found.append(("reduce-scatter", num_bytes, 2 * L, ("context",)))
     return found
 
 
@@ -98,7 +115,7 @@ def bound_seconds(
     chip = topology.rated_chip
     if chip is None:
         return {}
-    flops = needs.flops + needs.recomputed_flops
+    flops = needs.flops + needs.recomputed_flops + needs.awaited_flops
     return {
         "compute": flops / chip.flops / topology.num_devices,
         "memory": needs.traffic_bytes / chip.bandwidth,

@@ -9,6 +9,7 @@ from kd_jax.config import Config, HiddenConfig, LossConfig, OptimConfig
 from kd_jax.losses.head_inputs import HeadConfig
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import num_batch_shards, traits
+from kd_jax.parallel.rules import context_size
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.memory import chunk_tokens
 from kd_jax.setup.models import Models, TeacherKind
@@ -52,7 +53,8 @@ def make_head(
     trainable: bool = False,
 ) -> HeadConfig:
     """Returns the head's configuration; `num_tokens` are those of all devices."""
-    share, entries = num_tokens // num_batch_shards(mesh), vocab_size // mesh.shape["tensor"]
+    share = num_tokens // num_batch_shards(mesh) // context_size(mesh.shape)
+    entries = vocab_size // mesh.shape["tensor"]
     row = traits(mesh)
     return HeadConfig(
         loss=loss,

@@ -12,7 +12,7 @@ from kd_jax.data.rows import COLUMNS
 from kd_jax.data.store import TEACHER
 from kd_jax.models.architecture import Architecture
 from kd_jax.onpolicy.samples import GROUP
-from kd_jax.parallel.mesh import batch_sharding
+from kd_jax.parallel.mesh import batch_sharding, vector_sharding
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.models import Models, abstract_models
 from kd_jax.setup.program import Program, make_program
@@ -73,7 +73,9 @@ def abstract_run(
         batch[GROUP] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     if teacher is not None and models.teacher is not None and config.reads_cache:
         batch[f"{TEACHER}hidden"] = jax.ShapeDtypeStruct(
-            (*shape, teacher.hidden_size), models.teacher.dtype, sharding=batch_sharding(mesh)
+            (*shape, teacher.hidden_size),
+            models.teacher.dtype,
+            sharding=vector_sharding(mesh, len(shape) + 1, shape[-1]),
         )
     state = abstract_state(program, models.trainable)
     return AbstractRun(models=models, program=program, state=state, batch=batch)

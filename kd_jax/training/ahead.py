@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kd_jax.parallel.rules import BATCH_AXES, axes_size
+from kd_jax.parallel.rules import axes_size, token_axes
 from kd_jax.planning.chips import GIB
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate, memory_fields, time_fields
@@ -46,7 +46,8 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     report |= memory_fields(case.topology, used.argument_size_in_bytes, temporaries)
     module = hlo.read_module(compiled.as_text())
-    tokens = rows * config.data.seq_len / axes_size(case.sizes, BATCH_AXES) * case.target_share
+    shards = axes_size(case.sizes, token_axes(case.sizes, config.data.seq_len))
+    tokens = rows * config.data.seq_len / shards * case.target_share
     found = hlo.collectives(module, math.ceil(tokens / run.program.head.chunk_tokens))
     report |= time_fields(case, [one.transfer for one in found])
     largest = hlo.largest_arrays(module, LARGEST)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import attention as module
-from kd_jax.models.attention import Window
+from kd_jax.models.masks import Window
 from kd_jax.models.matmul import project
 from kd_jax.parallel.mesh import Layout, make_mesh
 
@@ -118,6 +118,37 @@ def test_windows_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
 
 
+def split_rows(**sizes):
+    """Returns the layout of a mesh that splits rows in two."""
+    sizes = {"data": 1, "context": 2, **sizes}
+    return Layout(make_mesh(MeshConfig(**sizes), 8, jax.devices()[: math.prod(sizes.values())]))
+
+
+def test_parts_of_rows_attend_as_whole_rows_do():
+    """Three blocks of queries in each part, a window, and more devices than key heads."""
+    inputs = make_inputs(600)
+    run = partial(windowed, size=250)
+    ours = with_gradients(partial(run, layout=split_rows(tensor=4)), *inputs)
+    for got, want in zip(ours, with_gradients(run, *inputs), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["causal", "of_queries"])
+def test_a_part_that_takes_itself_for_the_first_is_noticed(monkeypatch, name):
+    right, inputs = getattr(module, name), make_inputs(60)
+    if name == "causal":
+        monkeypatch.setattr(module, name, lambda context, *x: right(None, *x))
+    else:
+        monkeypatch.setattr(module, name, lambda context, size, mask: first(size, mask))
+    q, k, v, segments, _ = inputs
+    got = jax.jit(partial(attention, layout=split_rows()))(q, k, v, segments)
+    assert np.abs(got - expected(q, k, v, segments)).max() > 1e-3
+
+
+def first(num_queries, mask):
+    return jax.tree.map(lambda x: x[:, :num_queries], mask)
+
+
 @pytest.mark.parametrize("S", [60, 300])
 def test_gradients_equal_those_of_jaxs_own(S):
     inputs = make_inputs(S)
@@ -127,21 +158,27 @@ def test_gradients_equal_those_of_jaxs_own(S):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("S", [128, 300])
-def test_splash_equals_the_blocks(S):
+@pytest.mark.parametrize(
+    "S, parts", [(128, 1), (300, 1), pytest.param(256, 2, marks=pytest.mark.slow)]
+)
+def test_splash_equals_the_blocks(S, parts):
     """On the interpreter of its TPU kernel, which wants heads of 64 at least."""
+    layout = split_rows() if parts == 2 else None
     rng = np.random.default_rng(0)
     q, k, v, d = (rng.normal(size=(1, S, n, 64)).astype(np.float32) for n in (N, K, K, N))
     segments = np.sort(rng.integers(0, 3, (1, S)), axis=1).astype(np.int32)
     want = with_gradients(attention, q, k, v, segments, d)
     with pltpu.force_tpu_interpret_mode():
-        got = with_gradients(partial(attention, implementation="splash"), q, k, v, segments, d)
+        run = partial(attention, implementation="splash", layout=layout)
+        got = with_gradients(run, q, k, v, segments, d)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(abs(theirs).max()))
 
 
-@pytest.mark.parametrize("has_window", [False, True])
-def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, monkeypatch):
+@pytest.mark.parametrize(
+    "has_window, S, parts", [(False, 61, 1), (True, 61, 1), (True, 64, 2), (False, 62, 2)]
+)
+def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, S, parts, monkeypatch):
     """Its padding, mask and residuals; the kernel itself needs a GPU."""
     plain = jax.nn.dot_product_attention
 
@@ -150,9 +187,9 @@ def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, monkeypatch):
         return plain(*x, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
-    inputs = make_inputs(61, jnp.bfloat16)
+    inputs, layout = make_inputs(S, jnp.bfloat16), split_rows() if parts == 2 else None
     run = windowed if has_window else attention
-    got = with_gradients(partial(run, implementation="cudnn"), *inputs)
+    got = with_gradients(partial(run, implementation="cudnn", layout=layout), *inputs)
     for ours, theirs in zip(got, with_gradients(run, *inputs), strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, atol=2e-2 * np.abs(theirs).max())  # of bfloat16

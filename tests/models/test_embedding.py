@@ -54,11 +54,11 @@ def shares(monkeypatch):
     "sizes, axes",
     [
         ((1, 1, 1), BOTH), ((8, 1, 1), BOTH), ((1, 8, 1), BOTH), ((2, 2, 2), BOTH),
-        ((1, 1, 4), BOTH), ((2, 2, 2), ROWS_ALONE), ((1, 2, 2), ()),
+        ((1, 1, 4), BOTH), ((2, 2, 2), ROWS_ALONE), ((1, 2, 2), ()), ((1, 2, 2, 2), BOTH),
     ],
 )  # fmt: skip
 def test_each_device_sums_its_own_rows_and_entries(shares, sizes, axes):
-    mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    mesh = dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=False))
     devices = jax.devices()[: np.prod(sizes)]
     layout = Layout(make_mesh(MeshConfig(**mesh), 8, devices), axes)
     rng = np.random.default_rng(0)

@@ -29,6 +29,7 @@ LAYOUTS = {
     "fsdp": {"mesh": {"data": 1, "fsdp": 8}},
     "tensor": {"mesh": {"data": 1, "tensor": 8}},  # two key/value heads on eight devices
     "all": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
+    "context": {"mesh": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}},
     "teacher alone split": {
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "student_axes": (),
@@ -130,8 +131,8 @@ def test_every_layout_trains_as_one_device_does(trained, alone):
 def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, alone, monkeypatch):
     psum = fused_head._psum
 
-    def leaves_out(config, sums, d_hidden, d_head, scatters):
-        sums, _, d_head = psum(config, sums, d_hidden, d_head, scatters)
+    def leaves_out(share, sums, d_hidden, d_head, scatters):
+        sums, _, d_head = psum(share, sums, d_hidden, d_head, scatters)
         return sums, d_hidden, d_head
 
     monkeypatch.setattr(fused_head, "_psum", leaves_out)

@@ -84,6 +84,7 @@ LAYOUTS = [
     (MeshConfig(data=1, fsdp=1, tensor=8), {}),
     (MeshConfig(data=2, fsdp=2, tensor=2), {"shard_over": ("tensor",)}),
     (MeshConfig(data=2, fsdp=4, tensor=1), {"shard_over": ()}),
+    (MeshConfig(data=2, fsdp=2, context=2), {}),
 ]
 
 
@@ -221,6 +222,35 @@ def test_a_collectives_least_time_is_its_slowest_links():
     assert seconds[0] == pytest.approx(size / 2 / 4 / chip.network_bandwidth)
     assert seconds[1] == pytest.approx(2 * size * 3 / 4 / chip.link_bandwidth)
     assert seconds[2] == pytest.approx(2 * size / 2 / chip.network_bandwidth)
+
+
+def test_split_rows_send_keys_and_divide_activations():
+    """Twin of each: with whole rows nothing is gathered but weights."""
+    config, *archs = open_config("8b_to_1b", remat="dots")
+    data = dataclasses.replace(config.data, batch_size=8)
+    config = dataclasses.replace(config, data=data)
+
+    def case(**sizes):
+        sizes = {"data": 8, "fsdp": 1, "tensor": 1, **sizes}
+        student, teacher = archs
+        topology = find_topology("h100:1x8")
+        return cost.Case(
+            config=config, student=student, teacher=teacher, sizes=sizes, topology=topology
+        )
+
+    whole, parts = case(), case(data=2, context=4)
+    keys = 4 * 2048 * 8 * 64 * 2, 4 * 2048 * 8 * 128 * 2  # [4, 2048, 8, H] bfloat16 in each group
+    found = {(x.kind, x.num_bytes, x.times) for x in network.transfers(parts)}
+    assert {("all-gather", keys[0], 64), ("all-gather", keys[1], 64)} <= found
+    assert ("reduce-scatter", keys[0], 32) in found
+    assert {x.kind for x in network.transfers(whole)} == {"all-reduce"}
+    (all_reduced,) = (x for x in network.transfers(parts) if x.kind == "all-reduce")
+    assert all_reduced.groups.shape == (1, 8)  # a weight's gradient is of all tokens
+    same = [cost.make_shares(x)[0].residuals("dots", 64) for x in (whole, parts)]
+    assert same[0] == same[1]  # a quarter of four times as many rows
+    assert cost.work(whole).awaited_flops == 0
+    attention = cost.attention_flops(config, *archs, parts.num_tokens)
+    assert cost.work(parts).awaited_flops == 0.75 * attention
 
 
 def test_a_drawing_of_samples_has_room_for_keys_values_and_a_copy_of_the_student():
