@@ -92,7 +92,8 @@ def _adapted_backward(scale, dtype, save, residuals, dy):
     dx = _multiply("BSo,oi->BSi", gradients, joined)
     d_weight = _sum_products("BSo,BSi->oi", dy, x)  # unused, and then not computed, if W is frozen
     dA = _sum_products("BSr,BSi->ri", d_low, x)
-    dB = scale * _sum_products("BSo,BSr->or", dy, low)
+    # In this order XLA transposes low, not dy. Without the barrier it turns the product around.
+    dB = scale * jax.lax.optimization_barrier(_sum_products("BSr,BSo->ro", low, dy)).T
     return dx, d_weight.astype(weight.dtype), (dA.astype(A.dtype), dB.astype(B.dtype))
 
 

@@ -24,10 +24,14 @@ def save(x: jax.Array, name: str, as_bits: bool) -> jax.Array:
       as_bits: save bfloat16 as integers: XLA's CPU converts a whole stack of bfloat16 residuals to
         float32 and back when it writes one layer's.
     """
-    return _save(x, name, as_bits)
+    return name_residual(x, name, as_bits)
 
 
-def _save(x, name, as_bits):
+def name_residual(x: jax.Array, name: str, as_bits: bool) -> jax.Array:
+    """Returns `save` of x for the rules of a custom_vjp, which are not differentiated.
+
+    A checkpointing policy sees no name inside of a custom_jvp, as `save` is.
+    """
     if not as_bits or x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
@@ -36,5 +40,4 @@ def _save(x, name, as_bits):
 
 @save.defjvp
 def _save_jvp(name, as_bits, primals, tangents):
-    # Not `save` again: a policy sees no name inside of a custom_jvp.
-    return _save(primals[0], name, as_bits), tangents[0]
+    return name_residual(primals[0], name, as_bits), tangents[0]

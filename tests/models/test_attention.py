@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.ad_checkpoint import print_saved_residuals
 from jax.experimental.pallas import tpu as pltpu
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import attention as module
 from kd_jax.models.masks import Window
 from kd_jax.models.matmul import project
+from kd_jax.models.residuals import SAVED_ATTENTION
 from kd_jax.parallel.mesh import Layout, make_mesh
 
 pytestmark = [pytest.mark.fast, pytest.mark.devices(8)]
@@ -224,6 +226,17 @@ def largest_array(run, *inputs):
     program = jax.jit(lambda *x: with_gradients(run, *x)).lower(*inputs).as_text()
     shapes = re.findall(r"tensor<([0-9x]+)x(?:f32|i1|bf16)>", program)
     return max(math.prod(map(int, shape.split("x"))) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype, stored", [(jnp.float32, "f32"), (jnp.bfloat16, "u16")])
+def test_checkpointing_saves_the_output_and_the_softmax_under_their_name(dtype, stored, capsys):
+    q, k, v, segments, _ = make_inputs(5)
+    saves = jax.checkpoint_policies.save_only_these_names(SAVED_ATTENTION)
+    run = jax.checkpoint(lambda q, k, v: attention(q, k, v, segments), policy=saves)
+    print_saved_residuals(run, *(jnp.asarray(x, dtype) for x in (q, k, v)))
+    lines = capsys.readouterr().out.splitlines()
+    saved = [line.split()[0] for line in lines if f"named '{SAVED_ATTENTION}'" in line]
+    assert saved == [f"{stored}[{B},5,{N},{H}]", f"f32[{B},{K},{N // K},5,1]"]
 
 
 def test_no_array_of_all_queries_and_keys_exists():
