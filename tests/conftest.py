@@ -1,6 +1,7 @@
 """Fixtures. Tests run offline on two fake CPU devices, files with `devices(8)` on eight."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -59,8 +60,10 @@ SHARED = Path(os.environ.get("KD_JAX_SHARED", Path(__file__).parents[2] / "share
 
 # The slowest files start first, so that all workers end at about the same time.
 SLOW = [
-    "test_demo.py", "test_train.py", "test_processes.py", "test_tutorial.py", "test_commands.py",
-    "test_lm_eval.py", "test_fused_head.py", "test_layouts.py",
+    "test_demo.py", "test_tutorial.py", "test_train.py", "test_processes.py", "test_generate.py",
+    "test_decoder.py", "test_step.py", "test_decoding.py", "test_cache.py", "test_fused_head.py",
+    "test_hidden_step.py", "test_sampling.py", "test_commands.py", "test_layouts.py",
+    "test_divergences.py", "test_self_distillation.py", "test_convert.py", "test_lm_eval.py",
 ]  # fmt: skip
 
 
@@ -75,6 +78,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.torch)
         if item.path.name in ("test_demo.py", "test_tutorial.py"):  # one test has a dozen runs
             item.add_marker(pytest.mark.timeout(480))
+
+
+def pytest_collection_finish(session):
+    """Keeps the garbage collector from what is imported, and from most of what is traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_configure(config):

@@ -66,15 +66,22 @@ def divergence(log_q, log_p, config):
     return sums.value[..., 0], terms.grad_log_q - jnp.exp(log_q) * sums.grad_log_q
 
 
-def run(case, student, teacher, temperature=1.0, padding=0):
-    """Returns each token's divergence [N] and its gradient in the student's logits [N, V]."""
-    config = LossConfig(**case)
+def of_logits(config, temperature, student, teacher):
+    """Returns the divergence and its gradient in the student's logits, [N] and [N, V]."""
+    value, gradient = divergence(
+        *(jax.nn.log_softmax(z / temperature) for z in (student, teacher)), config
+    )
+    return value, gradient / temperature
 
+
+compiled = jax.jit(of_logits, static_argnums=(0, 1))
+
+
+def run(case, student, teacher, temperature=1.0, padding=0, of=compiled):
+    """Returns each token's divergence [N] and its gradient in the student's logits [N, V]."""
     wide = [(0, 0), (0, padding)]
-    logits = (jnp.pad(z, wide, constant_values=divergences.NEGATIVE) for z in (student, teacher))
-    logs = (jax.nn.log_softmax(z / temperature) for z in logits)
-    value, gradient = divergence(*logs, config)
-    gradient = gradient / temperature
+    logits = (np.pad(z, wide, constant_values=divergences.NEGATIVE) for z in (student, teacher))
+    value, gradient = of(LossConfig(**case), temperature, *logits)
     assert value.dtype == gradient.dtype == np.float32
     assert (np.asarray(gradient)[:, student.shape[1] :] == 0).all()
     return np.asarray(value), np.asarray(gradient)[:, : student.shape[1]]
@@ -115,22 +122,26 @@ def assert_equal(got, want):
     assert (np.abs(got[1] - want[1]) <= 1e-5 * largest).all()
 
 
-@every_case
-@pytest.mark.parametrize("temperature, padding", [(1.0, 0), (2.5, 9)])
-def test_value_and_gradient_equal_float64(case, temperature, padding):
-    student, teacher = make_logits()
-    got = run(case, student, teacher, temperature, padding)
-    assert_equal(got, expected(case, student, teacher, temperature))
-
-
 ONE_EACH = {case["divergence"]: case for case in CASES if case.get("jsd_beta") not in (0.5, 1.0)}
 
 
+@every_case
+def test_value_and_gradient_equal_float64(case):
+    logits = make_logits()
+    assert_equal(run(case, *logits), expected(case, *logits))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_temperature_and_padding_are_as_in_float64(name):
+    logits, case = make_logits(), ONE_EACH[name]
+    assert_equal(run(case, *logits, 2.5, padding=9), expected(case, *logits, 2.5))
+
+
 def is_seen(case):
-    """Tells whether the comparison with float64 fails."""
+    """Tells whether the comparison with float64 fails, of the functions as they are now."""
     logits = make_logits()
     try:
-        assert_equal(run(case, *logits), expected(case, *logits))
+        assert_equal(run(case, *logits, of=of_logits), expected(case, *logits))
     except AssertionError:
         return True
     return False
@@ -197,10 +208,6 @@ def test_the_temperature_is_squared_where_asked_for_or_where_the_system_does():
     assert divergences.t2_factor(3.0, LossConfig(scale_by_t2=False)) == 1
 
 
-def value_of(*logits, **case):
-    return run(case, *logits)[0]
-
-
 def spread():
     """Returns logits of many kinds of tokens: alike, unlike, flat, sure of the same or another."""
     parts = [make_logits(seed, 20, deviation=d) for seed, d in enumerate((0.01, 1.0, 4.0, 30.0))]
@@ -208,10 +215,16 @@ def spread():
     return np.concatenate([student, teacher[:20]]), np.concatenate([teacher, teacher[:20]])
 
 
+def run_spread(**case):
+    """Returns what `run` does of all tokens of `spread`, N at a time: the program of N is there."""
+    logits = (np.split(z, len(z) // N) for z in spread())
+    parts = [run(case, *some) for some in zip(*logits, strict=True)]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
 @every_case
 def test_a_divergence_is_never_below_zero_and_zero_for_equal_models(case):
-    student, teacher = spread()
-    value, gradient = run(case, student, teacher)
+    value, gradient = run_spread(**case)
     assert (value >= -1e-6).all() and (value[:80] > 1e-7).any()
     np.testing.assert_allclose(value[80:], 0, atol=1e-6)
     np.testing.assert_allclose(gradient[80:], 0, atol=1e-6)
@@ -219,26 +232,25 @@ def test_a_divergence_is_never_below_zero_and_zero_for_equal_models(case):
 
 @pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
 def test_bounds_hold(beta):
-    logits = spread()
     entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)
-    jsd = value_of(*logits, divergence="jsd", jsd_beta=beta)
+    jsd = run_spread(divergence="jsd", jsd_beta=beta)[0]
     assert jsd.max() <= entropy + 1e-6 and jsd.max() > 0.9 * entropy
     # A skewed KL is no more than the log of the share that is mixed in.
     for side in ("forward", "reverse"):
-        skewed = value_of(*logits, divergence=f"skew_{side}_kl", skew_alpha=beta)
+        skewed = run_spread(divergence=f"skew_{side}_kl", skew_alpha=beta)[0]
         assert skewed.max() <= -np.log(beta) + 1e-5
-    distance = value_of(*logits, divergence="tvd")
+    distance, forward, hybrid, acceptance = (
+        run_spread(divergence=name)[0] for name in ("tvd", "forward_kl", "lk_hybrid", "nla")
+    )
     assert distance.max() <= 1 + 1e-6 and distance.max() > 0.9
-    forward = value_of(*logits, divergence="forward_kl")
     assert (distance <= np.sqrt(forward / 2) + 1e-5).all()  # Pinsker
-    terms = agreement_terms(*map(jax.nn.log_softmax, logits))
+    terms = agreement_terms(*map(jax.nn.log_softmax, spread()))
     accepted = sum_over_vocab(terms["acceptance"])
     np.testing.assert_allclose(distance, 1 - accepted[:, 0], atol=1e-6)
     # The mixture of the KL and the distance is between them.
-    hybrid = value_of(*logits, divergence="lk_hybrid")
     low, high = np.minimum(distance, forward), np.maximum(distance, forward)
     assert ((low - 1e-6 <= hybrid) & (hybrid <= high * (1 + 1e-6) + 1e-6)).all()
-    assert (value_of(*logits, divergence="nla") >= distance - 1e-6).all()  # -log(1 - x) >= x
+    assert (acceptance >= distance - 1e-6).all()  # -log(1 - x) >= x
 
 
 def test_acceptance_losses_are_those_of_torch_autograd():
@@ -321,15 +333,13 @@ def test_special_cases_are_the_same_divergence(case, same):
 @every_case
 def test_extreme_logits_and_padding_of_minus_infinity_are_finite(case):
     rng = np.random.default_rng(0)
-    config = LossConfig(**case)
     for scale in (1e4, -1e4):
         student = (1e4 * rng.normal(size=(N, V))).astype(np.float32)
         teacher = (scale / 1e4 * student).astype(np.float32)
-        pads = np.where(np.arange(V) < V - 7, 0.0, -np.inf)
-        logs = [jax.nn.log_softmax(z + pads) for z in (student, teacher)]
-        value, gradient = divergence(*logs, config)
+        student[:, V - 7 :] = teacher[:, V - 7 :] = -np.inf
+        value, gradient = run(case, student, teacher)
         assert np.isfinite(value).all() and np.isfinite(gradient).all()
-        assert (np.asarray(gradient)[:, V - 7 :] == 0).all()
+        assert (gradient[:, V - 7 :] == 0).all()
 
 
 def test_metrics_of_losses_handle_entries_without_probability():
@@ -384,12 +394,11 @@ def run_head(case, temperature, padding, length):
     config = HeadConfig(loss=loss, chunk_tokens=length, vocab_size=V, mesh=tiny.one_device())
     scalars = LossScalars(jnp.float32(0.4), jnp.float32(temperature))
 
-    @jax.jit
     def measure(hidden):
         student, targets = Student(hidden, w_s), Targets(labels, mask)
         return kd_head(config, scalars, student, HiddenStates(h_t, w_t), targets)
 
-    (value, metrics), gradient = jax.value_and_grad(measure, has_aux=True)(h_s)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(measure, has_aux=True))(h_s)
     teacher = np.float64(h_t) @ np.float64(w_t[:V]).T
     options = {**options_of(case), "kd_ratio": 0.4, "temperature": temperature}
     options |= {"scale": temperature**2, "divergence_name": options.pop("name")}

@@ -46,7 +46,8 @@ def log_probs_of(hidden, head):
 def choose(states, kind="topk", k=K):
     """Returns what is stored of the teacher."""
     _, _, hidden, head, labels = states
-    return Selection(kind=kind, k=k, num_entries=V)(hidden, head, labels)
+    select = Selection(kind=kind, k=k, num_entries=V)
+    return jax.jit(lambda *arrays: select(*arrays))(hidden, head, labels)
 
 
 def side(stored, treatment="bucket", num_entries=V):
@@ -56,10 +57,15 @@ def side(stored, treatment="bucket", num_entries=V):
 
 def dense(states, stored, treatment):
     """Returns the teacher's probabilities [B, S, V] of a treatment, in the head's own call."""
-    teacher, z = side(stored, treatment), log_probs_of(*states[:2]).reshape(-1, V)
-    rows = jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), teacher.rows)
-    context = ChunkContext(z, states[-1].reshape(-1), Vocab(teacher.entries), V)
-    return np.exp(teacher.logits(rows, teacher.entries, context)).reshape(B, S, V)
+
+    @jax.jit
+    def log_probs(hidden, head, labels, stored):
+        teacher, z = side(stored, treatment), log_probs_of(hidden, head).reshape(-1, V)
+        rows = jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), teacher.rows)
+        context = ChunkContext(z, labels.reshape(-1), Vocab(teacher.entries), V)
+        return teacher.logits(rows, teacher.entries, context)
+
+    return np.exp(log_probs(*states[:2], states[-1], stored)).reshape(B, S, V)
 
 
 def test_the_most_likely_entries_are_stored_with_the_mass_of_the_rest(states):
@@ -73,20 +79,23 @@ def test_the_most_likely_entries_are_stored_with_the_mass_of_the_rest(states):
 
 
 def test_ids_above_16_bits_are_whole():
-    head = (
-        jnp.zeros((70_000, 1))
-        .at[jnp.array([3, 69_999, 65_536, 65_535]), 0]
-        .set(jnp.array([9.0, 8.0, 7.0, 6.0]))
-    )
-    hidden = jnp.ones((1, 1, 1))
-    found = Selection(kind="topk", k=4, num_entries=70_000)(hidden, head, jnp.ones((1, 1)))
-    teacher = side(found, num_entries=70_000)
-    rows = jax.tree.map(lambda x: x[0], teacher.rows)
-    context = ChunkContext(
-        jnp.zeros((1, 70_000)), jnp.zeros(1, int), Vocab(teacher.entries), 70_000
-    )
-    z = teacher.logits(rows, teacher.entries, context)[0]
-    assert jax.lax.top_k(z, 4)[1].tolist() == [3, 69_999, 65_536, 65_535]
+    head = np.zeros((70_000, 1), np.float32)
+    head[[3, 69_999, 65_536, 65_535], 0] = [9, 8, 7, 6]
+
+    @jax.jit
+    def logits(head):
+        found = Selection(kind="topk", k=4, num_entries=70_000)(
+            jnp.ones((1, 1, 1)), head, jnp.ones((1, 1))
+        )
+        teacher = side(found, num_entries=70_000)
+        rows = jax.tree.map(lambda x: x[0], teacher.rows)
+        context = ChunkContext(
+            jnp.zeros((1, 70_000)), jnp.zeros(1, int), Vocab(teacher.entries), 70_000
+        )
+        return teacher.logits(rows, teacher.entries, context)[0]
+
+    order = np.argsort(-np.asarray(logits(head)), kind="stable")
+    assert order[:4].tolist() == [3, 69_999, 65_536, 65_535]
 
 
 def test_each_treatment_places_the_rest_as_it_says(states):
@@ -138,18 +147,19 @@ def test_value_and_gradient_are_those_of_k_entries_and_one_for_the_rest(states, 
     def ours(hidden, treatment):
         return kd_head(config, scalars, Student(hidden, head), side(stored, treatment), targets)[0]
 
-    want, gradient = jax.value_and_grad(reference)(hidden)
-    got, d_hidden = jax.value_and_grad(ours)(hidden, "bucket")
+    want, gradient = jax.jit(jax.value_and_grad(reference))(hidden)
+    got, d_hidden = jax.jit(jax.value_and_grad(ours), static_argnums=1)(hidden, "bucket")
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(d_hidden, gradient, atol=1e-5 * np.abs(gradient).max())
-    assert abs(ours(hidden, "uniform") - want) > 1e-2 * want
+    assert abs(jax.jit(ours, static_argnums=1)(hidden, "uniform") - want) > 1e-2 * want
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_renormalize_both_compares_the_stored_entries_alone(states, divergence):
     """Twin: the head that looks at all of the student's entries."""
     hidden, head, *_, labels = states
-    stored, ids = choose(states), jnp.asarray(choose(states)["ids"], jnp.int32)
+    stored = choose(states)
+    ids = jnp.asarray(stored["ids"], jnp.int32)
     targets = Targets(labels, jnp.ones((B, S), bool))
     scalars = LossScalars(jnp.float32(0.5), jnp.float32(1))
     loss = LossConfig(kd_ratio=0.5, divergence=divergence)
@@ -167,11 +177,11 @@ def test_renormalize_both_compares_the_stored_entries_alone(states, divergence):
         teacher = side(stored, "renormalize_both")
         return kd_head(config, scalars, Student(hidden, head), teacher, targets)[0]
 
-    want, gradient = jax.value_and_grad(reference)(hidden)
-    got, d_hidden = jax.value_and_grad(ours)(hidden, True)
+    want, gradient = jax.jit(jax.value_and_grad(reference))(hidden)
+    got, d_hidden = jax.jit(jax.value_and_grad(ours), static_argnums=1)(hidden, True)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(d_hidden, gradient, atol=1e-5 * np.abs(gradient).max())
-    assert abs(ours(hidden, False) - want) > 1e-2 * want
+    assert abs(jax.jit(ours, static_argnums=1)(hidden, False) - want) > 1e-2 * want
 
 
 @pytest.mark.parametrize(
