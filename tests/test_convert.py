@@ -147,9 +147,7 @@ def test_a_merged_export_is_what_transformers_computes_with(family, tied, tmp_pa
     assert np.abs(theirs - base).max() > 0.1 * np.abs(base).max()
 
 
-@pytest.mark.parametrize(
-    "family, tied", [("llama", False), ("qwen3", True), ("phi3", True), ("gemma3_text", True)]
-)
+@pytest.mark.parametrize("family, tied", [("llama", False), ("phi3", True), ("gemma3_text", True)])
 def test_an_export_of_full_training_is_what_transformers_computes_with(family, tied, tmp_path):
     source = tiny.write_model(tmp_path / "source", 1, family=family, tie_word_embeddings=tied)
     config = make_config(source, trainable="full")
@@ -238,7 +236,7 @@ def test_a_merged_export_equals_pefts_merge(tiny_student, tmp_path):
         np.testing.assert_allclose(value, merged[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "granite", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "phi3"])
 def test_peft_computes_with_an_exported_adapter_what_our_model_does(family, tmp_path):
     from peft import PeftModel
 

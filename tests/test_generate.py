@@ -27,7 +27,8 @@ from kd_jax.weights.files import locked
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return tiny.write_plain_model(folder, seed=1, tie_word_embeddings=False)
+    shape = {"tie_word_embeddings": False, "num_hidden_layers": 1}
+    return tiny.write_plain_model(folder, seed=1, **shape)
 
 
 def run(*argv):

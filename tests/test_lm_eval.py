@@ -50,7 +50,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_model(tmp_path_factory.mktemp("model"), seed=1)
+    return tiny.write_model(tmp_path_factory.mktemp("model"), seed=1, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def tasks(tmp_path_factory):
     """A folder of two tasks with data: contexts are shared, repeated or end in spaces."""
     root = tmp_path_factory.mktemp("tasks")
     records = []
-    for i in range(18):
+    for i in range(12):
         question = tiny.WORDS[i % 6] + ("", " ", "\\n")[i % 3]
         choices = [f" {word}" for word in ("blue", "four legs", "cat", "It is five.")]
         records.append({"question": question, "choices": choices[: 2 + i % 3], "label": i % 2})
@@ -197,8 +197,12 @@ def test_a_tasks_every_example_is_as_hfs(folder, tasks):
 
 def test_another_model_would_be_noticed(folder, tasks, tmp_path):
     other = tiny.write_model(tmp_path / "model", seed=2)
-    got, want = (evaluate(ours(x), tasks, "tiny_choices") for x in (folder, other))
-    assert got["results"] != want["results"]
+    got, want = (
+        evaluate(ours(x), tasks, "tiny_choices")["samples"]["tiny_choices"] for x in (folder, other)
+    )
+    with pytest.raises(AssertionError):
+        for mine, another in zip(got, want, strict=True):
+            assert_same_scores(mine["filtered_resps"], another["filtered_resps"])
 
 
 def run(*argv):

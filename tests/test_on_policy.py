@@ -26,7 +26,7 @@ ON = ("--on-policy.fraction", "0.5", "--on-policy.max-new-tokens", "12")
 def folder(tmp_path_factory):
     """A folder with tiny models, data and a configuration. Read only but for its row store."""
     folder = tmp_path_factory.mktemp("on_policy")
-    tiny.write_plain_model(folder / "student", seed=1)
+    tiny.write_plain_model(folder / "student", seed=1, num_hidden_layers=2)
     tiny.write_plain_model(folder / "teacher", seed=2, num_hidden_layers=2)
     tiny.write_data(folder / "data.jsonl")
     (folder / "config.py").write_text(f"""

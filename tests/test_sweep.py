@@ -16,7 +16,7 @@ import tiny
 from children import environment
 from paths import ROOT
 
-from kd_jax import report, sweep
+from kd_jax import report, sweep, train
 from kd_jax.config.command import run_command
 
 
@@ -211,7 +211,11 @@ def test_a_folder_of_another_configuration_is_refused_at_once(file, done, capsys
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
-def test_a_failure_stops_the_sweep_unless_told_otherwise(file, tmp_path, capfd, keep_going):
+def test_a_failure_stops_the_sweep_unless_told_otherwise(
+    file, tmp_path, capfd, monkeypatch, keep_going
+):
+    if keep_going:  # in this process; the other case starts one
+        monkeypatch.setattr(sweep, "_run", lambda x: (run_command(train.main, x[2:]), False))
     argv = ("--set", "student.path", tmp_path / "missing", tmp_path / "absent")
     argv += ("--loss.kd-ratio", 0, "--workdir", tmp_path / "out")
     argv += ("--keep-going",) if keep_going else ()

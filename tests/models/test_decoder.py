@@ -63,7 +63,7 @@ def port(torch_model, **options):
     for path in weights(arch):
         if path.startswith("layers."):
             names = [f"model.layers.{i}.{path[7:]}" for i in range(arch.num_hidden_layers)]
-            arrays[path] = jnp.stack([state[name] for name in names])
+            arrays[path] = jnp.asarray(np.stack([state[name] for name in names]))
         else:
             arrays[path] = jnp.asarray(state[path if "lm_head" in path else f"model.{path}"])
     return Decoder(tiny.make_spec(arch, **options), arrays)
@@ -272,8 +272,9 @@ def test_a_head_norm_after_the_rotation_is_seen(monkeypatch):
     assert distance(theirs, port(theirs)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
 def test_every_array_gets_a_gradient(family):
+    """Biases, fused projections, norms of all kinds."""
     tokens, positions = some_tokens(rows=1)
     model = port(tiny.make_torch_model(family, 3))
     arrays = tiny.arrays_of(model)
@@ -342,13 +343,12 @@ def test_a_token_sees_its_documents_past_and_nothing_else():
         return jnp.sum(changed(place, positions, segment_ids)[0, 8] ** 2)
 
     embedded = arrays["embed_tokens.weight"][tokens[0]]
-    seen = np.abs(np.asarray(jax.grad(score)(embedded))).max(axis=1)
+    seen = np.abs(np.asarray(jax.jit(jax.grad(score))(embedded))).max(axis=1)
     assert (seen[6:9] > 0).all()
     assert (seen[:6] == 0).all() and (seen[9:] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "layer"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
     theirs = tiny.make_torch_model("llama", 3)
     tokens, positions = some_tokens(rows=1)
 
@@ -360,13 +360,17 @@ def test_remat_changes_no_gradient(remat):
 
         return jax.jit(jax.grad(score))(tiny.arrays_of(model))
 
-    plain, recomputed = gradient("none"), gradient(remat)
-    for name, value in plain.items():
-        scale = np.abs(value).max()
-        np.testing.assert_allclose(recomputed[name], value, atol=1e-5 * scale, err_msg=name)
+    plain = gradient("none")
+    for remat in ("dots", "attention", "layer"):
+        recomputed = gradient(remat)
+        for name, value in plain.items():
+            atol = 1e-5 * np.abs(value).max()
+            np.testing.assert_allclose(
+                recomputed[name], value, atol=atol, err_msg=f"{remat} {name}"
+            )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "olmo2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3_text"])
 def test_bfloat16_stays_near_float32(family):
     theirs = tiny.make_torch_model(family, 3)
     exact = port(theirs)
@@ -393,8 +397,9 @@ def test_flax_names_the_arrays_as_the_table_does(family):
     assert tiny.arrays_of(nnx.merge(graph, state)).keys() == arrays.keys()
 
 
-@pytest.mark.parametrize("family", ["granite", "smollm3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["smollm3", "gemma3_text"])
 def test_layers_apart_compute_what_stacked_ones_do(family):
+    """Where layers differ; tests/inference/test_decoding.py has all families' apart."""
     decoder = port(tiny.make_torch_model(family, 3))
     apart = tiny.arrays_of(decoder)
     unstack_layers(decoder.spec, apart)

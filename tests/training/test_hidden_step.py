@@ -22,7 +22,7 @@ from kd_jax.config.command import run_command
 from kd_jax.training.step import loss_gradients
 from kd_jax.workdir import checkpoints
 
-pytestmark = pytest.mark.devices(8)
+pytestmark = pytest.mark.devices(4)
 
 # The student has three layers of width 64, the teacher two of width 96, or three of 64.
 ON = HiddenConfig(weight=0.7, student_layers=(0, -1), teacher_layers=(0, 1))
@@ -160,7 +160,7 @@ def test_a_planted_fault_is_seen(make_config, fault):
 
 @pytest.fixture(scope="module")
 def plain(make_config):
-    """Gradients and metrics of a batch on eight devices at once."""
+    """Gradients and metrics of a batch on two devices at once."""
     run = Run(make_config())
     return run.gradients(run.batch())
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from children import environment
 from paths import ROOT
 from safetensors.numpy import load_file, save_file
 
+from kd_jax import train
 from kd_jax.config import UserError
+from kd_jax.config.command import run_command
 from kd_jax.training.step import TrainState
 from kd_jax.workdir import checkpoints
 
@@ -112,15 +113,11 @@ def get_config():
     ],
     ids=["nan", "update"],
 )
-def test_a_run_that_is_not_finite_stops_and_saves_nothing(flags, words, root, tmp_path):
+def test_a_run_that_is_not_finite_stops_and_saves_nothing(flags, words, root, tmp_path, capsys):
     workdir = tmp_path / "run"
     argv = ["--config", str(root / "config.py"), "--workdir", str(workdir)]
     argv += [flag.format(root=root) for flag in flags]
-    done = subprocess.run(
-        [sys.executable, "-m", "kd_jax.train", *argv],
-        env=environment(1),
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr and "Traceback" not in done.stderr
+    assert run_command(train.main, argv) == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
     assert not list((workdir / "checkpoints").iterdir())
