@@ -332,9 +332,11 @@ def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
     assert read_metrics(tmp_path / "run")[-1]["step"] == -(-2 * len(rows) // 8)
 
 
+@pytest.mark.slow
 def test_split_rows_give_the_losses_of_whole_ones(run_train, lora_run, tmp_path):
     """And those of an evaluation; the other run's devices have whole rows."""
-    assert run_train(tmp_path / "run", "--mesh.data", "1", "--mesh.context", "2") == 0
+    mesh = ("--mesh.data", "1", "--mesh.context", "2")
+    assert run_train(tmp_path / "run", *mesh, "--checkpoint.every-steps", str(STEPS)) == 0
     for got, want in zip(losses(tmp_path / "run"), losses(lora_run), strict=True):
         for name in {"loss", "eval/loss", "eval/kl_forward"} & want.keys():
             assert got[name] == pytest.approx(want[name], rel=1e-5), name

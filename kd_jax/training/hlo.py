@@ -168,9 +168,12 @@ def trips(module: HloModule, loop: Instruction) -> int | None:
 
 
 def collectives(module: HloModule, loop_trips: int = 1) -> list[Collective]:
-    """Returns the program's collectives; one inside two asynchronous fusions counts once."""
+    """Returns the program's collectives; one inside two asynchronous fusions counts once.
+
+    Those of a shard_map all have channel 1, so a channel tells copies apart only inside fusions.
+    """
     found: dict[tuple, Collective] = {}
-    for one, times, loops, _ in _walk(module, loop_trips):
+    for one, times, loops, fused in _walk(module, loop_trips):
         kind = one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -179,7 +182,7 @@ def collectives(module: HloModule, loop_trips: int = 1) -> list[Collective]:
         if kind == "reduce-scatter":
             num_bytes *= groups.shape[1]
         channel = re.search(r"channel_id=(\d+)", one.line)
-        key = (channel[1] if channel else one.name, loops)
+        key = (kind, channel[1] if fused and channel else one.name, loops)
         source = _source(module, one.line)
         transfer = Transfer(kind, num_bytes, times, groups)
         found.setdefault(key, Collective(transfer, one.shapes, loops, source))

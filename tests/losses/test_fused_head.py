@@ -291,13 +291,13 @@ def test_without_a_teacher_the_loss_is_cross_entropy():
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "both_softmaxes, sizes",
-    [("_sums", (2, 4, 1)), ("_sums", (2, 2, 2)), ("_sums_in_one_pass", (2, 2, 2))],
+    [("_sums", (2, 4, 1, 1)), ("_sums", (1, 2, 2, 2)), ("_sums_in_one_pass", (2, 2, 1, 2))],
     indirect=["both_softmaxes"],
 )
 def test_devices_change_nothing(both_softmaxes, sizes):
     config = make_head(head_trainable=True)
-    data, fsdp, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), 2 * B)
+    data, fsdp, context, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor), 2 * B)
     inputs = [np.concatenate([x, x[::-1]]) for x in make_inputs()]
     inputs[2], inputs[3] = make_inputs()[2:4]  # the heads are no rows
     want, want_gradients = value_and_gradients(config, *inputs)

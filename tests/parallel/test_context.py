@@ -41,13 +41,10 @@ def gradients(tmp_path_factory, tiny_data):
     return run
 
 
-def _cases():
-    for trainable, mesh in (("full", "all"), ("full", "four"), ("lora", "two"), ("lora", "all")):
-        marks = () if (trainable, mesh) == ("full", "all") else pytest.mark.slow
-        yield pytest.param(trainable, mesh, marks=marks)
-
-
-@pytest.mark.parametrize("trainable, mesh", _cases())
+@pytest.mark.slow  # one of each kind; a run of the command is in test_train.py
+@pytest.mark.parametrize(
+    "trainable, mesh", [("full", "all"), ("full", "four"), ("lora", "two"), ("lora", "all")]
+)
 def test_a_step_equals_that_of_one_device(gradients, trainable, mesh):
     got, metrics = gradients(trainable, mesh)
     want, want_metrics = gradients(trainable, None)

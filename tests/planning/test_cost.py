@@ -270,16 +270,19 @@ def test_a_drawing_of_samples_has_room_for_keys_values_and_a_copy_of_the_student
     assert memory.sampling_bytes(case, cost.make_shares(case)[0]) == cache + 1_235_814_400 * 2
 
 
-@pytest.mark.parametrize("rows, remat, compiled", [(1, "dots", 49.85), (4, "layer", 49.36)])
-def test_long_rows_on_a_gpu_are_estimated_with_their_mask(rows, remat, compiled):
-    """Compiled: kd_jax.plan --topology h100:1x1, GiB (docs/benchmarks.md)."""
+@pytest.mark.parametrize(
+    "rows, remat, context, compiled",
+    [(1, "dots", 1, 49.85), (4, "layer", 1, 49.36), (1, "dots", 4, 25.59), (1, "dots", 8, 22.35)],
+)
+def test_long_rows_on_a_gpu_are_estimated_with_their_mask(rows, remat, context, compiled):
+    """Compiled: kd_jax.plan --topology h100:1x1 or 1x8, GiB (docs/benchmarks.md)."""
     config, *archs = open_config("8b_to_1b", remat=remat)
     data = dataclasses.replace(config.data, batch_size=rows, seq_len=32768)
     case = cost.Case(
         config=dataclasses.replace(config, data=data),
         student=archs[0],
         teacher=archs[1],
-        sizes={"data": 1, "fsdp": 1, "tensor": 1},
+        sizes={"data": 1, "fsdp": 1, "context": context, "tensor": 1},
         topology=find_topology("h100:1x1"),
     )
     found = memory.estimate_memory(case)

@@ -111,6 +111,23 @@ def test_an_instruction_is_named_by_its_innermost_line_of_this_package():
     assert sources and all(re.fullmatch(r"models/embedding\.py:\d+", x) for x in sources)
 
 
+def test_two_collectives_of_a_shard_map_count_twice_and_one_in_two_fusions_once():
+    gather = "f32[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}, dimensions={0}"
+    lines = [
+        *(
+            x
+            for i in (1, 2)
+            for x in (f"%f{i} (x: f32[4]) -> f32[8] {{", f"  %g{i} = {gather}", "}")
+        ),
+        "ENTRY %main (x: f32[4]) -> f32[8] {",
+        "  %x = f32[4]{0} parameter(0)",
+        *(f"  %c{i} = f32[8]{{0}} fusion(%x), calls=%f{i}" for i in (1, 2)),
+        *(f"  %h{i} = {gather}" for i in (1, 2)),
+        "}",
+    ]
+    assert len(hlo.collectives(hlo.read_module("\n".join(lines)))) == 3
+
+
 def test_a_file_beside_the_package_in_a_clone_of_its_name_is_not_of_this_package():
     text = """HloModule jit_f
 
