@@ -31,7 +31,10 @@ from kd_jax.models.modules import (
 from kd_jax.models.residuals import SAVED_ATTENTION, SAVED_INPUT, SAVED_PRODUCT
 from kd_jax.parallel.mesh import constrain
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """Maps q [B, S, N, H], k and v [B, S, K, H] and the layer's window, None or a scalar, to (output
@@ -84,6 +87,15 @@ def _norm_parts(norm: RMSNorm, x: jax.Array) -> jax.Array:
     return norm(x.reshape(*x.shape[:2], -1, norm.weight[...].shape[-1])).reshape(x.shape)
 
 
+@partial(jax.checkpoint, static_argnums=0)  # the only residual is x
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """Returns an activation of x in its dtype, computed in float32 and rounded once.
+
+    That is how torch computes it. Rounded after each operation it is slower on a CPU too.
+    """
+    return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+
+
 class MLP(nnx.Module):
     def __init__(self, spec: DecoderSpec, arrays: Mapping[str, Any]):
         self.gate_up_proj = optional_linear(spec, arrays, "mlp.gate_up_proj")
@@ -94,10 +106,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x, keys):
         if self.gate_up_proj is None:
-            gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x, keys[0]))
-            return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
-        gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
-        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up, keys[2])
+            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x, keys[0]), 2, axis=-1)
+        return self.down_proj(activate(self.hidden_act, gate) * up, keys[2])
 
 
 class Layer(nnx.Module):

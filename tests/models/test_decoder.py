@@ -15,7 +15,7 @@ from kd_jax.config import MeshConfig
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.models import decoder as model_module
 from kd_jax.models.architecture import FAMILIES, read_architecture
-from kd_jax.models.decoder import Attention, Decoder, rotate
+from kd_jax.models.decoder import Attention, Decoder, activate, rotate
 from kd_jax.models.rope import Rope
 from kd_jax.models.weight_table import abstract_weights, weights
 from kd_jax.parallel.mesh import Layout, make_mesh
@@ -407,3 +407,13 @@ def test_layers_apart_compute_what_stacked_ones_do(family):
     want = our_logits(decoder, tokens, positions)
     got = our_logits(Decoder(decoder.spec, apart), tokens, positions)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_bfloat16_activation_is_rounded_once_as_in_torch():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=10_000) * 4, jnp.bfloat16)
+    in_torch = torch.from_numpy(np.asarray(x, np.float32)).to(torch.bfloat16)
+    expected = torch.nn.functional.silu(in_torch).float().numpy()
+    got = np.asarray(jax.jit(activate, static_argnums=0)("silu", x), np.float32)
+    # A float32 result at the edge between two bfloat16 values can be rounded to either.
+    assert np.count_nonzero(got != expected) < 20
+    np.testing.assert_allclose(got, expected, rtol=2**-7)
