@@ -323,8 +323,10 @@ def test_the_profile_is_written(run_train, tmp_path, capsys):
 
 
 def test_epochs_are_passes_over_the_rows(run_train, tmp_path, config_file):
+    """On a mesh that splits rows, which changes nothing here."""
     flags = ("--steps", "None", "--epochs", "2", "--eval.path", "None")
-    assert run_train(tmp_path / "run", *flags) == 0
+    mesh = ("--mesh.data", "1", "--mesh.context", "2")
+    assert run_train(tmp_path / "run", *flags, *mesh) == 0
     config = history.read_config(tmp_path / "run")
     tokenizer = chat.load_tokenizer(Path(config.student.path))
     template = chat.chat_template_of(config.data, tokenizer)
