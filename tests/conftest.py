@@ -81,7 +81,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Keeps the garbage collector from what is imported, and from most of what is traced."""
+    """Opens the compilation cache, and keeps the garbage collector from what is imported.
+
+    The cache stays that of the first program: a command's would be the one in the user's home.
+    """
+    jax.jit(lambda x: x + 1)(0.0)
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
