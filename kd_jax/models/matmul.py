@@ -75,9 +75,17 @@ def project_adapted(
 def _adapted_forward(x, weight, factors, scale, dtype, save):
     A, B = factors
     low = save(_multiply("BSi,ri->BSr", x, A.astype(dtype)))
-    inputs = jnp.concatenate([x, low], axis=-1)
-    joined = jnp.concatenate([weight.astype(dtype), _scaled(scale, B, dtype)], axis=1)
+    inputs = _join(x, low, axis=-1)
+    joined = _join(weight.astype(dtype), _scaled(scale, B, dtype), axis=1)
     return _multiply("BSi,oi->BSo", inputs, joined), (x, weight, A, B, low)
+
+
+def _join(a, b, axis):
+    """Returns a and b joined, bfloat16 as integers: a CPU joins it as float32 and converts that."""
+    if a.dtype != jnp.bfloat16:
+        return jnp.concatenate([a, b], axis)
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (a, b)]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis), a.dtype)
 
 
 def _scaled(scale, B, dtype):
@@ -87,8 +95,8 @@ def _scaled(scale, B, dtype):
 def _adapted_backward(scale, dtype, save, residuals, dy):
     x, weight, A, B, low = residuals
     d_low = _multiply("BSo,or->BSr", dy, _scaled(scale, B, dtype))
-    gradients = jnp.concatenate([dy, d_low], axis=-1)
-    joined = jnp.concatenate([weight.astype(dtype), A.astype(dtype)], axis=0)
+    gradients = _join(dy, d_low, axis=-1)
+    joined = _join(weight.astype(dtype), A.astype(dtype), axis=0)
     dx = _multiply("BSo,oi->BSi", gradients, joined)
     d_weight = _sum_products("BSo,BSi->oi", dy, x)  # unused, and then not computed, if W is frozen
     dA = _sum_products("BSr,BSi->ri", d_low, x)
