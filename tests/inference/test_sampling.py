@@ -144,9 +144,9 @@ def by_the_trainer(model, prompts, answers):
         pytest.param({"temperature": 1.3}, marks=pytest.mark.slow),
     ],
 )
-def test_10000_draws_have_the_exact_distribution(pair, options):
+def test_20000_draws_have_the_exact_distribution(pair, options):
     theirs, ours = pair
-    rows, length = 50, 200
+    rows, length = 100, 200
     prompts = [SHORT[i % len(SHORT)] for i in range(rows)]
     found = drawn(ours, prompts, max_new_tokens=length, sampling=Sampling(**options))
     exact = np.concatenate(

@@ -31,7 +31,7 @@ from kd_jax.teachers.cost import read_cost
 from kd_jax.teachers.manifest import new_cache, read_cache
 from kd_jax.training.step import jit_train_step
 
-STEPS = 8
+STEPS = 20
 SHAPE = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 
 
