@@ -31,7 +31,7 @@ from kd_jax.teachers.live import HiddenStates
 
 pytestmark = pytest.mark.devices(8)
 
-B, S, DS, DT, V = 4, 11, 8, 12, 50
+B, S, DS, DT, V = 4, 10, 8, 12, 50  # context divides S
 
 
 def make_head(head_trainable=False, **loss):
