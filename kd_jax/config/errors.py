@@ -1,6 +1,7 @@
 """The exception for a user's mistakes, and parts of its message."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 MAX_SHOWN = 20  # lines of a message
@@ -35,7 +36,9 @@ def half_of_pair(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an error, without the 900 characters of JSON in TensorStore's."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r" \[tensorstore_spec='.*?'\](?= \[|$)", "", line)
 
 
 def first_lines(lines: Sequence[str], count: int | None = None) -> list[str]:

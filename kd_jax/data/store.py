@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,5 +133,6 @@ def writing(folder: Path, seq_len: int, teacher: bool = False) -> Iterator[Store
     finally:
         if writer is not None:
             for file in writer.files.values():
-                file.close()
+                with suppress(OSError):  # of a full disk once more, in place of the message
+                    file.close()
             shutil.rmtree(writer.beside, ignore_errors=True)

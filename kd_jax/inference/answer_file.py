@@ -25,7 +25,7 @@ from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
 from kd_jax.parallel.processes import is_first, say, together
 from kd_jax.parallel.progress import Progress
-from kd_jax.weights.files import hold, read_json, read_lines, write_whole
+from kd_jax.weights.files import hold, naming, read_json, read_lines, write_whole
 
 _FACTS = ("index", "sample", "ended", "tokens")
 Place = tuple[int, int]
@@ -200,7 +200,8 @@ def write_answers(
     mine = [place for place in wanted[me::count] if place not in done]
     number = len(wanted[me::count])
     progress = Progress(str(file.path), number, "answers", number - len(mine))
-    with file.part(me).open("a", encoding="utf-8") as part:
+    path = file.part(me)
+    with naming(path), path.open("a", encoding="utf-8") as part:
         for place, record in _draw(spec, arrays, mine, by_index, options, decode):
             line = {**record, "index": place[0], "sample": place[1]}
             part.write(json.dumps(line, ensure_ascii=False) + "\n")

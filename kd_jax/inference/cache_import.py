@@ -94,7 +94,8 @@ def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | N
     for rows in [some.teacher or some for some in data.rows if some is not None]:
         seen |= dict.fromkeys(tokens.tobytes() for tokens, _ in _documents(rows))
     lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
-    write_whole(file, "".join(f"{line}\n" for line in lines))
+    with storing(path):
+        write_whole(file, "".join(f"{line}\n" for line in lines))
     say(f"{path}: {len(lines):,} documents")
 
 

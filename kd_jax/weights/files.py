@@ -97,19 +97,28 @@ def _object(line: bytes, integers: Collection[str]) -> dict[str, Any] | None:
         return None
 
 
+@contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Names the file in errors of writing it, such as a full disk's, which have no name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
 def write_whole(file: Path, text: str) -> None:
     """Writes a file atomically: a reader sees the old content or the new, after a power cut too."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as stream:
+        with naming(file), beside.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             beside.unlink()
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
 
 
 # Errors of file systems without locks.

@@ -12,7 +12,7 @@ import jax
 
 from kd_jax.config import LogConfig
 from kd_jax.parallel.processes import say
-from kd_jax.weights.files import read_lines, write_whole
+from kd_jax.weights.files import naming, read_lines, write_whole
 
 SHOWN = (
     "loss", "ce_loss", "kd_loss",
@@ -55,11 +55,9 @@ class Writer:
         """Writes the values of `step`, the number of updates taken."""
         if self.file is None:
             return
-        try:
+        with naming(self.file.name):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
-        except OSError as error:  # which has no name of the file
-            raise OSError(error.errno, error.strerror, self.file.name) from error
         if self.events is not None:
             self.events.add_event(_make_event(step, values))
         self._show(step, values)
@@ -96,7 +94,7 @@ class SampleWriter:
         if jax.process_index() > 0:
             return
         lines = [json.dumps({"step": step, **record}, ensure_ascii=False) for record in records]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
 

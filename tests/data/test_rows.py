@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import math
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kd_jax.data.batches import count_steps, eval_batches, train_batches
 from kd_jax.data.chat import Document
 from kd_jax.data.records import Record
 from kd_jax.data.rows import Rows, make_rows
+from kd_jax.data.store import StoreWriter
 
 
 def document(length: int, start: int = 0, first_target: int = 1) -> Document:
@@ -71,11 +73,17 @@ def test_overlong_error_lists_the_conversations(tokenizer, config):
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop"])
-def test_rows_without_any_loss_are_refused(overlong, tokenizer, config):
+def test_rows_without_any_loss_are_refused(overlong, tokenizer, config, tmp_path):
     config = dataclasses.replace(config, seq_len=2, overlong=overlong)
     with pytest.raises(
         UserError, match=r": no token with a loss .* \(24 of 24 .*Raise data\.seq-len"
     ):
+        rows_of(config, tokenizer)
+    question, answer = CHATS[0]["messages"]
+    without = {"messages": [question, {**answer, "weight": 0}]}
+    path = write_lines(tmp_path / "without.jsonl", [without])
+    config = dataclasses.replace(config, path=str(path), seq_len=128)
+    with pytest.raises(UserError, match=r"expected a token with a loss, got none in 1 "):
         rows_of(config, tokenizer)
 
 
@@ -317,6 +325,20 @@ def test_unwritable_store_is_the_users_mistake(tokenizer, config, tmp_path):
     config = dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"data\.cache-dir: .* cannot be written"):
         rows_of(config, tokenizer)
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tokenizer, config, monkeypatch):
+    begin = StoreWriter.__init__
+
+    def begin_on_full_disk(writer, *arguments):
+        begin(writer, *arguments)
+        writer.files["tokens"].close()
+        writer.files["tokens"] = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", 2**20)
+
+    monkeypatch.setattr(StoreWriter, "__init__", begin_on_full_disk)
+    with pytest.raises(UserError, match=r"data\.cache-dir: .* cannot be written .*No space left"):
+        rows_of(config, tokenizer)
+    assert not list(Path(config.cache_dir).iterdir())
 
 
 def test_held_out_rows_come_from_their_own_path(tokenizer, config, tmp_path):

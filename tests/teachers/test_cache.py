@@ -437,3 +437,12 @@ def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):
     assert (place["bucket"], place["path"]) == ("bucket", "some/cache/")
     with pytest.raises(UserError, match=r"cannot be read .the memory ends with the command"):
         read_cache("memory://cache")
+
+
+def test_a_place_that_cannot_be_written_is_a_short_message(tmp_path):
+    (tmp_path / "ids").touch()
+    store, field = storage.open_folder(str(tmp_path)), storage.Field((4,), "int8")
+    wanted = pytest.raises(UserError, match=r"Not a directory.*then goes on$")
+    with wanted as caught, storage.storing(str(tmp_path)):
+        storage.open_array(store, "ids/", field, 8, (8, 8))
+    assert "{" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Teachers that are only a file: what other systems write, and what is wrong with it."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -99,6 +100,11 @@ def test_documents_are_written_for_another_system(run, records, tmp_path):
     with pytest.raises(UserError, match="which is another file"):
         write_documents(run.config, str(file), jax.devices()[:1])
     file.unlink()
+    beside = tmp_path / f".documents.jsonl.{os.getpid()}.tmp"
+    beside.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot be written \(.*No space left.*then goes on$"):
+        write_documents(run.config, str(file), jax.devices()[:1])
+    assert not file.exists() and not os.path.lexists(beside)
     write_documents(run.config, str(file), jax.devices()[:1])
     lines = [json.loads(line)["prompt_token_ids"] for line in file.read_text().splitlines()]
     assert lines == list({tuple(tokens): tokens for tokens, _ in records[1]}.values())

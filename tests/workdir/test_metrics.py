@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from kd_jax.config import LogConfig
-from kd_jax.workdir.metrics import Writer
+from kd_jax.workdir.metrics import SampleWriter, Writer
 
 DAMAGED = ["5", "[1]", "null", '{"loss": 1.0}', '{"step": "3"}', '{"step": 3, "lo', "\0" * 40]
 
@@ -31,6 +31,9 @@ def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
         writer.write(1, {"loss": 1.0})
     with suppress(OSError):
         writer.close()
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*samples\.jsonl"):
+        SampleWriter(tmp_path, 0).write(1, [{"text": "four"}])
 
 
 @pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
