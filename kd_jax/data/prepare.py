@@ -64,8 +64,9 @@ class Prepared:
 
     flat: Flat
     counts: Counter[str] = field(default_factory=Counter)
-    """`conversations` and, of these, `long` ones that were `truncated` or `dropped`, texts that
-    were `cut`, those `without_target`, and `chats`; and `bad` records."""
+    """`conversations` and, of these, `long` ones that were `truncated` or `dropped`, by the fields
+    that they exceed too, texts that were `cut`, those `without_target`, and `chats`; and `bad`
+    records."""
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Records by (key, reason) of what is not used."""
     hidden: Counter[str] = field(default_factory=Counter)
@@ -144,8 +145,8 @@ def fit(
         is_plain = record is not None and record.answers[:1] == ((0, len(record.text or "")),)
         excess = _excess(document, S, None if prompt is None else prompt.seq_len)
         if excess and not is_plain:
-            long.append(f"{record.place if record else '?'} ({excess:,})")
-            counts["long"] += 1
+            long.append(f"{record.place if record else '?'} ({next(iter(excess.values())):,})")
+            counts.update(["long", *excess])
             counts["dropped" if data.overlong == "drop" else "truncated"] += 1
             if data.overlong == "drop":
                 continue
@@ -168,12 +169,13 @@ def fit(
     return Prepared(join(kept), counts, long=long, teacher=teacher)
 
 
-def _excess(document: Document, seq_len: int, teacher_seq_len: int | None) -> int:
-    """Returns the tokens of the side that is longer than its row; 0 if both fit."""
-    if len(document.tokens) > seq_len:
-        return len(document.tokens)
+def _excess(document: Document, seq_len: int, teacher_seq_len: int | None) -> dict[str, int]:
+    """Returns the tokens of each side that is longer than its row, by the field that limits it."""
+    excess = {"data.seq-len": len(document.tokens)} if len(document.tokens) > seq_len else {}
     size = 0 if document.teacher is None else len(document.teacher[0])
-    return size if teacher_seq_len is not None and size > teacher_seq_len else 0
+    if teacher_seq_len is not None and size > teacher_seq_len:
+        excess["teacher.seq-len"] = size
+    return excess
 
 
 def _cut_both(document: Document, seq_len: int, teacher_seq_len: int | None) -> tuple[Piece, Piece]:

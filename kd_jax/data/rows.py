@@ -229,19 +229,24 @@ def _check(total: Prepared, data: DataConfig, prompt: TeacherPrompt | None, num_
             f"{data.path}: expected records with teacher_messages, as teacher.messages says, got "
             "none"
         )
-    own = f" or teacher.seq-len {prompt.seq_len}" if prompt and prompt.seq_len else ""
+    sizes = {"data.seq-len": data.seq_len, "teacher.seq-len": prompt and prompt.seq_len}
+    short = [name for name in sizes if counts[name]]
+    limits, fields = " or ".join(f"{name} {sizes[name]}" for name in short), " and ".join(short)
     if total.long and data.overlong == "error":
         shown = ", ".join(first_lines(total.long, counts["long"])).replace(", and", " and")
         raise UserError(
-            f"{data.path}: {counts['long']} conversations are longer than data.seq-len "
-            f"{data.seq_len}{own}: {shown} (place, tokens). Raise data.seq-len, or set "
-            "data.overlong to truncate or drop"
+            f"{data.path}: {counts['long']} conversations are longer than {limits}: {shown} "
+            f"(place, tokens). Raise {fields}, or set data.overlong to truncate or drop"
+        )
+    if not num_rows and short:
+        raise UserError(
+            f"{data.path}: no token with a loss is left within {limits} ({counts['long']} of "
+            f"{counts['conversations']} conversations are longer). Raise {fields}"
         )
     if not num_rows:
         raise UserError(
-            f"{data.path}: no token with a loss is left in rows of {data.seq_len} tokens "
-            f"({counts['long']} of {counts['conversations']} conversations are longer). Raise "
-            "data.seq-len"
+            f"{data.path}: expected a token with a loss, got none in {counts['conversations']} "
+            "conversations. Give answers that are not empty and have a weight"
         )
 
 

@@ -1,6 +1,6 @@
 """The prompts of a data set: each answer's conversation up to where the answer begins."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,12 +85,15 @@ def _prompts_of(rows: Rows, start: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return row + start, end - positions[row, end], end
 
 
-def check_prompts(prompts: Prompts, path: str, longest: int, why: str) -> str:
+def check_prompts(
+    prompts: Prompts, path: str, longest: int, why: str, fields: Sequence[str] = ("data.seq-len",)
+) -> str:
     """Returns a line about the prompts, with those that cannot be used.
 
     Args:
       path: of the data.
       why: what a prompt of more than `longest` tokens exceeds.
+      fields: what can be raised to make room.
 
     Raises:
       UserError: no prompt can be used.
@@ -99,8 +102,8 @@ def check_prompts(prompts: Prompts, path: str, longest: int, why: str) -> str:
         if prompts.num_long:
             raise UserError(
                 f"on-policy.max-new-tokens: expected room for a prompt of {path} ({why}: at most "
-                f"{longest:,} tokens), got {prompts.num_long:,} longer ones. Lower it, or raise "
-                "data.seq-len"
+                f"{longest:,} tokens), got {prompts.num_long:,} longer ones. Lower it"
+                + (f", or raise {' and '.join(fields)}" if fields else "")
             )
         raise UserError(
             f"data.path: expected conversations, or prompts with completions, with on-policy."

@@ -40,10 +40,13 @@ def make_sampler(
     models = {"student": student} if own else {"student": student, "teacher": teacher}
     room, field = _room(config.data.seq_len, "data.seq-len", models)
     teacher_len = rows.tokens.shape[1] if rows.teacher is None else rows.teacher.tokens.shape[1]
-    teacher_room, other = _room(teacher_len, "the teacher's rows", {"teacher": teacher})
+    teacher_room, other = _room(teacher_len, "teacher.seq-len", {"teacher": teacher})
     prompts = find_prompts(rows, room - count, teacher_room - count)
-    why = f"{field} {room:,}{f' and {other} {teacher_room:,}' if own else ''} less on-policy."
-    say(check_prompts(prompts, config.data.path, room - count, f"{why}max-new-tokens"))
+    rooms = {field: room, **({other: teacher_room} if own else {})}
+    why = " and ".join(f"{name} {size:,}" for name, size in rooms.items())
+    why += " less on-policy.max-new-tokens"
+    fields = [name for name in rooms if name.endswith("seq-len")]
+    say(check_prompts(prompts, config.data.path, room - count, why, fields))
     pad = tokenizer.pad_token_id
     return Sampler(
         prompts=prompts,

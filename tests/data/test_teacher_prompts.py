@@ -98,18 +98,25 @@ def test_the_rows_of_a_run_without_a_prompt_do_not_know_of_it(config, tokenizer)
     assert plain.teacher is None and len({plain.key, own.key, other.key}) == 3
 
 
-@pytest.mark.parametrize("overlong, count", [("truncate", 9), ("drop", 0)])
+@pytest.mark.parametrize(
+    "overlong, said",
+    [
+        ("truncate", None),
+        ("drop", r"no token with a loss is left within teacher\.seq-len 96 .*teacher\.seq-len$"),
+        ("error", r"longer than teacher\.seq-len 96: .*Raise teacher\.seq-len, or set data\.over"),
+    ],
+)
 def test_a_document_too_long_for_the_teacher_is_cut_on_both_sides_or_dropped(
-    overlong, count, config, tokenizer
+    overlong, said, config, tokenizer
 ):
     short = PROMPT._replace(seq_len=96)
     options = {"seq_len": 256, "overlong": overlong}
-    if overlong == "drop":
-        with pytest.raises(UserError, match="no token with a loss is left"):
+    if said is not None:
+        with pytest.raises(UserError, match=said):
             rows_of(config, tokenizer, CHATS, prompt=short, **options)
         return
     rows = rows_of(config, tokenizer, CHATS, prompt=short, **options)
-    assert rows.counts["truncated"] == count and rows.teacher.tokens.shape[1] == 96
+    assert rows.counts["truncated"] == 9 and rows.teacher.tokens.shape[1] == 96
     ours, theirs = documents_of(rows), documents_of(rows.teacher)
     whole = documents_of(rows_of(config, tokenizer, CHATS, seq_len=256))
     lengths = sorted(len(x) for row in whole.values() for _, x in row)

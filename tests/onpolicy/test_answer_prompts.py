@@ -76,6 +76,9 @@ def test_prompts_that_are_too_long_are_counted(rows):
     assert "3 prompts" in line and "3 longer ones are not used (data.seq-len 128" in line
     with pytest.raises(UserError, match=r"on-policy\.max-new-tokens: .* got 6 longer ones\. Lower"):
         check_prompts(find_prompts(rows, 5), "d.jsonl", 5, "data.seq-len 128")
+    fields = ("data.seq-len", "teacher.seq-len")
+    with pytest.raises(UserError, match=r"Lower it, or raise data\.seq-len and teacher\.seq-len$"):
+        check_prompts(find_prompts(rows, 5), "d.jsonl", 5, "both", fields)
 
 
 def test_text_has_no_prompt_and_a_completion_has_one(tokenizer, config, tmp_path):
