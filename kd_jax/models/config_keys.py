@@ -106,6 +106,7 @@ _EQUAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
     "position_embedding_type": ("rope", "rotary", None),
     "norm_type": ("rmsnorm", "rms_norm", "RMSNorm", "rms", None),
+    "rope parameter truncate": (True, None),
 }
 
 

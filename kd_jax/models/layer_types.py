@@ -39,7 +39,7 @@ def read_windows(config: dict[str, Any], problems: list[str]) -> tuple[int | Non
     family, depth = str(config.get("model_type")), config.get("num_hidden_layers")
     window, switch = config.get("sliding_window"), config.get("use_sliding_window")
     first, given = config.get("max_window_layers", 0), config.get("layer_types")
-    if family in _SWITCHED:
+    if family in _SWITCHED or (family not in _SLIDES and switch is False):
         window = window if switch else None
     elif switch:
         problems.append(f"use_sliding_window: expected False, got {show(switch)}")

@@ -135,12 +135,13 @@ def read_rope(config: dict[str, Any], problems: list[str], warnings: list[str]) 
 
 def _left_out(kind: str, fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Returns parameters of a rope_type that stand elsewhere or have transformers' defaults."""
+    if kind not in ("llama3", "yarn"):
+        return {}
     name = "original_max_position_embeddings"
     length = fields.get(name, config.get("max_position_embeddings"))
+    length = length if config.get(name) is None else config[name]
     if kind == "llama3":
-        return {name: length if config.get(name) is None else config[name]}
-    if kind != "yarn":
-        return {}
+        return {name: length}
     factor = fields.get("factor")
     scale = 0.1 * math.log(max(factor, 1)) + 1 if is_positive(factor) else 1.0  # type: ignore[type-var, arg-type]
     usual = {"attention_factor": scale, "beta_fast": 32.0, "beta_slow": 1.0}

@@ -252,6 +252,7 @@ def test_a_value_of_no_use_is_named(key, value):
         {**tiny.LLAMA3, "low_freq_factor": 4.0},
         {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0},
         {**tiny.LLAMA3, "beta_fast": 32},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False},
         "llama3",
     ],
     ids=str,
@@ -369,6 +370,8 @@ def test_another_model_type_is_told_which_there_are():
         {"unsloth_anything": 1, "transformers.js_config": {"dtype": "q4"}, "tokenizer_class": "x"},
         {"rope_parameters": {**tiny.LLAMA3, "type": "linear"}},
         {"attention_dropout": 0.0, "resid_pdrop": None},
+        {"use_sliding_window": False, "sliding_window": 8},
+        {"rope_parameters": {**tiny.LLAMA3, "truncate": True}},
     ],
     ids=str,
 )
@@ -427,13 +430,15 @@ def test_a_key_known_to_change_the_computation_is_refused_by_name(change):
 
 
 @pytest.mark.parametrize(
-    "rope, most",
+    "rope, most",  # max_position_embeddings, or other keys
     [
         ({"rope_type": "linear", "factor": 4.0}, 2048),
         ({"type": "linear", "factor": 1.0}, 2048),
         ({"type": "dynamic", "factor": 2.0}, 256),
         ({**tiny.LLAMA3, "factor": 8.0}, 2048),
         ({k: v for k, v in tiny.LLAMA3.items() if k != "original_max_position_embeddings"}, 2048),
+        (tiny.LLAMA3, {"original_max_position_embeddings": 128}),
+        ({"type": "yarn", "factor": 4.0}, {"original_max_position_embeddings": 128}),
     ],
     ids=str,
 )
@@ -442,7 +447,8 @@ def test_frequencies_are_transformers(rope, most, capsys):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = {key: value for key, value in CONFIG.items() if key != "rope_parameters"}
-    config |= {"rope_scaling": dict(rope), "rope_theta": 1e4, "max_position_embeddings": most}
+    config |= {"rope_scaling": dict(rope), "rope_theta": 1e4, "max_position_embeddings": 8192}
+    config |= most if isinstance(most, dict) else {"max_position_embeddings": most}
     ours = read_architecture(config, "config.json")
     theirs = LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq.numpy()
     np.testing.assert_array_max_ulp(ours.rope.inverse_frequencies(ours.head_dim), theirs, 2)
