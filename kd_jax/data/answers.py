@@ -176,7 +176,7 @@ def _placed(
 
 def _end_of(text: str, shown: int, stop: int, form: Form, last: bool) -> int:
     """Returns the end of the answer whose content ends at `shown`: after its end of turn."""
-    mark = form.end or (form.last_end if last else "")
+    mark = (form.end or (form.last_end if last else "")).lstrip()  # the answer may end with blanks
     at = text.find(mark, shown, stop) if mark else -1
     if at < 0:
         return len(text[:shown].rstrip())

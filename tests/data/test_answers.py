@@ -133,6 +133,9 @@ def test_answers_are_learned_from_the_prompt_to_the_end_of_turn(style, tokenizer
         spans, found = shown(tokenizer, talk, template)
         assert spans == [before + answer + after for answer in learned(talk)]
         assert not found.hidden
+    spans, _ = shown(tokenizer, chat("Hi.", "Blue. ", "And?", "Red.\n"), template)
+    for answer, span in zip(("Blue.", "Red."), spans, strict=True):
+        assert span.startswith(before + answer) and span.endswith(after.strip())
 
 
 @pytest.mark.parametrize(
