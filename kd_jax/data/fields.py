@@ -60,6 +60,14 @@ def check_unicode(value: str, name: str) -> None:
         raise ValueError(f"{name}: expected Unicode text, got half of a pair, {half!a}")
 
 
+def _check_json(value: Any, name: str) -> None:
+    """Raises ValueError for what JSON does not have, such as a date, or half a character."""
+    try:
+        check_unicode(json.dumps(value, ensure_ascii=False), name)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected values of JSON ({error})") from None
+
+
 def decoded(value: Any) -> Any:
     """Returns a list or object that a table has as JSON text."""
     return (
@@ -161,7 +169,7 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
         function = {**function, "arguments": arguments}
         beside = call if "function" in call else {}
         out.append({"type": "function", **beside, "function": function})
-    check_unicode(json.dumps(out, ensure_ascii=False), f"{at}: tool_calls")
+    _check_json(out, f"{at}: tool_calls")
     return out
 
 
@@ -172,5 +180,5 @@ def tools_of(tools: Any) -> list[Any] | None:
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"tools: expected a list of objects, got {tools!r:.60}")
-    check_unicode(json.dumps(tools, ensure_ascii=False), "tools")
+    _check_json(tools, "tools")
     return tools or None

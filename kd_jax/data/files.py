@@ -14,7 +14,7 @@ import xxhash
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.readers import Raw, is_data, kind_of, read_file, suffixes
+from kd_jax.data.readers import Raw, from_table, is_data, kind_of, read_file, suffixes
 
 # org/name:subset@revision; all but the name may be missing.
 _HUB_ID = re.compile(
@@ -205,7 +205,7 @@ def read_raw(path: str, split: str, begin: int, end: int | None) -> Iterator[tup
         yield from islice(_read_files(files), begin, end)
         return
     for number, record in enumerate(islice(_load_dataset(path, split), begin, end), start=1):
-        yield f"{path}, record {number}", record
+        yield f"{path}, record {number}", from_table(record)
 
 
 def _read_files(files: tuple[str, ...]) -> Iterator[tuple[str, Raw]]:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ Raw = bytes | dict[str, Any]
 """A line of JSON that is not parsed yet, or a record."""
 
 _PACKED = (".gz", ".zst")
+_INDEX = "__index_level_0__"  # pandas' own name for a column that has none in its CSV
 _CHUNK_CHARACTERS = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SIGNATURES = {
@@ -217,7 +219,10 @@ def _table(delimiter: str) -> Callable[[str], Iterator[tuple[str, Raw]]]:
     def read(file: str) -> Iterator[tuple[str, Raw]]:
         csv.field_size_limit(sys.maxsize)
         with _open_text(file) as stream:
-            rows = csv.DictReader(stream, delimiter=delimiter, restkey="", strict=True)
+            rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            names = rows.fieldnames or []
+            _check_columns(file, filter(None, names))
+            rows.fieldnames = [name or _INDEX for name in names]
             line = 2
             for record in rows:
                 yield f":{line}", {key: value for key, value in record.items() if value != ""}
@@ -229,7 +234,7 @@ def _table(delimiter: str) -> Callable[[str], Iterator[tuple[str, Raw]]]:
 def _text(file: str) -> Iterator[tuple[str, Raw]]:
     with _open(file) as stream:
         for number, line in _lines(stream):
-            if text := line.decode().rstrip("\r\n"):
+            if (text := line.decode().rstrip("\r\n")).strip():
                 yield f":{number}", {"text": text}
 
 
@@ -238,12 +243,32 @@ def _columns(file: str) -> Iterator[tuple[str, Raw]]:
     for batch in record_batches(file, 512):
         for record in batch.to_pylist():
             number += 1
-            yield f", record {number}", record
+            yield f", record {number}", from_table(record)
+
+
+def from_table(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a table's row without the nulls in its cells: one column's objects share all keys."""
+    return {name: _without_nulls(cell) for name, cell in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return [_without_nulls(x) for x in value] if isinstance(value, list) else value
+
+
+def _check_columns(file: str, names: Iterable[str]) -> None:
+    """Raises UserError for two columns of one name, of which a record could have one."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(
+            f"{file}: expected columns of different names, got {', '.join(twice)} twice"
+        )
 
 
 def record_batches(file: str, num_rows: int) -> Iterator[Any]:
     """Yields a Parquet or Arrow file's checked pyarrow.RecordBatch, of at most `num_rows` rows."""
     for batch in (_parquet if kind_of(file)[0] == ".parquet" else _arrow)(file, num_rows):
+        _check_columns(file, batch.schema.names)
         batch.validate(full=True)  # a damaged offset would read outside the memory
         for start in range(0, batch.num_rows, num_rows):
             yield batch.slice(start, num_rows)

@@ -57,7 +57,7 @@ def make_record(place: str, raw: Raw, own: bool = False) -> Record:
     tree = parse(raw) if isinstance(raw, bytes) else raw
     if not isinstance(tree, dict):
         raise ValueError(f"expected an object, got {type(tree).__name__}")
-    if "" in tree:
+    if None in tree:
         raise ValueError("expected as many cells as the header has, got more")
     present = [form for form in FORMS if all(key in tree for key in form.keys)]
     full = [form for form in present if all(tree[key] is not None for key in form.keys)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import ALPACA, CHATS, records_of, rows_of, same_rows, write_folder, write_lines
+from samples import ALPACA, CHATS, chat, records_of, rows_of, same_rows, write_folder, write_lines
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import MAX_SHOWN
@@ -46,10 +46,10 @@ def write_cells(path: Path, delimiter: str) -> Path:
     return path
 
 
-def write_arrow(path: Path, kind: str) -> Path:
+def write_arrow(path: Path, kind: str, records: list[dict[str, Any]] = CHATS) -> Path:
     import pyarrow
 
-    made = table(CHATS)
+    made = table(records)
     with getattr(pyarrow.ipc, f"new_{kind}")(str(path), made.schema) as writer:
         writer.write_table(made)
     return path
@@ -68,10 +68,12 @@ def packed(path: Path) -> Path:
     return path
 
 
-def save_to_disk(folder: Path, split: str | None = None) -> Path:
+def save_to_disk(
+    folder: Path, split: str | None = None, records: list[dict[str, Any]] = CHATS
+) -> Path:
     import datasets
 
-    made = datasets.Dataset.from_list(CHATS)
+    made = datasets.Dataset(table(records))
     (made if split is None else datasets.DatasetDict({split: made})).save_to_disk(folder)
     return folder
 
@@ -118,6 +120,33 @@ FORMS: dict[str, Callable[[Path], Path | str]] = {
 def test_every_form_gives_the_same_records(form, tmp_path, datasets_cache):
     records = records_of(FORMS[form](tmp_path))
     assert [record.messages for record in records] == [chat["messages"] for chat in CHATS]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "saved"])
+def test_nulls_that_a_tables_objects_share_are_not_read(form, tmp_path, datasets_cache):
+    calls = [{"function": {"name": "f", "arguments": {key: "x"}}} for key in "ab"]
+    talk = chat("Q.", "A.")
+    talk[1]["tool_calls"] = calls
+    tools = [{"name": "f", "parameters": {key: {"type": "string"}}} for key in "ab"]
+    records = [{"messages": talk, "tools": tools}]
+    write = {
+        "parquet": write_parquet,
+        "arrow": lambda path, records: write_arrow(path, "file", records),
+        "saved": lambda path, records: save_to_disk(path, records=records),
+    }
+    (found,) = records_of(write[form](tmp_path / f"x.{form}", records))
+    (want,) = records_of(write_lines(tmp_path / "x.jsonl", records))
+    assert (found.messages, found.tools) == (want.messages, want.tools)
+
+
+def test_columns_without_a_name_and_blank_lines_are_no_answers(tmp_path):
+    (tmp_path / "x.csv").write_text(",text,,\n0,One.,,\n1,Two.,,\n")
+    (tmp_path / "x.txt").write_text("One.\r\n \t\r\n\r\nTwo.")
+    for name in ("x.csv", "x.txt"):
+        assert [record.text for record in records_of(tmp_path / name)] == ["One.", "Two."]
+    (tmp_path / "x.csv").write_text("text,\nOne.,,more\n")
+    with pytest.raises(ValueError, match="expected as many cells as the header has, got more"):
+        records_of(tmp_path / "x.csv")
 
 
 def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
@@ -170,6 +199,7 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
         ("x.txt", b"\xff\xfa", "cannot be read (UnicodeDecodeError"),
         ("x.json", json.dumps({"version": 1, "data": ALPACA}, indent=1), "(version, data). Write"),
         ("x.xml", b"<a/>", "expected a file ending in .json, .jsonl"),
+        ("x.csv", "instruction,output,output\nQ,A,B\n", "of different names, got output twice"),
     ],
 )
 def test_unreadable_file_is_refused_in_one_line(name, content, said, tmp_path):

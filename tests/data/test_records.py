@@ -1,6 +1,7 @@
 """Laws of the forms of records."""
 
 import copy
+import datetime
 import functools
 import json
 import operator
@@ -201,7 +202,7 @@ def test_bad_record_is_refused_by_name(record):
 VALUES = [
     None, 0, 1, 0.5, float("nan"), True, "", "x", [], {}, [[]], [{}], "[", '{"a":', 10**400,
     "\ud800", [None], ["x"], [["a", "b"]], {"role": "user"}, {"type": "text"},
-    [{"type": "text", "text": None}],
+    [{"type": "text", "text": None}], datetime.date(2024, 7, 26), b"x",
 ]  # fmt: skip
 
 
