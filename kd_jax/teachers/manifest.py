@@ -26,6 +26,7 @@ from kd_jax.teachers.storage import (
     local_folder,
     open_folder,
     read_file,
+    reading,
     token_bytes,
     write_json,
 )
@@ -90,11 +91,9 @@ def read_cache(path: str, flag: str = "teacher.cache") -> Cache | None:
       UserError: the manifest is damaged or of another version, or a file is missing or cut off.
     """
     place = f"{flag}: {path}"
-    try:
+    with reading(place):
         store = open_folder(path)
         text = read_file(store, MANIFEST)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{place}: cannot be read ({first_line(error)})") from error
     if text is None:
         return None
     try:
@@ -104,7 +103,8 @@ def read_cache(path: str, flag: str = "teacher.cache") -> Cache | None:
             f"{place}/{MANIFEST}: expected what kd_jax.cache of this version wrote, got another "
             f"file ({first_line(error)}). Give another folder"
         ) from None
-    _check_files(cache, place)
+    with reading(place):
+        _check_files(cache, place)
     return cache
 
 
@@ -233,7 +233,8 @@ def find_places(cache: Cache, documents: Documents) -> np.ndarray:
 def _read_index(cache: Cache, number: int, first: int) -> list[tuple[bytes, int]]:
     """Returns the key and the first token of each document of a part."""
     name = f"{part_folder(number)}{INDEX}"
-    part, data = cache.parts[number], read_file(cache.store, name) or b""
+    with reading(f"teacher.cache: {cache.path}"):
+        part, data = cache.parts[number], read_file(cache.store, name) or b""
     same = xxhash.xxh3_128_hexdigest(data) == part.files[INDEX][1]
     table = np.load(io.BytesIO(data)) if same else np.zeros(0, _INDEX_DTYPE)
     if (len(table), table["tokens"].sum()) != (part.documents, part.tokens):

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import tensorstore as ts
 
-from kd_jax.config import UserError
-from kd_jax.config.errors import first_line
 from kd_jax.data.documents import Documents, predicts_target
 from kd_jax.data.rows import Rows
 from kd_jax.data.store import TEACHER, Batch
 from kd_jax.teachers.manifest import Cache, part_folder
-from kd_jax.teachers.storage import Field, numpy_dtype, open_array
+from kd_jax.teachers.storage import Field, numpy_dtype, open_array, reading
 
 Span = tuple[int, int]
 """First token and one past the last, in all parts' tokens."""
@@ -23,7 +21,7 @@ class CachedRows:
     def __init__(self, cache: Cache, rows: Rows, documents: Documents, places: np.ndarray) -> None:
         """Takes the documents of the rows and where each begins, [N], all of them in the cache."""
         assert (places >= 0).all()
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.place = cache, rows, f"teacher.cache: {cache.path}"
         self.documents, self.places = documents, places
         self.arrays = [
             {name: self._open(number, name) for name in cache.fields}
@@ -34,7 +32,7 @@ class CachedRows:
         """Returns `teacher_NAME` [..., B, S, ...] of rows `row_ids`, [..., B]; 0 outside the mask.
 
         Raises:
-          UserError: the cache was damaged after the start.
+          UserError: the cache cannot be read, or was damaged after the start.
         """
         numbers = np.where(row_mask, row_ids, -1).ravel()
         there = np.flatnonzero(numbers >= 0)
@@ -55,13 +53,11 @@ class CachedRows:
     def _open(self, number: int, name: str) -> ts.TensorStore:
         field = self.cache.fields[name]
         store = self.cache.store / part_folder(number)
-        try:
+        with reading(self.place):
             array = open_array(store, f"{name}/", field, 0, None)
-        except (ValueError, OSError) as error:
-            raise self._damage(first_line(error)) from error
-        form = Field(array.shape[1:], array.dtype.name)
-        if (array.shape[0], form) != (self.cache.parts[number].tokens, field):
-            raise self._damage(f"{name}: {array.shape[0]:,} tokens of {form}, not of {field}")
+            form = Field(array.shape[1:], array.dtype.name)
+            if (array.shape[0], form) != (self.cache.parts[number].tokens, field):
+                raise ValueError(f"{name}: {array.shape[0]:,} tokens of {form}, not of {field}")
         return array
 
     def _spans(self, row: int) -> list[Span]:
@@ -86,13 +82,5 @@ class CachedRows:
         return self.arrays[part][name][span[0] - first : span[1] - first].read()
 
     def _join(self, futures: Sequence) -> np.ndarray:
-        try:
+        with reading(self.place):
             return np.concatenate([future.result() for future in futures])
-        except (ValueError, OSError) as error:
-            raise self._damage(first_line(error)) from error
-
-    def _damage(self, what: str) -> UserError:
-        return UserError(
-            f"teacher.cache: {self.cache.path}: expected the values that were written, got damage "
-            f"({what:.300}). Restore the files, or make the cache again in another folder"
-        )

@@ -18,6 +18,13 @@ SHARD_BYTES = 2**28
 _CHUNK_BYTES = 2**17  # read at once, and checked by a CRC
 _READ_CACHE_BYTES = 2**26  # indices of shards, and chunks that two documents share
 _RETRIES = {"max_retries": 8}  # in about two minutes; by default 32, in a quarter of an hour
+_SILENT_SECONDS = "30"
+# A server that accepts requests and never answers, or cannot be reached, counts as failing.
+_TIMEOUTS = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": _SILENT_SECONDS,
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": _SILENT_SECONDS,
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 _CONTEXT = {
     "cache_pool": {"total_bytes_limit": _READ_CACHE_BYTES},
     "s3_request_retries": _RETRIES,
@@ -80,6 +87,9 @@ def _address(path: str) -> str | dict[str, str]:
 
 @functools.cache
 def _context() -> ts.Context:
+    """Returns the context of an object store, before its first request."""
+    for name, value in _TIMEOUTS.items():
+        os.environ.setdefault(name, value)
     return ts.Context(_CONTEXT)
 
 
@@ -90,9 +100,25 @@ def storing(place: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(
-            f"{place}: cannot be written ({first_line(error)}). Free some space or check the "
+            f"{place}: cannot be written ({_reason(error)}). Free some space or check the "
             "store; the same command then goes on"
         ) from error
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turns TensorStore's errors, of a store that fails or of damaged files, into one message."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{place}: cannot be read ({_reason(error)}). Check the store; the same command then "
+            "goes on. Restore damaged files, or make the cache again in another folder"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return f"{first_line(error):.300}"  # TensorStore adds a whole specification
 
 
 def read_file(store: ts.KvStore, key: str) -> bytes | None:
@@ -160,6 +186,11 @@ def _metadata(field: Field, num_tokens: int, shard: int, chunk: int) -> dict[str
         "chunk_grid": {"name": "regular", "configuration": grid},
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
     }
+
+
+def metadata_key(name: str) -> str:
+    """Returns the file of an array's metadata, below the folder of its part."""
+    return f"{name}/zarr.json"
 
 
 def shard_key(name: str, field: Field, number: int) -> str:

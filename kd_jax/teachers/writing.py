@@ -11,6 +11,7 @@ from kd_jax.data.store import Batch
 from kd_jax.teachers.manifest import INDEX, Cache, Part, index_bytes, part_folder
 from kd_jax.teachers.storage import (
     list_files,
+    metadata_key,
     numpy_dtype,
     open_array,
     read_file,
@@ -57,7 +58,11 @@ class PartWriter:
         recipe = [self.cache.kind, fields, sorted(self.cache.identity.items())]
         recipe += [origin] if origin else []
         plan = {"recipe": json.loads(json.dumps(recipe)), "index": xxhash.xxh3_128_hexdigest(index)}
-        if jax.process_index() > 0 or self._read_plan() == plan:
+        if jax.process_index() > 0:
+            return
+        if self._read_plan() == plan and read_file(self.store, INDEX) == index:
+            for name in self.cache.fields:  # a damaged one would be an error
+                self.store.write(metadata_key(name), None).result()
             return
         self.store.delete_range(type(self.store).KeyRange()).result()
         self.store.write(INDEX, index).result()
@@ -127,6 +132,8 @@ class PartWriter:
         self._wait()
         start = number * self.shard
         for name, field in self.cache.fields.items():
+            # TensorStore would read a damaged shard, to keep what lies past the last token.
+            self.store.write(shard_key(name, field, number), None).result()
             x = values[name].astype(numpy_dtype(field.dtype), copy=False)
             self.pending.append(self.arrays[name][start : start + len(x)].write(x))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -218,6 +219,28 @@ def test_processes_that_go_on_read_each_their_own_shards(tmp_path, monkeypatch):
     assert [count(i, 3) for i in range(3)] == [(8, [0, 3, 6]), (8, [1, 4, 7]), (5, [2, 5])]
 
 
+def test_damage_of_an_unfinished_part_is_repaired_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SHARD_BYTES", 2**14)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 2**11)
+    values = np.arange(8_000, dtype=np.float32).reshape(1000, 8)
+
+    def fill():
+        cache = new_cache(str(tmp_path), "hidden", {"hidden": storage.Field((8,), "float32")}, {})
+        writer = writing.PartWriter(cache, [bytes(16)], np.array([1000]))
+        writer.go_on(writer.count_whole())
+        if writer.done < 1000:
+            writer.append({"hidden": values[writer.done :]})
+        writer.flush()
+        return files_of(tmp_path)
+
+    whole = fill()
+    assert len(whole) == 5  # the plan, the index, and an array of two shards
+    for name, content in whole.items():
+        for size in (0, len(content) // 2, len(content) - 2):
+            (tmp_path / name).write_bytes(content[:size])
+            assert fill() == whole
+
+
 def test_documents_are_added_to_a_cache_and_computed_for_a_run(
     make_config, places, tmp_path, capsys
 ):
@@ -267,12 +290,12 @@ def test_a_torn_or_foreign_cache_is_never_read(make_config, cache, tmp_path):
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    fails("got damage")
+    fails("cannot be read")
     fails("teacher.dtype: expected float32", dtype="bfloat16")
     (torn / "part0000" / "hidden" / "zarr.json").write_bytes(
         files["part0000/hidden/zarr.json"].replace(b'"shape"', b'"shope"')
     )
-    fails("got damage")
+    fails("cannot be read")
     shutil.rmtree(torn)
 
 
@@ -282,7 +305,7 @@ def test_a_torn_or_foreign_cache_is_never_read(make_config, cache, tmp_path):
         (lambda tree: tree | {"kind": "other"}, "of this version"),
         (lambda tree: tree | {"kind": "topk"}, "of this version"),
         (lambda tree: tree | {"fields": {}}, "of this version"),
-        (lambda tree: tree | {"fields": {"hidden": [[48], "bfloat16"]}}, "got damage"),
+        (lambda tree: tree | {"fields": {"hidden": [[48], "bfloat16"]}}, "cannot be read"),
         (lambda tree: tree | {"parts": [tree["parts"][0] | {"tokens": 5}]}, "got another"),
     ],
 )
@@ -430,11 +453,17 @@ def get_config():
 
 
 def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):
+    for name in storage._TIMEOUTS:
+        monkeypatch.setenv(name, "7")  # the user's
+    monkeypatch.delenv("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES")
+    storage._context.cache_clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     place = storage.open_folder("s3://bucket/some/cache").spec().to_json()
     assert place["endpoint"] == "http://127.0.0.1:9" and place["aws_region"] == "eu-west-1"
     assert (place["bucket"], place["path"]) == ("bucket", "some/cache/")
+    seconds = os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]
+    assert (seconds, os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"]) == ("7", "1")
     with pytest.raises(UserError, match=r"cannot be read .the memory ends with the command"):
         read_cache("memory://cache")
 
