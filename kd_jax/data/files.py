@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -110,7 +111,7 @@ def _name_of(split: str) -> str:
 def _remote_files(path: str, field: str) -> list[str]:
     import fsspec
 
-    try:
+    with _asking(f"{field}: {path}"):
         system, root = fsspec.url_to_fs(path)
         if glob.has_magic(root):
             found = system.glob(root)
@@ -119,9 +120,16 @@ def _remote_files(path: str, field: str) -> list[str]:
         else:
             found = [root] if system.exists(root) else []
         return [system.unstrip_protocol(file) for file in sorted(found)]
-    except Exception as error:  # any library of an object store
+
+
+@contextmanager
+def _asking(place: str) -> Iterator[None]:
+    """Turns the errors of any library of an object store into one message."""
+    try:
+        yield
+    except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{field}: {path} cannot be read ({reason})") from None
+        raise UserError(f"{place} cannot be read ({reason})") from None
 
 
 def _list_folder(folder: Path, split: str, field: str, split_field: str) -> Listing:
@@ -184,8 +192,11 @@ def _hash_file(file: str) -> str:
     if "://" in file:
         import fsspec
 
-        system, root = fsspec.url_to_fs(file)
-        return f"{file} {system.ukey(root)}"
+        with _asking(f"data: {file}"):
+            system, root = fsspec.url_to_fs(file)
+            # HTTP's own key is that of the address; the general one has size, ETag and time.
+            kind = fsspec.AbstractFileSystem if "https" in system.protocol else type(system)
+            return f"{file} {kind.ukey(system, root)}"
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, xxhash.xxh3_128)
     return f"{''.join(kind_of(file))} {digest.hexdigest()}"

@@ -6,15 +6,20 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import fsspec
 import pytest
 from samples import ALPACA, CHATS, chat, records_of, rows_of, same_rows, write_folder, write_lines
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import MAX_SHOWN
 from kd_jax.data import files, readers
+from kd_jax.data.files import hash_source
 from kd_jax.data.records import make_record
 
 
@@ -147,6 +152,23 @@ def test_columns_without_a_name_and_blank_lines_are_no_answers(tmp_path):
     (tmp_path / "x.csv").write_text("text,\nOne.,,more\n")
     with pytest.raises(ValueError, match="expected as many cells as the header has, got more"):
         records_of(tmp_path / "x.csv")
+
+
+def test_a_changed_file_at_an_address_has_another_hash(tmp_path, monkeypatch):
+    class Quiet(SimpleHTTPRequestHandler):
+        log_message = lambda *_: None  # noqa: E731
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/c.jsonl"
+        write_lines(tmp_path / "c.jsonl", CHATS)
+        first, again = (hash_source(address, "train") for _ in range(2))
+        write_lines(tmp_path / "c.jsonl", CHATS[1:])
+        assert first == again != hash_source(address, "train")
+        monkeypatch.setattr(fsspec.AbstractFileSystem, "ukey", lambda *_: 1 / 0)
+        with pytest.raises(UserError, match=r"c.jsonl cannot be read .ZeroDivisionError"):
+            hash_source(address, "train")
+        server.shutdown()
 
 
 def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
