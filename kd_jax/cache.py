@@ -37,9 +37,9 @@ class CacheArgs(Checked):
     int8 have a scale for each token and take half of the space of bfloat16; --check measures their
     error."""
     source: str | None = None
-    """Take the teacher's k most likely entries from this .jsonl, .parquet or .arrow file, or folder
-    of such, which another system wrote (docs/caching.md), in place of running a teacher.
-    teacher.path then names any model with its tokenizer, such as the student."""
+    """Take the teacher's k most likely entries from this .jsonl, .parquet or .arrow file (also with
+    .gz or .zst), folder or glob of such, which another system wrote (docs/caching.md), in place of
+    running a teacher. teacher.path then names any model with its tokenizer, such as the student."""
     documents: bool = False
     """Write the tokens of all documents to the file --out as JSON lines, for another system to
     compute log-probabilities of, and do nothing else."""

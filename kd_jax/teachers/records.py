@@ -1,6 +1,8 @@
 """Log-probabilities that another system computed, as records of documents, checked one by one."""
 
+import glob
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_jax.config import UserError
 from kd_jax.config.errors import first_line
-from kd_jax.data.readers import record_batches
+from kd_jax.data.readers import kind_of, read_file, record_batches
 from kd_jax.data.store import Batch
 from kd_jax.losses.vocabulary import NEGATIVE
 from kd_jax.teachers import distillkit
@@ -20,6 +22,13 @@ from kd_jax.teachers.topk import split_ids
 
 _MASS_TOLERANCE = 1e-3  # of log-probabilities in 16 bits
 _ROWS = 64  # of a table in memory at a time
+_JSON = (".jsonl", ".ndjson")
+_SUFFIXES = (*_JSON, ".parquet", ".arrow")
+# Of records of another form, and of damaged files.
+_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, EOFError,
+    zlib.error,
+)  # fmt: skip
 
 
 class Record(NamedTuple):
@@ -33,7 +42,7 @@ class Record(NamedTuple):
 
 
 def read_records(path: str) -> Iterator[Record]:
-    """Yields the records of a .jsonl, .parquet or .arrow file, or of a folder with such files.
+    """Yields the records of a file, a glob of files or a folder with files, as in `source_files`.
 
     A line of JSON is what vLLM gives (prompt_token_ids and prompt_logprobs) or SGLang (meta_info
     with input_token_logprobs and input_top_logprobs). A row of Parquet has `tokens`, the
@@ -44,22 +53,23 @@ def read_records(path: str) -> Iterator[Record]:
       UserError: a record has another form.
     """
     for file in source_files(path):
-        yield from _lines(file) if file.suffix == ".jsonl" else _table(file)
+        yield from _lines(file) if kind_of(file.name)[0] in _JSON else _table(file)
 
 
 def source_files(path: str) -> list[Path]:
-    """Returns the files of records; raises UserError if there are none."""
+    """Returns the files of records, sorted; raises UserError if there are none."""
     source = Path(path).expanduser()
     if source.is_dir():
-        files = sorted(x for x in source.rglob("*") if x.suffix in (".parquet", ".arrow"))
+        files = [x for x in source.rglob("*") if kind_of(x.name)[0] in _SUFFIXES]
     else:
-        files = [source] if source.suffix in (".jsonl", ".parquet", ".arrow") else []
-    if not files or not all(file.is_file() for file in files):
+        files = [source] if source.exists() else [Path(x) for x in glob.glob(str(source))]
+    others = [file for file in files if kind_of(file.name)[0] not in _SUFFIXES]
+    if not files or others or not all(file.is_file() for file in files):
         raise UserError(
-            "--source: expected a .jsonl, .parquet or .arrow file, or a folder with .parquet or "
-            f".arrow files, got {path}"
+            f"--source: expected a {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]} file, also with "
+            f".gz or .zst, or a folder or glob of such, got {others[0] if others else path}"
         )
-    return files
+    return sorted(files)
 
 
 @contextmanager
@@ -67,7 +77,7 @@ def _reading(place: str) -> Iterator[None]:
     """Turns the errors of a record of another form into one message."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except _ERRORS as error:
         raise UserError(
             f"{place}: expected what vLLM, SGLang, DistillKit or docs/caching.md describes, got "
             f"{type(error).__name__}: {first_line(error)}"
@@ -75,11 +85,10 @@ def _reading(place: str) -> Iterator[None]:
 
 
 def _lines(file: Path) -> Iterator[Record]:
-    with _reading(str(file)), file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            with _reading(place := f"{file}:{number}"):
-                if line.strip():
-                    yield Record(place, *_from_json(json.loads(line)))
+    for place, line in read_file(str(file)):
+        with _reading(place):
+            tree = json.loads(line) if isinstance(line, bytes) else line  # an entry of an array
+            yield Record(place, *_from_json(tree))
 
 
 def _from_json(tree: dict[str, Any]) -> tuple[np.ndarray, Entries]:
@@ -247,6 +256,7 @@ def _check_entries(record: Record, positions: np.ndarray, group: Group, num_entr
     below = np.all(log_probs <= record.mass_tolerance, axis=1)
     check(below, "log-probabilities up to 0", lambda i: f"{log_probs[i].max()}")
     mass = np.exp(log_probs).sum(axis=1)
+    check(mass > 0, "a probability above 0", lambda _: "none")
     whole = mass <= 1 + record.mass_tolerance
     check(whole, "probabilities that sum to at most 1", lambda i: f"{mass[i]:.4f}")
 

@@ -1,5 +1,6 @@
 """Teachers that are only a file: what other systems write, and what is wrong with it."""
 
+import gzip
 import json
 import os
 
@@ -83,10 +84,23 @@ def write(file, records):
     return str(file)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def pack(file, compression):
+    """Compresses a file, and deletes it."""
+    codec = {"gz": "gzip", "zst": "zstd"}[compression]
+    packed = pyarrow.compress(file.read_bytes(), codec, asbytes=True)
+    file.with_name(f"{file.name}.{compression}").write_bytes(packed)
+    file.unlink()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.zst", ".parquet.gz"])
 def test_a_file_gives_the_values_of_the_teacher_that_wrote_it(run, read, records, tmp_path, suffix):
     folder, found = records
-    source = write(tmp_path / f"teacher{suffix}", found)
+    plain, _, compression = suffix[1:].partition(".")
+    for number in range(2):
+        write(file := tmp_path / f"teacher{number}.{plain}", found[number::2])
+        if compression:
+            pack(file, compression)
+    source = str(tmp_path / "teacher*") if compression else str(tmp_path)
     import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
     want, got = read(folder), read(tmp_path / "cache")
     for name in topk_fields(K):
@@ -141,6 +155,7 @@ def late(count):
         (with_first(lambda x: x | {320: -9.0}), r"expected ids from 0 to 319, got \d+ to 320"),
         (with_first(lambda x: x | {next(iter(x)): 0.5}), "expected log-probabilities up to 0"),
         (with_first(lambda x: dict.fromkeys(x, -0.1)), "expected probabilities that sum to at"),
+        (with_first(lambda x: dict.fromkeys(x, -np.inf)), "expected a probability above 0, got n"),
         (with_first(lambda x: dict.fromkeys(x, "high")), r"teacher.jsonl:1: expected what vLLM"),
         (with_first(lambda x: x | {2**70: -9.0}), r"teacher.jsonl:1: expected what vLLM"),
         (lambda t, e: ([*t[:-1], t[-1] + 0.5], e), r"teacher.jsonl:\d+: expected what vLLM"),
@@ -163,8 +178,11 @@ def test_a_cut_parquet_file_is_one_message(run, records, tmp_path):
     source = write(tmp_path / "teacher.parquet", records[1])
     content = (tmp_path / "teacher.parquet").read_bytes()
     (tmp_path / "teacher.parquet").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"teacher\.parquet: expected what vLLM"):
-        import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
+    packed = tmp_path / "packed.parquet.gz"
+    packed.write_bytes(gzip.compress(content)[:-9])
+    for file in (source, str(packed)):
+        with pytest.raises(UserError, match=r"\.parquet(\.gz)?: expected what vLLM"):
+            import_cache(run.config, str(tmp_path / "cache"), file, K, jax.devices()[:1])
 
 
 def test_a_cache_has_one_teacher_and_one_k(run, records, tmp_path):
