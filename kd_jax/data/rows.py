@@ -108,7 +108,7 @@ def make_rows(
         check_prompt(tokenizer, template, data.date, prompt)
         stored = _fill_store(folder, Job(tokenizer, template, data, fraction, held_out, prompt))
     columns, meta = stored
-    notes += tuple(meta["notes"])
+    notes += tuple(_renamed(note, meta.get("path", data.path), data.path) for note in meta["notes"])
     begin, end = meta["records"]
     files = list_files(data.path, data.split).files or (f"{data.path} {data.split}",)
     origin = (tuple(map(os.path.realpath, files)), begin, end)
@@ -120,6 +120,14 @@ def make_rows(
         origins=(origin,),
         teacher=_teacher_rows(columns, meta, key),
     )
+
+
+def _renamed(note: str, old: str, new: str) -> str:
+    """Returns a line about data that were at `old` when they were stored and are at `new` now."""
+    for start in ("", "warning: "):
+        if note.startswith(start + old):
+            return start + new + note.removeprefix(start + old)
+    return note
 
 
 def _teacher_rows(columns: dict[str, Any], meta: dict[str, Any], key: str) -> Rows | None:
@@ -210,6 +218,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
         notes = _notes(total, job, (begin, end))
         counts |= {name: total.counts[name] for name in ("conversations", *_LEFT_OUT)}
         meta: dict[str, Any] = {"counts": counts, "notes": notes, "records": [begin, end]}
+        meta["path"] = data.path
         if prompt is not None:
             counts["teacher_tokens"] = writer.counts[f"{TEACHER}tokens"]
             meta["teacher_seq_len"] = prompt.seq_len or -(-longest // _ROUNDED) * _ROUNDED

@@ -217,6 +217,18 @@ def test_second_use_reads_the_store(stored, tokenizer, config):
     assert same_rows(stored, rows_of(dataclasses.replace(config, batch_size=3), tokenizer))
 
 
+def test_notes_of_stored_rows_name_the_data_where_they_are_now(tokenizer, config, tmp_path):
+    lines = [{**CHATS[0], "colour": "blue"}, *CHATS[1:], {"messages": 5}]
+    config = dataclasses.replace(config, split="train[:4]", on_bad_record="skip")
+    first, second = (write_lines(tmp_path / name, lines) for name in ("a.jsonl", "b.jsonl"))
+    before, after = (
+        rows_of(dataclasses.replace(config, path=str(path)), tokenizer) for path in (first, second)
+    )
+    assert before.key == after.key and len(before.notes) == 4
+    assert [note.replace(str(first), str(second)) for note in before.notes] == [*after.notes]
+    assert not any(str(first) in note for note in after.notes)
+
+
 def in_memory(rows: Rows) -> Rows:
     return dataclasses.replace(rows, **{n: np.array(getattr(rows, n)) for n in data_rows.COLUMNS})
 
