@@ -33,6 +33,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Rows that commands keep in ~/.cache/kd_jax are made anew: those of other code could be there.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from here
+    os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # of other libraries
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="kd_jax-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+
 import jax
 import pytest
 import tiny
