@@ -23,6 +23,7 @@ from kd_jax.models.weight_table import FACTORS, abstract_weights, hf_names, trai
 from kd_jax.parallel.mesh import Layout, make_mesh
 from kd_jax.weights.adapters import peft_name
 from kd_jax.weights.chat_files import OTHERS, save_chat
+from kd_jax.weights.files import removed_if_empty
 from kd_jax.weights.folder import ORBAX, load_architecture
 from kd_jax.weights.load import (
     check_shapes,
@@ -63,14 +64,15 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}")
     beside = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.rename(beside, out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out: {out} cannot be written ({error})") from error
-    finally:
-        _remove(beside)
+    with removed_if_empty(out.parent):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            os.rename(beside, out)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--out: {out} cannot be written ({error})") from error
+        finally:
+            _remove(beside)
 
 
 def _remove(folder: Path) -> None:

@@ -127,14 +127,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Removes a folder at the end if it was not there before and is empty."""
-    made = not os.path.lexists(folder)
+    """Removes a folder at the end, and those above it, if not there before and empty."""
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
         yield
     finally:
-        if made:
-            with suppress(OSError):  # raised unless the folder is empty
-                folder.rmdir()
+        with suppress(OSError):  # raised unless the folder is empty
+            for place in made:
+                place.rmdir()
 
 
 def hold(folder: Path, stack: ExitStack, flag: str, taken: str, path: Path | None = None) -> None:

@@ -50,12 +50,12 @@ def test_a_lock_names_its_holder_and_ends_with_it(holder, tmp_path):
 
 
 def test_a_lock_refuses_its_own_process_and_leaves_nothing(tmp_path):
-    workdir = tmp_path / "run"
+    workdir = tmp_path / "runs" / "run"
     with lock_workdir(workdir):
         with pytest.raises(UserError, match="in use by"), lock_workdir(workdir):
             pass
         assert (workdir / "lock").is_file()
-    assert not workdir.exists()
+    assert not workdir.parent.exists()
 
 
 def test_a_folder_that_was_there_stays(tmp_path):
