@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import tensorstore as ts
 
+from kd_jax.config import UserError
 from kd_jax.parallel.progress import Progress
 from kd_jax.teachers.storage import open_folder, read_file, write_json
 
@@ -46,7 +47,7 @@ def read_cost(path: str) -> Cost | None:
     """Returns what the cache in a folder, or at an address, cost; None if it is not recorded."""
     try:
         return _read(open_folder(path))
-    except (ValueError, OSError):
+    except (ValueError, OSError, UserError):
         return None
 
 

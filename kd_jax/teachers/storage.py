@@ -18,6 +18,7 @@ SHARD_BYTES = 2**28
 _CHUNK_BYTES = 2**17  # read at once, and checked by a CRC
 _READ_CACHE_BYTES = 2**26  # indices of shards, and chunks that two documents share
 _RETRIES = {"max_retries": 8}  # in about two minutes; by default 32, in a quarter of an hour
+_SCHEMES = ("s3://", "gs://", "file://")
 _SILENT_SECONDS = "30"
 # A server that accepts requests and never answers, or cannot be reached, counts as failing.
 _TIMEOUTS = {
@@ -66,20 +67,33 @@ def local_folder(path: str) -> Path:
 
 
 def open_folder(path: str) -> ts.KvStore:
-    """Returns the key-value store of a folder, or of an address such as gs://bucket/folder."""
-    if is_remote(path):
-        return ts.KvStore.open(_address(path.rstrip("/") + "/"), context=_context()).result()
-    return ts.KvStore.open({"driver": "file", "path": f"{local_folder(path)}/"}).result()
+    """Returns the key-value store of a folder, or of an address such as gs://bucket/folder.
+
+    Raises:
+      UserError: the address is none of a store that can be written and listed.
+    """
+    if not is_remote(path):
+        return ts.KvStore.open({"driver": "file", "path": f"{local_folder(path)}/"}).result()
+    try:
+        return ts.KvStore.open(_address(path), context=_context()).result()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path}: expected a folder, or an address that begins with {' or '.join(_SCHEMES)} "
+            f"({_reason(error)})"
+        ) from None
 
 
 def _address(path: str) -> str | dict[str, str]:
     """Returns an address for TensorStore, which does not read the AWS SDKs' AWS_ENDPOINT_URL."""
-    if path.startswith("memory://"):
-        raise ValueError("the memory ends with the command")
+    scheme, _, rest = path.partition("://")
+    if f"{scheme}://" not in _SCHEMES:
+        raise ValueError(f"{scheme}:// is another")
+    if not (rest := rest.rstrip("/")):
+        raise ValueError("it names nothing")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not endpoint or not path.startswith("s3://"):
-        return path
-    bucket, _, key = path.removeprefix("s3://").partition("/")
+        return f"{scheme}://{rest}/"
+    bucket, _, key = f"{rest}/".partition("/")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     place = {"bucket": bucket, "path": key, "aws_region": region}
     return {"driver": "s3", "endpoint": endpoint, **place}

@@ -29,7 +29,7 @@ from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
 from kd_jax.teachers.cost import read_cost
-from kd_jax.teachers.manifest import new_cache, read_cache
+from kd_jax.teachers.manifest import new_cache
 from kd_jax.training.step import jit_train_step
 
 STEPS = 20
@@ -464,8 +464,9 @@ def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):
     assert (place["bucket"], place["path"]) == ("bucket", "some/cache/")
     seconds = os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]
     assert (seconds, os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"]) == ("7", "1")
-    with pytest.raises(UserError, match=r"cannot be read .the memory ends with the command"):
-        read_cache("memory://cache")
+    for address in ("memory://cache", "http://host/cache", "foo://cache", "s3://", "gs://"):
+        with pytest.raises(UserError, match=rf"^{address}: expected a folder, or an address that"):
+            new_cache(address, "hidden", {}, {})
 
 
 def test_a_place_that_cannot_be_written_is_a_short_message(tmp_path):
