@@ -90,13 +90,14 @@ def _address(path: str) -> str | dict[str, str]:
         raise ValueError(f"{scheme}:// is another")
     if not (rest := rest.rstrip("/")):
         raise ValueError("it names nothing")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint or not path.startswith("s3://"):
+    if scheme != "s3":
         return f"{scheme}://{rest}/"
     bucket, _, key = f"{rest}/".partition("/")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    place = {"bucket": bucket, "path": key, "aws_region": region}
-    return {"driver": "s3", "endpoint": endpoint, **place}
+    place = {"driver": "s3", "bucket": bucket, "path": key}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        place |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    return place
 
 
 @functools.cache
@@ -104,7 +105,13 @@ def _context() -> ts.Context:
     """Returns the context of an object store, before its first request."""
     for name, value in _TIMEOUTS.items():
         os.environ.setdefault(name, value)
-    return ts.Context(_CONTEXT)
+    return ts.Context(_context_spec())
+
+
+def _context_spec() -> dict[str, Any]:
+    """Returns the context's settings; by default each missing file of credentials is logged."""
+    given = "AWS_ACCESS_KEY_ID" in os.environ
+    return _CONTEXT | ({"aws_credentials": {"type": "environment"}} if given else {})
 
 
 @contextmanager
@@ -173,7 +180,7 @@ def open_array(
         # A shard that is not there is an error, not zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
-        "context": _CONTEXT,
+        "context": _context_spec(),
         "recheck_cached_data": False,
     }
     if tokens is None:

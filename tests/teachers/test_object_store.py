@@ -163,7 +163,9 @@ def runs_that_fail(store, run, objects, count):
         yield
 
 
-def test_a_store_that_fails_at_any_request_is_one_message_and_the_same_command_goes_on(store):
+def test_a_store_that_fails_at_any_request_is_one_message_and_the_same_command_goes_on(
+    store, capfd
+):
     to_fill = count_requests(store, fill)
     whole = dict(store.objects)
     to_read = count_requests(store, lambda: np.testing.assert_array_equal(read(), VALUES))
@@ -172,3 +174,4 @@ def test_a_store_that_fails_at_any_request_is_one_message_and_the_same_command_g
     for _ in runs_that_fail(store, fill, {}, to_fill):
         fill()
         assert store.objects == whole
+    assert "credentials" not in capfd.readouterr().err  # as TensorStore logs that files are missing
