@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_jax.config.checks import Checked
 from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FromHfArgs:
+class FromHfArgs(Checked):
     source: str
     """Hugging Face folder or hub id."""
     out: str

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from kd_jax.config import UserError
+from kd_jax.config.checks import Checked
 from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ToHfArgs:
+class ToHfArgs(Checked):
     workdir: str
     """Workdir of a kd_jax.train run."""
     out: str

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_jax.config.checks import Checked
 from kd_jax.config.command import parse_args, run_command
 from kd_jax.reporting.page import make_report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReportArgs:
+class ReportArgs(Checked):
     runs: tuple[str, ...]
     """Workdirs of kd_jax.train. Runs that differ only in their seed form one arm. The flag's name
     is optional: python -m kd_jax.report runs/sweep/*"""

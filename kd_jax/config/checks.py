@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +49,14 @@ class Range:
         return [(words, holds, bound) for words, holds, bound in found if bound is not None]
 
 
+# Fields of paths, by the last part of their names.
+_PATHS = {
+    "path", "adapter", "cache", "cache-dir", "chat-template", "compilation-cache", "workdir",
+    "config", "model", "teacher", "against", "draft", "data", "out", "runs", "source",
+    "teacher-cache", "include-path",
+}  # fmt: skip
+
+
 class Checks:
     """Collects the problems of a dataclass, so that all are reported at once."""
 
@@ -63,13 +72,14 @@ class Checks:
             kind = plain_type(entry.type)
             if not _is_a(value, kind):
                 self.refuse(name, _name_of(kind), value)
-            elif any(
-                isinstance(x, str) and half_of_pair(x)
-                for x in (value if isinstance(value, tuple) else (value,))
-            ):
+            elif any(half_of_pair(x) for x in _texts(value)):
                 self.refuse(name, "Unicode text", value)
             elif dataclasses.is_dataclass(value):
                 self.check_types(value, f"{name}.")
+            elif re.split(r"\.|--", name)[-1] in _PATHS and "" in _texts(value):
+                self.refuse(name, "a path", value)
+            elif re.split(r"\.|--", name)[-1] in _PATHS and not all(map(_has_home, _texts(value))):
+                self.refuse(name, "a path whose ~ is the home of a user that is there", value)
 
     def check_ranges(self, part: Any, prefix: str, skip: str | None = None) -> None:
         """Refuses values outside their fields' ranges, and what each part's `check` refuses."""
@@ -158,6 +168,16 @@ def metadata(kind: Any) -> tuple[Any, ...]:
 def plain_type(kind: Any) -> Any:
     """Returns an annotation without Annotated."""
     return kind.__origin__ if get_origin(kind) is Annotated else kind
+
+
+def _texts(value: Any) -> list[str]:
+    return [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, str)]
+
+
+def _has_home(path: str) -> bool:
+    """Returns False for a path, or one of several, in the home directory of an unknown user."""
+    homes = [part.strip() for part in path.split(",") if part.strip().startswith("~")]
+    return all(os.path.expanduser(home) != home for home in homes)
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -42,8 +42,8 @@ class ModelArgs(Checked):
 
 def load_config(path: str | Path) -> Config:
     """Returns `get_config()` of a Python file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
         near = (file.name for file in path.parent.glob("*.py"))
         hint = did_you_mean(path.name, near, f"{path.parent}/")
         raise UserError(f"--config: expected a Python file, got {path}, no such file.{hint}")
@@ -192,10 +192,10 @@ def _blank_config() -> Config:
     import tyro
 
     config = Config(
-        workdir="",
-        teacher=TeacherConfig(path=""),
-        student=StudentConfig(path=""),
-        data=DataConfig(path=""),
+        workdir="unused",
+        teacher=TeacherConfig(path="unused"),
+        student=StudentConfig(path="unused"),
+        data=DataConfig(path="unused"),
         epochs=1,
     )
     # Validation refuses these values.

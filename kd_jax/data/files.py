@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _SPLIT_WORDS = {
     "validation": "validation|valid|val|dev",
     "test": "test|testing|eval|evaluation",
 }
+# JSON files beside data that say something about them, or about a model.
+_NO_RECORDS = {"config.json", "dataset_info.json", "dataset_infos.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Listing:
     """In the order in which they are read; () where `datasets` reads the path."""
     unread: tuple[str, ...] = ()
     """Files of a folder that are of another split, or no data."""
+    missing: tuple[str, ...] = ()
+    """Lines about sets of numbered files that are not whole."""
 
 
 def list_sources(path: str) -> list[tuple[str, float | None]]:
@@ -45,7 +50,9 @@ def list_sources(path: str) -> list[tuple[str, float | None]]:
     Raises:
       UserError: some of the sources have a weight and others none, or one that is not above 0.
     """
-    if "," not in path or Path(path).expanduser().exists():
+    if "," not in path or os.path.exists(os.path.expanduser(path)):
+        if (stem := re.sub(r":\d*\.?\d+$", "", path)) != path and is_data(stem):
+            raise UserError(f"data.path: expected no weight of a single source, got {path!r}")
         return [(path, None)]
     pairs = [re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", part.strip()) for part in path.split(",")]
     sources = [(x[1], None if x[2] is None else float(x[2])) for x in pairs if x is not None]
@@ -74,19 +81,17 @@ def list_files(path: str, split: str, field: str = "data.path") -> Listing:
     Raises:
       UserError: nothing is there, a suffix is unknown, or there is no such split.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))  # os.path's checks are False for names too long
     split_field = field.replace("path", "split")
     if "://" in path:
         files = _remote_files(path, field)
-    elif place.is_dir():
+    elif os.path.isdir(place):
         return _list_folder(place, split, field, split_field)
-    elif glob.has_magic(path) and not place.exists():
-        found = sorted(glob.glob(str(place), recursive=True))
-        files = [file for file in found if os.path.isfile(file)]
-    elif place.is_file():
+    elif os.path.lexists(place):
         files = [str(place)]
-    elif place.exists():
-        raise UserError(f"{field}: expected a file, got {path}, a pipe or device")
+    elif glob.has_magic(path):
+        found = sorted(glob.glob(str(place), recursive=True))
+        files = [file for file in found if not os.path.isdir(file)]
     elif is_data(path) or not _HUB_ID.fullmatch(path):
         raise UserError(f"{field}: expected a file, got {path}, which is not there")
     else:
@@ -96,12 +101,23 @@ def list_files(path: str, split: str, field: str = "data.path") -> Listing:
     for file in files:
         if not is_data(file):
             raise UserError(f"{field}: expected a file ending in {suffixes()}, got {file}")
+        _check_regular(file, field)
     if _name_of(split) != "train":
         raise UserError(
             f"{split_field}: expected train or a slice of it, such as train[98%:], got {split!r}. "
             f"{path} has no other split"
         )
     return Listing(tuple(files))
+
+
+def _check_regular(file: str, field: str) -> None:
+    """Raises UserError for a pipe, which would be read for ever, and a link to nothing."""
+    if "://" in file or os.path.isfile(file):
+        return
+    what = "a pipe or device"
+    if os.path.islink(file) and not os.path.exists(file):
+        what = f"a link to {os.readlink(file)}, which is not there. Download it again"
+    raise UserError(f"{field}: expected a file, got {file}, {what}")
 
 
 def _name_of(split: str) -> str:
@@ -136,10 +152,16 @@ def _list_folder(folder: Path, split: str, field: str, split_field: str) -> List
     """Returns the files of a split, which names of files and folders tell, as in `datasets`."""
     if is_dataset_folder(folder):
         return Listing()
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    if len(snapshots := sorted(map(str, folder.glob("snapshots/*")))) > 1:
+        raise UserError(f"{field}: expected one snapshot of {folder}, got {', '.join(snapshots)}")
+    # A link to a folder is not followed, but said.
+    found = [file for file in sorted(folder.rglob("*")) if file.is_symlink() or not file.is_dir()]
+    names = [file.relative_to(folder) for file in found]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    splits = {name: _split_of(str(name)) for name in names if is_data(name.name)}
-    there = {found for found in splits.values() if found} or {"train"}
+    data = [name for name in names if is_data(name.name) and name.name not in _NO_RECORDS]
+    records = [name for name in data if kind_of(name.name)[0] != ".txt"]
+    splits = {name: _split_of(str(name)) for name in records or data}
+    there = {split for split in splits.values() if split} or {"train"}
     if not splits:
         raise UserError(f"{field}: expected files ending in {suffixes()} in {folder}, got none")
     if _name_of(split) not in there:
@@ -150,7 +172,21 @@ def _list_folder(folder: Path, split: str, field: str, split_field: str) -> List
     named = any(splits.values())
     chosen = [name for name in splits if not named or splits[name] == _name_of(split)]
     unread = tuple(str(name) for name in names if name not in chosen)
-    return Listing(tuple(str(folder / name) for name in chosen), unread)
+    files = tuple(str(folder / name) for name in chosen)
+    for file in files:
+        _check_regular(file, field)
+    return Listing(files, unread, tuple(_describe_missing(chosen)))
+
+
+def _describe_missing(files: list[Path]) -> list[str]:
+    """Returns a line for each set such as train-00000-of-00002.parquet that lacks files."""
+    sets = Counter(re.sub(r"-\d+(?=-of-\d+\.)", "-*", str(file)) for file in files)
+    totals = {name: re.search(r"-\*-of-(\d+)\.", name) for name in sets}
+    return [
+        f"{sets[name]:,} of {int(total[1]):,} files {name} are there"
+        for name, total in totals.items()
+        if total and sets[name] < int(total[1])
+    ]
 
 
 def _split_of(name: str) -> str | None:
@@ -173,8 +209,7 @@ def choose_split(path: str, wanted: str | None) -> str:
     if wanted is not None:
         return wanted
     path = list_sources(path)[0][0]
-    place = Path(path).expanduser()
-    if place.is_dir():
+    if os.path.isdir(os.path.expanduser(path)):
         return "test"
     return "train" if "://" in path or glob.has_magic(path) or is_data(path) else "test"
 
@@ -182,8 +217,8 @@ def choose_split(path: str, wanted: str | None) -> str:
 def hash_source(path: str, split: str) -> str:
     """Returns the content hash of the files behind a path, or the name of a hub dataset."""
     files = list_files(path, split).files
-    place = Path(path).expanduser()
-    if not files and place.is_dir():
+    place = Path(os.path.expanduser(path))
+    if not files and os.path.isdir(place):
         files = tuple(str(file) for file in sorted(place.rglob("*")) if file.is_file())
     return " ".join([split, *(map(_hash_file, files) if files else [path])])
 
@@ -258,13 +293,16 @@ def to_range(split: str, count: int) -> tuple[int, int]:
 def _load_dataset(path: str, split: str) -> Any:
     import datasets  # takes seconds to import
 
-    folder = Path(path).expanduser()
+    folder, name = Path(os.path.expanduser(path)), _name_of(split)
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.Dataset):
                 saved = {"train": saved}
-            dataset = saved[_name_of(split)]
+            if name not in saved:
+                expected = " or ".join(saved)
+                raise UserError(f"data.split: expected {expected}, got {split!r} of {path}")
+            dataset = saved[name]
             return dataset.select(range(*to_range(split, len(dataset))))
         if folder.is_dir():
             return datasets.load_dataset(str(folder), split=split)

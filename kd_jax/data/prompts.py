@@ -1,5 +1,6 @@
 """The teacher's own prompt: its conversation of a record, and whether both have equal answers."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ def read_prompt(teacher: TeacherConfig | None) -> TeacherPrompt | None:
     prompt = TeacherPrompt(teacher.system, teacher.messages, teacher.seq_len)
     if prompt.system is None or not prompt.system.startswith("@"):
         return prompt
-    file = Path(prompt.system[1:]).expanduser()
+    file = Path(os.path.expanduser(prompt.system[1:]))
     try:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,14 @@ from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
 from kd_jax.data.arrays import Joined, Ragged
 from kd_jax.data.chat import describe_template
-from kd_jax.data.files import hash_source, list_files, list_sources, read_raw, slice_of
+from kd_jax.data.files import (
+    Listing,
+    hash_source,
+    list_files,
+    list_sources,
+    read_raw,
+    slice_of,
+)
 from kd_jax.data.hidden import describe_hidden
 from kd_jax.data.packing import choose_rows, fill_rows, join_rows, shown, windows
 from kd_jax.data.pool import prepare_all
@@ -108,9 +115,11 @@ def make_rows(
         check_prompt(tokenizer, template, data.date, prompt)
         stored = _fill_store(folder, Job(tokenizer, template, data, fraction, held_out, prompt))
     columns, meta = stored
+    listing = list_files(data.path, data.split)
+    notes += tuple(_listing_notes(data.path, listing))
     notes += tuple(_renamed(note, meta.get("path", data.path), data.path) for note in meta["notes"])
     begin, end = meta["records"]
-    files = list_files(data.path, data.split).files or (f"{data.path} {data.split}",)
+    files = listing.files or (f"{data.path} {data.split}",)
     origin = (tuple(map(os.path.realpath, files)), begin, end)
     return Rows(
         **{name: columns[name] for name in COLUMNS},
@@ -266,14 +275,20 @@ def _notes(total: Prepared, job: Job, taken: tuple[int, int | None]) -> list[str
         notes += describe_template(job.tokenizer, need_template(job.template), data.date)
     if taken[1] is not None and "[" in data.split:
         notes.append(f"{data.path}: {data.split} is records {taken[0] + 1:,} to {taken[1]:,}")
-    if unread := list_files(data.path, data.split).unread:
-        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
-        notes.append(f"{data.path}: {len(unread):,} other files are not read ({shown})")
     notes += [f"warning: {data.path}: {line}" for line in describe_ignored(total.ignored)]
     notes += describe_hidden(total.hidden, data.path)
     if count := total.counts["bad"]:
         skipped = f"{count:,} bad records are skipped (data.on-bad-record skip):"
         notes += [f"warning: {data.path}: {skipped}", *first_lines(total.problems, count)]
+    return notes
+
+
+def _listing_notes(path: str, listing: Listing) -> list[str]:
+    """Returns lines about a folder's other files, which the stored rows do not depend on."""
+    notes = [f"warning: {path}: {line}" for line in listing.missing]
+    if unread := listing.unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        notes.append(f"{path}: {len(unread):,} other files are not read ({shown})")
     return notes
 
 

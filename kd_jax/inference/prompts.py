@@ -10,6 +10,7 @@ from kd_jax.data.chat import end_of_turn, render_prompt
 from kd_jax.data.templates import Template
 from kd_jax.inference.sampling import Stop
 from kd_jax.models.architecture import Architecture
+from kd_jax.weights.chat_files import end_tokens
 from kd_jax.weights.files import read_json
 
 
@@ -90,8 +91,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ends = read_json(folder / name).get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends}
+            found |= {*end_tokens(read_json(folder / name), folder / name)}
     return found - {None}
 
 

@@ -12,6 +12,7 @@ from kd_jax.data.vocabulary import SharedVocab, check_tokens, num_entries, share
 from kd_jax.models.architecture import Architecture, describe_context
 from kd_jax.parallel.processes import say
 from kd_jax.weights.adapters import Adapter, load_adapter
+from kd_jax.weights.files import is_there
 from kd_jax.weights.folder import fingerprint, load_architecture, resolve
 from kd_jax.weights.load import check_tensors
 
@@ -51,6 +52,11 @@ def open_model_files(
         adapter_folder = resolve(adapter, f"{field}.adapter")
         loaded = load_adapter(adapter_folder, arch)
         folders[f"{field}.adapter"] = adapter_folder
+    elif is_there(folder / "adapter_config.json"):
+        say(
+            f"warning: {flag or field}: {folder} has a PEFT adapter too, which is not used, while "
+            "transformers loads it. Set it as the adapter too, or merge it with peft"
+        )
     tokenizer = load_tokenizer(folder)
     return ModelFiles(
         folder=folder, arch=arch, tokenizer=tokenizer, adapter=loaded, folders=folders

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kd_jax.config import UserError
 from kd_jax.data.chat import end_of_turn, load_tokenizer
 from kd_jax.data.templates import TEMPLATE_FILE, Template
+from kd_jax.models.config_keys import show
 from kd_jax.weights.files import read_json
 
 JINJA, OTHERS = "chat_template.jinja", "additional_chat_templates"
@@ -25,12 +27,20 @@ def save_chat(source: Path, folder: Path, template: Template, date: str) -> None
     if len(ids) != 1:
         return
     options = _generation_options(source)
-    ends = options.get("eos_token_id")
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    known = end_tokens(options, source)
     if ids[0] not in known:
         options.pop("_from_model_config", None)  # transformers would take config.json's end
         options["eos_token_id"] = [*known, *ids] if known else ids[0]
         _write_json(folder / "generation_config.json", options)
+
+
+def end_tokens(options: dict[str, Any], place: Path) -> list[int]:
+    """Returns the end tokens of a generation_config.json or config.json, which `place` names."""
+    ends = options.get("eos_token_id")
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int for token in found):
+        raise UserError(f"{place}: eos_token_id: expected a token id or a list, got {show(ends)}")
+    return found
 
 
 def _write_template(folder: Path, template: Template) -> None:

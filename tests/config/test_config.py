@@ -16,6 +16,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from paths import ROOT
 
+from convert.from_hf import FromHfArgs
+from convert.to_hf import ToHfArgs
+from kd_jax.cache import CacheArgs
 from kd_jax.config import (
     Config,
     DataConfig,
@@ -44,6 +47,7 @@ from kd_jax.lm_eval import LmEvalArgs
 from kd_jax.losses import divergences, schedules
 from kd_jax.models import attention
 from kd_jax.plan import PlanArgs
+from kd_jax.report import ReportArgs
 from kd_jax.sweep import SweepArgs
 
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
@@ -424,6 +428,9 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
           "data": DataConfig(path="d", pack=1, max_conversations="3")},
          ["data.max-conversations", "data.pack", "lora", "optim.accumulation-steps",
           "optim.learning-rate", "optim.schedule", "remat", "seed", "workdir"]),
+        ({"workdir": "", "data": DataConfig(path="a,~nobody-here/b", chat_template=""),
+          "student": StudentConfig(path="~nobody-here/x"), "teacher": TeacherConfig(path="")},
+         ["data.chat-template", "data.path", "student.path", "teacher.path", "workdir"]),
     ],
 )  # fmt: skip
 def test_all_problems_are_reported_at_once(changes, names):
@@ -566,6 +573,21 @@ def test_a_result_replaces_only_an_earlier_result(content, free, tmp_path):
     with pytest.raises(UserError, match=r"--out: expected a new file, or an earlier result"):
         check_out_file(str(file), "--out", "results")
     assert file.read_text() == content
+
+
+def test_every_command_refuses_no_path_and_an_unknown_home():
+    for cls, names in (
+        (ToHfArgs, ("workdir", "out")),
+        (FromHfArgs, ("source", "out")),
+        (ReportArgs, ("runs", "out")),
+        (EvaluateArgs, ("model", "data", "teacher", "chat-template")),
+        (CacheArgs, ("config", "out")),
+    ):
+        for path in ("", "~nobody-here/x"):
+            with pytest.raises(UserError) as caught:
+                parse_args(cls, [word for name in names for word in (f"--{name}", path)])
+            found = str(caught.value).splitlines()
+            assert sorted(x.split(":")[0] for x in found) == sorted(f"--{x}" for x in names)
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "{}", "{}/absent/out.json"])

@@ -150,7 +150,7 @@ def test_columns_without_a_name_and_blank_lines_are_no_answers(tmp_path):
     for name in ("x.csv", "x.txt"):
         assert [record.text for record in records_of(tmp_path / name)] == ["One.", "Two."]
     (tmp_path / "x.csv").write_text("text,\nOne.,,more\n")
-    with pytest.raises(ValueError, match="expected as many cells as the header has, got more"):
+    with pytest.raises(ValueError, match="as many cells as the header has"):
         records_of(tmp_path / "x.csv")
 
 
@@ -307,6 +307,59 @@ def test_names_of_files_tell_a_folders_splits(tmp_path):
     (folder / "test.jsonl").rename(folder / "contest.jsonl")
     (folder / "train.jsonl").rename(folder / "part.jsonl")
     assert len(records_of(folder)) == 4
+
+
+def test_what_a_folder_has_beside_its_records_is_said_and_not_read(tokenizer, config, tmp_path):
+    beside = {"LICENSE.txt": "Free.", "dataset_infos.json": "{}", "config.json": "{}"}
+    part = write_folder(tmp_path / "plain") / "train.jsonl"
+    for name in ("a", "b"):  # the second has the rows of the first, from the store
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "x-00000-of-00003.jsonl").write_bytes(part.read_bytes())
+        if name == "b":
+            (folder / "link").symlink_to(tmp_path / "plain")
+            for file, text in beside.items():
+                (folder / file).write_text(text)
+        rows = rows_of(dataclasses.replace(config, path=str(folder)), tokenizer)
+        others = [f"{folder}: 4 other files are not read (LICENSE.txt, config.json, "
+                  "dataset_infos.json, ...)"]  # fmt: skip
+        missing = f"warning: {folder}: 1 of 3 files x-*-of-00003.jsonl are there"
+        assert list(rows.notes) == [missing, *(others if name == "b" else [])]
+        assert rows.counts["conversations"] == 3
+
+
+def broken_link(folder: Path) -> Path:
+    (write_folder(folder) / "train2.jsonl").symlink_to("nowhere")
+    return folder
+
+
+def snapshots(folder: Path) -> Path:
+    for name in "ab":
+        (folder / "snapshots" / name).mkdir(parents=True)
+    return folder
+
+
+INCOMPLETE = {
+    "link": (broken_link, "a link to nowhere, which is not there"),
+    "glob": (lambda folder: broken_link(folder) / "*.jsonl", "a link to nowhere, which"),
+    "two snapshots": (snapshots, "expected one snapshot of"),
+    "split": (
+        lambda folder: save_to_disk(folder, "test"),
+        "data.split: expected test, got 'train'",
+    ),
+    "long": (lambda folder: "x" * 300 + ".jsonl", "x.jsonl, which is not there"),
+    "weight": (lambda folder: "x.jsonl:0.5", "expected no weight of a single source"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_data_that_are_not_whole_are_refused(case, tmp_path):
+    make, said = INCOMPLETE[case]
+    with pytest.raises(UserError, match=r"^data") as caught:
+        path = str(make(tmp_path / "x"))
+        files.check_source(path, "train")
+        records_of(path)
+    assert said in str(caught.value)
 
 
 def test_hub_ids_have_a_subset_and_a_revision(monkeypatch, tmp_path):

@@ -10,7 +10,12 @@ import tiny
 
 from kd_jax.config import UserError
 from kd_jax.models.architecture import read_architecture
-from kd_jax.setup.model_files import ModelFiles, check_shared, shared_vocab
+from kd_jax.setup.model_files import (
+    ModelFiles,
+    check_shared,
+    open_model_files,
+    shared_vocab,
+)
 
 
 def model(tokenizer, vocab_size=320, extra=()):
@@ -39,6 +44,15 @@ def test_entries_that_both_tokenizers_have_are_compared(
     assert ("do not share these tokens" in capsys.readouterr().err) == (
         teacher is not None and student[1] != teacher[1]
     )
+
+
+def test_an_adapter_beside_the_model_is_said(tmp_path, capsys):
+    folder = str(tiny.write_plain_model(tmp_path / "x"))
+    open_model_files(folder, None, "student")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "x" / "adapter_config.json").write_text("{}")
+    open_model_files(folder, None, "student")
+    assert "x has a PEFT adapter too, which is not used" in capsys.readouterr().err
 
 
 def test_a_head_without_all_shared_entries_is_refused(tokenizer):

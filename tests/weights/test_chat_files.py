@@ -7,8 +7,9 @@ import pytest
 import tiny
 from samples import chat
 
-from kd_jax.config import DataConfig
+from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat as data_chat
+from kd_jax.inference.prompts import stop_tokens
 from kd_jax.weights.chat_files import save_chat
 
 DAY = "26 Jul 2024"
@@ -89,6 +90,17 @@ def test_an_end_of_several_tokens_or_none_is_no_end_token(base, tmp_path):
         shutil.copytree(base, out)
         save_chat(base, out, CHATML.replace("<|end|>", mark), DAY)
         assert not (out / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("wrong", ["4", {"a": 1}, [[4]], [4, None], True], ids=str)
+def test_end_tokens_that_are_no_ids_are_refused(wrong, base, tmp_path):
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    for use in (
+        lambda: save_chat(base, tmp_path, CHATML, DAY),
+        lambda: stop_tokens(base, data_chat.load_tokenizer(base)),
+    ):
+        with pytest.raises(UserError, match="eos_token_id: expected a token id or a list, got"):
+            use()
 
 
 def test_a_runs_template_is_the_saved_one_else_the_configured_file(tmp_path):
