@@ -55,7 +55,7 @@ def import_cache(
         raise UserError(f"--source: expected one process, got {jax.process_count()}")
     data = open_data(with_live_teacher(config), devices)
     fields = make_fields(Storage("topk", k=k), "auto", data)
-    records = {record.tokens.tobytes(): record for record in read_records(source)}
+    records = _read_by_tokens(source)
     check_alignment(records.values(), source)
     identity = {n: x for n, x in data.identity.items() if not n.startswith("teacher.")}
     identity |= {SOURCE: "records", "vocabulary": str(data.vocab_size)}
@@ -80,6 +80,23 @@ def import_cache(
             finish(writer)
     say(f"{len(keys):,} documents of {source} added: --teacher.cache {out} trains from them")
     return data
+
+
+def _read_by_tokens(source: str) -> dict[bytes, Record]:
+    """Returns the records by their tokens' bytes; says where one takes the place of another."""
+    records: dict[bytes, Record] = {}
+    again: list[str] = []
+    for record in read_records(source):
+        before = records.setdefault(record.tokens.tobytes(), record)
+        if before is not record:
+            again.append(f"{before.place} and {record.place}")
+            records[record.tokens.tobytes()] = record
+    if again:
+        say(
+            f"warning: --source: {len(again):,} records have the tokens of an earlier one, such as "
+            f"{again[0]}; the last one counts"
+        )
+    return records
 
 
 def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | None = None) -> None:

@@ -93,7 +93,9 @@ def pack(file, compression):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".jsonl.zst", ".parquet.gz"])
-def test_a_file_gives_the_values_of_the_teacher_that_wrote_it(run, read, records, tmp_path, suffix):
+def test_a_file_gives_the_values_of_the_teacher_that_wrote_it(
+    run, read, records, tmp_path, suffix, capsys
+):
     folder, found = records
     plain, _, compression = suffix[1:].partition(".")
     for number in range(2):
@@ -102,6 +104,9 @@ def test_a_file_gives_the_values_of_the_teacher_that_wrote_it(run, read, records
             pack(file, compression)
     source = str(tmp_path / "teacher*") if compression else str(tmp_path)
     import_cache(run.config, str(tmp_path / "cache"), source, K, jax.devices()[:1])
+    again = len(found) - len({tuple(tokens) for tokens, _ in found})
+    said = capsys.readouterr()
+    assert f"--source: {again} records have the tokens of an earlier one" in said.out + said.err
     want, got = read(folder), read(tmp_path / "cache")
     for name in topk_fields(K):
         close = {"rtol": 0.02, "atol": 0.02} if name == "rest" else {"rtol": 0}  # of float16
