@@ -5,7 +5,7 @@ Student:   the teacher without every second layer (81,413,568 parameters), which
 Command:   python -m benchmarks.quality HuggingFaceTB/SmolLM2-135M-Instruct runs/smollm2_80m
            gsm8k_alpaca.json runs/smollm2_quality, which trains this and its controls; or, with the
            student there, python -m kd_jax.train --config configs/smollm2_135m_to_80m.py
-Hardware:  any GPU of 8 GB or more (kd_jax.plan: 3.2 GiB), or a CPU.
+Hardware:  any GPU of 8 GB or more (kd_jax.plan: 3.1 GiB), or a CPU.
 Expected:  this length is unmeasured; docs/results.md has 30 steps on a CPU.
 """
 
