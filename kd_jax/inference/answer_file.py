@@ -23,7 +23,7 @@ from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, without_stop
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.processes import on_first, say, together
 from kd_jax.parallel.progress import Progress
 from kd_jax.weights.files import hold, naming, read_json, read_lines, write_whole
 
@@ -95,16 +95,14 @@ class AnswerFile:
           UserError: another command writes it.
         """
         with ExitStack() as stack:
-            together("answers/lock", lambda: self._lock(stack))
+            on_first("answers/lock", lambda: self._lock(stack))
             yield
 
-    def _lock(self, stack: ExitStack) -> tuple[None, dict[str, Any]]:
-        if is_first():
-            taken = "is being written by {holder}. Wait for it or stop it"
-            hold(self.path, stack, "--out", taken, self.path.with_name(f"{self.path.name}.lock"))
-            if not self.record.exists():
-                write_whole(self.record, json.dumps(self.identity, indent=1) + "\n")
-        return None, {}
+    def _lock(self, stack: ExitStack) -> None:
+        taken = "is being written by {holder}. Wait for it or stop it"
+        hold(self.path, stack, "--out", taken, self.path.with_name(f"{self.path.name}.lock"))
+        if not self.record.exists():
+            write_whole(self.record, json.dumps(self.identity, indent=1) + "\n")
 
     def parts(self) -> list[Path]:
         own = re.compile(rf"{re.escape(self.path.name)}\.part\d+")
@@ -210,8 +208,8 @@ def write_answers(
     if progress.tokens:
         rate = progress.tokens / progress.seconds
         say(f"{progress.tokens:,} tokens in {progress.seconds:,.1f} s: {rate:,.0f} tokens/s")
-    together("answers/parts", lambda: (None, {}))  # all of them are written
-    return together("answers/whole", lambda: (file.finish(wanted) if is_first() else None, {}))
+    together("answers/parts", lambda: None)  # all of them are written
+    return on_first("answers/whole", lambda: file.finish(wanted))
 
 
 def _draw(

@@ -59,11 +59,11 @@ class Data:
 def open_data(config: Config, devices: Sequence[jax.Device] | None = None) -> Data:
     """Returns the inputs of a configuration with a live teacher; raises if they do not fit."""
     assert config.teacher is not None
-    student, teacher, mesh = together("config", lambda: (open_inputs(config, devices), {}))
+    student, teacher, mesh = together("config", lambda: open_inputs(config, devices))
     assert teacher is not None
     hashing = start_hashing(teacher)
     rows = open_rows(config, student, teacher)
-    hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
+    hashes = together("teacher", hashing.result, dict)
     identity = make_identity(config.teacher.dtype, hashes, teacher.tokenizer, rows.template)
     return Data(
         student=student,
@@ -113,7 +113,7 @@ def open_finished(config: Config, path: str, data: Data) -> CachedTeacher:
 def _read_finished(
     config: Config, path: str, identity: dict[str, str], rows: tuple[Rows, Rows | None]
 ) -> CachedTeacher:
-    def read() -> tuple[CachedTeacher, dict[str, str]]:
+    def read() -> CachedTeacher:
         cache = read_cache(path)
         if cache is None:
             raise UserError(
@@ -124,10 +124,9 @@ def _read_finished(
         check_loss(cache, config)
         found = find_all(cache, *rows)
         check_complete(cache, found)
-        cached = read_cached(cache, found)
-        return cached, {"teacher.cache": cached.key}
+        return read_cached(cache, found)
 
-    return together("cache/read", read)
+    return together("cache/read", read, lambda cached: {"teacher.cache": cached.key})
 
 
 def open_cache(new: Cache, flag: str, rows: tuple[Rows, Rows | None]) -> tuple[Cache, list[Found]]:
@@ -138,7 +137,7 @@ def open_cache(new: Cache, flag: str, rows: tuple[Rows, Rows | None]) -> tuple[C
         --out it must also have the same arrays.
     """
 
-    def read() -> tuple[tuple[Cache, list[Found]], dict[str, int]]:
+    def read() -> tuple[Cache, list[Found]]:
         cache = read_cache(new.path, flag) or new
         if (SOURCE in cache.identity) != (SOURCE in new.identity):
             wanted = "was made of a file" if SOURCE in cache.identity else "a teacher made"
@@ -150,9 +149,9 @@ def open_cache(new: Cache, flag: str, rows: tuple[Rows, Rows | None]) -> tuple[C
         if flag == "--out":
             _check_fields(cache, new)
         check_identity(cache, new.identity, flag)
-        return (cache, find_all(cache, *rows)), {"parts": len(cache.parts)}
+        return cache, find_all(cache, *rows)
 
-    return together("cache/open", read)
+    return together("cache/open", read, lambda opened: {"parts": len(opened[0].parts)})
 
 
 def make_cache(

@@ -16,7 +16,7 @@ from kd_jax.data.store import Batch
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import Arrays, put_batch
-from kd_jax.parallel.processes import gather, is_first, say, together
+from kd_jax.parallel.processes import gather, on_first, say, together
 from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found
 from kd_jax.setup.model_files import ModelFiles
@@ -186,16 +186,15 @@ def complete(
 def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> PartWriter:
     """Returns the writer of a new part, after what of it is whole on disk."""
 
-    def open_part() -> tuple[PartWriter, dict[str, int]]:
+    def open_part() -> PartWriter:
         with storing(cache.path):
-            writer = PartWriter(cache, keys, counts)
-        return writer, {"tokens": writer.num_tokens}
+            return PartWriter(cache, keys, counts)
 
     def count_whole() -> int:
         with storing(cache.path):
             return writer.count_whole()
 
-    writer = together("cache/part", open_part, first_alone=True)
+    writer = together("cache/part", open_part, lambda x: {"tokens": x.num_tokens}, first_alone=True)
     writer.go_on(min(gather("cache/whole", count_whole)))
     return writer
 
@@ -203,19 +202,16 @@ def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> PartWriter:
 def finish(writer: PartWriter, cost: Cost | None = None) -> None:
     """Waits until the part is on disk, and commits it; `cost` is the teacher's."""
     together("cache/written", lambda: _end(writer))
-    together("cache/committed", lambda: _commit(writer, cost))
+    on_first("cache/committed", lambda: _commit(writer, cost))
 
 
-def _end(writer: PartWriter) -> tuple[None, dict]:
+def _end(writer: PartWriter) -> None:
     with storing(writer.cache.path):
         writer.flush()
-    return None, {}
 
 
-def _commit(writer: PartWriter, cost: Cost | None) -> tuple[None, dict]:
-    if is_first():
-        with storing(writer.cache.path):
-            commit(writer.cache, writer.describe())
-            if cost is not None:
-                add_cost(writer.cache.store, cost)
-    return None, {}
+def _commit(writer: PartWriter, cost: Cost | None) -> None:
+    with storing(writer.cache.path):
+        commit(writer.cache, writer.describe())
+        if cost is not None:
+            add_cost(writer.cache.store, cost)

@@ -167,14 +167,16 @@ def say(text: str) -> None:
 
 def together(
     name: str,
-    run: Callable[[], tuple[T, dict[str, Any]]],
+    run: Callable[[], T],
+    facts: Callable[[T], dict[str, Any]] = lambda _: {},
+    *,
     first_alone: bool = False,
 ) -> T:
     """Returns the result of `run` on every process, after it succeeded on all with equal facts.
 
     Args:
       name: key of this call, unique in the run.
-      run: returns its result, and facts as JSON that must be equal on all processes.
+      facts: maps the result to what must be equal on all processes, as JSON.
       first_alone: process 0 runs before the others, which may read the files it wrote.
 
     Raises:
@@ -183,13 +185,14 @@ def together(
     import jax
 
     if jax.process_count() == 1:
-        return run()[0]
+        return run()
     me, count = jax.process_index(), jax.process_count()
     result: T | None = None
     outcome: dict[str, Any] = {"error": "", "facts": {}}
     try:
         if me == 0 or not first_alone or not _receive(f"{name}/0")["error"]:
-            result, outcome["facts"] = run()
+            result = run()
+            outcome["facts"] = facts(result)
     except UserError as error:
         outcome["error"] = str(error)
     _send(f"{name}/{me}", outcome)
@@ -207,6 +210,11 @@ def together(
     return result  # type: ignore[return-value]
 
 
+def on_first(name: str, run: Callable[[], T]) -> T | None:
+    """Returns the result of `run` on process 0, None on the others; raises its errors on all."""
+    return together(name, lambda: run() if is_first() else None)
+
+
 def gather(name: str, run: Callable[[], T]) -> list[T]:
     """Returns the results of `run`, which are JSON, on all processes in their order.
 
@@ -218,7 +226,7 @@ def gather(name: str, run: Callable[[], T]) -> list[T]:
     """
     import jax
 
-    value = together(name, lambda: (run(), {}))
+    value = together(name, run)
     me, count = jax.process_index(), jax.process_count()
     if count == 1:
         return [value]

@@ -217,12 +217,12 @@ def open_rows(config: Config, student: ModelFiles, teacher: ModelFiles | None) -
     shared = shared_vocab(student, teacher)
     tokenizers = [model.tokenizer for model in (student, teacher) if model]
 
-    def read() -> tuple[tuple[Rows, Rows | None], dict[str, str | None]]:
-        train, held_out = load_rows(config, *tokenizers)
-        held_out_key = None if held_out is None else held_out.key
-        return (train, held_out), {"data.path": train.key, "eval.path": held_out_key}
-
-    train, held_out = together("rows", read, first_alone=True)
+    train, held_out = together(
+        "rows",
+        lambda: load_rows(config, *tokenizers),
+        lambda rows: {"data.path": rows[0].key, "eval.path": rows[1] and rows[1].key},
+        first_alone=True,
+    )
     check_shared(shared, student, teacher, train, "data.path")
     check_shared(shared, student, teacher, held_out, "eval.path")
     return PairRows(

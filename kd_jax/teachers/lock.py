@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kd_jax.config import UserError
-from kd_jax.parallel.processes import is_first, together
+from kd_jax.parallel.processes import on_first
 from kd_jax.teachers.storage import is_remote, local_folder
 from kd_jax.weights.files import hold, removed_if_empty
 
@@ -27,13 +27,11 @@ def lock_cache(path: str, flag: str) -> Iterator[None]:
         return
     folder = local_folder(path)
     with removed_if_empty(folder), ExitStack() as stack:
-        together("cache/lock", lambda: _lock(folder, stack, flag))
+        on_first("cache/lock", lambda: _lock(folder, stack, flag))
         yield
 
 
-def _lock(folder: Path, stack: ExitStack, flag: str) -> tuple[None, dict[str, str]]:
-    if not is_first():
-        return None, {}
+def _lock(folder: Path, stack: ExitStack, flag: str) -> None:
     try:
         others = [x.name for x in folder.iterdir() if not _OWN.fullmatch(x.name)]
     except FileNotFoundError:
@@ -46,4 +44,3 @@ def _lock(folder: Path, stack: ExitStack, flag: str) -> tuple[None, dict[str, st
             f"with {others[0]}. Give another folder"
         )
     hold(folder, stack, flag, "is being written by {holder}. Wait for it or stop it")
-    return None, {}

@@ -22,7 +22,7 @@ from kd_jax.inference.exam import Exam, grade, make_exam
 from kd_jax.onpolicy.sampler import Sampler, make_sampler
 from kd_jax.onpolicy.source import OnPolicySource
 from kd_jax.parallel.placement import Arrays
-from kd_jax.parallel.processes import is_first, say, together
+from kd_jax.parallel.processes import is_first, on_first, say, together
 from kd_jax.parallel.signals import exit_status, stop_signal
 from kd_jax.setup.cached import CachedTeacher
 from kd_jax.setup.inputs import (
@@ -122,7 +122,9 @@ def train(config: Config) -> None:
 def _open_run(config: Config) -> _Run:
     """Returns the checked inputs; raises if processes have different ones."""
     workdir = Path(config.workdir).expanduser()
-    config, student, teacher, mesh = together("config", lambda: _inputs(config, workdir))
+    config, student, teacher, mesh = together(
+        "config", lambda: _inputs(config, workdir), lambda inputs: _shared_values(inputs[0])
+    )
     hashing = start_hashing(student, teacher)
     if config.trainable == "lora" and student.adapter is not None:
         check_adapter(student, config.lora)
@@ -131,10 +133,10 @@ def _open_run(config: Config) -> _Run:
     check_schedules(config, num_steps)
     if line := describe_no_evaluation(config):
         say(line)
-    together("workdir", lambda: _prepare_workdir(config, workdir))
+    on_first("workdir", lambda: _prepare_workdir(config, workdir))
     cached = None
     if teacher is not None and config.reads_cache:
-        hashes = together("teacher", lambda: (hashing.result(), hashing.result()))
+        hashes = together("teacher", hashing.result, dict)
         cached = open_cached(config, teacher, mesh, hashes, rows.template, rows.both)
         cached.check_vocab(rows.vocab_size)
     sampler = None
@@ -156,12 +158,10 @@ def _open_run(config: Config) -> _Run:
     )
 
 
-def _prepare_workdir(config: Config, workdir: Path) -> tuple[None, dict[str, str]]:
-    """Refuses a workdir of another run, then renames its damaged checkpoints; on process 0."""
-    if is_first():
-        resume.check_same_config(config, workdir)
-        integrity.set_aside_damaged(workdir)
-    return None, {}
+def _prepare_workdir(config: Config, workdir: Path) -> None:
+    """Refuses a workdir of another run, then renames its damaged checkpoints."""
+    resume.check_same_config(config, workdir)
+    integrity.set_aside_damaged(workdir)
 
 
 def _load(run: _Run, checkpointer: Any) -> tuple[Program, TrainState, Arrays, Arrays, Batch]:
@@ -177,7 +177,7 @@ def _load(run: _Run, checkpointer: Any) -> tuple[Program, TrainState, Arrays, Ar
         config, run.student, run.teacher, run.mesh, with_trainable=not resumes, outputs=outputs
     )
     step = checkpointer.latest.step if resumes else 0
-    together("inputs", lambda: _write_record(run, step))
+    together("inputs", lambda: _write_record(run, step), dict)
     program = make_program(config, models, run.rows.vocab_size, run.mesh, run.num_steps)
     arrays: Batch = {}
     if resumes:
@@ -233,26 +233,26 @@ def _evaluate(
     return values["loss"]
 
 
-def _inputs(
-    config: Config, workdir: Path
-) -> tuple[tuple[Config, ModelFiles, ModelFiles | None, Mesh], dict[str, Any]]:
-    """Returns the config with every choice made, the models and the mesh.
-
-    Also returns the values that must be equal in all processes.
-    """
+def _inputs(config: Config, workdir: Path) -> tuple[Config, ModelFiles, ModelFiles | None, Mesh]:
+    """Returns the config with every choice made, the models and the mesh."""
     config = resume.reuse_choices(config, workdir)
     student, teacher, mesh = open_inputs(config)
     config = choose(config, student.arch, teacher.arch if teacher else None, mesh)
+    return config, student, teacher, mesh
+
+
+def _shared_values(config: Config) -> dict[str, Any]:
+    """Returns the fields and versions that must be equal in all processes."""
     here = ("distributed", "log", "compilation_cache", "workdir")
     fields = {
         name: value
         for name, value in flatten(dump(config)).items()
         if name.split(".")[0] not in here and not name.endswith(_PATHS)
     }
-    return (config, student, teacher, mesh), {**fields, **versions()}
+    return {**fields, **versions()}
 
 
-def _write_record(run: _Run, step: int) -> tuple[None, dict[str, str]]:
+def _write_record(run: _Run, step: int) -> dict[str, str]:
     """Writes the run's record on process 0; returns the input hashes, equal in all processes."""
     inputs = {"data.path": run.rows.train.key} | run.hashing.result()
     if run.cached is not None:
@@ -262,7 +262,7 @@ def _write_record(run: _Run, step: int) -> tuple[None, dict[str, str]]:
         if run.rows.template is not None:
             text = json.dumps({"chat_template": run.rows.template}, ensure_ascii=False)
             write_whole(run.workdir / TEMPLATE_FILE, text + "\n")
-    return None, inputs
+    return inputs
 
 
 def check_schedules(config: Config, num_steps: int) -> None:

@@ -28,15 +28,13 @@ def lock_workdir(workdir: Path, own: Sequence[Path] = ()) -> Iterator[None]:
         yield
 
 
-def _lock(workdir: Path, stack: ExitStack, own: Sequence[Path]) -> tuple[None, dict[str, str]]:
-    if not is_first():
-        if not (workdir / "lock").is_file():
-            raise UserError(
-                f"--workdir: expected a folder that all processes share, got {workdir}, in which "
-                f"process {jax.process_index()} does not find the file of process 0"
-            )
-        return None, {}
-    check_no_foreign_files(workdir, own)
-    taken = "is in use by {holder}. Wait for it or stop it, or give another --workdir"
-    hold(workdir, stack, "--workdir", taken)
-    return None, {}
+def _lock(workdir: Path, stack: ExitStack, own: Sequence[Path]) -> None:
+    if is_first():
+        check_no_foreign_files(workdir, own)
+        taken = "is in use by {holder}. Wait for it or stop it, or give another --workdir"
+        hold(workdir, stack, "--workdir", taken)
+    elif not (workdir / "lock").is_file():
+        raise UserError(
+            f"--workdir: expected a folder that all processes share, got {workdir}, in which "
+            f"process {jax.process_index()} does not find the file of process 0"
+        )
