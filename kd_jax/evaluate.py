@@ -1,24 +1,20 @@
 """python -m kd_jax.evaluate: a student's cross-entropy and distance to its teacher, per token."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 
 from kd_jax.config.command import check_out_file, parse_args, run_command
-from kd_jax.config.flags import renamed
 from kd_jax.inference import scores
 from kd_jax.inference.arguments import EvaluateArgs
 from kd_jax.weights.files import write_whole
 
-NAMES_IN_TRAINING = {
-    f"teacher.{name}": f"teacher-{name}"
-    for name in ("cache", "cache-missing", "system", "messages")
-}
-"""The flags that kd_jax.train has under another name."""
-
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(EvaluateArgs, renamed(argv, NAMES_IN_TRAINING), __doc__)
+    # kd_jax.train has these flags as --teacher.cache and the like.
+    words = [re.sub(r"^--teacher\.(?=cache|system|messages)", "--teacher-", x) for x in argv]
+    args = parse_args(EvaluateArgs, words, __doc__)
     places = {"--out": args.out, "--save": f"{args.model}/evaluation.json" if args.save else None}
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
     from kd_jax.inference.comparison import evaluate  # imports jax, which --help avoids

@@ -85,10 +85,7 @@ def sweep(argv: Sequence[str]) -> None:
             continue
         if args.dry_run:
             continue
-        status, stopped = _run(command)
-        if stopped:
-            print(_RESUMES, file=sys.stderr)
-            raise KeyboardInterrupt
+        status = _run(command)
         if status == 0 and not completion(plan.folder):
             status = 1  # a run that itself got a SIGTERM saves and exits with 0
         if status:
@@ -285,11 +282,7 @@ def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequ
         if args.dry_run:
             continue
         start = time.monotonic()
-        status, stopped = _run(command)
-        if stopped:
-            print(_RESUMES, file=sys.stderr)
-            raise KeyboardInterrupt
-        if status:
+        if status := _run(command):
             raise SystemExit(max(status, 1))
         print(f"[cache] {time.monotonic() - start:,.0f} s, once for all runs", flush=True)
 
@@ -306,10 +299,13 @@ def _tell_costs(plans: Sequence[Plan]) -> None:
         print(f"[cache] no costs: {error}")
 
 
-def _run(command: Sequence[str]) -> tuple[int, bool]:
-    """Returns a run's exit status, and True if a signal arrived, which the run got as well.
+def _run(command: Sequence[str]) -> int:
+    """Returns a run's exit status.
 
     The run has a process group of its own: Ctrl-C reaches it once, and it saves.
+
+    Raises:
+      KeyboardInterrupt: a signal arrived, which the run got as well.
     """
     child = subprocess.Popen([sys.executable, *command], process_group=0)
     received: list[int] = []
@@ -319,7 +315,11 @@ def _run(command: Sequence[str]) -> tuple[int, bool]:
         child.send_signal(number)
 
     with handled(stop_numbers(), forward):
-        return child.wait(), bool(received)
+        status = child.wait()
+    if received:
+        print(_RESUMES, file=sys.stderr)
+        raise KeyboardInterrupt
+    return status
 
 
 def _conclude(plans: Sequence[Plan], failed: dict[Path, int]) -> None:

@@ -215,7 +215,7 @@ def test_a_failure_stops_the_sweep_unless_told_otherwise(
     file, tmp_path, capfd, monkeypatch, keep_going
 ):
     if keep_going:  # in this process; the other case starts one
-        monkeypatch.setattr(sweep, "_run", lambda x: (run_command(train.main, x[2:]), False))
+        monkeypatch.setattr(sweep, "_run", lambda x: run_command(train.main, x[2:]))
     argv = ("--set", "student.path", tmp_path / "missing", tmp_path / "absent")
     argv += ("--loss.kd-ratio", 0, "--workdir", tmp_path / "out")
     argv += ("--keep-going",) if keep_going else ()

@@ -1,7 +1,7 @@
 """Flags as words: names, groups, switches, and the unknown ones."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_origin
 
 from kd_jax.config.errors import UserError, did_you_mean, raise_all
@@ -93,17 +93,6 @@ def flag_groups(argv: Sequence[str]) -> Iterator[list[str]]:
         group.append(word)
     if group:
         yield group
-
-
-def renamed(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Returns the arguments with some flags under other names."""
-    return [_rename(word, names) if word.startswith("--") else word for word in argv]
-
-
-def _rename(word: str, names: Mapping[str, str]) -> str:
-    _, equals, value = word.partition("=")
-    name = flag_name(word)
-    return f"--{names[name]}{equals}{value}" if name in names else word
 
 
 def flag_name(word: str) -> str:

@@ -1,6 +1,6 @@
 """Arguments of the commands that compare and ask models. Needs no jax."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ from kd_jax.config.command import ModelArgs
 from kd_jax.workdir.history import is_run
 
 DRAFT_TOKENS = 4
+_FOR_DATA = ("out", "samples", "split", "max_conversations", "batch_rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +133,11 @@ class GenerateArgs(ModelArgs):
         if self.data is None:
             if not self.prompt or not all(self.prompt):
                 checks.refuse("--prompt", "text", self.prompt)
-            if self.out is not None:
-                checks.refuse("--out", "--data as well", self.out)
-            if self.samples > 1:
-                checks.refuse("--samples", "--data as well", self.samples)
-            for name in ("split", "max_conversations", "batch_rows"):
-                if (value := getattr(self, name)) is not None:
-                    checks.refuse(f"--{name.replace('_', '-')}", "--data as well", value)
+            for entry in fields(self):
+                value = getattr(self, entry.name)
+                if entry.name in _FOR_DATA and value != entry.default:
+                    flag = f"--{entry.name.replace('_', '-')}"
+                    checks.refuse(flag, "--data as well", value)
             if self.raw and (self.system is not None or self.chat_template is not None):
                 checks.refuse("--raw", "no --system and no --chat-template", True)
         else:
