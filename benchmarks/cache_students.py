@@ -94,7 +94,8 @@ def train_all(args: Args, config: Config, data: Data) -> None:
         raise UserError(f"--out: {args.out} has results of another configuration. Give another")
     record.write_text(recipe)
     done = {(x["form"], x["seed"]) for x in read_results(args)}
-    cached = {name: open_finished(config, folder(args, name), data) for name in args.forms}
+    own = (data.identity, data.rows)
+    cached = {name: open_finished(config, folder(args, name), *own) for name in args.forms}
     models = load_models(config, data.student, data.teacher, data.mesh, outputs="hidden")
     for seed in range(args.seeds):
         for name in (name for name in args.forms if (name, seed) not in done):

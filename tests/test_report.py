@@ -315,7 +315,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
         for rate in ("0.0001", "0.003")
     ]
     assert [arm.label for arm in arms][:2] == ["0.25 · 0.0001", "0.25 · 0.003"]
-    assert all([run.seed for run in arm.runs] == [0, 1] for arm in arms)
+    assert all([run.config.seed for run in arm.runs] == [0, 1] for arm in arms)
 
 
 def test_where_logging_or_folders_differ_arms_do_not(tmp_path):

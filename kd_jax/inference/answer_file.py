@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -145,12 +145,9 @@ class AnswerFile:
         }  # fmt: skip
 
 
-class Fit(NamedTuple):
-    questions: list[Question]
-    notes: list[str]
-
-
-def fit_context(questions: Sequence[Question], options: Options) -> Fit:
+def fit_context(
+    questions: Sequence[Question], options: Options
+) -> tuple[list[Question], list[str]]:
     """Returns the questions that leave room for an answer, and lines about the others.
 
     Raises:
@@ -174,7 +171,7 @@ def fit_context(questions: Sequence[Question], options: Options) -> Fit:
     cut = sum(len(q.tokens) + options.max_new_tokens > options.context for q in fitting)
     if cut:
         notes.append(f"warning: {cut:,} prompts leave room for less than --max-new-tokens")
-    return Fit(fitting, notes)
+    return fitting, notes
 
 
 def write_answers(

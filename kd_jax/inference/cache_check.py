@@ -30,7 +30,7 @@ def check_cache(config: Config, path: str, data: Data) -> dict[str, float]:
       top1_agreement of the two.
     """
     config = with_live_teacher(config)
-    cached = open_finished(config, path, data)
+    cached = open_finished(config, path, data.identity, data.rows)
     rows, read_teacher = _some(data.rows, cached)
     models = load_models(config, data.student, data.teacher, data.mesh)
     student_arrays = models.frozen | models.trainable["student"]

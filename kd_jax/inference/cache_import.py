@@ -22,7 +22,7 @@ from kd_jax.inference.cached import (
 )
 from kd_jax.inference.teacher_pass import finish
 from kd_jax.parallel.processes import say
-from kd_jax.setup.cached import Found
+from kd_jax.setup.cached import Found, missing_documents
 from kd_jax.teachers.lock import lock_cache
 from kd_jax.teachers.manifest import SOURCE, new_cache
 from kd_jax.teachers.records import (
@@ -63,9 +63,8 @@ def import_cache(
         new = new_cache(out, "topk", fields, identity)
         cache, found = open_cache(new, "--out", data.rows)
         values = [x for one in found for x in _values(one, records, source, k, data.vocab_size)]
-        keys = [one.documents.keys[i] for one in found for i in np.flatnonzero(one.places < 0)]
+        keys, counts = missing_documents(found)
         if keys:
-            counts = np.concatenate([x.documents.counts[x.places < 0] for x in found])
             with storing(out):
                 hashes = "".join(hash_files(source_files(source)))
                 origin = xxhash.xxh3_128_hexdigest(hashes.encode())

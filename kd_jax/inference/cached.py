@@ -102,17 +102,14 @@ def open_cached(
             new = new_cache(path, "hidden", fields, identity)
             cache, found = open_cache(new, "teacher.cache", rows)
             complete(config, cache, teacher, mesh, found)
-    return _read_finished(config, path, identity, rows)
+    return open_finished(config, path, identity, rows)
 
 
-def open_finished(config: Config, path: str, data: Data) -> CachedTeacher:
-    """Returns the values of a configuration's rows from a cache that is there."""
-    return _read_finished(config, path, data.identity, data.rows)
-
-
-def _read_finished(
+def open_finished(
     config: Config, path: str, identity: dict[str, str], rows: tuple[Rows, Rows | None]
 ) -> CachedTeacher:
+    """Returns the values of a configuration's rows from a cache that is there."""
+
     def read() -> CachedTeacher:
         cache = read_cache(path)
         if cache is None:
@@ -247,11 +244,10 @@ def _describe(cache: Cache, found: Sequence[Found]) -> str:
     """Returns lines about documents, tokens and bytes that the cache lacks."""
     lines = []
     for one in found:
-        missing = one.places < 0
-        tokens = int(one.documents.counts[missing].sum())
+        tokens = int(one.documents.counts[one.missing].sum())
         lines.append(
-            f"{one.name}: {len(missing):,} documents, {one.num_missing:,} to compute: {tokens:,} "
-            f"tokens with a loss, {tokens * token_bytes(cache.fields) / 1e9:.4g} GB"
+            f"{one.name}: {len(one.places):,} documents, {one.num_missing:,} to compute: "
+            f"{tokens:,} tokens with a loss, {tokens * token_bytes(cache.fields) / 1e9:.4g} GB"
         )
     return "\n".join([*lines, f"{token_bytes(cache.fields):,} bytes a token in {cache.path}"])
 

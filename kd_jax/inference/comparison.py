@@ -22,7 +22,7 @@ from kd_jax.inference.arguments import EvaluateArgs
 from kd_jax.inference.cached import open_cached
 from kd_jax.inference.evaluation import evaluate_rows, rows_at_once
 from kd_jax.inference.exam import Accuracy, Exam, read_exam, take_exam
-from kd_jax.inference.load import OpenModel, describe_dtype, load_head, load_model, open_model
+from kd_jax.inference.load import OpenModel, describe_dtype, load_model, open_model
 from kd_jax.inference.scores import Sums
 from kd_jax.models.architecture import describe_context
 from kd_jax.parallel.mesh import make_mesh, platform
@@ -82,8 +82,8 @@ def measure(args: EvaluateArgs) -> Measured:
     setup = open_setup(args)
     teacher = accuracy = theirs = None
     if setup.teacher is not None:
-        load = load_model if setup.cached is None else load_head
-        teacher = load(setup.teacher, setup.mesh)
+        head_only = setup.cached is not None
+        teacher = load_model(setup.teacher, setup.mesh, head_only=head_only)
     if setup.against is not None:
         against = load_model(setup.against, setup.mesh)
         theirs, _ = _sums(args, setup, against, teacher, setup.vocab_sizes[1])

@@ -77,14 +77,18 @@ def open_model(
     return OpenModel(config=config, files=files, workdir=workdir, step=step)
 
 
-def load_model(model: OpenModel, mesh: Mesh) -> Models:
+def load_model(model: OpenModel, mesh: Mesh, *, head_only: bool = False) -> Models:
     """Returns the model with all its arrays on the mesh as `frozen`, and no teacher.
 
     The trained arrays of a run come from its checkpoint, the others from its base model.
+
+    Args:
+      head_only: load the lm_head alone; not for a workdir.
     """
     config, files = model.config, model.files
     if model.workdir is None:
-        spec, arrays = load_frozen(config, config.student, files, mesh)
+        table = head_weights(files.arch) if head_only else None
+        spec, arrays = load_frozen(config, config.student, files, mesh, table)
     else:
         models = load_models(config, files, None, mesh, with_trainable=False)
         spec, trained = models.student, open_trained(model.workdir, model.step)
@@ -97,14 +101,6 @@ def load_unstacked(model: OpenModel, mesh: Mesh) -> tuple[DecoderSpec, Arrays]:
     models = load_model(model, mesh)
     unstack_layers(models.student, models.frozen)
     return models.student, models.frozen
-
-
-def load_head(model: OpenModel, mesh: Mesh) -> Models:
-    """Returns a model of a folder or the hub with its lm_head alone as `frozen`."""
-    config, files = model.config, model.files
-    table = head_weights(files.arch)
-    spec, arrays = load_frozen(config, config.student, files, mesh, table)
-    return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
 
 
 def describe_dtype(wanted: Dtype, mesh: Mesh) -> str | None:

@@ -158,7 +158,7 @@ def accept(p, q, proposals, keys, counts):
     of_target = jnp.take_along_axis(p[:, :k], each, axis=-1)[..., 0]
     of_draft = jnp.take_along_axis(q, each, axis=-1)[..., 0]
     places = counts[:, None] + jnp.arange(k + 1)[None]
-    uniforms = _uniforms_at(keys, places, ACCEPTED)[:, :k]
+    uniforms = jax.vmap(lambda at: _uniforms(keys, at, ACCEPTED), 1, 1)(places)[:, :k]
     accepted = uniforms * of_draft < of_target
     number = jnp.sum(jnp.cumprod(accepted, axis=1), axis=1)  # before the first refused
     at = number[:, None, None]
@@ -247,8 +247,3 @@ def _uniforms(keys, counts, purpose: int):
         return jax.random.uniform(jax.random.fold_in(key, purpose))
 
     return jax.vmap(uniform)(keys, counts)
-
-
-def _uniforms_at(keys, counts, purpose: int):
-    """Returns the same for counts [B, n], [B, n]."""
-    return jax.vmap(lambda c: _uniforms(keys, c, purpose), 1, 1)(counts)

@@ -1,7 +1,6 @@
 """The teacher's forward pass over rows, into a cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from kd_jax.parallel.mesh import compiler_options, replicated
 from kd_jax.parallel.placement import Arrays, put_batch
 from kd_jax.parallel.processes import gather, on_first, say, together
 from kd_jax.parallel.progress import Progress
-from kd_jax.setup.cached import Found
+from kd_jax.setup.cached import Found, missing_documents
 from kd_jax.setup.model_files import ModelFiles
 from kd_jax.setup.models import load_frozen
 from kd_jax.teachers.cost import Cost, add_cost, cost_of
@@ -32,32 +31,25 @@ from kd_jax.teachers.writing import PartWriter
 _FINITE = "finite"
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Work:
     """Rows of one data set with documents to compute."""
 
-    found: Found
-    missing: np.ndarray
-    """[N] bool: documents to compute."""
-    numbers: np.ndarray
-    """[R] of rows with such documents, in order."""
-    tokens: np.ndarray
-    """[R] int64: target tokens of such documents in each of these rows."""
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        counts = np.where(found.missing, found.documents.counts, 0)
+        before = np.concatenate([[0], np.cumsum(counts)])
+        tokens = np.diff(before[found.documents.first])
+        self.numbers = np.flatnonzero(tokens)
+        """[R] of rows with such documents, in order."""
+        self.tokens = tokens[self.numbers]
+        """[R] int64: target tokens of such documents in each of these rows."""
 
     def select(self, batch: Batch, row_ids: np.ndarray) -> np.ndarray:
         """Returns [B, S] bool: tokens of a batch whose values are wanted."""
         segments, first = batch["segment_ids"], self.found.documents.first
         document = np.where(segments > 0, first[row_ids][:, None] + segments - 1, 0)
         wanted = predicts_target(segments, batch["loss_mask"]) & (segments > 0)
-        return wanted & self.missing[document]
-
-
-def _make_work(found: Found) -> _Work:
-    missing, counts = found.places < 0, found.documents.counts
-    before = np.concatenate([[0], np.cumsum(np.where(missing, counts, 0))])
-    tokens = np.diff(before[found.documents.first])
-    numbers = np.flatnonzero(tokens)
-    return _Work(found=found, missing=missing, numbers=numbers, tokens=tokens[numbers])
+        return wanted & self.found.missing[document]
 
 
 class TeacherPass:
@@ -68,8 +60,9 @@ class TeacherPass:
     ) -> None:
         """Loads the teacher; `found` are the documents of all data sets."""
         assert config.teacher is not None
-        self.cache, self.mesh = cache, mesh
-        self.work = [_make_work(one) for one in found]
+        self.mesh = mesh
+        self.work = [_Work(one) for one in found]
+        self.keys, self.counts = missing_documents(found)
         self.batch_rows = config.data.batch_size // config.optim.accumulation_steps
         self.spec, self.arrays = load_frozen(config, config.teacher, teacher, mesh)
         self.stored = _what_is_stored(cache)
@@ -80,18 +73,6 @@ class TeacherPass:
             out_shardings=replicated(mesh) if several else None,
             compiler_options=compiler_options(mesh),
         )
-
-    @property
-    def keys(self) -> list[bytes]:
-        """Keys of the documents to compute, in order."""
-        return [
-            one.found.documents.keys[i] for one in self.work for i in np.flatnonzero(one.missing)
-        ]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Target tokens of the documents to compute, in order."""
-        return np.concatenate([one.found.documents.counts[one.missing] for one in self.work])
 
     @property
     def batch_tokens(self) -> int:
@@ -159,13 +140,12 @@ def _what_is_stored(cache: Cache) -> str | Selection:
 
 def complete(
     config: Config, cache: Cache, teacher: ModelFiles, mesh: Mesh, found: Sequence[Found]
-) -> Cache:
-    """Returns the cache with the missing documents added, in a part of their own."""
+) -> None:
+    """Adds the missing documents to the cache, in a part of their own."""
     if not any(one.num_missing for one in found):
-        return cache
+        return
     run = TeacherPass(config, cache, teacher, mesh, found)
-    keys, counts = run.keys, run.counts
-    writer = _begin(cache, keys, counts)
+    writer = _begin(cache, run.keys, run.counts)
     progress = Progress(cache.path, writer.num_tokens, "tokens with a loss", writer.done)
     share = 1 - writer.done / max(1, writer.num_tokens)
     for values in run.values(writer.done):
@@ -173,14 +153,12 @@ def complete(
             writer.append(values)
         progress.batch(writer.done, run.batch_tokens)
     finish(writer, cost_of(progress, share) if share else None)
-    done = read_cache(cache.path)
-    if done is None:
+    if read_cache(cache.path) is None:
         raise UserError(f"{cache.path}: what was written there cannot be read back")
     say(
-        f"{cache.path}: {len(keys):,} documents added, {writer.num_tokens:,} tokens, "
+        f"{cache.path}: {len(run.keys):,} documents added, {writer.num_tokens:,} tokens, "
         f"{writer.num_tokens * token_bytes(cache.fields) / 1e9:.3g} GB"
     )
-    return done
 
 
 def _begin(cache: Cache, keys: list[bytes], counts: np.ndarray) -> PartWriter:

@@ -43,8 +43,8 @@ class Prompts:
 
     def taken(self, chosen: np.ndarray) -> "Prompts":
         """Returns the chosen ones, [N] bool."""
-        places = (self.row[chosen], self.begin[chosen], self.end[chosen])
-        return Prompts(rows=self.rows, **dict(zip(("row", "begin", "end"), places, strict=True)))
+        row, begin, end = self.row[chosen], self.begin[chosen], self.end[chosen]
+        return Prompts(rows=self.rows, row=row, begin=begin, end=end)
 
 
 def find_prompts(rows: Rows, longest: int, teacher_longest: int = 0) -> Prompts:

@@ -36,7 +36,7 @@ class Arm:
 
     @property
     def distils(self) -> bool:
-        return self.runs[0].distils
+        return self.runs[0].config.distils
 
     @property
     def finished(self) -> list[Run]:
@@ -60,7 +60,7 @@ def make_arms(runs: Sequence[Run]) -> list[Arm]:
             name=name or alone,
             label=JOIN.join(values) or _cut(alone, LABEL_SIZE),
             values=dict(zip(fields, values, strict=True)),
-            runs=sorted(members, key=lambda run: (run.seed, run.folder)),
+            runs=sorted(members, key=lambda run: (run.config.seed, run.folder)),
         )
         arms.append(arm)
     arms.sort(key=lambda arm: (arm.distils, [_rank(v) for v in arm.values.values()]))
@@ -89,11 +89,11 @@ def _settings(run: Run) -> dict[str, tuple[Any, str]]:
     The identity of an input is the hash of its content. A run without a teacher has no fields of
     the teacher, and a kd_ratio of 0.
     """
-    found = {}
+    found, distils = {}, run.config.distils
     for field, value in flatten(run.record["config"]).items():
-        if IGNORED.fullmatch(field) or (field.split(".")[0] == "teacher" and not run.distils):
+        if IGNORED.fullmatch(field) or (field.split(".")[0] == "teacher" and not distils):
             continue
-        if field == "loss.kd_ratio" and not run.distils:
+        if field == "loss.kd_ratio" and not distils:
             value = 0.0
         found[field] = value, run.record["inputs"].get(field, identity(value))
     return found

@@ -126,7 +126,7 @@ def _caption(figure: Figure, arms: Sequence[Arm]) -> str:
     losses = {arm.runs[0].config.loss for arm in arms}
     if figure.column == "loss" and len(losses) > 1:
         return "The arms minimise different losses: compare cross-entropy and KL instead."
-    distilled = [run for arm in arms for run in arm.runs if run.distils]
+    distilled = [run for arm in arms for run in arm.runs if run.config.distils]
     if figure.column == "kd_loss" and not all(map(minimises_kl, distilled)):
         return "Without runs that minimise another divergence, or this one at a temperature."
     return ""

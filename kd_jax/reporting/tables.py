@@ -96,7 +96,7 @@ def arms_table(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> Table:
         cells = [
             *([arm.label] if numbered else []),
             *arm.values.values(),
-            ", ".join(str(run.seed) for run in arm.runs),
+            ", ".join(str(run.config.seed) for run in arm.runs),
             f"{left} of {len(arm.runs)} unfinished" if left else "finished",
             "control" if is_control else "distilled" if arm.distils else "no teacher",
         ]
@@ -164,7 +164,7 @@ def _frame(arm: Arm, read: Callable[[Run], Numbers], names: Mapping[str, Metric]
     import pandas as pd
 
     rows = [{n: x for n, x in read(run).items() if n in names} for run in arm.finished]
-    return pd.DataFrame(rows, index=[run.seed for run in arm.finished]).dropna(how="all")
+    return pd.DataFrame(rows, index=[run.config.seed for run in arm.finished]).dropna(how="all")
 
 
 def _means_table(
@@ -280,8 +280,8 @@ def runs_table(arms: Sequence[Arm]) -> Table:
     measured = {name: METRICS[name] for name in ("ce", "kl_forward")}
     rows = []
     for name, (_, run) in zip(names, runs, strict=True):
-        last = _last(run)
-        cells = [name, str(run.seed), run.status, str(run.last_step), str(run.num_starts or "–")]
+        last, seed = _last(run), str(run.config.seed)
+        cells = [name, seed, run.status, str(run.last_step), str(run.num_starts or "–")]
         cells.append(summary([costs(run)["seconds"]], COSTS["seconds"]))
         cells += [summary([last.get(n, np.nan)], metric) for n, metric in measured.items()]
         rows.append(cells)

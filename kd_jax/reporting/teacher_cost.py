@@ -46,7 +46,7 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
     readers: dict[str, list[Run]] = {}
     for run in runs:
         teacher = run.config.teacher
-        if teacher is not None and teacher.cache and run.distils and run.finished:
+        if teacher is not None and teacher.cache and run.config.distils and run.finished:
             readers.setdefault(teacher.cache, []).append(run)
     out = []
     for path, some in readers.items():

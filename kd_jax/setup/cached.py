@@ -35,8 +35,13 @@ class Found(NamedTuple):
         return self.rows if self.rows.teacher is None else self.rows.teacher
 
     @property
+    def missing(self) -> np.ndarray:
+        """[N] bool: documents that the cache lacks."""
+        return self.places < 0
+
+    @property
     def num_missing(self) -> int:
-        return int((self.places < 0).sum())
+        return int(self.missing.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,12 @@ def find_all(cache: Cache, rows: Rows, eval_rows: Rows | None) -> list[Found]:
         documents = find_documents(some if some.teacher is None else some.teacher)
         out.append(Found(name, some, documents, find_places(cache, documents)))
     return out
+
+
+def missing_documents(found: Sequence[Found]) -> tuple[list[bytes], np.ndarray]:
+    """Returns the keys of the documents that a cache lacks, in order, and their target tokens."""
+    keys = [x.documents.keys[i] for x in found for i in np.flatnonzero(x.missing)]
+    return keys, np.concatenate([x.documents.counts[x.missing] for x in found])
 
 
 def check_complete(cache: Cache, found: Sequence[Found]) -> None:

@@ -8,7 +8,7 @@ not name are unfinished and never read.
 
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,18 +130,16 @@ def _from_json(path: str, store: ts.KvStore, tree: Any) -> Cache:
     )
 
 
-def commit(cache: Cache, part: Part) -> Cache:
-    """Returns the cache with one more part, and replaces the manifest: the part now counts."""
-    cache = replace(cache, parts=(*cache.parts, part))
+def commit(cache: Cache, part: Part) -> None:
+    """Replaces the manifest by one that names the part too, which now counts."""
     tree = {
         "version": VERSION,
         "kind": cache.kind,
         "fields": {name: list(field) for name, field in cache.fields.items()},
         "identity": cache.identity,
-        "parts": [x._asdict() for x in cache.parts],
+        "parts": [x._asdict() for x in (*cache.parts, part)],
     }
     write_json(cache.store, MANIFEST, tree)
-    return cache
 
 
 def _check_files(cache: Cache, place: str) -> None:

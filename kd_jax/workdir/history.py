@@ -45,14 +45,6 @@ class Run:
     """Contents of evaluation.json; empty without that file."""
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def distils(self) -> bool:
-        return self.config.distils
-
-    @property
     def num_steps(self) -> int:
         return self.record["num_steps"]
 
