@@ -49,6 +49,8 @@ class Range:
         return [(words, holds, bound) for words, holds, bound in found if bound is not None]
 
 
+Share = Range(least=0, most=1)
+
 # Fields of paths, by the last part of their names.
 _PATHS = {
     "path", "adapter", "cache", "cache-dir", "chat-template", "compilation-cache", "workdir",

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kd_jax.config.checks import INF, Checks, Range, metadata
+from kd_jax.config.checks import INF, Checks, Range, Share, metadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,6 @@ class UsedBy(tuple[str, ...]):
         return f"only for {', '.join(self)}"
 
 
-Share = Range(least=0, most=1)
 Positive = Range(above=0, below=INF)
 Finite = Range(above=-INF, below=INF)
 NEAR_END = 0.05  # distance of jsd_beta to 0 or 1; the divergence has shrunk to about this share

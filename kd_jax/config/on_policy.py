@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from kd_jax.config.checks import INF, Checks, Range
+from kd_jax.config.checks import INF, Checks, Range, Share
 
-Share = Range(least=0, most=1)
 LEAST_PROMPT = 2
 """Tokens of a prompt, at least; a text of its own has none or a begin of text."""
 

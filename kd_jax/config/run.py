@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kd_jax.config.checks import INF, Checks, Range, check_fields
+from kd_jax.config.checks import INF, Checks, Range, Share, check_fields
 from kd_jax.config.data import DataConfig, EvalConfig
 from kd_jax.config.loss import LossConfig
 from kd_jax.config.on_policy import OnPolicyConfig
@@ -131,7 +131,7 @@ class MeshConfig:
     """Context parallelism: each row's tokens are split over this axis, for rows too long or too few
     for the devices. Keys and values are all-gathered; weights are replicated. 0: 1, and more only
     where no other layout fits."""
-    unsharded_tolerance: Annotated[float, Range(least=0, most=1)] = 0.02
+    unsharded_tolerance: Annotated[float, Share] = 0.02
     """Largest share of a model's bytes that may be replicated because their dimensions do not
     divide by the mesh axes."""
 

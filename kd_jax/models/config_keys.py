@@ -11,8 +11,7 @@ def _words(text: str) -> frozenset[str]:
 # Metadata, training, old defaults of generation, numerics and speed.
 _HARMLESS = _words(
     """
-    architectures attn_implementation auto_map base_model cache_implementation
-    chunk_size_feed_forward
+    architectures attn_implementation auto_map base_model chunk_size_feed_forward
     cross_attention_hidden_size dtype finetuning_task fused_linear_cross_entropy
     gradient_checkpointing id2label init_std initializer_factor initializer_range is_decoder
     is_llama_config label2id language library_name license max_position_embeddings max_seq_len
@@ -23,7 +22,8 @@ _HARMLESS = _words(
     tokenizer_model_max_length tokenizer_padding_side torch_dtype torchscript transformers.js_config
     transformers_version use_bfloat16 use_cache use_flash_attention use_flash_attention_2
     use_flash_attn use_return_dict use_sdpa attention_softmax_in_fp32 logits_to_keep
-    num_logits_to_keep z_loss_coefficient output_router_logits
+    num_logits_to_keep z_loss_coefficient output_router_logits bos_token eos_token pad_token
+    unk_token sep_token cls_token
 
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
     assistant_lookbehind bad_words_ids begin_suppress_tokens cache_config cache_implementation
@@ -42,7 +42,7 @@ _HARMLESS = _words(
 )
 _HARMLESS_STARTS = ("_", "unsloth_")
 _HARMLESS_ENDS = ("_token_id", "_token_ids")
-_HARMLESS_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"}
+
 
 _ROPE_OFF = (
     "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_factor", "long_factor",
@@ -167,9 +167,5 @@ def _is_dropout(key: str) -> bool:
 
 
 def _is_harmless(key: str) -> bool:
-    return (
-        key in _HARMLESS
-        or key in _HARMLESS_TOKENS
-        or key.startswith(_HARMLESS_STARTS)
-        or key.endswith(_HARMLESS_ENDS)
-    )
+    known = key.startswith(_HARMLESS_STARTS) or key.endswith(_HARMLESS_ENDS)
+    return known or key in _HARMLESS

@@ -92,7 +92,6 @@ PLATFORMS: Mapping[str, Platform] = {
         trained_chunk_tokens=256,
         scored_tokens=4096,
         bfloat16_features=("avx512_bf16", "amx_bf16"),
-        remat=("dots", "layer"),
         remat_memory=0.5,  # the machine's, which has other uses
         decoded_rows=2,  # a single row is five times slower
         sampled_rows=32,

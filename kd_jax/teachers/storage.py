@@ -191,14 +191,12 @@ def open_array(
 
 def _metadata(field: Field, num_tokens: int, shard: int, chunk: int) -> dict[str, Any]:
     """Returns zarr's metadata: shards of chunks, each chunk with a CRC."""
-    plain = {"name": "bytes", "configuration": {"endian": "little"}}
-    if numpy_dtype(field.dtype).itemsize == 1:
-        plain = {"name": "bytes"}
-    index = {"name": "bytes", "configuration": {"endian": "little"}}
+    plain, little = {"name": "bytes"}, {"name": "bytes", "configuration": {"endian": "little"}}
+    values = plain if numpy_dtype(field.dtype).itemsize == 1 else little
     inner = {
         "chunk_shape": [chunk, *field.shape],
-        "codecs": [plain, {"name": "crc32c"}],
-        "index_codecs": [index, {"name": "crc32c"}],
+        "codecs": [values, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
     }
     grid = {"chunk_shape": [shard, *field.shape]}
     return {

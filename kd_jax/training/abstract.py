@@ -54,23 +54,18 @@ def abstract_run(
     program = make_program(config, models, min(sizes), mesh, num_steps)
     accumulation = config.optim.accumulation_steps
     shape = (accumulation, config.data.batch_size // accumulation, config.data.seq_len)
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in COLUMNS.items()
-    }
+
+    def column(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    batch: dict[str, Any] = {name: column(shape, dtype) for name, dtype in COLUMNS.items()}
     if models.separate_teacher_rows:
         own = (*shape[:2], config.teacher_seq_len)
-        batch |= {
-            f"{TEACHER}{name}": jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding(mesh))
-            for name, size in {
-                "tokens": own,
-                "positions": own,
-                "segment_ids": own,
-                "places": shape,
-            }.items()
-        }
+        names = ("tokens", "positions", "segment_ids")
+        batch |= {f"{TEACHER}{name}": column(own) for name in names}
+        batch[f"{TEACHER}places"] = column(shape)
     if config.samples:
-        batch[GROUP] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+        batch[GROUP] = column(shape)
     if teacher is not None and models.teacher is not None and config.reads_cache:
         batch[f"{TEACHER}hidden"] = jax.ShapeDtypeStruct(
             (*shape, teacher.hidden_size),
