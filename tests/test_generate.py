@@ -302,12 +302,13 @@ def test_processes_share_the_prompts_and_one_joins_their_parts(tmp_path, monkeyp
             yield place, {**record, "empty": True} if place == (2, 1) else record
 
     monkeypatch.setattr(answer_file, "_draw", draw)
-    monkeypatch.setattr(answer_file, "together", lambda name, work: work()[0])
+    monkeypatch.setattr(answer_file, "together", lambda name, work: work())
     monkeypatch.setattr(answer_file.jax, "process_count", lambda: 2)
     file = answer_file.AnswerFile(str(tmp_path / "out.jsonl"), {"seed": 0})
     for process in (1, 0):
         monkeypatch.setattr(answer_file.jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(answer_file, "is_first", lambda process=process: process == 0)
+        first = (lambda name, work: work()) if process == 0 else lambda name, work: None
+        monkeypatch.setattr(answer_file, "on_first", first)
         counts = answer_file.write_answers(file, None, {}, questions_of([4] * 5), OPTIONS, str)
         if process == 1:
             assert len(records_of(tmp_path / "out.jsonl.part1")) == 5 and counts is None

@@ -105,18 +105,14 @@ def sample_rows(
     ended it, as rows end; arguments as for `sample`."""
     if not rows:
         return
-    spec, arrays = unstacked(spec, arrays)
-    length = max(_cache_length(rows), round_up(longest, 64))
-    num_slots = _num_slots(spec, arrays, length, batch_rows, len(rows))
-    program = make_decoding_program(spec, arrays, length, sampling, vocab_size)
-    batch = _Batch(program, arrays, num_slots, stop_tokens)
-    waiting = _longest_first(rows)
+    batch = _Batch(spec, arrays, rows, stop_tokens, sampling, batch_rows, vocab_size, longest)
+    num_slots = len(batch.free)
     refill = num_slots if len(rows) <= num_slots else max(1, num_slots // 8)
-    while waiting or batch.owners:
-        while waiting and batch.free:
-            batch.admit(rows, waiting, refill)
+    while batch.waiting or batch.owners:
+        while batch.waiting and batch.free:
+            batch.admit(refill)
         # With rows waiting, the device stops where a group of slots is free, else at the end.
-        batch.advance(num_slots - refill if waiting else 0)
+        batch.advance(num_slots - refill if batch.waiting else 0)
         yield from batch.take_ended()
 
 
@@ -125,30 +121,40 @@ class _Batch:
 
     def __init__(
         self,
-        program: DecodingProgram,
+        spec: DecoderSpec,
         arrays: Arrays,
-        num_slots: int,
+        rows: Sequence[Row],
         stop_tokens: Collection[Stop],
+        sampling: Sampling,
+        batch_rows: int | None,
+        vocab_size: int | None,
+        longest: int = 0,
     ):
-        self.program, self.arrays = program, arrays
-        self.slots = empty_slots(program, num_slots, _stop_rows(stop_tokens))
+        spec, self.arrays = unstacked(spec, arrays)
+        length = max(_cache_length(rows), round_up(longest, 64))
+        num_slots = _num_slots(spec, self.arrays, length, batch_rows, len(rows))
+        self.program = make_decoding_program(spec, self.arrays, length, sampling, vocab_size)
+        self.slots = empty_slots(self.program, num_slots, _stop_rows(stop_tokens))
+        self.rows = rows
+        # Prompts of like lengths start together, in like slots.
+        self.waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt))
         self.free = list(range(num_slots))
         self.owners: dict[int, int] = {}  # slot -> row
         self.begins = np.zeros(num_slots, np.int64)  # clock at each row's first new token
         self.clock = 0
 
-    def admit(self, rows: Sequence[Row], waiting: list[int], group: int) -> None:
-        """Moves up to `group` rows from `waiting` into free slots."""
+    def admit(self, group: int) -> None:
+        """Moves up to `group` waiting rows into free slots."""
         num_slots, platform = len(self.begins), _platform(self.arrays)
-        P = bucket(len(rows[waiting[0]].prompt))
+        P = bucket(len(self.rows[self.waiting[0]].prompt))
         size = min(group, max(1, PLATFORMS[platform].scored_tokens // P))
         size = round_up(size, _row_shards(self.program.spec))
-        chosen = waiting[: min(size, len(self.free))]
-        del waiting[: len(chosen)]
+        chosen = self.waiting[: min(size, len(self.free))]
+        del self.waiting[: len(chosen)]
         places = np.full(size, num_slots, np.int32)  # the others are dropped
         places[: len(chosen)] = self.free[: len(chosen)]
         del self.free[: len(chosen)]
-        group_rows = [rows[i] for i in chosen]
+        group_rows = [self.rows[i] for i in chosen]
         group_rows += group_rows[:1] * (size - len(chosen))
         tokens = left_pad([row.prompt for row in group_rows], P)
         numbers = np.array([[len(row.prompt), row.most] for row in group_rows], np.int32).T
@@ -189,18 +195,14 @@ def generate(
 
     A row ends before its first stop token or after `max_new_tokens`. Arguments as for `sample`.
     """
-    spec, arrays = unstacked(spec, arrays)
     keys = key_data(jax.random.split(jax.random.key(seed), len(prompts)))
     rows = [Row(*row) for row in zip(prompts, [max_new_tokens] * len(prompts), keys, strict=True)]
-    length = _cache_length(rows)
-    program = make_decoding_program(spec, arrays, length, sampling, vocab_size)
-    num_slots = _num_slots(spec, arrays, length, len(prompts), len(prompts))
-    batch = _Batch(program, arrays, num_slots, ())
-    waiting = _longest_first(rows)
-    while waiting:
-        batch.admit(rows, waiting, len(rows))
+    batch = _Batch(spec, arrays, rows, (), sampling, len(rows), vocab_size)
+    while batch.waiting:
+        batch.admit(len(rows))
     slots = sorted(batch.owners, key=batch.owners.__getitem__)  # by row
-    check_finite(fetch(batch.slots.log_probs)[slots, batch.begins[slots] % length])
+    first = batch.begins[slots] % batch.program.length
+    check_finite(fetch(batch.slots.log_probs)[slots, first])
     yield from _stream(batch, slots, max_new_tokens, stop_tokens)
 
 
@@ -264,11 +266,6 @@ def key_data(keys: Any) -> np.ndarray:
     if not (isinstance(keys, jax.Array) and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
         keys = jax.vmap(jax.random.key)(jnp.asarray(keys, jnp.uint32))
     return np.asarray(jax.random.key_data(keys))
-
-
-def _longest_first(rows: Sequence[Row]) -> list[int]:
-    """Returns the order in which rows start: prompts of like lengths together, in like slots."""
-    return sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt))
 
 
 def _cache_length(rows: Sequence[Row]) -> int:
