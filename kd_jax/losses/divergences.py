@@ -7,8 +7,7 @@ the student's logits is (grad_log_q - q sum(grad_log_q)) / temperature. Terms c 
 cancel in it and are chosen so that grad_log_q is 0 where the models agree. docs/losses.md has the
 table.
 
-Each takes (log_q, log_p, config, weight), the last of them from token_weights.py: a number of each
-token, [..., 1], for divergences that need one.
+Each takes (log_q, log_p, config, weight).
 """
 
 from collections.abc import Callable
@@ -26,6 +25,9 @@ MAX_EXPONENT = 60.0
 # The acceptance rate is clipped here, near the least positive float32.
 LEAST_RATE = 1e-37
 
+Weight = jax.Array | None
+"""A number of each token, [..., 1], from token_weights.py; None for a divergence without one."""
+
 
 class Terms(NamedTuple):
     """A divergence entry by entry, [..., V] float32, or its sums over the vocabulary, [..., 1]."""
@@ -37,25 +39,19 @@ class Terms(NamedTuple):
     where the two are equal, so that it is summed once."""
 
 
-def forward_kl(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
-) -> Terms:
+def forward_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """KL(teacher || student) = sum p (log p - log q), nats; q - p sums to 0 by itself."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     return Terms(p * (log_p - log_q), q - p)
 
 
-def reverse_kl(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
-) -> Terms:
+def reverse_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """KL(student || teacher) = sum q (log q - log p), nats."""
     value = jnp.exp(log_q) * (log_q - log_p)
     return Terms(value, value)
 
 
-def symmetric_kl(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
-) -> Terms:
+def symmetric_kl(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """w KL(teacher || student) + (1 - w) KL(student || teacher), w = symmetric_weight."""
     return _mix(forward_kl, reverse_kl, log_q, log_p, config, config.symmetric_weight)
 
@@ -78,7 +74,7 @@ def _mix(first, second, log_q, log_p, config, weight):
     )
 
 
-def jsd(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None) -> Terms:
+def jsd(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = jsd_beta (arXiv 2306.13649).
 
     It vanishes as b approaches 0 or 1. At b = 0 it is the forward and at b = 1 the reverse KL, as
@@ -92,9 +88,7 @@ def jsd(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Arra
     return Terms(b * jnp.exp(log_p) * over_p + grad_log_q, grad_log_q)
 
 
-def jsd_cross(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
-) -> Terms:
+def jsd_cross(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """(1 - b) KL(p || m) + b KL(q || m), m = b p + (1 - b) q: from forward to reverse KL."""
     b = config.jsd_beta
     if b in (0, 1):
@@ -107,7 +101,7 @@ def jsd_cross(
 
 
 def skew_forward_kl(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight
 ) -> Terms:
     """KL(p || s p + (1 - s) q), s = skew_alpha (arXiv 2402.03898)."""
     s = config.skew_alpha
@@ -119,7 +113,7 @@ def skew_forward_kl(
 
 
 def skew_reverse_kl(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight
 ) -> Terms:
     """KL(q || (1 - s) p + s q), s = skew_alpha (arXiv 2402.03898)."""
     s = config.skew_alpha
@@ -149,7 +143,7 @@ def _against_mixture(log_q, log_p, weight):
     return -jnp.maximum(gap, 0.0) - log_m, jnp.minimum(gap, 0.0) - log_m, ratio
 
 
-def tvd(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None) -> Terms:
+def tvd(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """Total variation distance, sum |p - q| / 2: the rejection rate of draft tokens."""
     q = jnp.exp(log_q)
     excess = q - jnp.exp(log_p)
@@ -178,9 +172,7 @@ def lk_hybrid(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: ja
     return _mix(forward_kl, tvd, log_q, log_p, config, weight)
 
 
-def alpha_beta(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
-) -> Terms:
+def alpha_beta(log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight) -> Terms:
     """Alpha-beta divergence (ABKD, arXiv 2505.04560): forward KL at (1, 0), reverse at (0, 1).
 
     -1 / (A B) sum [p^A q^B - A / (A + B) p^(A + B) - B / (A + B) q^(A + B)], A = ab_alpha and
@@ -226,7 +218,7 @@ DIVERGENCES: dict[str, Callable[..., Terms]] = {
 
 
 def divergence_terms(
-    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: jax.Array | None
+    log_q: jax.Array, log_p: jax.Array, config: LossConfig, weight: Weight
 ) -> Terms:
     """Returns the entries of the configured divergence, with the terms that config.compat reports.
 
