@@ -54,19 +54,7 @@ def test_an_on_policy_run_that_is_killed_three_times_is_bit_equal_to_one_left_al
 
 def write_config(tiny_data, tmp_path):
     student, teacher = (tiny.write_plain_model(tmp_path / name) for name in ("s", "t"))
-    file = tmp_path / "tiny.py"
-    file.write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unused", steps=1, compilation_cache=None,
-        teacher=TeacherConfig(path={str(teacher)!r}),
-        student=StudentConfig(path={str(student)!r}),
-        data=DataConfig(path={str(tiny_data)!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(tmp_path / "rows")!r}))
-""")
-    return file
+    return tiny.write_config(tmp_path, teacher=teacher, student=student, data=tiny_data, steps=1)
 
 
 @pytest.mark.slow

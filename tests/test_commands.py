@@ -13,6 +13,7 @@ from paths import ROOT
 
 from convert import from_hf, to_hf
 from kd_jax import __main__, evaluate, train
+from kd_jax.config import CheckpointConfig, TeacherConfig
 from kd_jax.config.command import run_command
 
 pytestmark = pytest.mark.fast
@@ -76,23 +77,7 @@ def folders(tmp_path_factory):
     tiny.write_plain_model(root / "student", seed=1)
     tiny.write_plain_model(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
     tiny.write_data(root / "train.jsonl")
-    (root / "config.py").write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unset",
-        teacher=TeacherConfig(path={str(root / "teacher")!r}),
-        student=StudentConfig(path={str(root / "student")!r}),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(root / "rows")!r}),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every_steps=2),
-        compilation_cache=None,
-        steps=4,
-    )
-""")
+    tiny.write_config(root, checkpoint=CheckpointConfig(every_steps=2))
     return root
 
 
@@ -101,9 +86,7 @@ def run(main, *argv):
 
 
 def read_losses(workdir):
-    return [
-        json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [line["loss"] for line in tiny.read_lines(workdir / "metrics.jsonl")]
 
 
 def ce_of(folders, model, capsys):
@@ -156,15 +139,13 @@ def test_an_adapter_is_written_and_trained_on(folders, tmp_path):
 
 @pytest.mark.parametrize("how", ["no teacher", "kd_ratio 0"])
 def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
-    text = (folders / "config.py").read_text()
-    path = f"TeacherConfig(path={str(folders / 'teacher')!r})"
-    assert path in text
-    absent = "None" if how == "no teacher" else 'TeacherConfig(path="/not/there")'
-    (tmp_path / "config.py").write_text(text.replace(path, absent))
+    teacher = None if how == "no teacher" else TeacherConfig(path="/not/there")
+    given = {"student": folders / "student", "data": folders / "train.jsonl"}
+    file = tiny.write_config(tmp_path, teacher=teacher, **given)
     ratio = () if how == "no teacher" else ("--loss.kd-ratio", 0)
-    flags = ("--config", tmp_path / "config.py", "--eval.path", folders / "train.jsonl", *ratio)
+    flags = ("--config", file, "--eval.path", folders / "train.jsonl", *ratio)
     assert run(train.main, *flags, "--workdir", tmp_path / "run") == 0
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.read_lines(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert all(line["loss"] == line["ce_loss"] and "kd_loss" not in line for line in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]

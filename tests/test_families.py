@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import to_hf
 from kd_jax import evaluate, train
+from kd_jax.config import MeshConfig, OptimConfig
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.weights.safetensors import open_folder
@@ -33,25 +34,12 @@ def pair(tmp_path):
         tiny.write_plain_model(student, 1, family=family, vocab_size=STUDENT_ROWS)
         shape = {"hidden_size": 96, "num_hidden_layers": 2, "head_dim": 16}
         tiny.write_plain_model(teacher, 2, family=family, vocab_size=TEACHER_ROWS, **shape)
-        data = tiny.write_data(tmp_path / "train.jsonl")
-        (tmp_path / "config.py").write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir={str(tmp_path / "run")!r},
-        teacher=TeacherConfig(path={str(teacher)!r}, dtype="float32"),
-        student=StudentConfig(path={str(student)!r}, dtype="float32"),
-        trainable={trainable!r},
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(data)!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(tmp_path / "rows")!r}),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=1, schedule="constant"),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        compilation_cache=None,
-        steps=3,
-    )
-""")
+        tiny.write_data(tmp_path / "train.jsonl")
+        optim = OptimConfig(learning_rate=1e-3, warmup_steps=1, schedule="constant")
+        tiny.write_config(
+            tmp_path, workdir=str(tmp_path / "run"), dtype="float32", trainable=trainable,
+            optim=optim, mesh=MeshConfig(data=2, fsdp=2, tensor=2), steps=3,
+        )  # fmt: skip
         return student, teacher
 
     return write

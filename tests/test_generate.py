@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import to_hf
 from kd_jax import generate, train
-from kd_jax.config import DataConfig
+from kd_jax.config import DataConfig, LoraConfig, OptimConfig
 from kd_jax.config.command import run_command
 from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
@@ -88,24 +88,18 @@ def test_an_answer_ends_before_a_stop_text(folder, capsys):
 
 
 def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
-    data = tiny.write_data(tmp_path / "train.jsonl")
+    tiny.write_data(tmp_path / "train.jsonl")
     template = tmp_path / "t.jinja"  # another than the folder's, with another end of turn
     template.write_text(
         "{% for m in messages %}{{ '<|start|>' + m.role + m.content + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
     )
-    (tmp_path / "config.py").write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir={str(tmp_path / "run")!r}, teacher=None, compilation_cache=None, steps=3,
-        student=StudentConfig(path={str(folder)!r}, dtype="float32"),
-        data=DataConfig(path={str(data)!r}, seq_len=128, batch_size=8,
-                        chat_template={str(template)!r}, cache_dir={str(tmp_path / "rows")!r}),
-        lora=LoraConfig(rank=4), optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
-    )
-""")
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=1)
+    fields = {"workdir": str(tmp_path / "run"), "lora": LoraConfig(rank=4), "optim": optim}
+    tiny.write_config(
+        tmp_path, teacher=None, student=folder, dtype="float32",
+        rows={"chat_template": str(template)}, steps=3, **fields,
+    )  # fmt: skip
     assert run_command(train.main, ["--config", str(tmp_path / "config.py")]) == 0
     text = template.read_text()
     template.unlink()
@@ -228,12 +222,8 @@ def answered(folder, tmp_path_factory):
     return place
 
 
-def records_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_each_prompt_of_a_file_is_answered_in_its_template(answered, folder, tmp_path, capsys):
-    found = records_of(answered / "out.jsonl")
+    found = tiny.read_lines(answered / "out.jsonl")
     assert [(x["index"], x["sample"]) for x in found] == [(i, s) for i in range(5) for s in (0, 1)]
     assert found[6]["prompt"] == "Say a word." and found[6]["completion"] != " blue"
     assert [turn["role"] for turn in found[0]["messages"]] == ["user", "assistant"]
@@ -244,7 +234,7 @@ def test_each_prompt_of_a_file_is_answered_in_its_template(answered, folder, tmp
     ]  # fmt: skip
     greedy = ("--data", answered / "data.jsonl", "--max-conversations", 2, "--batch-rows", 1)
     answer(capsys, folder, *greedy, "--out", tmp_path / "greedy.jsonl")
-    texts = [x["messages"][-1]["content"] for x in records_of(tmp_path / "greedy.jsonl")]
+    texts = [x["messages"][-1]["content"] for x in tiny.read_lines(tmp_path / "greedy.jsonl")]
     for prompt, text in zip(("Hi.", "Name the colour of the sky."), texts, strict=True):
         assert answer(capsys, folder, "--prompt", prompt) == text + "\n"
 
@@ -311,9 +301,9 @@ def test_processes_share_the_prompts_and_one_joins_their_parts(tmp_path, monkeyp
         monkeypatch.setattr(answer_file, "on_first", first)
         counts = answer_file.write_answers(file, None, {}, questions_of([4] * 5), OPTIONS, str)
         if process == 1:
-            assert len(records_of(tmp_path / "out.jsonl.part1")) == 5 and counts is None
+            assert len(tiny.read_lines(tmp_path / "out.jsonl.part1")) == 5 and counts is None
     assert counts == {"answers": 10, "empty": 1, "ended": 10, "tokens": 30}
-    places = [(x["index"], x["sample"]) for x in records_of(tmp_path / "out.jsonl")]
+    places = [(x["index"], x["sample"]) for x in tiny.read_lines(tmp_path / "out.jsonl")]
     assert places == [(i, s) for i in range(5) for s in (0, 1) if (i, s) != (2, 1)]
     assert not file.parts()
 

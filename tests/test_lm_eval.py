@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from convert import to_hf
 from kd_jax import lm_eval as command
 from kd_jax import train
+from kd_jax.config import OptimConfig
 from kd_jax.config.command import run_command
 from kd_jax.inference.lm_eval_model import KdJaxLM
 
@@ -212,23 +213,10 @@ def run(*argv):
 @pytest.mark.slow
 def test_the_command_takes_workdirs(folder, tasks, tmp_path, capsys):
     tiny.write_data(tmp_path / "train.jsonl")
-    (tmp_path / "config.py").write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir={str(tmp_path / "run")!r},
-        teacher=None,
-        student=StudentConfig(path={str(folder)!r}),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(tmp_path / "train.jsonl")!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(tmp_path / "rows")!r}),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
-        compilation_cache=None,
-        steps=3,
-    )
-""")
-    assert run_command(train.main, ["--config", str(tmp_path / "config.py")]) == 0
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=1)
+    fields = {"workdir": str(tmp_path / "run"), "optim": optim, "steps": 3}
+    config = tiny.write_config(tmp_path, teacher=None, student=folder, **fields)
+    assert run_command(train.main, ["--config", str(config)]) == 0
     out = tmp_path / "out"
     argv = ["--workdir", str(tmp_path / "run"), "--out", str(out)]
     assert run_command(to_hf.main, argv) == 0

@@ -9,7 +9,7 @@ import tiny
 from samples import write_lines
 
 from kd_jax import train
-from kd_jax.config import OnPolicyConfig
+from kd_jax.config import CheckpointConfig, LogConfig, LossConfig, OnPolicyConfig
 from kd_jax.config.command import load_config, run_command
 from kd_jax.data.chat import load_tokenizer
 from kd_jax.inference.load import open_model
@@ -18,7 +18,6 @@ from kd_jax.training.abstract import abstract_run
 from kd_jax.weights.folder import load_architecture
 
 STEPS = 6
-CLOCKS = ("_seconds", "_per_second", "_bytes")
 ON = ("--on-policy.fraction", "0.5", "--on-policy.max-new-tokens", "12")
 
 
@@ -29,27 +28,11 @@ def folder(tmp_path_factory):
     tiny.write_plain_model(folder / "student", seed=1, num_hidden_layers=2)
     tiny.write_plain_model(folder / "teacher", seed=2, num_hidden_layers=2)
     tiny.write_data(folder / "data.jsonl")
-    (folder / "config.py").write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unset",
-        teacher=TeacherConfig(path="{folder}/teacher", dtype="float32"),
-        student=StudentConfig(path="{folder}/student", dtype="float32"),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        loss=LossConfig(divergence="reverse_kl"),
-        data=DataConfig(
-            path="{folder}/data.jsonl", seq_len=128, batch_size=8, cache_dir="{folder}/rows"
-        ),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every_steps=2, keep=9),
-        log=LogConfig(tensorboard=False),
-        remat="none",
-        compilation_cache=None,
-        steps={STEPS},
-    )
-""")
+    tiny.write_config(
+        folder, data="data.jsonl", dtype="float32", loss=LossConfig(divergence="reverse_kl"),
+        checkpoint=CheckpointConfig(every_steps=2, keep=9), log=LogConfig(tensorboard=False),
+        remat="none", steps=STEPS,
+    )  # fmt: skip
     return folder
 
 
@@ -60,12 +43,6 @@ def run_train(folder):
         return run_command(train.main, argv)
 
     return run
-
-
-def read(workdir, name="metrics.jsonl"):
-    """Returns the lines of a file without what depends on time and machine."""
-    lines = map(json.loads, (workdir / name).read_text().splitlines())
-    return [{k: v for k, v in line.items() if not k.endswith(CLOCKS)} for line in lines]
 
 
 REUSED = (*ON, "--on-policy.every-steps", "3", "--on-policy.log-samples", "2")
@@ -80,7 +57,7 @@ def reused(run_train, tmp_path_factory):
 
 
 def test_samples_are_reported_and_drawn_every_so_many_steps(reused, folder):
-    lines = read(reused)
+    lines = tiny.trace(reused)
     assert [line["samples/age"] for line in lines] == [0, 1, 2, 0, 1, 2]
     names = {
         "count", "tokens", "length", "ended", "empty", "repetition", "student_log_prob",
@@ -101,7 +78,7 @@ def test_samples_are_reported_and_drawn_every_so_many_steps(reused, folder):
         if line["samples/age"] == 0:  # the sampler's probabilities are the trainer's
             gap = line["samples/drawn_log_prob"] - line["samples/student_log_prob"]
             assert abs(gap) < 1e-5
-    written = read(reused, "samples.jsonl")
+    written = tiny.trace(reused, "samples.jsonl")
     assert [line["step"] for line in written] == [1] * 4 + [4] * 4
     end = "<|start|>assistant<|end|>\n\n"
     assert all(line["prompt"].endswith(end) and line["answer"] for line in written)
@@ -118,8 +95,8 @@ def test_a_run_resumed_between_drawings_has_the_same_samples_and_losses(
     with (copy / "samples.jsonl").open("a") as file:
         file.write('{"step": 5, "prompt": "torn')
     assert run_train(copy, *REUSED) == 0
-    assert read(copy) == read(reused)
-    assert read(copy, "samples.jsonl") == read(reused, "samples.jsonl")
+    assert tiny.trace(copy) == tiny.trace(reused)
+    assert tiny.trace(copy, "samples.jsonl") == tiny.trace(reused, "samples.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["model", "base"])
@@ -141,7 +118,7 @@ def test_the_share_of_samples_may_fall_to_none(run_train, tmp_path):
     flags += ("--on-policy.schedule", "linear", "--on-policy.log-samples", "0")
     flags += ("--on-policy.max-new-tokens", "12", "--on-policy.every-steps", "5")
     assert run_train(tmp_path / "run", *flags) == 0
-    first, *_, last = read(tmp_path / "run")
+    first, *_, last = tiny.trace(tmp_path / "run")
     assert first["target_tokens"] == first["samples/tokens"]  # samples alone
     assert first["loss"] == pytest.approx(first["kd_loss"], rel=1e-6)
     assert last["samples/count"] == last["samples/tokens"] == 0

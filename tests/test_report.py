@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from PIL import Image
 from scipy import stats
 
@@ -91,7 +92,7 @@ def write_arms(root, ratios=(0, 0.5, 1), seeds=3, **options):
 
 
 def last(folder, name):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.read_lines(folder / "metrics.jsonl")
     return [line[name] for line in lines if name in line][-1]
 
 

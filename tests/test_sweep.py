@@ -17,6 +17,7 @@ from children import environment
 from paths import ROOT
 
 from kd_jax import report, sweep, train
+from kd_jax.config import CheckpointConfig, EvalConfig
 from kd_jax.config.command import run_command
 
 
@@ -36,26 +37,10 @@ def file(tmp_path_factory):
     tiny.write_plain_model(root / "student", seed=1)
     tiny.write_plain_model(root / "teacher", seed=2, hidden_size=96, num_hidden_layers=2)
     tiny.write_data(root / "train.jsonl")
-    file = root / "config.py"
-    file.write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir={str(root / "one")!r},
-        teacher=TeacherConfig(path={str(root / "teacher")!r}),
-        student=StudentConfig(path={str(root / "student")!r}),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(path={str(root / "train.jsonl")!r}, seq_len=128, batch_size=8,
-                        cache_dir={str(root / "rows")!r}),
-        eval=EvalConfig(path={str(root / "train.jsonl")!r}, every_steps=2),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every_steps=2),
-        compilation_cache=None,
-        steps=4,
-    )
-""")
-    return file
+    return tiny.write_config(
+        root, workdir=str(root / "one"), checkpoint=CheckpointConfig(every_steps=2),
+        eval=EvalConfig(path=str(root / "train.jsonl"), every_steps=2),
+    )  # fmt: skip
 
 
 def run(*argv):
@@ -166,18 +151,12 @@ def done(file, tmp_path_factory):
     return out
 
 
-def metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    clock = ("_seconds", "_per_second", "_bytes")
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(clock)} for line in lines]
-
-
 @pytest.mark.slow
 def test_finished_runs_are_skipped_and_others_resumed(file, done, tmp_path, capfd):
     out = shutil.copytree(done, tmp_path / "out")
     argv = ("--config", file, "--set", "loss.kd-ratio", 0, 1, "--workdir", out)
     cut = out / "kd-ratio=1"
-    whole = metrics(cut)
+    whole = tiny.trace(cut)
     shutil.rmtree(cut / "checkpoints" / "4")
     written = (out / "kd-ratio=0" / "metrics.jsonl").stat().st_mtime_ns
     assert run(*argv) == 0
@@ -185,7 +164,7 @@ def test_finished_runs_are_skipped_and_others_resumed(file, done, tmp_path, capf
     assert streams.out.count("finished before: skipped") == 1
     assert "resumed at step 2" in streams.out
     assert streams.out.endswith(f"report: python -m kd_jax.report {out}/*\n")
-    assert metrics(cut) == whole
+    assert tiny.trace(cut) == whole
     assert (out / "kd-ratio=0" / "metrics.jsonl").stat().st_mtime_ns == written
 
 

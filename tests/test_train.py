@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import to_hf
 from kd_jax import evaluate, train
-from kd_jax.config import MeshConfig
+from kd_jax.config import CheckpointConfig, EvalConfig, MeshConfig
 from kd_jax.config.command import run_command
 from kd_jax.data import chat
 from kd_jax.data import rows as data_rows
@@ -41,27 +41,11 @@ EVALUATED = STEPS // 2
 def config_file(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     held_out = tiny.write_data(folder / "held_out.jsonl", count=7)
-    file = folder / "tiny.py"
-    file.write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unset",
-        teacher=TeacherConfig(path={str(tiny_teacher)!r}, dtype="float32"),
-        student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(
-            path={str(tiny_data)!r}, seq_len=128, batch_size=8, cache_dir={str(folder / "rows")!r}
-        ),
-        eval=EvalConfig(path={str(held_out)!r}, every_steps={EVALUATED}),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-        checkpoint=CheckpointConfig(every_steps={STEPS // 2 - 1}),
-        compilation_cache=None,
-        steps={STEPS},
-    )
-""")
-    return file
+    return tiny.write_config(
+        folder, teacher=tiny_teacher, student=tiny_student, data=tiny_data, dtype="float32",
+        eval=EvalConfig(path=str(held_out), every_steps=EVALUATED),
+        checkpoint=CheckpointConfig(every_steps=STEPS // 2 - 1), steps=STEPS,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +74,7 @@ def full_run(run_train, tmp_path_factory):
 
 
 def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    """Returns the numbers of metrics.jsonl that do not depend on time or machine."""
-    clock = ("_seconds", "_per_second", "_bytes")
-    return [
-        {k: v for k, v in line.items() if not k.endswith(clock)} for line in read_metrics(workdir)
-    ]
+    return tiny.read_lines(workdir / "metrics.jsonl")
 
 
 def test_the_contract_of_metrics_is_kept(lora_run):
@@ -210,7 +186,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(config_file, run_train, lo
     assert run_train(tmp_path / "stopped") == 0
     record = history.read_record(tmp_path / "stopped" / "config.json")
     assert [start["step"] for start in history.list_starts(record)] == [0, reached]
-    assert losses(tmp_path / "stopped") == losses(lora_run)
+    assert tiny.trace(tmp_path / "stopped") == tiny.trace(lora_run)
     ours, theirs = (checkpoints.open_trained(folder) for folder in (tmp_path / "stopped", lora_run))
     for name in theirs.shapes:
         np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
@@ -226,7 +202,7 @@ def test_a_run_that_was_stopped_continues_its_schedule(run_train, tmp_path, caps
     copy = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(copy / "checkpoints" / "6")
     assert run_train(copy, *flags) == 0
-    assert losses(copy) == losses(tmp_path / "whole")
+    assert tiny.trace(copy) == tiny.trace(tmp_path / "whole")
     steps = [line for line in read_metrics(copy) if "loss" in line]
     assert [line["kd_ratio"] for line in steps] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert [line["temperature"] for line in steps] == [1, 1.5, 2, 2.5, 3, 3]
@@ -253,7 +229,7 @@ def test_a_resumed_full_run_reads_its_trained_weights_from_the_checkpoint_alone(
     flags = ("--trainable", "full", "--optim.learning-rate", "1e-3")
     assert run_train(copy, *flags) == 0
     assert read[0] == 0 and read[1] > 0  # nothing of the student, all of the teacher
-    assert losses(copy) == losses(full_run)
+    assert tiny.trace(copy) == tiny.trace(full_run)
 
 
 def test_a_full_runs_model_is_loaded_without_its_base(full_run, read):
@@ -279,7 +255,7 @@ def test_a_run_resumes_on_other_devices_with_one_program(
     mesh = ("--mesh.data", "1", "--mesh.tensor", "2")
     assert run_train(copy, *mesh) == 0
     assert len(traces) == 1
-    for ours, theirs in zip(losses(copy), losses(lora_run), strict=True):
+    for ours, theirs in zip(tiny.trace(copy), tiny.trace(lora_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -339,7 +315,7 @@ def test_split_rows_give_the_losses_of_whole_ones(run_train, lora_run, tmp_path)
     """And those of an evaluation; the other run's devices have whole rows."""
     mesh = ("--mesh.data", "1", "--mesh.context", "2")
     assert run_train(tmp_path / "run", *mesh, "--checkpoint.every-steps", str(STEPS)) == 0
-    for got, want in zip(losses(tmp_path / "run"), losses(lora_run), strict=True):
+    for got, want in zip(tiny.trace(tmp_path / "run"), tiny.trace(lora_run), strict=True):
         for name in {"loss", "eval/loss", "eval/kl_forward"} & want.keys():
             assert got[name] == pytest.approx(want[name], rel=1e-5), name
 

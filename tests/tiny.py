@@ -6,6 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+)  # fmt: skip
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -216,6 +225,69 @@ def write_data(path: Path, count: int = 24) -> Path:
         lines.append(json.dumps({"instruction": question, "input": "", "output": answer}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def plain_config(**changes: Any) -> Config:
+    """Returns a config of models and data that need not be there."""
+    given = {
+        "workdir": "w",
+        "teacher": TeacherConfig(path="t"),
+        "student": StudentConfig(path="s"),
+        "data": DataConfig(path="d"),
+        "steps": 10,
+    }
+    return Config(**given | changes)
+
+
+def write_config(
+    folder: Path,
+    *,
+    teacher: Any = "teacher",
+    student: Any = "student",
+    data: Any = "train.jsonl",
+    dtype: Any = "auto",
+    rows: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Path:
+    """Writes FOLDER/config.py, a LoRA run of four steps, and returns its path.
+
+    Args:
+      teacher: a path, of the folder unless it is absolute, as student and data; or a TeacherConfig
+        or None.
+      rows: fields of DataConfig.
+      fields: of Config.
+    """
+    if isinstance(teacher, str | Path):
+        teacher = TeacherConfig(path=str(folder / teacher), dtype=dtype)
+    options = {"seq_len": 128, "batch_size": 8, "cache_dir": str(folder / "rows")}
+    given = {
+        "workdir": "unset",
+        "teacher": teacher,
+        "student": StudentConfig(path=str(folder / student), dtype=dtype),
+        "data": DataConfig(path=str(folder / data), **options | (rows or {})),
+        "lora": LoraConfig(rank=4, alpha=8.0),
+        "optim": OptimConfig(learning_rate=1e-2, warmup_steps=2),
+        "compilation_cache": None,
+        "steps": 4,
+    }
+    file = folder / "config.py"
+    source = (
+        f"from kd_jax.config import *\n\ndef get_config():\n    return {Config(**given | fields)}"
+    )
+    file.write_text(source + "\n")
+    return file
+
+
+def read_lines(file: Path) -> list[Any]:
+    """Returns the objects of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def trace(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Returns the lines of a run's file without what depends on time and machine."""
+    clocks = ("seconds", "per_second", "bytes")
+    lines = read_lines(workdir / name)
+    return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in lines]
 
 
 def logits(model, tokens, positions, segment_ids):

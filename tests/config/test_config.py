@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from paths import ROOT
+from tiny import plain_config
 
 from convert.from_hf import FromHfArgs
 from convert.to_hf import ToHfArgs
@@ -53,17 +54,6 @@ from kd_jax.sweep import SweepArgs
 EXAMPLE = ROOT / "configs" / "8b_to_1b.py"
 ALL_CONFIGS = sorted(EXAMPLE.parent.rglob("*.py"))
 MAX_SECONDS = 2.0
-
-
-def make(**changes: Any) -> Config:
-    given = {
-        "workdir": "w",
-        "teacher": TeacherConfig(path="t"),
-        "student": StudentConfig(path="s"),
-        "data": DataConfig(path="d"),
-        "steps": 10,
-    }
-    return Config(**{**given, **changes})
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[str]:
@@ -298,8 +288,8 @@ def test_a_file_without_a_teacher_takes_one_from_a_flag(tmp_path, capsys):
     ],
 )
 def test_a_run_distils_where_a_teacher_has_weight(changes, distils):
-    assert make(**changes).distils == distils
-    assert from_json(dump(make(**changes))) == make(**changes)
+    assert plain_config(**changes).distils == distils
+    assert from_json(dump(plain_config(**changes))) == plain_config(**changes)
 
 
 def test_flags_lie_over_the_file():
@@ -435,7 +425,7 @@ def test_length_flag_replaces_the_files_length(given, flags, want, tmp_path):
 )  # fmt: skip
 def test_all_problems_are_reported_at_once(changes, names):
     with pytest.raises(UserError) as caught:
-        make(**changes)
+        plain_config(**changes)
     assert sorted(line.split(":")[0] for line in str(caught.value).splitlines()) == names
 
 
@@ -452,7 +442,7 @@ def test_problems_say_what_was_expected():
     with pytest.raises(
         UserError, match=r"^remat: expected auto\|none\|dots\|attention\|layer, got 'layers'$"
     ):
-        make(remat="layers")
+        plain_config(remat="layers")
 
 
 @pytest.mark.parametrize(
@@ -471,7 +461,7 @@ def test_problems_say_what_was_expected():
     ],
 )
 def test_what_is_meant_is_accepted(changes):
-    assert from_json(dump(make(**changes))) == make(**changes)
+    assert from_json(dump(plain_config(**changes))) == plain_config(**changes)
 
 
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
@@ -497,14 +487,14 @@ FREE = {
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_resuming_may_change_only_what_changes_no_result(name):
-    old = dump(make())
+    old = dump(plain_config())
     free = name in FREE or (name.split(".")[0] in PARTS and name != "eval.fraction")
     changed = differences(old, set_leaf(old, name, "changed"))
     assert [line.split(":")[0] for line in changed] == ([] if free else [name])
 
 
 def test_fields_that_an_earlier_version_lacked_had_their_defaults():
-    now, changed = dump(make()), dump(make(seed=3))
+    now, changed = dump(plain_config()), dump(plain_config(seed=3))
     earlier = {name: x for name, x in now.items() if name not in ("seed", "on_policy")}
     assert not differences(earlier, now)
     assert differences(earlier, changed) == ["seed: 0 -> 3"]

@@ -11,12 +11,8 @@ import pytest
 import tiny
 
 from kd_jax.config import (
-    Config,
-    DataConfig,
     HiddenConfig,
     LossConfig,
-    StudentConfig,
-    TeacherConfig,
     UserError,
 )
 from kd_jax.config.record import dump, from_json
@@ -286,17 +282,6 @@ def test_the_program_is_of_one_size_for_every_depth_and_number_of_layers():
     assert size(4, (3,)) == size(12, (1, 5, 7, 11))
 
 
-def make(**changes):
-    given = {
-        "workdir": "w",
-        "teacher": TeacherConfig(path="t"),
-        "student": StudentConfig(path="s"),
-        "data": DataConfig(path="d"),
-        "steps": 10,
-    }
-    return Config(**{**given, **changes})
-
-
 ON = HiddenConfig(weight=0.5, student_layers=(0, -1), teacher_layers=(1, -1))
 
 
@@ -317,14 +302,14 @@ ON = HiddenConfig(weight=0.5, student_layers=(0, -1), teacher_layers=(1, -1))
 )  # fmt: skip
 def test_all_problems_are_reported_at_once(changes, names):
     with pytest.raises(UserError) as caught:
-        make(**changes)
+        tiny.plain_config(**changes)
     assert sorted(line.split(":")[0] for line in str(caught.value).splitlines()) == names
 
 
 def test_the_term_needs_weight_and_a_teacher_and_survives_json():
-    assert make(hidden=ON).compares_hidden
-    assert not make(hidden=dataclasses.replace(ON, weight=0.0)).compares_hidden
-    assert from_json(dump(make(hidden=ON))) == make(hidden=ON)
+    assert tiny.plain_config(hidden=ON).compares_hidden
+    assert not tiny.plain_config(hidden=dataclasses.replace(ON, weight=0.0)).compares_hidden
+    assert from_json(dump(tiny.plain_config(hidden=ON))) == tiny.plain_config(hidden=ON)
 
 
 def test_layers_that_do_not_exist_are_named_with_the_valid_range():
@@ -349,10 +334,10 @@ def test_widths_that_differ_have_a_projection_that_keeps_sizes():
         read_architecture(tiny.make_config(hidden_size=width, head_dim=16), "tiny")
         for width in (64, 96)
     )
-    weight = projection_weight(make(hidden=ON), student, teacher)
+    weight = projection_weight(tiny.plain_config(hidden=ON), student, teacher)
     assert weight is not None and weight.shape == (2, 96, 64)
-    assert projection_weight(make(hidden=ON), student, student) is None
-    assert projection_weight(make(), student, teacher) is None
+    assert projection_weight(tiny.plain_config(hidden=ON), student, student) is None
+    assert projection_weight(tiny.plain_config(), student, teacher) is None
     value = init_projection((2, 500, 400), 3)
     out = value @ np.random.default_rng(0).normal(size=400).astype(np.float32)
     assert value.dtype == jnp.float32 and float(jnp.mean(out**2)) == pytest.approx(1, rel=0.2)

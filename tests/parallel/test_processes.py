@@ -1,6 +1,5 @@
 """Real processes as one run: the same losses, the same data, the same end."""
 
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,14 @@ from children import environment
 from paths import ROOT
 
 from kd_jax import train
-from kd_jax.config import DistributedConfig, UserError
+from kd_jax.config import (
+    CheckpointConfig,
+    DistributedConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+    UserError,
+)
 from kd_jax.config.command import parse_config, run_command
 from kd_jax.parallel import processes as parallel_processes
 from kd_jax.workdir.lock import lock_workdir
@@ -38,21 +44,11 @@ def file(tmp_path_factory):
     tiny.write_plain_model(root / "student", seed=1, **SHAPE)
     tiny.write_plain_model(root / "teacher", seed=2, **SHAPE | {"hidden_size": 96})
     tiny.write_data(root / "train.jsonl")
-    file = root / "config.py"
-    file.write_text(f"""
-from kd_jax.config import *
-def get_config():
-    return Config(
-        workdir="unused", steps={STEPS}, compilation_cache=None,
-        teacher=TeacherConfig(path="{root}/teacher", dtype="float32"),
-        student=StudentConfig(path="{root}/student", dtype="float32"),
-        data=DataConfig(
-            path="{root}/train.jsonl", seq_len=96, batch_size=4, cache_dir="{root}/rows"),
-        lora=LoraConfig(rank=4, alpha=8.0), optim=OptimConfig(warmup_steps=0),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2), checkpoint=CheckpointConfig(every_steps=5),
-        log=LogConfig(tensorboard=False))
-""")
-    return file
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    fields = {"mesh": mesh, "checkpoint": CheckpointConfig(every_steps=5), "steps": STEPS}
+    fields |= {"optim": OptimConfig(warmup_steps=0), "log": LogConfig(tensorboard=False)}
+    rows = {"seq_len": 96, "batch_size": 4}
+    return tiny.write_config(root, dtype="float32", rows=rows, **fields)
 
 
 def free_port():
@@ -91,7 +87,7 @@ def finish(processes, timeout=600):
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return tiny.read_lines(workdir / "metrics.jsonl")
 
 
 def losses(workdir):
@@ -147,10 +143,7 @@ def test_two_processes_draw_and_train_on_the_samples_of_one(file, tmp_path):
     assert status == 0, output
     statuses, outputs = finish(start_two(file, tmp_path / "pair", *ON_POLICY))
     assert statuses == [0, 0], "".join(outputs)
-    ours, theirs = (
-        [json.loads(line) for line in (tmp_path / x / "samples.jsonl").read_text().splitlines()]
-        for x in ("pair", "alone")
-    )
+    ours, theirs = (tiny.read_lines(tmp_path / x / "samples.jsonl") for x in ("pair", "alone"))
     assert [x["answer"] for x in ours] == [x["answer"] for x in theirs] and len(ours) > 3
     gaps = [abs(x["log_prob"] - y["log_prob"]) for x, y in zip(ours, theirs, strict=True)]
     assert max(gaps) < 1e-4

@@ -18,7 +18,7 @@ from tiny_run import Run, flat, make_run_config
 
 from kd_jax import cache as cache_command
 from kd_jax import train
-from kd_jax.config import TeacherConfig, UserError
+from kd_jax.config import CheckpointConfig, EvalConfig, LogConfig, TeacherConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.documents import find_documents
@@ -415,41 +415,26 @@ def test_the_check_measures_what_a_form_costs(make_config, tmp_path):
 @pytest.mark.fast
 def test_the_commands_train_and_resume_from_the_cache(places, tmp_path, capsys):
     student, teacher, data, rows = map(str, places)
-    file = tmp_path / "tiny.py"
-    file.write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unset", teacher=TeacherConfig(path={teacher!r}, dtype="float32"),
-        student=StudentConfig(path={student!r}, dtype="float32"), trainable="full",
-        data=DataConfig(path={data!r}, seq_len=128, batch_size=8, cache_dir={rows!r}),
-        eval=EvalConfig(fraction=0.2, every_steps=2), compilation_cache=None, steps=4,
-        checkpoint=CheckpointConfig(every_steps=2), log=LogConfig(tensorboard=False),
-    )
-""")
+    file = tiny.write_config(
+        tmp_path, teacher=teacher, student=student, data=data, dtype="float32",
+        trainable="full", rows={"cache_dir": rows}, log=LogConfig(tensorboard=False),
+        eval=EvalConfig(fraction=0.2, every_steps=2), checkpoint=CheckpointConfig(every_steps=2),
+    )  # fmt: skip
     cache = ["--teacher.cache", str(tmp_path / "cache")]
 
     def run(main, *flags):
         return run_command(main, ["--config", str(file), *flags])
 
-    def metrics(name):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        clocks = ("seconds", "per_second", "bytes")
-        return [
-            {n: x for n, x in json.loads(line).items() if not n.endswith(clocks)} for line in lines
-        ]
-
     assert run(cache_command.main, "--out", cache[1]) == 0
     assert run(train.main, "--workdir", str(tmp_path / "cached"), *cache) == 0
-    whole = metrics("cached")
+    whole = tiny.trace(tmp_path / "cached")
     assert [x["step"] for x in whole] == [1, 2, 2, 3, 4, 4] and "eval/kl_forward" in whole[-1]
     shutil.rmtree(tmp_path / "cached" / "checkpoints" / "4")
     assert run(train.main, "--workdir", str(tmp_path / "cached")) == 2  # the live teacher
     assert "teacher.cache: expected the content that the run began with" in capsys.readouterr().err
     assert run(train.main, "--workdir", str(tmp_path / "cached"), *cache) == 0
     assert "resumed at step 2" in capsys.readouterr().out
-    assert metrics("cached") == whole
+    assert tiny.trace(tmp_path / "cached") == whole
 
 
 def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):

@@ -1,6 +1,5 @@
 """The hidden-state loss in the step and in whole runs, against torch's autograd."""
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import to_hf
 from kd_jax import train
-from kd_jax.config import HiddenConfig
+from kd_jax.config import CheckpointConfig, HiddenConfig
 from kd_jax.config.command import run_command
 from kd_jax.training.step import loss_gradients
 from kd_jax.workdir import checkpoints
@@ -236,26 +235,11 @@ def test_the_compiled_gradient_keeps_the_chosen_layers_of_its_own_rows_alone(mak
 @pytest.fixture(scope="module")
 def run_train(tiny_student, tiny_teacher, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
-    file = folder / "tiny.py"
-    file.write_text(f"""
-from kd_jax.config import *
-
-def get_config():
-    return Config(
-        workdir="unset",
-        teacher=TeacherConfig(path={str(tiny_teacher)!r}, dtype="float32"),
-        student=StudentConfig(path={str(tiny_student)!r}, dtype="float32"),
-        lora=LoraConfig(rank=4, alpha=8.0),
-        data=DataConfig(
-            path={str(tiny_data)!r}, seq_len=128, batch_size=8, cache_dir={str(folder / "rows")!r}
-        ),
+    file = tiny.write_config(
+        folder, teacher=tiny_teacher, student=tiny_student, data=tiny_data, dtype="float32",
         hidden=HiddenConfig(weight=0.5, student_layers=(0, -1), teacher_layers=(0, -1)),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2),
-        compilation_cache=None,
-        steps=4,
-    )
-""")
+    )  # fmt: skip
 
     def run(workdir, *flags):
         argv = ["--config", str(file), "--workdir", str(workdir), *flags]
@@ -294,10 +278,7 @@ def test_a_run_resumes_bit_for_bit_with_its_projection(finished, run_train, tmp_
         assert value.tobytes() == resumed[name].tobytes(), name
     early = read_state(workdir, 2)
     assert all((early[n] != x).any() for n, x in whole.items() if "projection" in n)
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (workdir, copy)
-    ]
+    lines = [tiny.read_lines(folder / "metrics.jsonl") for folder in (workdir, copy)]
     for ours, theirs in zip(*lines, strict=True):
         assert ours.get("hidden_loss") == theirs.get("hidden_loss")
     assert sum("hidden_loss" in line for line in lines[0]) == 4

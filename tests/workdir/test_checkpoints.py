@@ -12,7 +12,7 @@ from paths import ROOT
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import train
-from kd_jax.config import UserError
+from kd_jax.config import OptimConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.training.step import TrainState
 from kd_jax.workdir import checkpoints
@@ -89,16 +89,7 @@ def root(tmp_path_factory):
             tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
             save_file(tensors, file, metadata={"format": "pt"})
     tiny.write_data(root / "train.jsonl")
-    (root / "config.py").write_text(f"""
-from kd_jax.config import *
-def get_config():
-    return Config(
-        workdir="unset", steps=1, compilation_cache=None,
-        teacher=TeacherConfig(path="{root}/teacher"), student=StudentConfig(path="{root}/student"),
-        data=DataConfig(
-            path="{root}/train.jsonl", seq_len=128, batch_size=4, cache_dir="{root}/rows"),
-        lora=LoraConfig(rank=4, alpha=8.0), optim=OptimConfig(warmup_steps=0))
-""")
+    tiny.write_config(root, rows={"batch_size": 4}, optim=OptimConfig(warmup_steps=0), steps=1)
     return root
 
 
