@@ -26,12 +26,10 @@ from kd_jax.config import Config
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.data.batches import count_steps, eval_batches
-from kd_jax.data.chat import chat_template_of
-from kd_jax.inference.cached import make_cache, open_cached, with_live_teacher
+from kd_jax.inference.cached import make_cache, open_cached, open_data, with_live_teacher
 from kd_jax.inference.teacher_pass import TeacherPass
-from kd_jax.setup.cached import find_all, make_identity
-from kd_jax.setup.inputs import choose, load_rows, open_inputs, row_source
-from kd_jax.setup.model_files import shared_vocab
+from kd_jax.setup.cached import find_all
+from kd_jax.setup.inputs import choose, open_inputs, open_rows, row_source
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
@@ -71,16 +69,13 @@ def main(argv: Sequence[str]) -> None:
 def write(args: Args, config: Config) -> dict[str, float]:
     """Returns target tokens per second of the forward pass alone, and with writing."""
     config = with_live_teacher(config)
-    student, teacher, mesh = open_inputs(config)
-    assert teacher is not None and config.teacher is not None
-    tokenizers = (student.tokenizer, teacher.tokenizer)
-    rows, _ = load_rows(config, *tokenizers)
-    template = chat_template_of(config.data, *tokenizers)
-    identity = make_identity(config.teacher.dtype, teacher.hashes, teacher.tokenizer, template)
-    fields = hidden_fields(teacher.arch.hidden_size, config.teacher.dtype)
+    data = open_data(config)
+    assert config.teacher is not None
+    rows, _ = data.rows
+    fields = hidden_fields(data.teacher.arch.hidden_size, config.teacher.dtype)
     shutil.rmtree(f"{args.out}/timed", ignore_errors=True)
-    cache = new_cache(f"{args.out}/timed", "hidden", fields, identity)
-    run = TeacherPass(config, cache, teacher, mesh, find_all(cache, rows, None))
+    cache = new_cache(f"{args.out}/timed", "hidden", fields, data.identity)
+    run = TeacherPass(config, cache, data.teacher, data.mesh, find_all(cache, rows, None))
 
     def forward() -> float:
         start = time.perf_counter()
@@ -120,19 +115,17 @@ def train(args: Args, config: Config) -> dict[str, Any]:
     student, teacher, mesh = open_inputs(config)
     assert teacher is not None
     config = choose(config, student.arch, teacher.arch, mesh)
-    tokenizers = (student.tokenizer, teacher.tokenizer)
-    rows, _ = load_rows(config, *tokenizers)
-    vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
+    rows = open_rows(config, student, teacher)
     read_teacher = None
     if config.reads_cache:
-        template = chat_template_of(config.data, *tokenizers)
-        both = (rows, None)
-        read_teacher = open_cached(config, teacher, mesh, teacher.hashes, template, both).train
+        own = (teacher.hashes, rows.template, (rows.train, None))
+        read_teacher = open_cached(config, teacher, mesh, *own).train
     models = load_models(config, student, teacher, mesh)
-    program = make_program(config, models, vocab_size, mesh, num_steps)
+    num_steps = count_steps(rows.train, config)
+    program = make_program(config, models, rows.vocab_size, mesh, num_steps)
     state = init_state(program, models.trainable)
     frozen = (models.frozen, models.teacher_arrays)
-    source = row_source(config, rows, mesh, 0, read_teacher)
+    source = row_source(config, rows.train, mesh, 0, read_teacher)
     run = jit_train_step(mesh, jax.tree.map(lambda x: x.sharding, state))
     seconds, busy, waits, trace = [], [], [], []
     for step in range(args.steps):

@@ -26,11 +26,9 @@ from kd_jax.config import Config, UserError
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.data.batches import count_steps
-from kd_jax.data.chat import chat_template_of
 from kd_jax.onpolicy.sampler import make_sampler
 from kd_jax.onpolicy.source import OnPolicySource
-from kd_jax.setup.inputs import choose, load_rows, open_inputs, row_source
-from kd_jax.setup.model_files import shared_vocab
+from kd_jax.setup.inputs import choose, open_inputs, open_rows, row_source
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
@@ -77,12 +75,12 @@ def measure(config: Any, rounds: int) -> tuple[dict[str, list[float]], dict[str,
     """Returns the seconds of each round by part, and medians of what was sampled."""
     student, teacher, mesh = open_inputs(config)
     assert teacher is not None
-    rows, _ = load_rows(config, student.tokenizer, teacher.tokenizer)
+    opened = open_rows(config, student, teacher)
+    rows, vocab_size = opened.train, opened.vocab_size
     config = choose(config, student.arch, teacher.arch, mesh)
-    template = chat_template_of(config.data, student.tokenizer, teacher.tokenizer)
-    sampler = make_sampler(config, student, teacher, template, rows)
+    sampler = make_sampler(config, student, teacher, opened.template, rows)
     models = load_models(config, student, teacher, mesh)
-    vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
+    num_steps = count_steps(rows, config)
     program = make_program(config, models, vocab_size, mesh, num_steps)
     frozen = (models.frozen, models.teacher_arrays)
     data = row_source(config, rows, mesh, 0)

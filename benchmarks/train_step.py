@@ -30,8 +30,7 @@ from kd_jax.parallel.placement import put_batch
 from kd_jax.planning.chips import chip_of
 from kd_jax.planning.cost import step_flops
 from kd_jax.setup.forward import targets
-from kd_jax.setup.inputs import choose, load_rows, open_inputs
-from kd_jax.setup.model_files import shared_vocab
+from kd_jax.setup.inputs import choose, open_inputs, open_rows
 from kd_jax.setup.models import load_models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
@@ -55,14 +54,14 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(flags)
     start_jax(None)
     student, teacher, mesh = open_inputs(config)
-    rows, _ = load_rows(config, *(model.tokenizer for model in (student, teacher) if model))
+    rows = open_rows(config, student, teacher)
     config = choose(config, student.arch, teacher.arch if teacher else None, mesh)
     models = load_models(config, student, teacher, mesh)
-    vocab_size, num_steps = shared_vocab(student, teacher).size, count_steps(rows, config)
-    program = make_program(config, models, vocab_size, mesh, num_steps)
+    num_steps = count_steps(rows.train, config)
+    program = make_program(config, models, rows.vocab_size, mesh, num_steps)
     state = init_state(program, models.trainable)
     some = train_batches(
-        rows,
+        rows.train,
         seed=config.seed,
         start_step=0,
         batch_size=config.data.batch_size,

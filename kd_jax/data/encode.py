@@ -39,15 +39,11 @@ def encode(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     spans = [[(begin, end) for begin, end in some if begin < end] for some in spans]
     if (pieces := _pieces_of(tokenizer)) is not None:
         return pieces.encode(texts, spans)
-    encodings = _encode_batch(tokenizer.backend_tokenizer, texts)
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
         (np.array(encoding.ids, np.int32), _targets(encoding.offsets, some))
         for encoding, some in zip(encodings, spans, strict=True)
     ]
-
-
-def _encode_batch(backend: Any, texts: Sequence[str]) -> Any:
-    return backend.encode_batch(texts, add_special_tokens=False)
 
 
 def _targets(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
@@ -110,7 +106,8 @@ class _Pieces:
         if len(self.tokens) > _MOST_PIECES:
             self.tokens.clear()
         new = list(set(pieces) - self.tokens.keys())
-        for piece, encoding in zip(new, _encode_batch(self.backend, new), strict=True):
+        encodings = self.backend.encode_batch(new, add_special_tokens=False)
+        for piece, encoding in zip(new, encodings, strict=True):
             self.tokens[piece] = tuple(encoding.ids)
         tokens = [self.tokens[piece] for piece in pieces]
         for piece in new:

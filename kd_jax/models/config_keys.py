@@ -129,7 +129,7 @@ def sort_keys(config: Mapping[str, Any], read: Collection[str]) -> tuple[list[st
         if key in _OFF or key in _ONE or key in _EQUAL:
             if wanted := _expected(key, value):
                 problems.append(f"{key}: expected {wanted}, got {show(value)}")
-        elif _is_dropout(key):
+        elif "dropout" in key or key.endswith(("_pdrop", "layerdrop")):
             if value is not None and not (is_number(value) and 0 <= value <= 1):
                 problems.append(f"{key}: expected a number from 0 to 1, got {show(value)}")
             elif value:
@@ -160,10 +160,6 @@ def _expected(key: str, value: Any) -> str:
     if key in _ONE:
         return "" if value is None or (is_number(value) and value == 1) else "1.0"
     return "" if not value else "none or false"
-
-
-def _is_dropout(key: str) -> bool:
-    return "dropout" in key or key.endswith(("_pdrop", "layerdrop"))
 
 
 def _is_harmless(key: str) -> bool:
