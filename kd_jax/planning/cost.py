@@ -7,12 +7,7 @@ from typing import NamedTuple
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
 from kd_jax.models.architecture import Architecture
-from kd_jax.models.weight_table import (
-    Weight,
-    adapter_weights,
-    layer_weights,
-    trained_weights,
-)
+from kd_jax.models.weight_table import Weight, adapter_weights, layer_weights, trained_weights
 from kd_jax.parallel.platforms import choose_attention, choose_dtype
 from kd_jax.parallel.rules import (
     BATCH_AXES,

@@ -9,13 +9,7 @@ import numpy as np
 from kd_jax.models.weight_table import head_weights, layer_weights, trained_weights
 from kd_jax.parallel.rules import ROWS_AXIS, Sizes, axes_size
 from kd_jax.planning.chips import Topology
-from kd_jax.planning.cost import (
-    RECOMPUTING,
-    Case,
-    Shares,
-    Work,
-    make_shares,
-)
+from kd_jax.planning.cost import RECOMPUTING, Case, Shares, Work, make_shares
 
 
 class Transfer(NamedTuple):

@@ -9,13 +9,7 @@ from kd_jax.config.errors import raise_all
 from kd_jax.reporting.arms import Arm, find_controls, make_arms
 from kd_jax.reporting.curves import FIGURES, Figure, draw_figures, make_styles, minimises_kl
 from kd_jax.reporting.provenance import config_table, setup_table
-from kd_jax.reporting.tables import (
-    Table,
-    arms_table,
-    cost_table,
-    result_tables,
-    runs_table,
-)
+from kd_jax.reporting.tables import Table, arms_table, cost_table, result_tables, runs_table
 from kd_jax.reporting.teacher_cost import shared_table
 from kd_jax.reporting.texts import samples_tables
 from kd_jax.workdir.history import read_runs

@@ -34,12 +34,7 @@ from kd_jax.setup.inputs import (
     open_rows,
     row_source,
 )
-from kd_jax.setup.model_files import (
-    ModelFiles,
-    check_adapter,
-    start_hashing,
-    without_tokenizer,
-)
+from kd_jax.setup.model_files import ModelFiles, check_adapter, start_hashing, without_tokenizer
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
 from kd_jax.training.step import (

@@ -25,13 +25,7 @@ from kd_jax.weights.adapters import peft_name
 from kd_jax.weights.chat_files import OTHERS, save_chat
 from kd_jax.weights.files import removed_if_empty
 from kd_jax.weights.folder import ORBAX, load_architecture
-from kd_jax.weights.load import (
-    check_shapes,
-    load_arrays,
-    open_orbax,
-    open_tensors,
-    stored_dtypes,
-)
+from kd_jax.weights.load import check_shapes, load_arrays, open_orbax, open_tensors, stored_dtypes
 from kd_jax.weights.orbax import OrbaxArrays, absl_silent
 from kd_jax.weights.safetensors import INDEX
 

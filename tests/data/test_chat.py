@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from samples import (
-    chat,
-    record,
-    records_of,
-    rows_of,
-    same_rows,
-)
+from samples import chat, record, records_of, rows_of, same_rows
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat as data_chat

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from kd_jax.config import (
-    HiddenConfig,
-    LossConfig,
-    UserError,
-)
+from kd_jax.config import HiddenConfig, LossConfig, UserError
 from kd_jax.config.record import dump, from_json
 from kd_jax.losses.hidden import KINDS, check_layers, hidden_loss, init_projection
 from kd_jax.models.architecture import read_architecture

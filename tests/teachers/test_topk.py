@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from kd_jax.config import (
-    Config,
-    DataConfig,
-    LossConfig,
-    StudentConfig,
-    TeacherConfig,
-    UserError,
-)
+from kd_jax.config import Config, DataConfig, LossConfig, StudentConfig, TeacherConfig, UserError
 from kd_jax.data.store import TEACHER
 from kd_jax.losses.fused_head import kd_head
 from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets
