@@ -258,10 +258,7 @@ def _tokenizer(files: ModelFiles, add_bos_token: bool | None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
-        files.folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        add_bos_token=add_bos_token,
+        files.folder, local_files_only=True, trust_remote_code=False, add_bos_token=add_bos_token
     )
 
 

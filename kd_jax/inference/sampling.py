@@ -224,11 +224,7 @@ def _stream(
 
 
 def make_decoding_program(
-    spec: DecoderSpec,
-    arrays: Arrays,
-    length: int,
-    sampling: Sampling,
-    vocab_size: int | None,
+    spec: DecoderSpec, arrays: Arrays, length: int, sampling: Sampling, vocab_size: int | None
 ) -> DecodingProgram:
     return DecodingProgram(
         spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,

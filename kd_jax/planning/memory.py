@@ -127,12 +127,7 @@ def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
     shards *= student.context
     row, chip = PLATFORMS[topology.platform], topology.rated_chip
     C = chunk_tokens(
-        config.loss.chunk_tokens,
-        row,
-        chip,
-        entries,
-        case.num_tokens // shards,
-        head_trainable=full,
+        config.loss.chunk_tokens, row, chip, entries, case.num_tokens // shards, head_trainable=full
     )
     models = [student] if teacher is None else [student, teacher]
     total = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)

@@ -54,12 +54,7 @@ def make_report(
     tables: dict[str, list[Table]] = {
         "extra": list(extra),
         "results": [arms_table(arms, controls), *result_tables(arms, controls)],
-        "details": [
-            cost_table(arms),
-            *shared_table(found),
-            runs_table(arms),
-            setup_table(arms),
-        ],
+        "details": [cost_table(arms), *shared_table(found), runs_table(arms), setup_table(arms)],
         "samples": samples_tables(arms),
         "config": [config_table(arms)],
     }
