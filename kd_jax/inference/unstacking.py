@@ -29,7 +29,7 @@ def unstack_layers(spec: DecoderSpec, arrays: Arrays, *, gather: bool = False) -
     for path in [path for path in arrays if not is_adapter(path)]:
         value = arrays.pop(path)
         if not stacked or not path.startswith("layers."):
-            arrays[path] = _convert(spec.dtype, layout, path, value)
+            arrays[path] = _convert(spec.dtype, layout, value)
             continue
         module, name = path.removeprefix("layers.").rsplit(".", 1)
         factors = [f"layers.{module}.{factor}" for factor in FACTORS]
@@ -40,7 +40,7 @@ def unstack_layers(spec: DecoderSpec, arrays: Arrays, *, gather: bool = False) -
         arrays |= {f"layers.{i}.{module}.{name}": layer for i, layer in enumerate(layers)}
 
 
-def _convert(dtype: Any, layout: Layout | None, path: str, value: jax.Array) -> jax.Array:
+def _convert(dtype: Any, layout: Layout | None, value: jax.Array) -> jax.Array:
     if layout is None or layout.mesh.size == 1 or value.ndim < 2:
         return value.astype(dtype)
     sharding = layout.in_use(("vocab", "embed"), value.shape)

@@ -151,13 +151,11 @@ def read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     parts = [record.get(part) for part in ("config", "inputs", "versions")]
     try:
-        if not all(isinstance(part, dict) for part in parts):
-            raise TypeError
-        if not all(map(_is_start, record.get("starts", []))):
-            raise TypeError
+        sound = all(isinstance(part, dict) for part in parts)
+        sound &= all(map(_is_start, record.get("starts", [])))
         config = dump(from_json(record["config"]))
         num_steps = record.get("num_steps", config["steps"])
-        if not isinstance(num_steps, int):
+        if not sound or not isinstance(num_steps, int):
             raise TypeError
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         message = (
