@@ -224,9 +224,12 @@ def _table(delimiter: str) -> Callable[[str], Iterator[tuple[str, Raw]]]:
             _check_columns(file, filter(None, names))
             rows.fieldnames = [name or _INDEX for name in names]
             line = 2
-            for record in rows:
-                yield f":{line}", {key: value for key, value in record.items() if value != ""}
-                line = rows.line_num + 1
+            try:
+                for record in rows:
+                    yield f":{line}", {key: value for key, value in record.items() if value != ""}
+                    line = rows.line_num + 1
+            except csv.Error as error:
+                raise UserError(f"{file}:{line}: expected a row of a table ({error})") from None
 
     return read
 

@@ -75,8 +75,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if others:
         shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
         raise UserError(
-            f"{file}: expected dtypes {', '.join(DTYPES)}, got {shown}. Quantized weights are not "
-            "read: give the model in one of these dtypes"
+            f"{file}: expected dtypes {', '.join(DTYPES)}, got {shown}. Others, such as "
+            "those of quantized weights, are not read: give the model in one of these"
         )
     return {
         name: Tensor(

@@ -222,6 +222,7 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
         ("x.json", json.dumps({"version": 1, "data": ALPACA}, indent=1), "(version, data). Write"),
         ("x.xml", b"<a/>", "expected a file ending in .json, .jsonl"),
         ("x.csv", "instruction,output,output\nQ,A,B\n", "of different names, got output twice"),
+        ("x.tsv", 'text\nOne.\n"Two" 2\n', "x.tsv:3: expected a row of a table"),
     ],
 )
 def test_unreadable_file_is_refused_in_one_line(name, content, said, tmp_path):
