@@ -61,7 +61,7 @@ def test_every_command_of_the_tutorial_runs(small, monkeypatch, capsys):
 
     # A sweep's commands run in this process; tests/test_sweep.py starts processes.
     def run(command):
-        return run_command(importlib.import_module(command[1]).main, command[2:]), False
+        return run_command(importlib.import_module(command[1]).main, command[2:])
 
     monkeypatch.setattr(sweep, "_run", run)
     for command in COMMANDS:
