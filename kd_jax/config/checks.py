@@ -78,10 +78,11 @@ class Checks:
                 self.refuse(name, "Unicode text", value)
             elif dataclasses.is_dataclass(value):
                 self.check_types(value, f"{name}.")
-            elif re.split(r"\.|--", name)[-1] in _PATHS and "" in _texts(value):
-                self.refuse(name, "a path", value)
-            elif re.split(r"\.|--", name)[-1] in _PATHS and not all(map(_has_home, _texts(value))):
-                self.refuse(name, "a path whose ~ is the home of a user that is there", value)
+            elif re.split(r"\.|--", name)[-1] in _PATHS:
+                if "" in _texts(value):
+                    self.refuse(name, "a path", value)
+                elif not all(map(_has_home, _texts(value))):
+                    self.refuse(name, "a path whose ~ is the home of a user that is there", value)
 
     def check_ranges(self, part: Any, prefix: str, skip: str | None = None) -> None:
         """Refuses values outside their fields' ranges, and what each part's `check` refuses."""

@@ -49,7 +49,7 @@ class _Work:
         segments, first = batch["segment_ids"], self.found.documents.first
         document = np.where(segments > 0, first[row_ids][:, None] + segments - 1, 0)
         wanted = predicts_target(segments, batch["loss_mask"]) & (segments > 0)
-        return wanted & self.found.missing[document]
+        return wanted & (self.found.places[document] < 0)
 
 
 class TeacherPass:

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,28 +114,27 @@ def _context_spec() -> dict[str, Any]:
     return _CONTEXT | ({"aws_credentials": {"type": "environment"}} if given else {})
 
 
-@contextmanager
-def storing(place: str) -> Iterator[None]:
+def storing(place: str) -> AbstractContextManager[None]:
     """Turns TensorStore's errors, such as a full disk, into one message."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{place}: cannot be written ({_reason(error)}). Free some space or check the "
-            "store; the same command then goes on"
-        ) from error
+    advice = "Free some space or check the store; the same command then goes on"
+    return _explaining(f"{place}: cannot be written", advice)
+
+
+def reading(place: str) -> AbstractContextManager[None]:
+    """Turns TensorStore's errors, of a store that fails or of damaged files, into one message."""
+    advice = (
+        "Check the store; the same command then goes on. Restore damaged files, or make the cache "
+        "again in another folder"
+    )
+    return _explaining(f"{place}: cannot be read", advice)
 
 
 @contextmanager
-def reading(place: str) -> Iterator[None]:
-    """Turns TensorStore's errors, of a store that fails or of damaged files, into one message."""
+def _explaining(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{place}: cannot be read ({_reason(error)}). Check the store; the same command then "
-            "goes on. Restore damaged files, or make the cache again in another folder"
-        ) from error
+        raise UserError(f"{what} ({_reason(error)}). {advice}") from error
 
 
 def _reason(error: BaseException) -> str:
