@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,25 @@ from kd_jax.workdir.metrics import Writer, peak_memory_bytes
 BatchMetrics = dict[str, float | None]
 
 
+def _read(metrics: Arrays) -> tuple[dict[str, float], float]:
+    """Waits for a step; returns its metrics and when it ended."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    return values, time.perf_counter()
+
+
 class StepLog:
-    """Metrics and profiling. Logs one step late, so that the device never waits for the host."""
+    """Metrics and profiling. Logs one step late, so that the device never waits for the host.
+
+    A thread waits for each step's end: starting the next one may take the host until that is half
+    done, as a GPU's loops of unknown length do.
+    """
 
     def __init__(self, config: Config, writer: Writer, checkpointer: Any):
         self.config = config
         self.writer = writer
         self.checkpointer = checkpointer
-        self.pending: tuple[int, Arrays, BatchMetrics] | None = None
+        self.reader = ThreadPoolExecutor(1)
+        self.pending: tuple[int, Future[tuple[dict[str, float], float]], BatchMetrics] | None = None
         self.profiling = False
         self.restart_clock()
 
@@ -36,17 +48,16 @@ class StepLog:
           batch_metrics: those of the source of batches; None: the step has no such metric.
         """
         self.flush()
-        self.pending = (step, metrics, batch_metrics)
+        self.pending = (step, self.reader.submit(_read, metrics), batch_metrics)
 
     def flush(self) -> None:
         """Waits for the pending step and writes its metrics; raises UserError if not finite."""
         if self.pending is None:
             return
-        step, metrics, batch_metrics = self.pending
+        step, reading, batch_metrics = self.pending
         self.pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        values, end = reading.result()
+        seconds, self.clock = end - self.clock, end
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse(step, values)
         values = {name: x for name, x in (values | batch_metrics).items() if x is not None}
@@ -78,10 +89,15 @@ class StepLog:
             self.profiling = True
         if step == first + self.config.log.profile_steps:
             self.flush()
-            self.close()
+            self.stop_profile()
+            self.restart_clock()
 
-    def close(self) -> None:
-        """Stops a running profile."""
+    def stop_profile(self) -> None:
         if self.profiling:
             jax.profiler.stop_trace()
             self.profiling = False
+
+    def close(self) -> None:
+        """Stops the thread and a running profile."""
+        self.reader.shutdown()
+        self.stop_profile()
