@@ -59,20 +59,21 @@ def parts(
     trainable, seq_len = state.trainable, config.data.seq_len
     tokens = micro["tokens"].size
 
-    def hidden(trainable):
-        return Decoder(program.student, models.frozen | trainable["student"])(*ids)
+    # All arrays are arguments: XLA would multiply constants while it compiles.
+    def hidden(frozen, trainable):
+        return Decoder(program.student, frozen | trainable["student"])(*ids)
 
-    def backward(trainable, d_hidden):
-        return jax.vjp(hidden, trainable)[1](d_hidden)
+    def backward(frozen, trainable, d_hidden):
+        return jax.vjp(lambda trainable: hidden(frozen, trainable), trainable)[1](d_hidden)
 
-    def side_of(trainable):
-        student = Decoder(program.student, models.frozen | trainable["student"])
-        return run_models(program, student, models.teacher_arrays, micro)[0]
+    def sides(frozen, teacher_arrays, trainable):
+        student = Decoder(program.student, frozen | trainable["student"])
+        return run_models(program, student, teacher_arrays, micro)[0]
 
-    side, teacher, targets = jax.jit(side_of)(trainable)
+    side, teacher, targets = jax.jit(sides)(models.frozen, models.teacher_arrays, trainable)
     scalars, num_targets = loss_scalars(program, None), float(jnp.sum(targets.mask))
 
-    def head(side):
+    def head(side, teacher, targets):
         return jax.grad(lambda side: kd_head(program.head, scalars, side, teacher, targets)[0])(
             side
         )
@@ -98,10 +99,11 @@ def parts(
         flops = tokens * sum(layer_flops(theirs, seq_len))
         found["teacher"] = (run, (models.teacher_arrays,), flops)
         head_flops += 2.0 * theirs.vocab_size * theirs.hidden_size * num_targets
-    found["student forward"] = (hidden, (trainable,), once)
+    found["student forward"] = (hidden, (models.frozen, trainable), once)
     both = tokens * (passes * products + 3 * low + 3 * attention)
-    found["student forward and backward"] = (backward, (trainable, side.hidden), both)
-    found["head"] = (head, (side,), head_flops)
+    arguments = (models.frozen, trainable, side.hidden)
+    found["student forward and backward"] = (backward, arguments, both)
+    found["head"] = (head, (side, teacher, targets), head_flops)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
     found["optimizer"] = (update, (zeros, state.opt_state, trainable), 0.0)
     return found
