@@ -1,4 +1,4 @@
-"""Code paths specific to GPUs: cuDNN attention, the head, whole steps.
+"""Code paths specific to GPUs: their attention kernels, the head, whole steps.
 
 On a GPU: JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_gpu.py
 """
@@ -31,13 +31,18 @@ def make_attention_inputs(S, dtype):
     return q, k, v, np.sort(rng.integers(0, 4, (2, S)), axis=1).astype(np.int32), d
 
 
+@pytest.fixture(params=["cudnn", "triton"])
+def kernel(request):
+    return request.param
+
+
 @pytest.mark.parametrize("S", [1, 60, 129, 512])
-def test_cudnn_attention_is_as_near_float32_as_jaxs_own(S):
+def test_attention_is_as_near_float32_as_jaxs_own(kernel, S):
     *_, segments, d = inputs = make_attention_inputs(S, jnp.bfloat16)
     wide = [np.asarray(x, np.float32) for x in inputs[:3]]
     with on_cpu():
         exact = with_gradients(jaxs_own, *wide, segments, np.asarray(d, np.float32))
-    ours = with_gradients(partial(attention, implementation="cudnn"), *inputs)
+    ours = with_gradients(partial(attention, implementation=kernel), *inputs)
     theirs = with_gradients(jaxs_own, *inputs)
     for got, peer, want in zip(ours, theirs, exact, strict=True):
         got, peer, want = (np.asarray(x, np.float32) for x in (got, peer, want))
@@ -45,17 +50,17 @@ def test_cudnn_attention_is_as_near_float32_as_jaxs_own(S):
         assert np.abs(got - want).max() < 1e-2 * np.abs(want).max() + 1e-6
 
 
-def test_cudnn_attention_that_ignores_documents_is_noticed():
+def test_attention_that_ignores_documents_is_noticed(kernel):
     q, k, v, segments, _ = make_attention_inputs(512, jnp.bfloat16)
-    run = jax.jit(partial(attention, implementation="cudnn"))
+    run = jax.jit(partial(attention, implementation=kernel))
     want, got = (np.asarray(run(q, k, v, x), np.float32) for x in (segments, 0 * segments))
     assert np.abs(got - want).max() > 0.1 * np.abs(want).max()
 
 
-def test_cudnn_attention_sees_a_shared_prompt_too():
+def test_attention_sees_a_shared_prompt_too(kernel):
     q, k, v, segments, _ = make_attention_inputs(512, jnp.bfloat16)
     documents = (segments, np.zeros_like(segments))
-    got = jax.jit(partial(attention, implementation="cudnn"))(q, k, v, documents)
+    got = jax.jit(partial(attention, implementation=kernel))(q, k, v, documents)
     with on_cpu():
         want = jax.jit(attention)(*(np.asarray(x, np.float32) for x in (q, k, v)), documents)
     got, want = (np.asarray(x, np.float32) for x in (got, want))
@@ -106,7 +111,7 @@ def in_bfloat16(config):
     )
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "xla"])
+@pytest.mark.parametrize("kernel", ["cudnn", "triton", "xla"], indirect=True)
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_run_repeats_itself_bit_for_bit(make_config, trainable, kernel):
     config = in_bfloat16(make_config(trainable=trainable, mesh={"data": 1}))
@@ -122,9 +127,9 @@ def test_a_run_repeats_itself_bit_for_bit(make_config, trainable, kernel):
             np.testing.assert_array_equal(one, two)
 
 
-def test_bfloat16_with_cudnn_trains_as_float32_does(make_config):
+def test_bfloat16_trains_as_float32_does(make_config, kernel):
     config, losses = make_config(mesh={"data": 1}), []
-    for changed in (replace(in_bfloat16(config), attention="cudnn"), config):
+    for changed in (replace(in_bfloat16(config), attention=kernel), config):
         run = Run(changed, GPUS[:1])
         losses.append([run.step(run.batch(seed))["loss"] for seed in range(STEPS)])
     np.testing.assert_allclose(*losses, rtol=2e-2)

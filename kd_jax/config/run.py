@@ -221,8 +221,9 @@ class Config:
     """Gradient checkpointing: what the student's backward pass recomputes. none: nothing; dots: all
     but matrix products and attention; attention: all but attention; layer: whole layers; auto: the
     fastest of them that fits, as kd_jax.plan estimates. Changes memory and speed, not results."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto: cudnn for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla."""
+    attention: Literal["auto", "xla", "cudnn", "triton", "splash"] = "auto"
+    """Attention kernel; auto: triton for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla. cudnn
+    computes all of a row and masks other documents, which triton skips."""
     compilation_cache: str | None = "~/.cache/kd_jax/xla"
     """Folder (or gs:// address) of compiled programs for later runs; None disables it."""
 
@@ -245,8 +246,8 @@ class Config:
             expected = f"a multiple of optim.accumulation-steps ({count})"
             checks.refuse("data.batch-size", expected, size)
         dtypes = {self.student.dtype, "auto" if self.teacher is None else self.teacher.dtype}
-        if self.attention == "cudnn" and "float32" in dtypes:
-            expected = "another than cudnn with a float32 student or teacher"
+        if self.attention in ("cudnn", "triton") and "float32" in dtypes:
+            expected = f"another than {self.attention} with a float32 student or teacher"
             checks.refuse("attention", expected, self.attention)
         if self.hidden.weight > 0 and not self.distils:
             expected = "0 without a teacher or with loss.kd-ratio 0"

@@ -12,7 +12,7 @@ from kd_jax.models.masks import NEGATIVE, Mask, Window, causal, of_queries, visi
 from kd_jax.models.residuals import SAVED_ATTENTION, name_residual
 from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout, traits
-from kd_jax.parallel.platforms import Implementation
+from kd_jax.parallel.platforms import TRITON_HEAD_DIMS, Implementation
 
 
 def attention(
@@ -42,22 +42,22 @@ def attention(
       layout: of the model on the mesh; rows, their tokens and query heads are sharded.
       window: None: a token attends to its whole past.
       scale: None: 1 / sqrt(H).
-      implementation: "xla", "cudnn" (NVIDIA GPU, bfloat16), or "splash" (TPU).
+      implementation: "xla", "cudnn" or "triton" (NVIDIA GPU, bfloat16), or "splash" (TPU).
 
     Returns:
       [B, S, N, H] in q's dtype; the softmax is float32.
 
     Raises:
-      ValueError: cudnn in another dtype than bfloat16.
+      ValueError: cudnn or triton in another dtype than bfloat16.
     """
-    if implementation == "cudnn" and q.dtype != jnp.bfloat16:
+    if implementation in ("cudnn", "triton") and q.dtype != jnp.bfloat16:
         raise ValueError(
-            f"attention: expected bfloat16 for cudnn, got {q.dtype}. Use attention=xla"
+            f"attention: expected bfloat16 for {implementation}, got {q.dtype}. Use attention=xla"
         )
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     mask = Mask(documents, window)
     blockwise = partial(_blockwise, traits(layout.mesh).integer_residuals)
-    kernels = {"xla": blockwise, "cudnn": _cudnn, "splash": _splash}
+    kernels = {"xla": blockwise, "cudnn": _cudnn, "triton": _triton, "splash": _splash}
     kernel: Any = kernels[implementation]
     if layout.mesh.size == 1:
         return kernel(scale, None, q, k, v, mask)
@@ -110,6 +110,21 @@ def _cudnn(scale, context, q, k, v, mask):
         )
 
     return _with_named_residuals(run, heads, seen[:, None])[:, :S]
+
+
+def _triton(scale, context, q, k, v, mask):
+    """Attention by our GPU kernels, which skip blocks of other documents."""
+    from kd_jax.models.triton_attention import UNIT, triton_attention  # imports Pallas
+
+    S = q.shape[1]
+    ragged = context is not None and S % UNIT > 0  # padding a part would move the next one
+    if mask.window is not None or ragged or q.shape[3] not in TRITON_HEAD_DIMS:
+        return _cudnn(scale, context, q, k, v, mask)
+    (q, k, v), mask = _padded(UNIT, (q, k, v), mask)
+    own = jnp.stack(of_queries(context, q.shape[1], mask).documents)
+    start = 0 if context is None else jax.lax.axis_index(context) * S
+    start = jnp.full(1, start, jnp.int32)
+    return triton_attention(_scale(scale, q), q, k, v, own, mask.documents[0], start)[:, :S]
 
 
 def _splash(scale, context, q, k, v, mask):

@@ -12,19 +12,26 @@ from typing import Any, Literal
 
 from kd_jax.config import Dtype, Remat
 
-Implementation = Literal["xla", "cudnn", "splash"]
+Implementation = Literal["xla", "cudnn", "triton", "splash"]
+
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
+"""Head dimensions whose blocks fit the shared memory of every GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionKernel:
+    name: Implementation
+    head_dims: Collection[int]
+    """Head dimensions that it computes."""
+    dtypes: Collection[str] = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Platform:
     lowering: str
     """Name in jax.lax.platform_dependent."""
-    attention: Implementation
-    """Attention kernel of this platform."""
-    attention_dtypes: Collection[str] = ("bfloat16", "float32")
-    """Dtypes for which attention="auto" uses that kernel; xla otherwise."""
-    attention_head_dims: Collection[int] = range(2**31)
-    """Head dimensions for which it does."""
+    attention: Sequence[AttentionKernel] = ()
+    """Attention kernels of this platform alone, the fastest first; any has xla."""
     wide_products: bool = False
     """Ask for float32 results of bfloat16 matmuls, then round: XLA's CPU has a bfloat16 kernel for
     that form only, several times faster than the float32 matmul it makes of the other."""
@@ -43,8 +50,8 @@ class Platform:
     one_pass_softmax: bool = False
     """Reduce maxima and sums of the logits in one pass over memory."""
     integer_lookup: bool = False
-    """Look up rows of a bfloat16 table as integers: XLA's CPU first converts the whole table to
-    float32."""
+    """Look up and write rows of a bfloat16 array as integers: XLA's CPU converts the whole array to
+    float32, and back."""
     sorted_embedding_gradient: bool = False
     """Sum the embedding's gradient in token order: the plain scatter adds in an order that varies,
     and so does its rounding."""
@@ -65,6 +72,9 @@ class Platform:
     """Fewest rows that decode fast in bfloat16."""
     sampled_rows: int = 256
     """Most rows that a device decodes at once where more are to be answered."""
+    gathers_all: bool = False
+    """Gather the fused head's rows before its loop over chunks: in the loop a TPU's compiler keeps
+    more arrays, others a chunk."""
     blocked_sums: bool = False
     """Sum over the vocabulary in blocks: a CPU adds a row's terms one after another."""
     memory_share: float = 1.0
@@ -80,7 +90,6 @@ class Platform:
 PLATFORMS: Mapping[str, Platform] = {
     "cpu": Platform(
         lowering="cpu",
-        attention="xla",
         wide_products=True,
         transposed_head=True,
         joined_adapters=True,
@@ -107,17 +116,19 @@ PLATFORMS: Mapping[str, Platform] = {
     ),
     "gpu": Platform(
         lowering="cuda",
-        attention="cudnn",
-        attention_dtypes=("bfloat16",),
-        attention_head_dims=range(8, 129, 8),  # training kernels of every generation
+        attention=(
+            AttentionKernel(name="triton", head_dims=TRITON_HEAD_DIMS, dtypes=("bfloat16",)),
+            # Training kernels of every generation.
+            AttentionKernel(name="cudnn", head_dims=range(8, 129, 8), dtypes=("bfloat16",)),
+        ),
         one_pass_softmax=True,
         sorted_embedding_gradient=True,
         memory_share=0.92,
     ),
     "tpu": Platform(
         lowering="tpu",
-        attention="splash",
-        attention_head_dims=(64, 128, 256),
+        attention=(AttentionKernel(name="splash", head_dims=(64, 128, 256)),),
+        gathers_all=True,
     ),
 }
 
@@ -150,12 +161,12 @@ def choose_dtype(wanted: Dtype, platform: str) -> Dtype:
 
 
 def choose_attention(wanted: str, platform: str, dtype: str, head_dim: int) -> Implementation:
-    """Returns the kernel `wanted`; for "auto" the platform's own, if it supports the model."""
+    """Returns the kernel `wanted`; for "auto" the platform's fastest that computes the model."""
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    row = PLATFORMS[platform]
-    dtypes, head_dims = row.attention_dtypes, row.attention_head_dims
-    return row.attention if dtype in dtypes and head_dim in head_dims else "xla"
+    kernels = PLATFORMS[platform].attention
+    able = (x.name for x in kernels if dtype in x.dtypes and head_dim in x.head_dims)
+    return next(able, "xla")
 
 
 def cpu_features() -> set[str]:

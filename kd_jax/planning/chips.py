@@ -225,7 +225,11 @@ def known() -> str:
     return "\n".join(lines)
 
 
-def xla_target(name: str, chip: Chip) -> str:
+_KINDS = {(8, 0): "A100", (8, 6): "A10", (8, 9): "L4", (9, 0): "H100", (10, 0): "B200"}
+"""Per compute capability a GPU that jax knows by name, as whose kind its kernels are lowered."""
+
+
+def xla_target(chip: Chip) -> str:
     """Returns XLA's description of a GPU, a GpuTargetConfigProto as text."""
     assert chip.target is not None
     numbers: dict[str, Any] = chip.target._asdict()
@@ -254,5 +258,5 @@ def xla_target(name: str, chip: Chip) -> str:
         f"gpu_device_info {{\n{info}\n}}\n"
         'platform_name: "CUDA"\n'
         "dnn_version_info { major: 9 minor: 10 }\n"
-        f'device_description_str: "{name}"\n'
+        f'device_description_str: "NVIDIA {_KINDS[major, minor]}"\n'
     )

@@ -84,7 +84,8 @@ class Shares:
     itemsize: int
     """Bytes of its activations' dtype."""
     mask: int
-    """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN; other kernels make no array."""
+    """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN, also where triton leaves windows
+    to it; other kernels make no array."""
 
     @property
     def tensor(self) -> int:
@@ -167,13 +168,15 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
         tokens = own * seq_len // context_size(sizes)
         dtype = choose_dtype(part.dtype, case.topology.platform)
         kernel = choose_attention(config.attention, case.topology.platform, dtype, arch.head_dim)
+        slides = any(size and size < seq_len for size in arch.layer_windows)
+        masked = kernel == "cudnn" or (kernel == "triton" and slides)
         return Shares(
             arch=arch,
             sizes=sizes,
             axes=part.shard_over,
             tokens=tokens,
             itemsize=DTYPE_BYTES[dtype],
-            mask=2 * tokens * seq_len if kernel == "cudnn" else 0,
+            mask=2 * tokens * seq_len if masked else 0,
         )
 
     student = shares(config.student, case.student, config.data.seq_len)

@@ -66,7 +66,7 @@ def devices_of(topology: Topology) -> list[Any]:
     get_topology_desc = experimental("jax.experimental.topologies", "get_topology_desc")
     kind = topology.name.split(":")[0]
     if topology.chip.platform == "gpu":
-        shape, target = topology.name.split(":")[1], xla_target(kind, topology.chip)
+        shape, target = topology.name.split(":")[1], xla_target(topology.chip)
         return get_topology_desc(kind, "cuda", target_config=target, topology=shape).devices
     cube = len(topology.shape) == 3
     bounds = (2, 2, 1) if math.prod(topology.shape) >= 4 else (1, 1, 1)

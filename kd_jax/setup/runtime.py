@@ -35,7 +35,11 @@ def start_jax(compilation_cache: str | None = None) -> None:
 def check_attention(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the mesh's devices lack the configured attention kernel."""
     here = platform(mesh)
-    owners = [name for name, row in PLATFORMS.items() if row.attention == config.attention]
+    owners = [
+        name
+        for name, row in PLATFORMS.items()
+        if config.attention in [kernel.name for kernel in row.attention]
+    ]
     if config.attention not in ("auto", "xla") and here not in owners:
         raise UserError(
             f"attention: expected auto|xla on {here}, got {config.attention}, which needs a "

@@ -74,7 +74,7 @@ def test_every_gpu_has_a_description_for_xla():
     for name, chip in CHIPS.items():
         if chip.platform == "gpu":
             major, minor = chip.target.capability
-            text = xla_target(name, chip)
+            text = xla_target(chip)
             assert f"major: {major} minor: {minor}" in text
             assert f"core_count: {chip.target.core_count}\n" in text
             assert find_topology(f"{name}:8").num_devices == 8
