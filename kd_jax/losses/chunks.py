@@ -1,6 +1,8 @@
 """The chunks of the fused head: each device's tokens and vocabulary entries, and their logits.
 
-Tokens with a loss are moved to the front, so that chunks without any are at the end.
+Chunks take the tokens with a loss first, so that those without any are at the end. The loop gathers
+a chunk's rows, but on a TPU, and writes the gradient of its rows to their places: no hidden states
+of all tokens are copied.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets, Teacher
 from kd_jax.losses.vocabulary import NEGATIVE, Vocab
+from kd_jax.parallel.mesh import traits
 from kd_jax.parallel.rules import BATCH_AXES, context_axis, token_axes
 
 
@@ -23,7 +26,7 @@ def common_entries(student: Student, teacher: Teacher | None) -> int:
 
 
 class Rows(NamedTuple):
-    """Arrays of the tokens: [B, S, ...], or [chunks * C, ...] with the target tokens first."""
+    """Arrays of the tokens: [B, S, ...], [B * S, ...], or those of a chunk, [C, ...]."""
 
     hidden: jax.Array
     teacher: Any
@@ -35,15 +38,19 @@ class Share:
     """One device's tokens and vocabulary entries, ready for the loop."""
 
     rows: Rows
-    """[chunks * C, ...], the target tokens first."""
+    """[B * S, ...]."""
+    sources: Rows
+    """What chunks are read from: the rows as_bits, with gathers_all [chunks * C, ...] in the order
+    of places."""
     head: jax.Array
     """[V, D], or [D, V] with transpose_head."""
     vocab_arrays: Any
     """The teacher's, [V, ...]."""
     teacher_logits: Callable[[Any, Any, ChunkContext], jax.Array] | None
     vocab: Vocab
-    order: jax.Array
-    """[B * S] int32: where each token was."""
+    places: jax.Array
+    """[chunks * C] int32: the rows that the chunks take, those of target tokens first; past the
+    last token B * S and above."""
     shape: tuple[int, int]
     """(B, S)."""
     num_chunks: jax.Array
@@ -95,11 +102,12 @@ def _targets_first(config, axes, rows, head, vocab_arrays, teacher_logits):
     """Returns the Share of rows [B, S, ...] and of this device's vocabulary entries."""
     shape, num_targets = rows.targets.mask.shape, jnp.sum(rows.targets.mask)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
-    order = jnp.argsort(~rows.targets.mask, stable=True)
+    order = jnp.argsort(~rows.targets.mask, stable=True).astype(jnp.int32)
     padding = -len(order) % config.chunk_tokens
+    places = jnp.concatenate([order, len(order) + jnp.arange(padding, dtype=jnp.int32)])
 
-    def gather(x):
-        return jnp.pad(jnp.take(x, order, axis=0), [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    def source(x):
+        return _take(x, places) if traits(config.mesh).gathers_all else as_bits(config, x)
 
     entries = jnp.arange(len(head))
     if config.vocab_axis is not None:
@@ -107,33 +115,32 @@ def _targets_first(config, axes, rows, head, vocab_arrays, teacher_logits):
     # Without the barrier a CPU recomputes them for every logit, at the cost of the softmax.
     entries = jax.lax.optimization_barrier(entries)
     return Share(
-        rows=jax.tree.map(gather, rows),
+        rows=rows,
+        sources=jax.tree.map(source, rows),
         head=head.T if config.transpose_head else head,
         vocab_arrays=vocab_arrays,
         teacher_logits=teacher_logits,
         vocab=Vocab(entries, config.vocab_axis),
-        order=order,
+        places=places,
         shape=shape,
         num_chunks=-(-num_targets // config.chunk_tokens),
         token_axes=axes,
     )
 
 
-def restore(share: Share, x: jax.Array) -> jax.Array:
-    """Returns x [chunks * C, ...] in the order of the tokens, as [B, S, ...]."""
-    return jnp.take(x, jnp.argsort(share.order), axis=0).reshape(*share.shape, *x.shape[1:])
-
-
 def read_chunk(
     config: HeadConfig, share: Share, index: jax.Array
 ) -> tuple[Rows, jax.Array, jax.Array | None]:
-    """Returns a chunk's Rows [C, ...] and both models' logits [C, V] float32."""
-    rows = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(
-            x, index * config.chunk_tokens, config.chunk_tokens, axis=0
-        ),
-        share.rows,
-    )
+    """Returns a chunk's Rows [C, ...], 0 past the last, and both models' logits [C, V] float32."""
+    size = config.chunk_tokens
+    places = _places(share, index, size)
+
+    def read(x, source):
+        if traits(config.mesh).gathers_all:
+            return jax.lax.dynamic_slice_in_dim(source, index * size, size)
+        return from_bits(_take(source, places), x.dtype)
+
+    rows = jax.tree.map(read, share.rows, share.sources)
     product = "CD,DV->CV" if config.transpose_head else "CD,VD->CV"
     z_s = jnp.einsum(product, rows.hidden, share.head, preferred_element_type=jnp.float32)
     z_s, z_t = _mask_padding(config, share.vocab, z_s), None
@@ -155,3 +162,37 @@ def _mask_padding(config, vocab, logits):
 def write_chunk(array: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
     """Returns array [chunks * C, ...] with a chunk [C, ...] written into it."""
     return jax.lax.dynamic_update_slice_in_dim(array, chunk, index * len(chunk), axis=0)
+
+
+def restore(share: Share, x: jax.Array) -> jax.Array:
+    """Returns x [chunks * C, ...] in the order of the tokens, as [B, S, ...]."""
+    B, S = share.shape
+    return jnp.take(x, jnp.argsort(share.places)[: B * S], axis=0).reshape(B, S, *x.shape[1:])
+
+
+def scatter_chunk(
+    config: HeadConfig, share: Share, array: jax.Array, chunk: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Returns array [B * S, ...], as_bits, with a chunk's rows [C, ...] written to their places."""
+    chunk, places = as_bits(config, chunk), _places(share, index, config.chunk_tokens)
+    return array.at[places].set(chunk, mode="drop", unique_indices=True)
+
+
+def _take(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Returns rows of x [B * S, ...], 0 past the last."""
+    return x.at[places].get(mode="fill", fill_value=0)
+
+
+def _places(share: Share, index: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(share.places, index * size, size)
+
+
+def as_bits(config: HeadConfig, x: jax.Array) -> jax.Array:
+    """Returns bfloat16 as uint16 where rows are looked up so, as Platform.integer_lookup."""
+    if x.dtype == jnp.bfloat16 and traits(config.mesh).integer_lookup:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
+def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)

@@ -2,8 +2,8 @@
 
 No array of tokens x vocabulary is larger than one chunk. A loop over chunks of tokens computes both
 models' logits, the loss and its closed-form gradient, multiplies that by the student's head, and
-keeps only the gradient of the hidden states as the residual. The backward pass scales it. Tokens
-with a loss are moved to the front, and chunks without any are skipped.
+keeps only the gradient of the hidden states as the residual. The backward pass scales it. Chunks
+take the tokens with a loss first, and those without any are skipped.
 
 The formula of each divergence and of its gradient is in divergences.py, the gradient in the logits
 of a token in token_loss.py.
@@ -20,9 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.losses.chunks import (
+    as_bits,
     common_entries,
+    from_bits,
     read_chunk,
     restore,
+    scatter_chunk,
     shard_mapped,
     token_spec,
     write_chunk,
@@ -125,7 +128,9 @@ def _device_gradients(config, scalars, share, scatters):
     Args:
       scatters: shard the gradient of the head over fsdp.
     """
-    hidden, axis = share.rows.hidden, share.vocab.axis
+    hidden = share.rows.hidden
+    # Float32 where devices have parts of a sum.
+    dtype = hidden.dtype if share.vocab.axis is None else jnp.dtype("float32")
 
     def run_chunk(index, carry):
         sums, d_hidden, d_head = carry
@@ -136,7 +141,7 @@ def _device_gradients(config, scalars, share, scatters):
         d_logits = d_logits.astype(hidden.dtype)  # that of the matmuls
         product = "CV,DV->CD" if config.transpose_head else "CV,VD->CD"
         d_rows = jnp.einsum(product, d_logits, share.head, preferred_element_type=jnp.float32)
-        d_hidden = write_chunk(d_hidden, d_rows.astype(d_hidden.dtype), index)
+        d_hidden = scatter_chunk(config, share, d_hidden, d_rows.astype(dtype), index)
         if d_head is not None:
             d_head += jnp.einsum(
                 "CV,CD->VD", d_logits, rows.hidden, preferred_element_type=jnp.float32
@@ -146,15 +151,16 @@ def _device_gradients(config, scalars, share, scatters):
     names = ("loss", *(SINGLE_METRICS if share.teacher_logits is None else METRICS))
     shape = () if share.rows.targets.group is None else (NUM_GROUPS,)
     sums = dict.fromkeys(names, jnp.zeros(shape, jnp.float32))
-    # Float32 where devices have parts of a sum.
-    d_hidden = jnp.zeros(hidden.shape, hidden.dtype if axis is None else jnp.float32)
+    d_hidden = as_bits(config, jnp.zeros(hidden.shape, dtype))
     d_head = None
     if config.head_trainable:
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)
-    carry = jax.lax.fori_loop(0, share.num_chunks, run_chunk, (sums, d_hidden, d_head))
-    sums, d_hidden, d_head = _psum(share, *carry, scatters)
+    carry = (sums, d_hidden, d_head)
+    sums, d_hidden, d_head = jax.lax.fori_loop(0, share.num_chunks, run_chunk, carry)
+    d_hidden = from_bits(d_hidden, dtype).reshape(*share.shape, -1)
+    sums, d_hidden, d_head = _psum(share, sums, d_hidden, d_head, scatters)
     loss = jnp.sum(sums.pop("loss"))
-    return loss, sums, Student(restore(share, d_hidden.astype(hidden.dtype)), d_head)
+    return loss, sums, Student(d_hidden.astype(hidden.dtype), d_head)
 
 
 def _sum_targets(values, targets):
@@ -199,6 +205,6 @@ def _device_metrics(config, scalars, share):
     names = SINGLE_EVAL_METRICS if share.teacher_logits is None else EVAL_METRICS
     if config.top_k is not None and share.teacher_logits is not None:
         names += ("topk_overlap",)
-    zeros = jnp.zeros(share.rows.targets.mask.shape, jnp.float32)
+    zeros = jnp.zeros(share.places.shape, jnp.float32)
     metrics = jax.lax.fori_loop(0, share.num_chunks, run_chunk, dict.fromkeys(names, zeros))
     return {name: restore(share, value) for name, value in metrics.items()}

@@ -483,6 +483,21 @@ def test_four_logits_of_a_chunk_are_all_that_is_stored(divergence, dtype):
     assert memory.temp_size_in_bytes <= 4.1 * logits
 
 
+def test_hidden_states_are_not_copied():
+    """What is stored grows with the tokens by the student's gradient alone."""
+
+    def stored(tokens):
+        config = dataclasses.replace(make_head(), chunk_tokens=16, vocab_size=64)
+        shapes = [(1, tokens, 128), (1, tokens, 512), (64, 128), (64, 512)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        arrays += [jax.ShapeDtypeStruct((1, tokens), kind) for kind in (jnp.int32, jnp.bool)]
+        run = jax.jit(partial(value_and_gradients, config))
+        return run.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    gradient = (4096 - 1024) * 128 * 4
+    assert stored(4096) - stored(1024) < 1.2 * gradient
+
+
 @pytest.mark.parametrize("size", [49_152, 128_256, 151_936])
 def test_a_long_tail_counts_beside_one_likely_token(size):
     """Each term of the tail is less than half an ulp of the first."""
