@@ -247,7 +247,7 @@ def test_rows_beyond_the_models_context_are_warned_of(capsys):
 
 
 def test_rows_are_split_where_nothing_else_fits(capsys):
-    flags = ("--config", MAIN, "--topology", "h100:1x8", "--data.batch-size", "1", "--analytic")
+    flags = ("--config", MAIN, "--topology", "v5e:2x4", "--data.batch-size", "1", "--analytic")
     shorter, longer = (
         report(capsys, *flags, "--data.seq-len", length) for length in ("65536", "131072")
     )

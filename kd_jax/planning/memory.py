@@ -105,12 +105,16 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
     """Returns the bytes of the largest of the step's phases."""
     config = case.config
     rank = config.lora.rank if config.trainable == "lora" else 0
-    residuals = student.arch.num_hidden_layers * student.residuals(config.remat_policy, rank)
+    saved = student.residuals(config.remat_policy, rank)
+    residuals = student.arch.num_hidden_layers * saved
     summed = gradients if config.optim.accumulation_steps > 1 else 0
-    layer = 2 * student.hidden + 2 * student.stream + student.heads
-    masks = 2 * student.mask  # and its gradient, which cuDNN computes
+    # A layer's activations and their gradients, or what is recomputed for its backward pass and the
+    # gradient of its output; cuDNN's gradient of the mask comes later.
+    layer = 2 * (2 * student.hidden + 2 * student.stream + student.heads)
+    layer = max(layer, student.residuals("none", rank) - saved + student.stream, student.mask)
     keys = 2 * student.gathered_keys  # and their gradients
-    backward = residuals + summed + gradients + 2 * layer + masks + keys + _gathered_layer(student)
+    backward = residuals + summed + gradients + layer + student.mask + keys
+    backward += _gathered_layer(student)
     head = residuals + summed + _head(case, student, teacher)
     if teacher is None or config.reads_cache:
         return max(backward, head)
@@ -120,7 +124,8 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
 
 
 def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
-    """Returns the bytes of the fused head: logits of a chunk, hidden states, gathered heads."""
+    """Returns the bytes of the fused head: logits of a chunk, hidden states, the gradient of the
+    student's, gathered heads."""
     config, topology = case.config, case.topology
     full, entries = config.trainable == "full", student.arch.vocab_size // student.sizes["tensor"]
     shards = config.optim.accumulation_steps * axes_size(student.sizes, BATCH_AXES)
@@ -130,7 +135,8 @@ def _head(case: Case, student: Shares, teacher: Shares | None) -> int:
         config.loss.chunk_tokens, row, chip, entries, case.num_tokens // shards, head_trainable=full
     )
     models = [student] if teacher is None else [student, teacher]
-    total = sum(C * entries * (4 + 1) + 2 * m.stream for m in models)
+    rows = 2 if row.gathers_all else 1
+    total = student.stream + sum(C * entries * (4 + 1) + rows * m.stream for m in models)
     total += sum(_gathered_head(m, topology) for m in models if m.fsdp > 1)
     return total + (student.in_use(head_weights(student.arch), 4 + student.itemsize) if full else 0)
 
