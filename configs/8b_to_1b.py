@@ -4,8 +4,8 @@ Command:   python -m kd_jax.train --config configs/8b_to_1b.py
 Hardware:  one GPU of 80 GB or more, eight of them, or a v5e-8 (bfloat16); automatic mesh.
 Source:    the preset published with torchtune's recipe (AdamW, rank 64, kd_ratio 0.5); there a
            step was 32 padded conversations, here it is packed rows with about as many.
-Expected:  22,400 tokens/s in 20 GiB on one H100, 24,000 in 21 GiB with --data.batch-size 8 (random
-           weights, GSM8K; docs/benchmarks.md); the loss of a whole run is unmeasured so far.
+Expected:  28,000 tokens/s in 32 GiB on one H200 with --data.batch-size 8 (random weights, GSM8K;
+           docs/benchmarks.md); the loss of a whole run is unmeasured so far.
 """
 
 from kd_jax.config import (
