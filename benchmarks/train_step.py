@@ -4,7 +4,7 @@ python -m benchmarks.train_step --config FILE [any flag of kd_jax.train] [--roun
 
 Models, data and rows are loaded as by kd_jax.train, but nothing is written to the workdir. The
 first two steps warm up; prints medians of the others. MFU is the step's FLOP/s
-(kd_jax.planning.cost.step_flops) over the devices' bfloat16 peak.
+(kd_jax.planning.cost.step_flops, each row one document) over the devices' bfloat16 peak.
 
 --parts also times the parts of a step, each compiled alone, and the products of a student's layer
 one by one: their FLOP/s at these shapes is the peak that each part is compared with. `rest` is what

@@ -221,7 +221,8 @@ def test_a_model_beside_itself_is_no_distance_away(root, capsys):
     for name in ("top1_agreement", "topk_overlap", "acceptance"):
         assert got[name] == pytest.approx(1, rel=1e-6), name
     for name in ("ce", "ece"):
-        assert got[f"teacher_{name}"] == pytest.approx(got[name], rel=1e-7), name
+        # XLA may sum the two models' logits in another order.
+        assert got[f"teacher_{name}"] == pytest.approx(got[name], rel=1e-6), name
     for name, row in got["against"].items():
         assert row == {"value": got[name], "difference": 0, "low": 0, "high": 0}
 

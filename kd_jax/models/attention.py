@@ -122,8 +122,7 @@ def _triton(scale, context, q, k, v, mask):
         return _cudnn(scale, context, q, k, v, mask)
     (q, k, v), mask = _padded(UNIT, (q, k, v), mask)
     own = jnp.stack(of_queries(context, q.shape[1], mask).documents)
-    start = 0 if context is None else jax.lax.axis_index(context) * S
-    start = jnp.full(1, start, jnp.int32)
+    start = jnp.full(1, 0 if context is None else jax.lax.axis_index(context) * S, jnp.int32)
     return triton_attention(_scale(scale, q), q, k, v, own, mask.documents[0], start)[:, :S]
 
 

@@ -61,7 +61,7 @@ def triton_attention(
       q: [B, S, N, H]; S is a multiple of UNIT, H one of TRITON_HEAD_DIMS.
       k: [B, T, K, H]; T is a multiple of UNIT, N of K.
       v: [B, T, K, H].
-      own: [D, B, S] int32, the documents that a query attends to.
+      own: [num_documents, B, S] int32, the documents that a query attends to.
       documents: [B, T] int32, the document of a key.
       start: [1] int32, the place of the first query among the keys.
     """
@@ -70,7 +70,7 @@ def triton_attention(
 
 def _forward(scale, q, k, v, own, documents, start):
     B, S, N, _ = q.shape
-    spans = _spans(_meetings(FORWARD, own, documents, start))
+    spans = _spans(_block_mask(FORWARD, own, documents, start))
     specs = _Specs(FORWARD, q, k, own)
     out, logsumexp = pl.pallas_call(
         partial(_forward_kernel, FORWARD, scale),
@@ -93,7 +93,7 @@ def _backward(scale, residuals, d_out):
     q, k, v, own, documents, start, out, logsumexp = residuals
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     blocks = QUERY_GRADIENT
-    spans = _spans(_meetings(blocks, own, documents, start))
+    spans = _spans(_block_mask(blocks, own, documents, start))
     specs = _Specs(blocks, q, k, own)
     dq = pl.pallas_call(
         partial(_query_gradient_kernel, blocks, scale),
@@ -108,7 +108,7 @@ def _backward(scale, residuals, d_out):
         name="attention_query_gradient",
     )(*spans, start, own, documents, q, k, v, d_out, logsumexp, inner)
     blocks = KEY_GRADIENT
-    spans = _spans(_meetings(blocks, own, documents, start).swapaxes(1, 2))
+    spans = _spans(_block_mask(blocks, own, documents, start).swapaxes(1, 2))
     specs = _Specs(blocks, q, k, own)
     dk, dv = pl.pallas_call(
         partial(_key_gradient_kernel, blocks, scale),
@@ -143,9 +143,9 @@ def _forward_kernel(
         z = jnp.where(seen, z, NEGATIVE)
         # What a query sums before it sees a key is multiplied by 0 once it does.
         new = jnp.maximum(highest, jnp.max(z, axis=1))
-        weights, kept = jnp.exp2(z - new[:, None]), jnp.exp2(highest - new)
-        sums = sums * kept[:, None] + _product(weights.astype(v.dtype), v[keys])
-        return sums, new, total * kept + jnp.sum(weights, axis=1)
+        weights, rescale = jnp.exp2(z - new[:, None]), jnp.exp2(highest - new)
+        sums = sums * rescale[:, None] + _product(weights.astype(v.dtype), v[keys])
+        return sums, new, total * rescale + jnp.sum(weights, axis=1)
 
     zeros = jnp.zeros(blocks.queries, jnp.float32)
     carry = jnp.zeros(queries.shape, jnp.float32), zeros + NEGATIVE, zeros
@@ -204,7 +204,9 @@ def _key_gradient_kernel(
     dv[...] = d_values.astype(dv.dtype)
 
 
-def _meetings(blocks: Blocks, own: jax.Array, documents: jax.Array, start: jax.Array) -> jax.Array:
+def _block_mask(
+    blocks: Blocks, own: jax.Array, documents: jax.Array, start: jax.Array
+) -> jax.Array:
     """Returns [B, S / queries, T / keys] bool: False if no query of a block sees a key of another.
 
     Ids of documents that lie between those of a block count as its own.
@@ -218,12 +220,12 @@ def _meetings(blocks: Blocks, own: jax.Array, documents: jax.Array, start: jax.A
     return jnp.any(meets, axis=0) & (last_query[:, None] >= first_key[None])[None]
 
 
-def _spans(meets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _spans(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the first True of the last axis and the end of the last one, int32; 0, 0 for none."""
-    number = jnp.arange(meets.shape[-1], dtype=jnp.int32)
-    number = jnp.broadcast_to(number, meets.shape)
-    stop = jnp.max(jnp.where(meets, number + 1, 0), axis=-1)
-    return jnp.min(jnp.where(meets, number, stop[..., None]), axis=-1), stop
+    number = jnp.arange(mask.shape[-1], dtype=jnp.int32)
+    number = jnp.broadcast_to(number, mask.shape)
+    stop = jnp.max(jnp.where(mask, number + 1, 0), axis=-1)
+    return jnp.min(jnp.where(mask, number, stop[..., None]), axis=-1), stop
 
 
 class _Specs:
@@ -232,17 +234,17 @@ class _Specs:
 
     def __init__(self, blocks: Blocks, q: jax.Array, k: jax.Array, own: jax.Array):
         (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
-        D, G = own.shape[0], N // K
+        num_documents, G = own.shape[0], N // K
         num_queries, num_keys = S // blocks.queries, T // blocks.keys
         spec = pl.BlockSpec
         self.grid_of_queries, self.grid_of_keys = (num_queries, N, B), (num_keys, K, B)
         start = spec((1,), lambda i, n, b: (0,))
         of_row = [spec((None, count), lambda i, n, b: (b, 0)) for count in (num_queries, num_keys)]
         self.of_queries = [of_row[0], of_row[0], start]
-        self.of_queries += [spec((D, None, blocks.queries), lambda i, n, b: (0, b, i))]
+        self.of_queries += [spec((num_documents, None, blocks.queries), lambda i, n, b: (0, b, i))]
         self.of_queries += [spec((None, T), lambda i, n, b: (b, 0))]
         self.of_keys = [of_row[1], of_row[1], start]
-        self.of_keys += [spec((D, None, S), lambda i, n, b: (0, b, 0))]
+        self.of_keys += [spec((num_documents, None, S), lambda i, n, b: (0, b, 0))]
         self.of_keys += [spec((None, blocks.keys), lambda i, n, b: (b, i))]
         self.queries = spec((None, blocks.queries, None, H), lambda i, n, b: (b, i, n, 0))
         self.all_keys = spec((None, T, None, H), lambda i, n, b: (b, 0, n // G, 0))
@@ -270,5 +272,5 @@ def _visible(places, owns, key_places, documents) -> jax.Array:
 
 
 def _rows(own, rows=slice(None)) -> list[jax.Array]:
-    """Returns the documents of queries, an array for each of the D."""
+    """Returns the documents of queries, an array [Q] for each of num_documents."""
     return [own[d, rows] for d in range(own.shape[0])]

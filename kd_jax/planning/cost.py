@@ -85,7 +85,7 @@ class Shares:
     """Bytes of its activations' dtype."""
     mask: int
     """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN, also where triton leaves windows
-    to it; other kernels make no array."""
+    and ragged parts of rows to it; other kernels make no array."""
 
     @property
     def tensor(self) -> int:
@@ -169,7 +169,8 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
         dtype = choose_dtype(part.dtype, case.topology.platform)
         kernel = choose_attention(config.attention, case.topology.platform, dtype, arch.head_dim)
         slides = any(size and size < seq_len for size in arch.layer_windows)
-        masked = kernel == "cudnn" or (kernel == "triton" and slides)
+        ragged = context_size(sizes) > 1 and seq_len // context_size(sizes) % 64 > 0
+        masked = kernel == "cudnn" or (kernel == "triton" and (slides or ragged))
         return Shares(
             arch=arch,
             sizes=sizes,

@@ -109,7 +109,7 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
     residuals = student.arch.num_hidden_layers * saved
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     # A layer's activations and their gradients, or what is recomputed for its backward pass and the
-    # gradient of its output; cuDNN's gradient of the mask comes later.
+    # gradient of its output; or the gradient of cuDNN's mask, at another time.
     layer = 2 * (2 * student.hidden + 2 * student.stream + student.heads)
     layer = max(layer, student.residuals("none", rank) - saved + student.stream, student.mask)
     keys = 2 * student.gathered_keys  # and their gradients

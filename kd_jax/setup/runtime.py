@@ -35,13 +35,12 @@ def start_jax(compilation_cache: str | None = None) -> None:
 def check_attention(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the mesh's devices lack the configured attention kernel."""
     here = platform(mesh)
-    owners = [
-        name
-        for name, row in PLATFORMS.items()
-        if config.attention in [kernel.name for kernel in row.attention]
-    ]
-    if config.attention not in ("auto", "xla") and here not in owners:
+    owners: dict[str, str] = {}
+    for name, row in PLATFORMS.items():
+        owners |= {kernel.name: name for kernel in row.attention}
+    choices = ["auto", "xla", *(kernel.name for kernel in PLATFORMS[here].attention)]
+    if config.attention not in choices:
         raise UserError(
-            f"attention: expected auto|xla on {here}, got {config.attention}, which needs a "
-            f"{owners[0].upper()}"
+            f"attention: expected {'|'.join(choices)} on {here}, got {config.attention}, which "
+            f"needs a {owners[config.attention].upper()}"
         )

@@ -93,11 +93,12 @@ class StepLog:
             self.restart_clock()
 
     def stop_profile(self) -> None:
+        """Stops the XLA profile if one is running."""
         if self.profiling:
             jax.profiler.stop_trace()
             self.profiling = False
 
     def close(self) -> None:
-        """Stops the thread and a running profile."""
-        self.reader.shutdown()
+        """Stops a running profile and the thread."""
         self.stop_profile()
+        self.reader.shutdown()

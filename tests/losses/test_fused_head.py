@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax.config import LossConfig, MeshConfig
-from kd_jax.losses import softmax
+from kd_jax.losses import chunks, softmax
 from kd_jax.losses.fused_head import kd_head, token_metrics
 from kd_jax.losses.head_inputs import NUM_GROUPS, HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import (
@@ -27,6 +27,7 @@ from kd_jax.losses.token_loss import (
 )
 from kd_jax.losses.vocabulary import Vocab, _plain_sums, sum_over_vocab, top_k
 from kd_jax.parallel.mesh import compiler_options, make_mesh
+from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.teachers.live import HiddenStates
 
 pytestmark = pytest.mark.devices(8)
@@ -204,8 +205,9 @@ def test_the_overlap_is_measured_only_where_a_k_is_given():
     assert "topk_overlap" not in token_values(make_head(), *make_inputs())
 
 
-@pytest.mark.parametrize("length", [1, 3, 64])
-def test_chunks_change_nothing(length):
+@pytest.mark.parametrize("length, platform", [(1, "cpu"), (3, "gpu"), (3, "tpu"), (64, "cpu")])
+def test_chunks_change_nothing(monkeypatch, length, platform):
+    monkeypatch.setattr(chunks, "traits", lambda mesh: PLATFORMS[platform])
     one = dataclasses.replace(make_head(head_trainable=True), chunk_tokens=S)
     inputs = make_inputs()
     want, want_gradients = value_and_gradients(one, *inputs)

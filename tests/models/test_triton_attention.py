@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import AbstractDevice, AbstractMesh
-from test_attention import expected, jaxs_own, with_gradients
+from test_attention import jaxs_own, with_gradients
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import triton_attention as module
@@ -34,7 +34,7 @@ def make_inputs(S, dtype=np.float32):
 
 def kernels(q, k, v, segments):
     start = jnp.zeros(1, jnp.int32)
-    return module.triton_attention(H**-0.5, q, k, v, segments[None], segments, start)
+    return module.triton_attention(q.shape[-1] ** -0.5, q, k, v, segments[None], segments, start)
 
 
 def test_kernels_equal_jaxs_own():
@@ -46,11 +46,14 @@ def test_kernels_equal_jaxs_own():
 
 
 def test_ids_of_documents_in_any_order():
-    q, k, v, segments, _ = make_inputs(256)
+    q, k, v, segments, d = make_inputs(256)
     segments = np.random.default_rng(1).permutation(8)[segments * 3 // 2].astype(np.int32)
     segments[:, 200:] = segments[:, :56]  # a document in two places
-    got, want = jax.jit(kernels)(q, k, v, segments), expected(q, k, v, segments, scale=H**-0.5)
-    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+    inputs = (q, k, v, segments, d)
+    for got, want in zip(
+        with_gradients(kernels, *inputs), with_gradients(jaxs_own, *inputs), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
 
 
 def test_blocks_of_other_documents_are_not_visited():
@@ -64,7 +67,7 @@ def test_blocks_of_other_documents_are_not_visited():
         np.testing.assert_array_equal(finite, (np.arange(256) // 64) != 1)
 
 
-@pytest.mark.parametrize("S, parts, shared", [(61, 1, True), (300, 1, False), (256, 2, False)])
+@pytest.mark.parametrize("S, parts, shared", [(200, 1, True), (128, 2, False)])
 def test_the_model_attends_as_with_other_kernels(S, parts, shared):
     """Rows are padded, or split over devices; a prompt may be shared."""
     mesh = MeshConfig(data=1, fsdp=1, tensor=1, context=2)
@@ -84,11 +87,13 @@ def test_float32_is_refused():
         attention(q, k, v, segments, Layout(tiny.one_device()), implementation="triton")
 
 
-@pytest.mark.parametrize("head_dim", [16, 128])
-def test_kernels_are_lowered_for_a_gpu(monkeypatch, head_dim):
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(14, 2, 64), (32, 8, 128)])
+def test_kernels_are_lowered_for_a_gpu(monkeypatch, num_heads, num_kv_heads, head_dim):
+    """Triton's blocks have powers of 2; the query heads of a key head need not be one."""
     monkeypatch.undo()
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="cuda")
-    shapes = ((2, 128, n, head_dim) for n in (N, K, K, N))
+    counts = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    shapes = ((2, 128, n, head_dim) for n in counts)
     q, k, v, d = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     run = jax.jit(partial(with_gradients, kernels))
