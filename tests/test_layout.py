@@ -36,8 +36,8 @@ FLOORS = [
     {
         "models": [
             "config_keys", "rope", "families", "layer_types", "architecture", "weight_table",
-            "known", "residuals", "masks", "triton_attention", "attention", "matmul", "embedding",
-            "modules", "decoder", "lora",
+            "known", "bits", "residuals", "masks", "triton_attention", "attention", "matmul",
+            "embedding", "modules", "decoder", "lora",
         ],
     },
     {

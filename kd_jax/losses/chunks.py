@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets, Teacher
 from kd_jax.losses.vocabulary import NEGATIVE, Vocab
+from kd_jax.models.bits import from_bits, to_bits
 from kd_jax.parallel.mesh import traits
 from kd_jax.parallel.rules import BATCH_AXES, context_axis, token_axes
 
@@ -40,8 +41,8 @@ class Share:
     rows: Rows
     """[B * S, ...]."""
     sources: Rows
-    """What chunks are read from: the rows as_bits, with gathers_all [chunks * C, ...] in the order
-    of places."""
+    """What chunks are read from: the rows in row_form; with gathers_all [chunks * C, ...], in the
+    order of places."""
     head: jax.Array
     """[V, D], or [D, V] with transpose_head."""
     vocab_arrays: Any
@@ -107,7 +108,7 @@ def _targets_first(config, axes, rows, head, vocab_arrays, teacher_logits):
     places = jnp.concatenate([order, len(order) + jnp.arange(padding, dtype=jnp.int32)])
 
     def source(x):
-        return _take(x, places) if traits(config.mesh).gathers_all else as_bits(config, x)
+        return _take(x, places) if traits(config.mesh).gathers_all else row_form(config, x)
 
     entries = jnp.arange(len(head))
     if config.vocab_axis is not None:
@@ -173,8 +174,8 @@ def restore(share: Share, x: jax.Array) -> jax.Array:
 def scatter_chunk(
     config: HeadConfig, share: Share, array: jax.Array, chunk: jax.Array, index: jax.Array
 ) -> jax.Array:
-    """Returns array [B * S, ...], as_bits, with a chunk's rows [C, ...] written to their places."""
-    chunk, places = as_bits(config, chunk), _places(share, index, config.chunk_tokens)
+    """Returns array [B * S, ...], in row_form, with a chunk [C, ...] written to its places."""
+    chunk, places = row_form(config, chunk), _places(share, index, config.chunk_tokens)
     return array.at[places].set(chunk, mode="drop", unique_indices=True)
 
 
@@ -187,12 +188,6 @@ def _places(share: Share, index: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(share.places, index * size, size)
 
 
-def as_bits(config: HeadConfig, x: jax.Array) -> jax.Array:
-    """Returns bfloat16 as uint16 where rows are looked up so, as Platform.integer_lookup."""
-    if x.dtype == jnp.bfloat16 and traits(config.mesh).integer_lookup:
-        return jax.lax.bitcast_convert_type(x, jnp.uint16)
-    return x
-
-
-def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
+def row_form(config: HeadConfig, x: jax.Array) -> jax.Array:
+    """Returns an array in the form in which its rows are read and written fast."""
+    return to_bits(x) if traits(config.mesh).integer_lookup else x

@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kd_jax.losses.chunks import (
-    as_bits,
     common_entries,
-    from_bits,
     read_chunk,
     restore,
+    row_form,
     scatter_chunk,
     shard_mapped,
     token_spec,
@@ -40,6 +39,7 @@ from kd_jax.losses.token_loss import (
     token_losses,
 )
 from kd_jax.losses.vocabulary import overlap, top_k
+from kd_jax.models.bits import from_bits
 from kd_jax.parallel.rules import ROWS_AXIS, axes_size
 
 Metrics = dict[str, jax.Array]
@@ -151,7 +151,7 @@ def _device_gradients(config, scalars, share, scatters):
     names = ("loss", *(SINGLE_METRICS if share.teacher_logits is None else METRICS))
     shape = () if share.rows.targets.group is None else (NUM_GROUPS,)
     sums = dict.fromkeys(names, jnp.zeros(shape, jnp.float32))
-    d_hidden = as_bits(config, jnp.zeros(hidden.shape, dtype))
+    d_hidden = row_form(config, jnp.zeros(hidden.shape, dtype))
     d_head = None
     if config.head_trainable:
         d_head = jnp.zeros((len(share.vocab.entries), hidden.shape[-1]), jnp.float32)

@@ -12,7 +12,7 @@ from kd_jax.models.masks import NEGATIVE, Mask, Window, causal, of_queries, visi
 from kd_jax.models.residuals import SAVED_ATTENTION, name_residual
 from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout, traits
-from kd_jax.parallel.platforms import TRITON_HEAD_DIMS, Implementation
+from kd_jax.parallel.platforms import TRITON_BLOCK, TRITON_HEAD_DIMS, Implementation
 
 
 def attention(
@@ -114,13 +114,13 @@ def _cudnn(scale, context, q, k, v, mask):
 
 def _triton(scale, context, q, k, v, mask):
     """Attention by our GPU kernels, which skip blocks of other documents."""
-    from kd_jax.models.triton_attention import UNIT, triton_attention  # imports Pallas
+    from kd_jax.models.triton_attention import triton_attention  # imports Pallas
 
     S = q.shape[1]
-    ragged = context is not None and S % UNIT > 0  # padding a part would move the next one
+    ragged = context is not None and S % TRITON_BLOCK > 0  # padding a part would move the next one
     if mask.window is not None or ragged or q.shape[3] not in TRITON_HEAD_DIMS:
         return _cudnn(scale, context, q, k, v, mask)
-    (q, k, v), mask = _padded(UNIT, (q, k, v), mask)
+    (q, k, v), mask = _padded(TRITON_BLOCK, (q, k, v), mask)
     own = jnp.stack(of_queries(context, q.shape[1], mask).documents)
     start = jnp.full(1, 0 if context is None else jax.lax.axis_index(context) * S, jnp.int32)
     return triton_attention(_scale(scale, q), q, k, v, own, mask.documents[0], start)[:, :S]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from kd_jax.models.bits import from_bits, to_bits
 from kd_jax.parallel.mesh import Layout, traits
 from kd_jax.parallel.rules import split
 
@@ -13,8 +14,7 @@ from kd_jax.parallel.rules import split
 def embed(table: jax.Array, tokens: jax.Array, layout: Layout) -> jax.Array:
     """Returns the rows [B, S, D] of a table [V, D] for tokens [B, S] int32."""
     if traits(layout.mesh).integer_lookup and table.dtype == jnp.bfloat16:  # never trained
-        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+        return from_bits(to_bits(table)[tokens], table.dtype)
     if not traits(layout.mesh).sorted_embedding_gradient:
         return table[tokens]
     return _embed(layout, table, tokens)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from kd_jax.models.bits import from_bits, to_bits
 from kd_jax.parallel.platforms import by_platform
 
 
@@ -82,10 +83,7 @@ def _adapted_forward(x, weight, factors, scale, dtype, save):
 
 def _join(a, b, axis):
     """Returns a and b joined, bfloat16 as integers: a CPU joins it as float32 and converts that."""
-    if a.dtype != jnp.bfloat16:
-        return jnp.concatenate([a, b], axis)
-    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (a, b)]
-    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis), a.dtype)
+    return from_bits(jnp.concatenate([to_bits(a), to_bits(b)], axis), a.dtype)
 
 
 def _scaled(scale, B, dtype):

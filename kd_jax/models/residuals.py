@@ -3,8 +3,9 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from kd_jax.models.bits import from_bits, to_bits
 
 SAVED_PRODUCT = "product"
 """Name of a projection's output; gradient checkpointing can save it."""
@@ -32,10 +33,9 @@ def name_residual(x: jax.Array, name: str, as_bits: bool) -> jax.Array:
 
     A checkpointing policy sees no name inside of a custom_jvp, as `save` is.
     """
-    if not as_bits or x.dtype != jnp.bfloat16:
+    if not as_bits:
         return checkpoint_name(x, name)
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return from_bits(checkpoint_name(to_bits(x), name), x.dtype)
 
 
 @save.defjvp

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kd_jax.models.masks import NEGATIVE
 from kd_jax.models.residuals import SAVED_ATTENTION
 from kd_jax.parallel.experimental import experimental
+from kd_jax.parallel.platforms import TRITON_BLOCK
 
 pl = experimental("jax.experimental", "pallas")
 plgpu = experimental("jax.experimental.pallas", "triton")
@@ -38,11 +39,9 @@ class Blocks:
 # The fastest of `python -m benchmarks.attention --sweep` on an H200, or near it, for head
 # dimensions 64 and 128, short documents and whole rows. With a third stage the gradients of heads
 # of 128 do not fit the shared memory of GPUs such as an RTX 4090.
-FORWARD = Blocks(64, 64, 4, 3)
-QUERY_GRADIENT = Blocks(64, 64, 4, 2)
-KEY_GRADIENT = Blocks(64, 64, 4, 2)
-UNIT = max(size for x in (FORWARD, QUERY_GRADIENT, KEY_GRADIENT) for size in (x.queries, x.keys))
-"""Rows are a multiple of this many tokens."""
+FORWARD = Blocks(TRITON_BLOCK, TRITON_BLOCK, 4, 3)
+QUERY_GRADIENT = Blocks(TRITON_BLOCK, TRITON_BLOCK, 4, 2)
+KEY_GRADIENT = Blocks(TRITON_BLOCK, TRITON_BLOCK, 4, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,8 +57,8 @@ def triton_attention(
     """Returns softmax(scale q kᵀ) v [B, S, N, H] in q's dtype.
 
     Args:
-      q: [B, S, N, H]; S is a multiple of UNIT, H one of TRITON_HEAD_DIMS.
-      k: [B, T, K, H]; T is a multiple of UNIT, N of K.
+      q: [B, S, N, H]; S is a multiple of TRITON_BLOCK, H one of TRITON_HEAD_DIMS.
+      k: [B, T, K, H]; T is a multiple of TRITON_BLOCK, N of K.
       v: [B, T, K, H].
       own: [num_documents, B, S] int32, the documents that a query attends to.
       documents: [B, T] int32, the document of a key.

@@ -16,6 +16,8 @@ Implementation = Literal["xla", "cudnn", "triton", "splash"]
 
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 """Head dimensions whose blocks fit the shared memory of every GPU."""
+TRITON_BLOCK = 64
+"""Tokens in a block of its kernels; rows are padded to a multiple."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kd_jax.config import Config, StudentConfig, TeacherConfig
 from kd_jax.models.architecture import Architecture
 from kd_jax.models.weight_table import Weight, adapter_weights, layer_weights, trained_weights
-from kd_jax.parallel.platforms import choose_attention, choose_dtype
+from kd_jax.parallel.platforms import TRITON_BLOCK, choose_attention, choose_dtype
 from kd_jax.parallel.rules import (
     BATCH_AXES,
     ROWS_AXIS,
@@ -169,7 +169,7 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
         dtype = choose_dtype(part.dtype, case.topology.platform)
         kernel = choose_attention(config.attention, case.topology.platform, dtype, arch.head_dim)
         slides = any(size and size < seq_len for size in arch.layer_windows)
-        ragged = context_size(sizes) > 1 and seq_len // context_size(sizes) % 64 > 0
+        ragged = context_size(sizes) > 1 and seq_len // context_size(sizes) % TRITON_BLOCK > 0
         masked = kernel == "cudnn" or (kernel == "triton" and (slides or ragged))
         return Shares(
             arch=arch,
