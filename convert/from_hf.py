@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_jax.config.checks import Checked
+from kd_jax.config.checks import Checked, PathText
 from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FromHfArgs(Checked):
-    source: str
+    source: PathText
     """Hugging Face folder or hub id."""
-    out: str
+    out: PathText
     """Folder to write; it must not exist."""
 
 

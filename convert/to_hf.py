@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from kd_jax.config import UserError
-from kd_jax.config.checks import Checked
+from kd_jax.config.checks import Checked, PathText
 from kd_jax.config.command import parse_args, run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToHfArgs(Checked):
-    workdir: str
+    workdir: PathText
     """Workdir of a kd_jax.train run."""
-    out: str
+    out: PathText
     """Folder to write; it must not exist."""
     step: int | None = None
     """Optimizer step of the checkpoint to export. None: the latest."""

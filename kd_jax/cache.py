@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kd_jax.config import Config
-from kd_jax.config.checks import Checked, Checks, Range
+from kd_jax.config.checks import Checked, Checks, OptionalPath, PathText, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.errors import raise_all
 from kd_jax.config.flags import split_flags
@@ -21,9 +21,9 @@ DEFAULT_K = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheArgs(Checked):
-    config: str
+    config: PathText
     """Python file with get_config(): its teacher, data and evaluation data."""
-    out: str
+    out: PathText
     """Folder of the cache, or an address such as gs://bucket/folder; one that is there is
     completed. With --documents the file to write."""
     kind: Literal["hidden", "topk", "sampled"] = "hidden"
@@ -36,7 +36,7 @@ class CacheArgs(Checked):
     """dtype of the stored hidden states; auto: the teacher's, which is exact. float8 (e4m3) and
     int8 have a scale for each token and take half of the space of bfloat16; --check measures their
     error."""
-    source: str | None = None
+    source: OptionalPath = None
     """Take the teacher's k most likely entries from this .jsonl, .parquet or .arrow file (also with
     .gz or .zst), folder or glob of such, which another system wrote (docs/caching.md), in place of
     running a teacher. teacher.path then names any model with its tokenizer, such as the student."""

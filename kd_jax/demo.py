@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from kd_jax.config import UserError
-from kd_jax.config.checks import Checked, Range
+from kd_jax.config.checks import Checked, PathText, Range
 from kd_jax.config.command import load_config, parse_args, run_command
 from kd_jax.toy import grammar
 from kd_jax.toy.outcome import COLUMNS, make_table, show
@@ -39,7 +39,7 @@ Values = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoArgs(Checked):
-    out: str = "runs/demo"
+    out: PathText = "runs/demo"
     """Folder for all results. The same command resumes in the same folder."""
     seeds: Annotated[int, Range(least=1)] = 1
     """Number of students, each with its own examples, initial weights and order of rows. Two or

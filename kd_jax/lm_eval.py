@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kd_jax.config import UserError
-from kd_jax.config.checks import Checks, Range
+from kd_jax.config.checks import Checks, OptionalPath, Range
 from kd_jax.config.command import ModelArgs, check_out_file, parse_args, run_command
 from kd_jax.config.errors import did_you_mean, first_line, raise_all
 from kd_jax.weights.files import write_whole
@@ -27,7 +27,7 @@ from kd_jax.weights.files import write_whole
 class LmEvalArgs(ModelArgs):
     tasks: str
     """Tasks, groups or tags of lm-eval, separated by commas."""
-    include_path: str | None = None
+    include_path: OptionalPath = None
     """Folder with YAML files of more tasks."""
     num_fewshot: Annotated[int | None, Range(least=0)] = None
     """Examples in each prompt; None: the task's number."""
@@ -45,7 +45,7 @@ class LmEvalArgs(ModelArgs):
     """Rows of 512 tokens per batch over all devices; None: the platform's default."""
     json: bool = False
     """Print one JSON object instead of a table."""
-    out: str | None = None
+    out: OptionalPath = None
     """File to write the JSON object to."""
     log_samples: bool = False
     """Add every example with its answers to the JSON object."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.checks import Checked, Range
+from kd_jax.config.checks import Checked, PathText, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.flags import split_flags
 from kd_jax.models.architecture import Architecture, describe_context, read_architecture
@@ -32,7 +32,7 @@ LISTED = 10  # results of a search that are shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanArgs(Checked):
-    config: str
+    config: PathText
     """Python file with get_config()."""
     topology: str = "local"
     """Devices: h200:1x8, v5e:2x4, v5p-16, cpu:8, or local for those of this machine."""

@@ -4,18 +4,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from kd_jax.config.checks import Checked
+from kd_jax.config.checks import IS_PATH, Checked, PathText
 from kd_jax.config.command import parse_args, run_command
 from kd_jax.reporting.page import make_report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportArgs(Checked):
-    runs: tuple[str, ...]
+    runs: Annotated[tuple[str, ...], IS_PATH]
     """Workdirs of kd_jax.train. Runs that differ only in their seed form one arm. The flag's name
     is optional: python -m kd_jax.report runs/sweep/*"""
-    out: str = "report"
+    out: PathText = "report"
     """Folder for the page (index.html) and the PNG files: a new folder, or an earlier report, which
     is replaced."""
     control: str | None = None

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.checks import Checked, Range
+from kd_jax.config.checks import Checked, OptionalPath, PathText, Range
 from kd_jax.config.command import parse_args, parse_config, run_command
 from kd_jax.config.errors import raise_all
 from kd_jax.config.flags import flag_groups, flag_name, flag_names, split_flags
-from kd_jax.config.record import differences, dump, flatten, is_path, keep_chosen
+from kd_jax.config.record import differences, dump, flatten, keep_chosen, path_fields
 from kd_jax.config.streams import outlive_readers
 from kd_jax.parallel.signals import handled, stop_numbers
 from kd_jax.reporting.arms import short_names
@@ -31,16 +31,16 @@ _RESUMES = "the same command resumes the unfinished runs"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepArgs(Checked):
-    config: str
+    config: PathText
     """Python file with get_config(); every run starts from it."""
     set: tuple[str, ...] = ()
     """A field and its values: --set loss.kd-ratio 0 0.5 1. Repeat the flag for other fields; there
     is one run for each combination."""
     seeds: Annotated[int | None, Range(least=1)] = None
     """Runs of each combination, with seeds 0 to N - 1. None: one run with the file's seed."""
-    workdir: str | None = None
+    workdir: OptionalPath = None
     """Folder for the workdirs of all runs. None: the file's workdir with -sweep appended."""
-    cache: str | None = None
+    cache: OptionalPath = None
     """Folder of a teacher's cache: kd_jax.cache first fills it with what the runs' documents lack,
     then every run reads it. The runs must have one teacher."""
     keep_going: bool = False
@@ -200,9 +200,8 @@ def _check_distinct(plans: Sequence[Plan]) -> None:
     problems = []
     for plan in plans:
         fields = flatten(dump(plan.config)) | {"workdir": ""}
-        places = {
-            x: str(Path(y).expanduser().resolve()) for x, y in fields.items() if is_path(x, y)
-        }
+        given = {name: fields.get(name) for name in path_fields()}
+        places = {x: str(Path(y).expanduser().resolve()) for x, y in given.items() if y}
         key = json.dumps(fields | places, sort_keys=True)
         name = plan.folder.name
         if (other := first.setdefault(key, name)) != name:

@@ -3,7 +3,6 @@
 import dataclasses
 import operator
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -51,12 +50,10 @@ class Range:
 
 Share = Range(least=0, most=1)
 
-# Fields of paths, by the last part of their names.
-_PATHS = {
-    "path", "adapter", "cache", "cache-dir", "chat-template", "compilation-cache", "workdir",
-    "config", "model", "teacher", "against", "draft", "data", "out", "runs", "source",
-    "teacher-cache", "include-path",
-}  # fmt: skip
+# Marks fields of paths, addresses and hub ids.
+IS_PATH = "is a path"
+PathText = Annotated[str, IS_PATH]
+OptionalPath = Annotated[str | None, IS_PATH]
 
 
 class Checks:
@@ -78,8 +75,8 @@ class Checks:
                 self.refuse(name, "Unicode text", value)
             elif dataclasses.is_dataclass(value):
                 self.check_types(value, f"{name}.")
-            elif re.split(r"\.|--", name)[-1] in _PATHS:
-                if "" in _texts(value):
+            elif IS_PATH in metadata(entry.type):
+                if any(not x or "\0" in x for x in _texts(value)):
                     self.refuse(name, "a path", value)
                 elif not all(map(_has_home, _texts(value))):
                     self.refuse(name, "a path whose ~ is the home of a user that is there", value)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from kd_jax.config.checks import Checked, metadata, out_path, plain_type
+from kd_jax.config.checks import IS_PATH, Checked, PathText, metadata, out_path, plain_type
 from kd_jax.config.data import DataConfig
 from kd_jax.config.errors import UserError, did_you_mean
 from kd_jax.config.flags import check_flags, plain_switches
@@ -31,7 +31,7 @@ T = TypeVar("T")
 class ModelArgs(Checked):
     """The arguments of every command that opens a trained model."""
 
-    model: str
+    model: PathText
     """Hugging Face folder, hub id, output of convert.from_hf, or a workdir."""
     dtype: Dtype = "auto"
     """dtype of weights and matrix products; float32 uses stored weights at full precision. auto:
@@ -134,7 +134,7 @@ def _own_help() -> Any:
             return " ".join(((text() if callable(text) else text) or "").split())
 
         entry = dataclasses.replace(entry, helptext=paragraph)
-        notes = "".join(f"; {mark}" for mark in metadata(entry.type))
+        notes = "".join(f"; {mark}" for mark in metadata(entry.type) if mark is not IS_PATH)
         if not notes:
             return entry
         hint = tyro.conf.arg(help_behavior_hint=lambda default: f"(default: {default}{notes})")

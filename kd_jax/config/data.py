@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kd_jax.config.checks import Checks, Range
+from kd_jax.config.checks import Checks, OptionalPath, PathText, Range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    path: str
+    path: PathText
     """Training data: a file (.json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet, .arrow; also .gz
     or .zst), a folder or glob of such files, an address such as s3://bucket/file.jsonl, or a
     dataset on the hub: org/name, org/name:subset, org/name@revision, org/name:subset@revision.
@@ -32,11 +32,11 @@ class DataConfig:
     conversation a row, padded."""
     date: str = "26 Jul 2024"
     """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26."""
-    chat_template: str | None = None
+    chat_template: OptionalPath = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first conversations of each source; None uses all."""
-    cache_dir: str = "~/.cache/kd_jax/rows"
+    cache_dir: PathText = "~/.cache/kd_jax/rows"
     """Folder of tokenized rows, keyed by tokenizer, source and options."""
     num_processes: Annotated[int | None, Range(least=1)] = None
     """Processes that tokenize; None: one per CPU core, at most 16. Changes speed, not results."""
@@ -47,7 +47,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    path: str | None = None
+    path: OptionalPath = None
     """Held-out data, in any form that data.path takes; None disables evaluation."""
     split: str | None = None
     """Split or slice of it, as data.split; None: all of files, test of a folder or hub dataset."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, get_origin
 
+from kd_jax.config.checks import plain_type
 from kd_jax.config.errors import UserError, did_you_mean, raise_all
 from kd_jax.config.record import part_of
 
@@ -56,12 +57,12 @@ def flag_names(cls: Any, prefix: str = "", only: type | None = None) -> Iterator
       only: type of the fields to yield, such as tuple for flags of several values; None: all.
     """
     for entry in dataclasses.fields(cls):
-        name = entry.name.replace("_", "-")
+        name, kind = entry.name.replace("_", "-"), plain_type(entry.type)
         if part := part_of(entry.type):
             yield from flag_names(part, f"{prefix}{name}.", only)
-        elif only is None or only in (entry.type, get_origin(entry.type)):
+        elif only is None or only in (kind, get_origin(kind)):
             yield prefix + name
-        if entry.type is bool and only is None:
+        if kind is bool and only is None:
             yield f"{prefix}no-{name}"
 
 

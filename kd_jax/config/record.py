@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, get_args
 
+from kd_jax.config.checks import IS_PATH, metadata
 from kd_jax.config.errors import UserError
 from kd_jax.config.run import Config
 
@@ -72,10 +74,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changed
 
 
-def is_path(name: str, value: Any) -> bool:
-    """Returns True for the value of a field that is a path or hub id, and has spellings."""
-    ends = ("path", "adapter", "chat_template", "cache_dir", "compilation_cache", "teacher.cache")
-    return isinstance(value, str) and name.endswith(ends)
+def path_fields(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of the fields whose value is a path, an address or a hub id."""
+    for entry in dataclasses.fields(cls):
+        if part := part_of(entry.type):
+            yield from path_fields(part, f"{prefix}{entry.name}.")
+        elif IS_PATH in metadata(entry.type):
+            yield prefix + entry.name
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from kd_jax.config.checks import INF, Checks, Range, Share, check_fields
+from kd_jax.config.checks import INF, Checks, OptionalPath, PathText, Range, Share, check_fields
 from kd_jax.config.data import DataConfig, EvalConfig
 from kd_jax.config.loss import LossConfig
 from kd_jax.config.on_policy import OnPolicyConfig
@@ -21,9 +21,9 @@ Below1 = Range(least=0, below=1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    path: str
+    path: PathText
     """The student: Hugging Face folder, output of convert.from_hf, or hub id."""
-    adapter: str | None = None
+    adapter: OptionalPath = None
     """PEFT adapter (folder or hub id) to start from: continued with trainable=lora, merged at load
     with trainable=full."""
     dtype: Dtype = "auto"
@@ -194,7 +194,7 @@ class LogConfig:
 class Config:
     """Everything that a run depends on; `dump` writes it to WORKDIR/config.json."""
 
-    workdir: str
+    workdir: PathText
     """Folder of the run: metrics, configuration, checkpoints. The same folder resumes."""
     teacher: TeacherConfig | None
     student: StudentConfig
@@ -225,7 +225,7 @@ class Config:
     """Attention kernel; auto: triton for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla. triton
     skips other documents, which cudnn computes and masks; it leaves sliding windows, and heads of
     another dimension than 16, 32, 64 or 128, to cudnn."""
-    compilation_cache: str | None = "~/.cache/kd_jax/xla"
+    compilation_cache: OptionalPath = "~/.cache/kd_jax/xla"
     """Folder (or gs:// address) of compiled programs for later runs; None disables it."""
 
     def __post_init__(self) -> None:

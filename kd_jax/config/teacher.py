@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from kd_jax.config.checks import Checks, Range
+from kd_jax.config.checks import Checks, OptionalPath, Range
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -15,7 +15,7 @@ EMA_DECAY = 0.99
 class TeacherConfig:
     """The teacher, which is not trained. teacher=None, or loss.kd_ratio 0, is plain fine-tuning."""
 
-    path: str | None = None
+    path: OptionalPath = None
     """The teacher: Hugging Face folder, output of convert.from_hf, or hub id; None with another
     teacher.kind than model."""
     kind: Literal["model", "base", "ema"] = "model"
@@ -24,7 +24,7 @@ class TeacherConfig:
     ema_decay: Annotated[float, Range(least=0, below=1)] = EMA_DECAY
     """With teacher.kind ema, after each update average = decay * average + (1 - decay) * weights
     (arXiv 1703.01780); before the first it is the student."""
-    adapter: str | None = None
+    adapter: OptionalPath = None
     """PEFT adapter (folder or hub id) merged into the teacher when it is loaded."""
     dtype: Dtype = "auto"
     """dtype of the teacher's weights and matrix products; norms, softmax, logits and losses are
@@ -32,7 +32,7 @@ class TeacherConfig:
     AVX512-BF16 or AMX), else float32."""
     shard_over: tuple[Literal["fsdp", "tensor"], ...] = ("fsdp", "tensor")
     """Mesh axes that shard the teacher's weights; along all others they are replicated."""
-    cache: str | None = None
+    cache: OptionalPath = None
     """Folder that kd_jax.cache wrote: the teacher's outputs are read from it, and of its weights
     only the lm_head is loaded. None: the teacher runs in every step."""
     cache_missing: Literal["error", "compute"] = "error"

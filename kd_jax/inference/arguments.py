@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from kd_jax.config import DistributedConfig, MeshConfig
-from kd_jax.config.checks import INF, Checks, Range
+from kd_jax.config.checks import INF, Checks, OptionalPath, PathText, Range
 from kd_jax.config.command import ModelArgs
 from kd_jax.workdir.history import is_run
 
@@ -15,9 +15,9 @@ _FOR_DATA = ("out", "samples", "split", "max_conversations", "batch_rows")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateArgs(ModelArgs):
-    teacher: str | None = None
+    teacher: OptionalPath = None
     """Teacher to compare with, in any of --model's forms; None omits the metrics that need one."""
-    teacher_cache: str | None = None
+    teacher_cache: OptionalPath = None
     """Folder that kd_jax.cache wrote, from which the teacher's outputs are read; of the teacher
     only the lm_head is loaded. Also --teacher.cache."""
     teacher_cache_missing: Literal["error", "compute"] = "error"
@@ -28,10 +28,10 @@ class EvaluateArgs(ModelArgs):
     run whose teacher it is; '' is none."""
     teacher_messages: bool = False
     """Give the teacher the records' teacher_messages; also --teacher.messages."""
-    against: str | None = None
+    against: OptionalPath = None
     """Second model, in any of --model's forms: differences (model minus against) on the same data
     with 95 % confidence intervals."""
-    data: str
+    data: PathText
     """Conversations, in any form that data.path of a run takes."""
     split: str | None = None
     """Split or slice of it, as data.split of a run; None: all of files, test of a hub dataset."""
@@ -52,7 +52,7 @@ class EvaluateArgs(ModelArgs):
     """Seed of the bootstrap."""
     json: bool = False
     """Print one JSON object instead of tables."""
-    out: str | None = None
+    out: OptionalPath = None
     """File to write the JSON object to."""
     save: bool = False
     """Write the JSON object to WORKDIR/evaluation.json; --model must be a workdir."""
@@ -61,7 +61,7 @@ class EvaluateArgs(ModelArgs):
     where all conversations are shorter."""
     batch_size: Annotated[int | None, Range(least=1)] = None
     """Rows per batch over all devices; None: as many as the platform scores at a time."""
-    chat_template: str | None = None
+    chat_template: OptionalPath = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     max_conversations: Annotated[int | None, Range(least=1)] = None
@@ -85,14 +85,14 @@ class EvaluateArgs(ModelArgs):
 class GenerateArgs(ModelArgs):
     prompt: tuple[str, ...] = ()
     """User messages; several are answered in one batch."""
-    data: str | None = None
+    data: OptionalPath = None
     """Data with prompts, in any form that training reads: conversations up to their last answer,
     which may be missing."""
     split: str | None = None
     """Split of the data, or a slice such as train[:100]; None: train, or the folder's only one."""
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first records of the data; None uses all."""
-    out: str | None = None
+    out: OptionalPath = None
     """File of JSON lines for the answers to --data: messages with the answer as the last turn, and
     index, sample, ended, tokens."""
     samples: Annotated[int, Range(least=1)] = 1
@@ -104,7 +104,7 @@ class GenerateArgs(ModelArgs):
     """System message before each prompt; with --data in place of a record's own."""
     raw: bool = False
     """Continue the prompt as text, without a chat template."""
-    draft: str | None = None
+    draft: OptionalPath = None
     """Smaller model, in any of --model's forms, that proposes tokens which --model checks several
     at a time (speculative decoding). The answers have the same distribution."""
     draft_tokens: Annotated[int, Range(least=1)] = DRAFT_TOKENS
@@ -121,7 +121,7 @@ class GenerateArgs(ModelArgs):
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
-    chat_template: str | None = None
+    chat_template: OptionalPath = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     date: str | None = None
     """Date for chat templates that print today's: 26 Jul 2024 or 2024-07-26; None: the run's, or
