@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, UserError
-from kd_jax.config.record import dump, flatten
+from kd_jax.config.record import dump, flatten, path_fields
 from kd_jax.data.batches import count_steps
 from kd_jax.data.store import Batch
 from kd_jax.data.templates import TEMPLATE_FILE
@@ -49,8 +49,6 @@ from kd_jax.weights.files import write_whole
 from kd_jax.workdir import checkpoints, integrity, resume
 from kd_jax.workdir.metrics import SampleWriter, Writer
 from kd_jax.workdir.provenance import versions
-
-_PATHS = ("path", "adapter", "cache_dir", "teacher.cache")  # may differ between hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,11 +236,11 @@ def _inputs(config: Config, workdir: Path) -> tuple[Config, ModelFiles, ModelFil
 
 def _shared_values(config: Config) -> dict[str, Any]:
     """Returns the fields and versions that must be equal in all processes."""
-    here = ("distributed", "log", "compilation_cache", "workdir")
+    own = set(path_fields())  # may differ between hosts
     fields = {
         name: value
         for name, value in flatten(dump(config)).items()
-        if name.split(".")[0] not in here and not name.endswith(_PATHS)
+        if name not in own and not name.startswith(("distributed.", "log."))
     }
     return {**fields, **versions()}
 
