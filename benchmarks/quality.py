@@ -2,13 +2,15 @@
 
 python -m benchmarks.quality TEACHER STUDENT DATA OUT [--steps 60] [any flag of kd_jax.train]
 
-DATA is a JSON list of Alpaca records. STUDENT is a model's folder; if it is not there, TEACHER
-without every second layer is written to it. Every run starts from --config with the flags given.
+DATA is a JSON list of Alpaca records. STUDENT is a model's folder; if it is not there, TEACHER's
+--layers, by default every second, are written to it. Every run starts from --config with the flags
+given.
 
 Arms, for all weights and for LoRA: fine-tuned (kd_ratio 0) and distilled (0.5 and 1) for the same
 steps, and fine-tuned for the steps that cost as many FLOPs as distillation (kd_jax.planning.cost).
-All arms of a kind have the learning rate with which fine-tuning reaches the lowest cross-entropy on
-validation records in --search-steps. Training, validation and held-out records are disjoint.
+Fine-tuning and distillation each have the learning rate with which they (distillation with kd_ratio
+0.5) reach the lowest cross-entropy on validation records in --search-steps. Training, validation
+and held-out records are disjoint.
 
 OUT receives the runs, report/index.html, and quality.md, the printed tables. The same command
 resumes and repeats nothing that is finished.
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax.config import Config, UserError
+from kd_jax.config import UserError
 from kd_jax.config.command import parse_config, run_command
 from kd_jax.config.flags import flag_name
 from kd_jax.inference.arguments import EvaluateArgs
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     args, flags = parse(argv)
     args.teacher = str(resolve(args.teacher, "TEACHER"))
     if not args.student.exists():
-        drop_layers(Path(args.teacher), args.student)
+        keep_layers(Path(args.teacher), args.student, args.layers)
     claim(args)
     split_records(args)
     table = make_table(compare_arms(args, flags))
@@ -109,6 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("student", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", help="of TEACHER, from 0, for STUDENT")
     parser.add_argument("--config", default="configs/smollm2_135m_to_80m.py")
     parser.add_argument("--steps", type=int, default=60, help="of the arms of equal steps")
     parser.add_argument("--full-seeds", type=int, default=3, help="0: no arms of this kind")
@@ -124,15 +127,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def drop_layers(teacher: Path, student: Path, every: int = 2) -> None:
-    """Writes a model with the teacher's layers 0, `every`, 2 `every`, ... and its other weights."""
+def keep_layers(teacher: Path, student: Path, layers: Sequence[int] | None = None) -> None:
+    """Writes a model with some of the teacher's layers, by default every second, and the rest."""
     from safetensors.numpy import save_file
 
     config = read_json(teacher / "config.json")
-    kept = range(0, config["num_hidden_layers"], every)
+    count = config["num_hidden_layers"]
+    kept = sorted(range(0, count, 2) if layers is None else set(layers))
+    if not kept or kept[0] < 0 or kept[-1] >= count:
+        raise UserError(f"--layers: expected layers from 0 to {count - 1}, got {layers}")
     config["num_hidden_layers"] = len(kept)
     if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][::every]
+        config["layer_types"] = [config["layer_types"][i] for i in kept]
     tensors = {}
     for name, tensor in open_folder(teacher).items():
         found = LAYER.fullmatch(name)
@@ -196,27 +202,14 @@ def compare_arms(args: argparse.Namespace, flags: Sequence[str]) -> list[Row]:
 
 
 def make_arms(args: argparse.Namespace, flags: Sequence[str], kind: str) -> list[Arm]:
-    """Returns the arms of a kind, with the learning rate that fine-tuning's search found best."""
-    found: dict[float, float] = {}
-    for rate in getattr(args, f"{kind}_rates"):
-        options = {"kind": kind, "kd_ratio": 0.0, "steps": args.search_steps, "flops": 0.0}
-        arm = Arm(name=f"search {rate:g}", learning_rate=rate, **options)
-        workdir = args.out / "search" / arm.folder
-        words = arm_words(args, flags, arm, 0, workdir)
-        train([*words, "--eval.path", str(args.out / "validation.json")], workdir)
-        run = read_run(workdir)
-        found[rate] = run.held_out["ce"].iloc[-1]
-        targets = costs(run)["target_tokens"] / run.last_step
-    rate = min(found, key=lambda rate: found[rate])
-    config = parse_config(words)
-    plain, distilled = (step_cost(args, config, targets, with_kd) for with_kd in (False, True))
+    """Returns the arms of a kind, fine-tuned and distilled with the rates that were found best."""
+    rates = {ratio: search(args, flags, kind, ratio) for ratio in (0.0, 0.5)}
+    plain, distilled = (step_cost(args, flags, kind, ratio) for ratio in rates)
     longer = round(args.steps * distilled / plain)
-    shown = ", ".join(f"{rate:g}: {ce:.3f}" for rate, ce in found.items())
-    print(f"{KINDS[kind]}: validation CE by learning rate: {shown}; taken {rate:g}")
     print(f"a step with the teacher costs {distilled / plain:.3f} times the FLOPs: {longer} steps")
 
     def arm(name: str, kd_ratio: float, steps: int) -> Arm:
-        flops = distilled if kd_ratio else plain
+        rate, flops = (rates[0.5], distilled) if kd_ratio else (rates[0.0], plain)
         options = {"kind": kind, "learning_rate": rate, "flops": flops}
         return Arm(name=name, kd_ratio=kd_ratio, steps=steps, **options)
 
@@ -228,15 +221,38 @@ def make_arms(args: argparse.Namespace, flags: Sequence[str], kind: str) -> list
     ]
 
 
-def step_cost(
-    args: argparse.Namespace, config: Config, num_targets: float, with_teacher: bool
-) -> float:
-    """Returns the FLOPs of an optimizer step."""
+def search(args: argparse.Namespace, flags: Sequence[str], kind: str, kd_ratio: float) -> float:
+    """Returns the learning rate with the lowest cross-entropy on validation records."""
+    found: dict[float, float] = {}
+    for rate in getattr(args, f"{kind}_rates"):
+        words, workdir = search_run(args, flags, kind, kd_ratio, rate)
+        train([*words, "--eval.path", str(args.out / "validation.json")], workdir)
+        found[rate] = read_run(workdir).held_out["ce"].iloc[-1]
+    rate = min(found, key=lambda rate: found[rate])
+    shown = ", ".join(f"{rate:g}: {ce:.3f}" for rate, ce in found.items())
+    print(f"{KINDS[kind]}, kd_ratio {kd_ratio:g}: validation CE by rate: {shown}; taken {rate:g}")
+    return rate
+
+
+def search_run(
+    args: argparse.Namespace, flags: Sequence[str], kind: str, kd_ratio: float, rate: float
+) -> tuple[list[str], Path]:
+    """Returns the flags and the workdir of a run of the search."""
+    options = {"kind": kind, "kd_ratio": kd_ratio, "steps": args.search_steps, "flops": 0.0}
+    arm = Arm(name=f"search {kd_ratio:g} {rate:g}", learning_rate=rate, **options)
+    workdir = args.out / "search" / arm.folder
+    return arm_words(args, flags, arm, 0, workdir), workdir
+
+
+def step_cost(args: argparse.Namespace, flags: Sequence[str], kind: str, kd_ratio: float) -> float:
+    """Returns the FLOPs of an optimizer step with the target tokens that the search had."""
+    rate = getattr(args, f"{kind}_rates")[0]
+    words, workdir = search_run(args, flags, kind, kd_ratio, rate)
+    config, run = parse_config(words), read_run(workdir)
+    num_targets = costs(run)["target_tokens"] / run.last_step
     student, teacher = (load_architecture(Path(path)) for path in (args.student, args.teacher))
     num_tokens = config.data.batch_size * config.data.seq_len
-    flops, _ = step_flops(
-        config, student, teacher if with_teacher else None, num_tokens, num_targets
-    )
+    flops, _ = step_flops(config, student, teacher if kd_ratio else None, num_tokens, num_targets)
     return flops
 
 

@@ -50,8 +50,10 @@ def bench(tmp_path, monkeypatch):
         done.add(config.workdir)
 
     def read_run(workdir):
-        rate = next(c.optim.learning_rate for c in runs if c.workdir == str(workdir))
-        return SimpleNamespace(held_out=pd.DataFrame({"ce": [9.0, RATES[rate]]}), last_step=4)
+        config = next(c for c in runs if c.workdir == str(workdir))
+        ce = RATES[config.optim.learning_rate]
+        ce = -ce if config.distils else ce  # then another rate is the best
+        return SimpleNamespace(held_out=pd.DataFrame({"ce": [9.0, ce]}), last_step=4)
 
     def measure(options):
         measured.append(options)
@@ -90,23 +92,25 @@ def test_parts_are_disjoint_and_a_question_stands_once(bench):
     assert before == [(bench.out / "train.json").read_bytes()]
 
 
-def test_arms_share_the_rate_that_fine_tuning_found_and_one_budget_of_flops(bench):
+def test_each_loss_has_the_rate_that_its_search_found_and_one_budget_of_flops(bench):
+    highest = max(RATES, key=RATES.get)
     for kind in ("full", "lora"):
         arms = {arm.name: arm for arm in quality.make_arms(bench.args, bench.flags, kind)}
-        assert {arm.learning_rate for arm in arms.values()} == {1e-2}
+        assert [arm.learning_rate for arm in arms.values()] == [1e-2, 1e-2, highest, highest]
         plain, control, half, whole = arms.values()
         assert [arm.kd_ratio for arm in arms.values()] == [0, 0, 0.5, 1]
         assert plain.steps == half.steps == whole.steps == 20 and control.name == quality.CONTROL
         assert half.flops == whole.flops > plain.flops == control.flops
         assert control.steps * control.flops == pytest.approx(20 * half.flops, abs=plain.flops / 2)
     searches = [run for run in bench.runs if "search" in run.workdir]
-    assert all(not run.distils and run.eval.path.endswith("validation.json") for run in searches)
+    assert {run.loss.kd_ratio for run in searches} == {0, 0.5}
+    assert all(run.eval.path.endswith("validation.json") for run in searches)
 
 
 def test_the_same_command_repeats_nothing(bench):
     rows = quality.compare_arms(bench.args, bench.flags)
     assert [len(row.sums) for row in rows] == [1, *[2] * 4, *[1] * 4, 1]
-    assert len(bench.runs) == 2 * len(RATES) + 2 * 4 + 4
+    assert len(bench.runs) == 2 * 2 * len(RATES) + 2 * 4 + 4
     assert len({run.workdir for run in bench.runs}) == len(bench.runs)
     assert len(bench.measured) == 1 + 2 * 4 + 4
     assert {x.data for x in bench.measured} == {str(bench.out / "held_out.json")}
@@ -149,15 +153,17 @@ def test_the_teacher_agrees_with_itself():
     assert values["ce"] == pytest.approx(scores.whole(make_sums(0))["teacher_ce"])
 
 
-def test_the_student_is_transformers_model_without_every_second_layer(tmp_path):
+@pytest.mark.parametrize("layers", [None, [1, 4]])
+def test_the_student_is_transformers_model_with_the_kept_layers_alone(layers, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     teacher = tiny.write_model(tmp_path / "teacher", num_hidden_layers=5, dtype="bfloat16")
-    quality.drop_layers(teacher, tmp_path / "student")
+    quality.keep_layers(teacher, tmp_path / "student", layers)
     want, got = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("teacher", "student"))
-    want.model.layers = torch.nn.ModuleList(list(want.model.layers)[::2])
+    kept = [want.model.layers[i] for i in layers or (0, 2, 4)]
+    want.model.layers = torch.nn.ModuleList(kept)
     want, got = want.state_dict(), got.state_dict()
-    assert want.keys() == got.keys() and any("layers.2." in name for name in got)
+    assert want.keys() == got.keys() and any("layers.1." in name for name in got)
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert (tmp_path / "student" / "tokenizer.json").is_file()
