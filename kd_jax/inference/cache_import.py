@@ -77,6 +77,10 @@ def import_cache(
                         writer.append({name: x[skip:] for name, x in some.items()})
                     skip = max(0, skip - count)
             finish(writer)
+    documents = {tokens.tobytes() for one in found for tokens, _ in _documents(one.teacher_rows)}
+    if unused := len(records.keys() - documents):
+        records_are = "record is" if unused == 1 else "records are"
+        say(f"{source}: {unused:,} {records_are} of no document of this run and not used")
     say(f"{len(keys):,} documents of {source} added: --teacher.cache {out} trains from them")
     return data
 
