@@ -29,7 +29,7 @@ FLOORS = [
         ],
         "data": [
             "readers", "files", "fields", "records", "templates", "forms", "turns",
-            "hidden", "answers", "encode", "vocabulary", "prompts", "chat", "questions", "prepare",
+            "hidden", "encode", "answers", "vocabulary", "prompts", "chat", "questions", "prepare",
             "pool", "arrays", "store", "packing", "rows", "documents", "batches",
         ],
     },

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kd_jax.config import UserError
+from kd_jax.data.encode import edges
 from kd_jax.data.fields import check_unicode
 from kd_jax.data.forms import Form, form_of
 from kd_jax.data.hidden import find_hidden
@@ -33,6 +34,9 @@ class Rendered(NamedTuple):
     text: str
     spans: list[Span]
     hidden: set[str]
+    begin: Sequence[int] = ()
+    end: Sequence[int] = ()
+    """Ids before and after the text."""
 
 
 def show_all(
@@ -76,7 +80,8 @@ def render(
       ValueError: the template rejects the record.
     """
     if record.text is not None:
-        return _text(tokenizer, record.text, record.answers)
+        begin, end = edges(tokenizer, record.text)
+        return Rendered(record.text, [*record.answers], set(), begin, end)
     special = tokenizer.special_tokens_map
     chosen = choose(need_template(template), record.tools)
     form = form_of(special, chosen, date, bool(record.tools))
@@ -106,23 +111,6 @@ def render(
         hidden |= more
     check_unicode(text, "the chat template's text")
     return Rendered(text, spans, hidden)
-
-
-def _text(tokenizer: Any, text: str, answers: Sequence[Span]) -> Rendered:
-    """Returns text between the tokenizer's begin and end of text, if it has them."""
-    begin, end = _edges(tokenizer)
-    begin = "" if text.startswith(begin) else begin
-    end = "" if text.endswith(end) else end
-    spans = [
-        (first + len(begin), last + len(begin) + (len(end) if last == len(text) else 0))
-        for first, last in answers
-    ]
-    return Rendered(begin + text + end, spans, set())
-
-
-def _edges(tokenizer: Any) -> tuple[str, str]:
-    begins = tokenizer.backend_tokenizer.encode("").ids[:1] == [tokenizer.bos_token_id]
-    return (tokenizer.bos_token if begins else ""), tokenizer.eos_token or ""
 
 
 def check_learnable(rendered: Rendered, record: Record) -> None:

@@ -1,6 +1,7 @@
 """Conversations to tokens: tokenizers, chat templates and target tokens."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_line
 from kd_jax.data.answers import Rendered, check_learnable, render, show_all
-from kd_jax.data.encode import encode
+from kd_jax.data.encode import Encoded, encode, ids_of
 from kd_jax.data.forms import form_of
 from kd_jax.data.prompts import TeacherPrompt, check_targets, render_teacher
 from kd_jax.data.records import Conversation, Record
@@ -130,7 +131,7 @@ def end_of_turn(tokenizer: Any, template: Template, date: str) -> tuple[list[int
     """Returns the end of turn as tokens and as text; empty if there is none."""
     form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
     text = (form.end or form.last_end).strip()
-    return tokenizer(text, add_special_tokens=False)["input_ids"], text
+    return ids_of(tokenizer, text), text
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +179,7 @@ def tokenize(
                 placed.append(record)
             except ValueError as error:
                 problems.append(f"{record.place}: {error}")
-        encoded = [
-            encode(tokenizer, [one.text for one in side], [one.spans for one in side])
-            for side in zip(*sides, strict=True)
-        ]
+        encoded = [_encode(tokenizer, side) for side in zip(*sides, strict=True)]
         for record, (one, *_), (student, *teachers) in zip(
             placed, sides, zip(*encoded, strict=True), strict=True
         ):
@@ -198,6 +196,18 @@ def tokenize(
             teacher = teachers[0] if teachers else None
             documents.append(Document(ids, target, frozenset(one.hidden), record, teacher))
     return documents, problems
+
+
+def _encode(tokenizer: Any, side: Sequence[Rendered]) -> list[Encoded]:
+    """Returns each text's ids between its begin and end, and its targets."""
+    texts = encode(tokenizer, [one.text for one in side], [one.spans for one in side])
+    out = []
+    for one, (ids, target) in zip(side, texts, strict=True):
+        learns_end = any(end == len(one.text) for _, end in one.spans)
+        begin, end = np.array(one.begin, np.int32), np.array(one.end, np.int32)
+        parts = [np.zeros(len(begin), bool), target, np.full(len(end), learns_end)]
+        out.append((np.concatenate([begin, ids, end]), np.concatenate(parts)))
+    return out
 
 
 def _render_sides(

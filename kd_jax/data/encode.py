@@ -2,13 +2,17 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from kd_jax.config import UserError
+from kd_jax.config.errors import first_line
 
 Span = tuple[int, int]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -37,13 +41,48 @@ def encode(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
       spans: [begin, end) characters of each text.
     """
     spans = [[(begin, end) for begin, end in some if begin < end] for some in spans]
-    if (pieces := _pieces_of(tokenizer)) is not None:
-        return pieces.encode(texts, spans)
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    with _naming(tokenizer):
+        if (pieces := _pieces_of(tokenizer)) is not None:
+            return pieces.encode(texts, spans)
+        encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     return [
         (np.array(encoding.ids, np.int32), _targets(encoding.offsets, some))
         for encoding, some in zip(encodings, spans, strict=True)
     ]
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Returns a text's ids, without those that the tokenizer adds."""
+    with _naming(tokenizer):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a prompt of text, which begins as the texts of training do."""
+    return [*edges(tokenizer, text)[0], *ids_of(tokenizer, text)]
+
+
+def edges(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Returns the ids of begin and end of text, each [] if there is none or the text has it.
+
+    Ids beside the text, since in the text they would change the tokens next to them.
+    """
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begins = tokenizer.backend_tokenizer.encode("").ids[:1] == [first]
+    begin = [first] if begins and not text.startswith(tokenizer.bos_token) else []
+    return begin, [] if last is None or text.endswith(tokenizer.eos_token) else [last]
+
+
+@contextmanager
+def _naming(tokenizer: Any) -> Iterator[None]:
+    """Names the tokenizer that rejects a text: one without a token for unknown characters."""
+    try:
+        yield
+    except Exception as error:  # the tokenizers library raises no narrower one
+        raise UserError(
+            f"{tokenizer.name_or_path}: expected a tokenizer for any text, got one that rejects a "
+            f"text of the data ({first_line(error)})"
+        ) from None
 
 
 def _targets(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:

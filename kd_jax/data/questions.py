@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
+from kd_jax.data.encode import ids_of, prompt_ids
 from kd_jax.data.fields import RESULT_ROLES, SYSTEM_ROLES, decoded, is_empty, parse, role_of
 from kd_jax.data.files import list_sources, read_raw, slice_of
 from kd_jax.data.forms import form_of
@@ -143,7 +144,7 @@ def _question(
         if begin == 0:
             return None
         prompt = record.text[:begin]
-        tokens = tokenizer(prompt)["input_ids"]
+        tokens = prompt_ids(tokenizer, prompt)
         answer = record.text[begin:end] if own else ""
         return Question(index, record.place, tokens, answer, [], text=prompt)
     roles = [turn["role"] for turn in record.messages]
@@ -161,6 +162,6 @@ def _question(
             "data.chat-template: expected a template with a generation prompt "
             f"(add_generation_prompt), got one that leaves out {form.header.strip()!r}"
         )
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = ids_of(tokenizer, text)
     answer = record.messages[last]["content"] if own else ""
     return Question(index, record.place, tokens, answer, turns, record.tools)

@@ -33,7 +33,7 @@ from kd_jax.data.records import describe_ignored
 from kd_jax.data.store import COLUMNS, TEACHER, TEACHER_ENDS, open_store, writing
 from kd_jax.data.templates import Template, need_template
 
-STORE_VERSION = 5
+STORE_VERSION = 6
 
 
 _ROUNDED = 128

@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_jax.config import UserError
 from kd_jax.data.chat import end_of_turn, render_prompt
+from kd_jax.data.encode import ids_of, prompt_ids
 from kd_jax.data.templates import Template
 from kd_jax.inference.sampling import Stop
 from kd_jax.models.architecture import Architecture
@@ -30,11 +31,11 @@ def encode(
       date: date for templates that print today's.
     """
     if raw:
-        return [tokenizer(text)["input_ids"] for text in prompts]
+        return [prompt_ids(tokenizer, text) for text in prompts]
     before = [] if system is None else [{"role": "system", "content": system}]
     turns = [[*before, {"role": "user", "content": text}] for text in prompts]
     texts = [render_prompt(tokenizer, some, template, date) for some in turns]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [ids_of(tokenizer, text) for text in texts]
 
 
 def check_ids(prompts: Sequence[Sequence[int]], arch: Architecture, flag: str) -> None:

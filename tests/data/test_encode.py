@@ -1,4 +1,4 @@
-"""Laws of the cache of pieces: it gives what the tokenizer gives."""
+"""Laws of ids: the cache of pieces gives the tokenizer's, and text has its begin and end."""
 
 import copy
 import json
@@ -6,9 +6,14 @@ import random
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from samples import records_of, write_lines
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from kd_jax.config import DataConfig, UserError
 from kd_jax.data import chat, encode
+from kd_jax.data.questions import read_questions
+from kd_jax.inference import prompts
 
 PIECES = [
     "a", " the", "Don't", "I'LL", "'s", " ", "  ", "\n", "\r\n", "\t", "12345", " 7", "...", "--",
@@ -82,3 +87,48 @@ def test_other_tokenizers_have_no_cache(changes, tokenizer):
     tree = json.loads(other.backend_tokenizer.to_str()) | changes
     other._tokenizer = Tokenizer.from_str(json.dumps(tree))
     assert encode._pieces_of(other) is None
+
+
+def load_words(folder, unknown=None, **options):
+    """Returns a tokenizer as Mistral's: a blank before the first word alone, and <s> before all."""
+    tokens = ["<s>", "</s>", *"▁HioQ./s<>", "▁H"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "H")], unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options).save_pretrained(folder)
+    return chat.load_tokenizer(folder)
+
+
+def documents(tokenizer, file, *given):
+    return chat.tokenize(
+        tokenizer, records_of(write_lines(file, [*given])), None, DataConfig(path="")
+    )[0]
+
+
+@pytest.mark.parametrize("split_special", [False, True])
+def test_begin_and_end_of_text_change_no_token_beside_them(split_special, tmp_path):
+    words = load_words(tmp_path, split_special_tokens=split_special)
+    (document,) = documents(words, tmp_path / "d.jsonl", {"text": "Hi. Ho."})
+    assert document.tokens.tolist() == [*words("Hi. Ho.")["input_ids"], words.eos_token_id]
+    assert document.target.tolist() == [False] + [True] * (len(document.tokens) - 1)
+
+
+@pytest.mark.parametrize("prompt", ["Hi.", "<s>Hi."])
+def test_a_prompt_of_text_begins_as_in_training(prompt, tmp_path):
+    words, file = load_words(tmp_path), tmp_path / "d.jsonl"
+    (document,) = documents(words, file, {"prompt": prompt, "completion": " Ho."})
+    (question,), _ = read_questions(DataConfig(path=str(file)), words, None)
+    assert document.tokens[: len(question.tokens)].tolist() == question.tokens
+    raw = prompts.encode(words, [prompt], raw=True, system=None, template=None, date="")
+    assert raw == [question.tokens] and raw[0].count(words.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_rejects_a_text_is_the_users_mistake(tmp_path):
+    words = load_words(tmp_path, unknown="<unk>")
+    with pytest.raises(UserError, match=r"rejects a text of the data .*<unk>"):
+        documents(words, tmp_path / "d.jsonl", {"text": "x"})
+    with pytest.raises(UserError, match="rejects a text"):
+        prompts.encode(words, ["x"], raw=True, system=None, template=None, date="")
