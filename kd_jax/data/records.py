@@ -168,9 +168,14 @@ def _completed(key: str) -> Callable[[str, dict[str, Any]], Record]:
             prompt = [] if any(other | turn == other for other in turns) else [turn]
         if not isinstance(prompt, list):
             raise ValueError(f"prompt: expected text or turns, got {prompt!r:.60}")
-        return _chat(place, tree, prompt + answer, key, len(prompt))
+        return _chat(place, tree, prompt + _rest(answer, prompt), key, len(prompt))
 
     return make
+
+
+def _rest(answer: list[Any], before: list[Any]) -> list[Any]:
+    """Returns the answer without the turns before it, which some data sets repeat in it."""
+    return answer[len(before) :] if answer[: len(before)] == before else answer
 
 
 def _decoded_turns(value: Any) -> Any:
@@ -186,7 +191,7 @@ def _preferred(place: str, tree: dict[str, Any]) -> Record:
     if not isinstance(turns, list):
         raise ValueError(f"conversations: expected a list of turns, got {turns!r:.60}")
     answer = chosen if isinstance(chosen, list) else [chosen]
-    return _chat(place, tree, turns + answer, "conversations", len(turns))
+    return _chat(place, tree, turns + _rest(answer, turns), "conversations", len(turns))
 
 
 def _plain(place: str, tree: dict[str, Any]) -> Record:

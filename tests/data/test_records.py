@@ -126,6 +126,14 @@ def test_answers_of_a_prompt_are_not_learned():
     assert record.learn[1] is False and record.learn[3] is True
 
 
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("conversations", "chosen")])
+def test_a_prompt_that_the_answer_repeats_is_read_once(keys):
+    turns = chat("Q.", "A.")
+    for answer in (turns, turns[1:]):
+        record = make_record("d:1", dict(zip(keys, (turns[:1], answer), strict=True)))
+        assert record.messages == turns and record.learn[1]
+
+
 @pytest.mark.parametrize("key", ["completion", "chosen"])
 def test_prompt_and_answer_of_text_need_no_template(key):
     record = make_record("d:1", {"prompt": "Q: ", key: "24", "system": "S.", "idx": 3})
