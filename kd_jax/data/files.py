@@ -28,8 +28,12 @@ _SPLIT_WORDS = {
     "validation": "validation|valid|val|dev",
     "test": "test|testing|eval|evaluation",
 }
+# Files of the hub name their split: data/train_sft-00000-of-00003.parquet.
+_SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 # JSON files beside data that say something about them, or about a model.
-_NO_RECORDS = {"config.json", "dataset_info.json", "dataset_infos.json"}
+_NO_RECORDS = {
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +164,7 @@ def _list_folder(folder: Path, split: str, field: str, split_field: str) -> List
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     data = [name for name in names if is_data(name.name) and name.name not in _NO_RECORDS]
     records = [name for name in data if kind_of(name.name)[0] != ".txt"]
-    splits = {name: _split_of(str(name)) for name in records or data}
+    splits = {name: _split_of(name) for name in records or data}
     there = {split for split in splits.values() if split} or {"train"}
     if not splits:
         raise UserError(f"{field}: expected files ending in {suffixes()} in {folder}, got none")
@@ -189,10 +193,14 @@ def _describe_missing(files: list[Path]) -> list[str]:
     ]
 
 
-def _split_of(name: str) -> str | None:
-    for split, words in _SPLIT_WORDS.items():
-        if re.search(rf"(?<![a-z])({words})(?![a-z])", name.lower()):
-            return split
+def _split_of(name: Path) -> str | None:
+    """Returns the split of a file of a folder; names of folders come before those of files."""
+    if shard := _SHARD.fullmatch(name.as_posix()):
+        return shard[1]
+    for part in (name.parent, name.name):
+        for split, words in _SPLIT_WORDS.items():
+            if re.search(rf"(?<![a-z])({words})(?![a-z])", str(part).lower()):
+                return split
     return None
 
 

@@ -310,6 +310,33 @@ def test_names_of_files_tell_a_folders_splits(tmp_path):
     assert len(records_of(folder)) == 4
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/test.jsonl", "test/training-1.jsonl"],
+        ["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl",
+         "data/test_sft-00000-of-00001.jsonl"],
+        ["data/train-00000-of-00001.jsonl", "data/code-00000-of-00001.jsonl"],
+        ["de-train.jsonl", "de-dev.jsonl", "de-eval.jsonl"],
+    ],
+    ids=lambda names: names[0],
+)  # fmt: skip
+def test_splits_of_a_folder_are_those_of_datasets(names, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / name, CHATS)
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    patterns = get_data_patterns(str(tmp_path))
+    for split, theirs in DataFilesDict.from_patterns(patterns, base_path=str(tmp_path)).items():
+        assert sorted(files.list_files(str(tmp_path), str(split)).files) == sorted(theirs)
+
+
+def test_a_folder_above_one_of_save_to_disk_has_its_records(tmp_path):
+    save_to_disk(tmp_path / "above" / "saved", "train")
+    assert len(records_of(tmp_path / "above")) == len(records_of(tmp_path / "above" / "saved"))
+
+
 def test_what_a_folder_has_beside_its_records_is_said_and_not_read(tokenizer, config, tmp_path):
     beside = {"LICENSE.txt": "Free.", "dataset_infos.json": "{}", "config.json": "{}"}
     part = write_folder(tmp_path / "plain") / "train.jsonl"
