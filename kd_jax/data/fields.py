@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from kd_jax.config.errors import half_of_pair
+from kd_jax.data.readers import once
 
 SYSTEM_ROLES = ("system", "developer")
 RESULT_ROLES = ("tool", "function", "ipython")  # speakers of a tool's results
@@ -31,7 +32,7 @@ IS_METADATA = "it says something about the record"
 
 def parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return json.loads(line.decode(), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8 text, got byte {line[error.start]:#x}") from None
     except json.JSONDecodeError as error:
@@ -39,7 +40,7 @@ def parse(line: bytes) -> Any:
         raise ValueError(f"expected JSON, got {shown[:40]!r} ({error.msg})") from None
     except RecursionError:
         raise ValueError(f"expected JSON, got {line[:20]!r}... nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # a key twice, or an integer of thousands of digits
         raise ValueError(f"expected JSON, got {str(error).partition(';')[0]}") from None
 
 

@@ -23,6 +23,9 @@ _INDEX = "__index_level_0__"  # pandas' own name for a column that has none in i
 _CHUNK_CHARACTERS = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SIGNATURES = {
+    b"BZh": "bzip2 data. Decompress it",
+    b"\xfd7zXZ": "xz data. Decompress it",
+    b"PK\x03\x04": "a zip archive. Unpack it",
     b"\x1f\x8b": "gzip data. Name it .gz",
     b"\x28\xb5\x2f\xfd": "Zstandard data. Name it .zst",
     b"PAR1": "Parquet data. Name it .parquet",
@@ -149,6 +152,17 @@ def _check_one_line(file: str, line: bytes) -> None:
         )
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; raises ValueError for a key that it has twice."""
+    if len(tree := dict(pairs)) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"an object with the key {twice!r:.60} twice")
+    return tree
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=once)
+
+
 class _Window:
     """The part of a long text that is in memory, and a place in it."""
 
@@ -179,7 +193,7 @@ class _Window:
         size = _CHUNK_CHARACTERS
         while True:
             try:
-                value, stop = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, stop = _DECODER.raw_decode(self.text, self.at)
                 if stop < len(self.text) or not self.read(size):
                     return value, stop
             except json.JSONDecodeError as error:

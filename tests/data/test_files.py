@@ -1,9 +1,11 @@
 """Laws of the files: forms, splits, and what cannot be read."""
 
+import bz2
 import contextlib
 import dataclasses
 import gzip
 import json
+import lzma
 import random
 from collections.abc import Callable
 from functools import partial
@@ -201,6 +203,7 @@ def refused(path: Path, content: str | bytes) -> list[str]:
         (f"[{GOOD}]\n[{GOOD}]", 2),
         (f"[{GOOD},\n{'[' * 100_000}", 2),
         (f"[{GOOD},\n{'9' * 5000}]", 2),
+        (f'[{GOOD},\n{{"text": "x", "text": "y"}}]', 2),
     ],
 )
 def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
@@ -212,6 +215,9 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
     "name, content, said",
     [
         ("x.jsonl", gzip.compress(b"{}", mtime=0), "gzip data. Name it .gz"),
+        ("x.jsonl", bz2.compress(b"{}"), "bzip2 data. Decompress it"),
+        ("x.jsonl", lzma.compress(b"{}"), "xz data. Decompress it"),
+        ("x.csv", b"PK\x03\x04", "a zip archive. Unpack it"),
         ("x.json", GOOD.encode("utf-16"), "UTF-16 text"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("x.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be read (EOFError"),
