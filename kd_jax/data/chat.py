@@ -77,6 +77,11 @@ def load_tokenizer(folder: Path) -> Any:
                 "it asks to run Python code of the folder, which is never done. Without auto_map "
                 "in tokenizer_config.json, tokenizer.json is read"
             )
+        elif (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            reason += (
+                ". There is no tokenizer.json, and tokenizer.model needs sentencepiece, or, where "
+                "it is Llama 3's, tiktoken. Install it, or give a folder with tokenizer.json"
+            )
         raise UserError(
             f"{folder}: expected tokenizer files, which do not load ({reason})"
         ) from None

@@ -86,7 +86,9 @@ def list_files(path: str, split: str, field: str = "data.path") -> Listing:
       UserError: nothing is there, a suffix is unknown, or there is no such split.
     """
     place = Path(os.path.expanduser(path))  # os.path's checks are False for names too long
-    split_field = field.replace("path", "split")
+    split_field = "--split" if field == "--data" else field.replace("path", "split")
+    if _dataset_folder(path):
+        return Listing()
     if "://" in path:
         files = _remote_files(path, field)
     elif os.path.isdir(place):
@@ -154,8 +156,6 @@ def _asking(place: str) -> Iterator[None]:
 
 def _list_folder(folder: Path, split: str, field: str, split_field: str) -> Listing:
     """Returns the files of a split, which names of files and folders tell, as in `datasets`."""
-    if is_dataset_folder(folder):
-        return Listing()
     if len(snapshots := sorted(map(str, folder.glob("snapshots/*")))) > 1:
         raise UserError(f"{field}: expected one snapshot of {folder}, got {', '.join(snapshots)}")
     # A link to a folder is not followed, but said.
@@ -204,12 +204,26 @@ def _split_of(name: Path) -> str | None:
     return None
 
 
+def _dataset_folder(path: str) -> tuple[Path, str | None] | None:
+    """Returns a folder that `datasets` reads, and NAME of FOLDER:NAME; None for other paths."""
+    stem, _, subset = path.rpartition(":")
+    for name, chosen in ((path, None), (stem, subset)):
+        folder = Path(os.path.expanduser(name))
+        if name and os.path.isdir(folder) and is_dataset_folder(folder):
+            return folder, chosen
+    return None
+
+
 def is_dataset_folder(folder: Path) -> bool:
     """Returns True for a folder of `save_to_disk`, or one whose card lists its files."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if _is_saved(folder):
         return True
     card = folder / "README.md"
     return card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def choose_split(path: str, wanted: str | None) -> str:
@@ -217,7 +231,7 @@ def choose_split(path: str, wanted: str | None) -> str:
     if wanted is not None:
         return wanted
     path = list_sources(path)[0][0]
-    if os.path.isdir(os.path.expanduser(path)):
+    if os.path.isdir(os.path.expanduser(path)) or _dataset_folder(path):
         return "test"
     return "train" if "://" in path or glob.has_magic(path) or is_data(path) else "test"
 
@@ -225,9 +239,10 @@ def choose_split(path: str, wanted: str | None) -> str:
 def hash_source(path: str, split: str) -> str:
     """Returns the content hash of the files behind a path, or the name of a hub dataset."""
     files = list_files(path, split).files
-    place = Path(os.path.expanduser(path))
-    if not files and os.path.isdir(place):
-        files = tuple(str(file) for file in sorted(place.rglob("*")) if file.is_file())
+    if (found := _dataset_folder(path)) is not None:
+        folder, subset = found
+        files = tuple(str(file) for file in sorted(folder.rglob("*")) if file.is_file())
+        split += f" of {subset}" * (subset is not None)
     return " ".join([split, *(map(_hash_file, files) if files else [path])])
 
 
@@ -301,9 +316,10 @@ def to_range(split: str, count: int) -> tuple[int, int]:
 def _load_dataset(path: str, split: str) -> Any:
     import datasets  # takes seconds to import
 
-    folder, name = Path(os.path.expanduser(path)), _name_of(split)
+    folder, subset = _dataset_folder(path) or (None, None)
+    name = _name_of(split)
     try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        if folder and subset is None and _is_saved(folder):
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.Dataset):
                 saved = {"train": saved}
@@ -312,8 +328,8 @@ def _load_dataset(path: str, split: str) -> Any:
                 raise UserError(f"data.split: expected {expected}, got {split!r} of {path}")
             dataset = saved[name]
             return dataset.select(range(*to_range(split, len(dataset))))
-        if folder.is_dir():
-            return datasets.load_dataset(str(folder), split=split)
+        if folder:
+            return datasets.load_dataset(str(folder), subset, split=split)
         hub = _HUB_ID.fullmatch(path)
         assert hub is not None
         return datasets.load_dataset(
@@ -322,7 +338,7 @@ def _load_dataset(path: str, split: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
             f"data: expected a file ending in {suffixes()}, a folder or glob of such files, or a "
             f"hub dataset, got {path}, which cannot be read ({reason})"

@@ -338,6 +338,27 @@ def test_splits_of_a_folder_are_those_of_datasets(names, tmp_path):
         assert sorted(files.list_files(str(tmp_path), str(split)).files) == sorted(theirs)
 
 
+def test_a_folder_whose_card_has_subsets_is_read_by_their_names(tmp_path, datasets_cache):
+    parts = {"en": CHATS[:1], "de": CHATS[1:]}
+    card = "".join(f"- config_name: {x}\n  data_files: {x}/*.jsonl\n" for x in parts)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for name, records in parts.items():
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "train.jsonl", records)
+    for name, records in parts.items():
+        assert len(records_of(f"{tmp_path}:{name}")) == len(records)
+    assert len({hash_source(f"{tmp_path}:{name}", "train") for name in parts}) == 2
+    for wrong in ("", ":fr"):
+        with pytest.raises(UserError, match=r"cannot be read .*\['en', 'de'\]"):
+            records_of(f"{tmp_path}{wrong}")
+
+
+def test_the_flag_of_a_wrong_split_is_named(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", CHATS)
+    with pytest.raises(UserError, match=r"^--split: expected train"):
+        files.list_files(str(file), "validation", "--data")
+
+
 def test_a_folder_above_one_of_save_to_disk_has_its_records(tmp_path):
     save_to_disk(tmp_path / "above" / "saved", "train")
     assert len(records_of(tmp_path / "above")) == len(records_of(tmp_path / "above" / "saved"))

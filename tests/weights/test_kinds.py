@@ -113,3 +113,12 @@ def test_a_tokenizer_of_no_use_is_refused_and_its_code_not_run(change, message, 
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "RAN").exists()
+
+
+def test_a_tokenizer_model_alone_is_named_with_what_reads_it(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(
+        UserError, match=r"no tokenizer\.json, and tokenizer\.model needs sentencep"
+    ):
+        load_tokenizer(tmp_path)
