@@ -223,7 +223,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
             counts["tokens"] += len(window.flat.tokens)
             counts["target_tokens"] += int(window.flat.target.sum())
         counts["rows"] = writer.num_rows
-        _check(total, data, prompt, writer.num_rows)
+        _check(total, job, writer.num_rows)
         notes = _notes(total, job, (begin, end))
         counts |= {name: total.counts[name] for name in ("conversations", *_LEFT_OUT)}
         meta: dict[str, Any] = {"counts": counts, "notes": notes, "records": [begin, end]}
@@ -234,14 +234,16 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
         return writer.finish(meta)
 
 
-def _check(total: Prepared, data: DataConfig, prompt: TeacherPrompt | None, num_rows: int) -> None:
+def _check(total: Prepared, job: Job, num_rows: int) -> None:
     """Raises UserError if records are bad or too long, or none is left."""
-    counts = total.counts
+    counts, data, prompt = total.counts, job.data, job.prompt
     bad = first_lines(total.problems, counts["bad"])
     if bad and data.on_bad_record == "error":
         raise UserError("\n".join(bad))
     if not counts["conversations"]:
-        raise UserError("\n".join([f"{data.path}: expected records, got none", *bad]))
+        side = "for evaluation" if job.held_out else "beside those for evaluation"
+        where = f" {side} (eval.fraction {job.fraction:g})" if job.fraction else ""
+        raise UserError("\n".join([f"{data.path}: expected records{where}, got none", *bad]))
     if prompt is not None and prompt.messages and not counts["teacher_messages"]:
         raise UserError(
             f"{data.path}: expected records with teacher_messages, as teacher.messages says, got "

@@ -386,6 +386,17 @@ def test_held_out_fraction_and_the_rest_are_the_whole(tokenizer, config, tmp_pat
     assert found == first
 
 
+@pytest.mark.parametrize(
+    "held_out, fraction, said", [(True, 1e-9, "for eval"), (False, 0.999, "beside those for eval")]
+)
+def test_a_fraction_that_leaves_no_record_is_named(
+    held_out, fraction, said, tokenizer, config, tmp_path
+):
+    write_lines(tmp_path / "train.jsonl", CHATS)
+    with pytest.raises(UserError, match=rf"records {said}uation \(eval.fraction {fraction}\)"):
+        make_rows(config, tokenizer, tiny.TEMPLATE, fraction=fraction, held_out=held_out)
+
+
 def test_same_records_in_two_places_are_an_overlap(tokenizer, config, tmp_path):
     link = tmp_path / "link.jsonl"
     link.symlink_to(config.path)
