@@ -34,6 +34,8 @@ class Question:
     """The record's own last answer; "" if it has none."""
     messages: Conversation
     """Turns before the answer; [] for text."""
+    learn: tuple[bool, ...] = ()
+    """One per turn before the answer, as in Record."""
     tools: list[Any] | None = None
     text: str | None = None
     """A prompt of text, which has no chat template."""
@@ -42,9 +44,11 @@ class Question:
         """Returns the record of this prompt with another answer, in a form that training reads."""
         if self.text is not None:
             return {"prompt": self.text, "completion": text}
-        record: dict[str, Any] = {
-            "messages": [*self.messages, {"role": "assistant", "content": text}]
-        }
+        turns = [
+            turn if learn or turn["role"] != "assistant" else {**turn, "weight": 0}
+            for turn, learn in zip(self.messages, self.learn, strict=True)
+        ]
+        record: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": text}]}
         return record | ({"tools": self.tools} if self.tools else {})
 
 
@@ -111,9 +115,7 @@ def _with_answer(tree: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in tree and _lacks(tree, "output", "chosen"):
         return {**tree, "output": _STAND_IN}
     if "prompt" in tree and _lacks(tree, "completion", "chosen"):
-        prompt, rest = decoded(tree["prompt"]), {k: x for k, x in tree.items() if k != "prompt"}
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return {**rest, "messages": [*turns, _ANSWER] if isinstance(turns, list) else turns}
+        return {**tree, "completion": [_ANSWER]}
     return tree
 
 
@@ -164,4 +166,5 @@ def _question(
         )
     tokens = ids_of(tokenizer, text)
     answer = record.messages[last]["content"] if own else ""
-    return Question(index, record.place, tokens, answer, turns, record.tools)
+    learn = record.learn[:last]
+    return Question(index, record.place, tokens, answer, turns, learn, record.tools)

@@ -1,0 +1,35 @@
+"""Prompts of data, and the records that answers to them make."""
+
+import pytest
+import tiny
+from samples import chat, write_lines
+
+from kd_jax.config import DataConfig
+from kd_jax.data.questions import read_questions
+from kd_jax.data.records import make_record
+
+ANSWERED = [*chat("Add 1.", "One."), *chat("Add 2.", roles="u")]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"messages": [ANSWERED[0], ANSWERED[1] | {"weight": 0}, ANSWERED[2]]},
+        {"prompt": ANSWERED, "completion": "Three."},
+        {"prompt": ANSWERED},
+    ],
+    ids=["a weight", "a completion", "a prompt alone"],
+)
+def test_an_answer_before_has_no_loss_in_the_new_record_either(raw, tokenizer, tmp_path):
+    data = DataConfig(path=str(write_lines(tmp_path / "a.jsonl", [raw])))
+    (question,), _ = read_questions(data, tokenizer, tiny.TEMPLATE)
+    record = make_record("d:1", question.answered("Four."))
+    answers = [(x["content"], y) for x, y in zip(record.messages, record.learn, strict=True)]
+    assert answers[1] == ("One.", False)
+    assert answers[3] == ("Four.", True)
+
+
+def test_an_answer_before_keeps_its_loss(tokenizer, tmp_path):
+    data = DataConfig(path=str(write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}])))
+    (question,), _ = read_questions(data, tokenizer, tiny.TEMPLATE)
+    assert make_record("d:1", question.answered("Four.")).learn == (True,) * 4
