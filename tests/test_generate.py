@@ -121,6 +121,7 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
         (("--prompt", "A", "--prompt", "B"), "--prompt: given twice"),
         (("--prompt", "Hi.", "--temperature", -1), "--temperature: expected at least 0"),
         (("--prompt", "Hi.", "--top-k", 3), "--temperature: expected above 0"),
+        (("--prompt", "Hi.", "--seed", 2**64), "--seed: expected at least 0 and below 4294967296"),
         (
             ("--prompt", "Hi.", "--temperature", 1, "--top-p", 1.5),
             "--top-p: expected above 0 and at most 1",

@@ -117,7 +117,7 @@ class GenerateArgs(ModelArgs):
     """Sample from the k most likely tokens."""
     top_p: Annotated[float | None, Range(above=0, most=1)] = None
     """Sample from the fewest most likely tokens with this total probability."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, below=2**32)] = 0
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
