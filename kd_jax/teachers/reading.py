@@ -28,6 +28,10 @@ class CachedRows:
             for number in range(len(cache.parts))
         ]
 
+    def of_rows(self, rows: Rows) -> "CachedRows":
+        """Returns the same documents' values at the places that they have in other rows."""
+        return CachedRows(self.cache, rows, self.documents, self.places)
+
     def __call__(self, row_ids: np.ndarray, row_mask: np.ndarray) -> Batch:
         """Returns `teacher_NAME` [..., B, S, ...] of rows `row_ids`, [..., B]; 0 outside the mask.
 

@@ -136,8 +136,10 @@ def test_a_cache_has_what_a_prompted_teacher_says(make_config, tmp_path):
     """Twin: without the prompt the teacher has other documents."""
     options, one = {"mesh": {"data": 1}, "batch_size": 2, "seq_len": 96}, jax.devices()[:1]
     live = make_config(prompt={"system": "Answer as the cat."}, **options)
-    make_cache(live, str(tmp_path / "cache"), devices=one)
+    data = make_cache(live, str(tmp_path / "cache"), devices=one)
     found = token_sums(with_teacher(live, cache=str(tmp_path / "cache")))
+    checked = check_cache(live, str(tmp_path / "cache"), data)
+    assert abs(checked["kl"]) < 1e-6 and checked["top1_agreement"] == 1
     for name, want in token_sums(live).items():
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-4, err_msg=name)
     plain = with_teacher(make_config(**options), cache=str(tmp_path / "cache"))
