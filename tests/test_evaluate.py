@@ -213,6 +213,12 @@ def test_rows_are_no_longer_than_their_documents_need(root, capsys, monkeypatch)
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
 
 
+def test_conversations_that_are_truncated_are_counted(root, capsys):
+    args = EvaluateArgs(model=str(root / "student"), data=str(root / "data.jsonl"), seq_len=90)
+    comparison.open_setup(args)
+    assert "24 conversations, 14 truncated" in capsys.readouterr().err
+
+
 def test_a_model_beside_itself_is_no_distance_away(root, capsys):
     both = ("--teacher", root / "student", "--against", root / "student")
     got = evaluated(capsys, root, *both)

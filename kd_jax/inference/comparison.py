@@ -14,7 +14,7 @@ from kd_jax.config.errors import raise_all
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, choose_split
 from kd_jax.data.prompts import read_prompt
-from kd_jax.data.rows import Rows, make_rows, shortest_rows
+from kd_jax.data.rows import Rows, describe_rows, make_rows, shortest_rows
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
 from kd_jax.inference import scores
@@ -143,7 +143,8 @@ def open_setup(args: EvaluateArgs) -> Setup:
     config, rows = _make_rows(args, config, student, template)
     raise_all(uneven_rows(mesh.shape, {"--seq-len": config.data.seq_len}))
     context = describe_context(student.files.arch, config.data.seq_len, "model")
-    for line in filter(None, [describe_dtype(args.dtype, mesh), context, *rows.notes]):
+    data = f"{args.data}: {describe_rows(rows)}"
+    for line in filter(None, [describe_dtype(args.dtype, mesh), context, data]):
         print(line, file=sys.stderr)
     for files, shared in shares:
         check_shared(shared, student.files, files, rows, "--data")
