@@ -195,10 +195,24 @@ def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
     (folders[1] / "evaluation.json").write_text(json.dumps(values))
     means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
     assert means.note.endswith("Careful: these evaluations differ in data.")
+    for folder, prompt in zip(folders, ("Be brief.", None), strict=False):
+        values["arguments"] |= {"teacher_system": prompt, "teacher_messages": False}
+        (folder / "evaluation.json").write_text(json.dumps(values))
+    means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
+    assert means.note.endswith("Careful: these evaluations differ in teacher_system.")
     (folders[0] / "evaluation.json").unlink()
     found = tables_of(folders)
     assert [row[1] for row in find(found, "Held-out text, by kd_jax.evaluate").rows] == ["1", "2"]
     assert find(found, "Differences from the control (0), by kd_jax.evaluate").rows[0][1] == "1"
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk", "sampled"])
+def test_metrics_of_a_part_of_the_teachers_distribution_are_said_to_be_that(kind, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": kind}))
+    teacher = dataclasses.replace(BASE.teacher, cache=str(tmp_path))
+    found = tables_of(write_arms(tmp_path / "runs", (0, 0.5), seeds=1, teacher=teacher))
+    note = find(found, "Held-out text, by the last").note
+    assert (f"with a {kind} cache KL" in note) == (kind != "hidden")
 
 
 def test_unfinished_runs_take_no_part_in_means(tmp_path, one_figure):

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Arguments of kd_jax.evaluate that must be equal in a comparison.
-COMPARED = ("data", "split", "teacher", "dtype", "top_k")
+COMPARED = (
+    "data", "split", "max_conversations", "seq_len", "chat_template", "teacher", "teacher_cache",
+    "teacher_system", "teacher_messages", "dtype", "top_k",
+)  # fmt: skip
 
 Numbers = dict[str, float]
 Frames = dict[str, "pd.DataFrame"]
@@ -151,6 +154,7 @@ def result_tables(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> list[Tabl
         before = frames
         note += " Mean ± standard deviation over n seeds, per target token."
         note += _unlike(arms) if read is _evaluated else ""
+        note += _of_entries(arms, read)
         metrics = {name: METRICS[name] for name in names}
         tables.append(_means_table(f"Held-out text, by {evaluation}", arms, frames, metrics, note))
         known = {name for control in controls.values() for name in frames[control.name]}
@@ -183,8 +187,29 @@ def _unlike(arms: Sequence[Arm]) -> str:
     """Returns a warning if evaluations had different arguments."""
     found = [run.evaluation.get("arguments") for arm in arms for run in arm.finished]
     used = [arguments for arguments in found if arguments]
-    names = [name for name in COMPARED if len({str(one.get(name)) for one in used}) > 1]
+    # A flag that is off, and one that an earlier version had not, are the same.
+    names = [name for name in COMPARED if len({str(one.get(name) or None) for one in used}) > 1]
     return f" Careful: these evaluations differ in {', '.join(names)}." if names else ""
+
+
+def _of_entries(arms: Sequence[Arm], read: Callable[[Run], Numbers]) -> str:
+    """Returns a warning if some numbers compare with a cache that has parts of distributions."""
+    from kd_jax.teachers.manifest import read_kind  # imports tensorstore
+
+    runs = [run for arm in arms for run in arm.finished]
+    if read is _evaluated:
+        caches = {(run.evaluation.get("arguments") or {}).get("teacher_cache") for run in runs}
+    else:
+        teachers = [run.config.teacher for run in runs if run.config.reads_cache]
+        caches = {teacher.cache for teacher in teachers if teacher is not None}
+    found = {read_kind(path) for path in caches if path}
+    kinds = " or ".join(kind for kind in ("topk", "sampled") if kind in found)
+    return (
+        f" Careful: with a {kinds} cache KL, agreement and the like compare with what is stored, "
+        "not with the whole teacher."
+        if kinds
+        else ""
+    )
 
 
 def _differences_table(

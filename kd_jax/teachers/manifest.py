@@ -108,6 +108,14 @@ def read_cache(path: str, flag: str = "teacher.cache") -> Cache | None:
     return cache
 
 
+def read_kind(path: str) -> str | None:
+    """Returns the kind of a cache; None if its manifest cannot be read."""
+    try:
+        return json.loads(read_file(open_folder(path), MANIFEST) or b"{}").get("kind")
+    except (ValueError, OSError, AttributeError, UserError):
+        return None
+
+
 def _from_json(path: str, store: ts.KvStore, tree: Any) -> Cache:
     if tree["version"] != VERSION:
         raise ValueError(f"version {tree['version']}")
