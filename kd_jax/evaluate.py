@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from kd_jax.config.command import check_out_file, parse_args, run_command
 from kd_jax.inference import scores
@@ -19,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     files = [check_out_file(x, flag, "by_position") for flag, x in places.items() if x is not None]
     from kd_jax.inference.comparison import evaluate  # imports jax, which --help avoids
 
-    result = evaluate(args)
+    with redirect_stdout(sys.stderr):  # what --json prints is one object
+        result = evaluate(args)
     text = json.dumps(result)
     try:
         for file in files:

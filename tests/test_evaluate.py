@@ -23,6 +23,7 @@ from kd_jax.inference.arguments import EvaluateArgs
 from kd_jax.inference.load import load_model, open_model
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import make_mesh
+from kd_jax.parallel.processes import say
 from kd_jax.setup.forward import targets
 from kd_jax.setup.model_files import open_model_files
 
@@ -265,6 +266,11 @@ def test_the_teachers_prompt_is_what_a_model_says_with_it(root, capsys, tmp_path
     got = evaluated(capsys, root, *flags, "Meow.")
     assert got["teacher_ce"] == pytest.approx(want["ce"], rel=1e-6)
     assert got["ce"] != pytest.approx(want["ce"], rel=1e-3) and got["kl_forward"] > 1e-3
+
+
+def test_json_is_alone_whatever_is_said(root, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "evaluate", lambda _: say("6 documents added") or {"ce": 1.0})
+    assert evaluated(capsys, root) == {"ce": 1.0}
 
 
 def test_people_get_lines_and_tables(root, capsys):
