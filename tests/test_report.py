@@ -526,7 +526,8 @@ def test_samples_of_a_run_are_shown_without_a_torn_line(tmp_path, one_figure):
     run_folder = write_run(tmp_path / "run")
     line = {"prompt": "Why <b>?", "answer": "1 ± 2 so", "ended": True, "log_prob": -0.5}
     lines = [json.dumps({"step": step, **line}) for step in range(1, 10)]
-    (run_folder / "samples.jsonl").write_text("\n".join([*lines, '{"step": 10, "pro']))
+    damaged = ['{"step": 10}', '{"step": 10, "log_prob": "-1"}', '{"step": 10, "pro']
+    (run_folder / "samples.jsonl").write_text("\n".join([*lines, *damaged]))
     (table,) = samples_tables(arms_of([run_folder, write_run(tmp_path / "other", ratio=0.0)]))
     assert [row[1] for row in table.rows] == ["1", "2", "6", "7", "8", "9"]
     assert run(run_folder, "--out", tmp_path / "out") == 0
@@ -617,6 +618,16 @@ def test_metrics_of_others_are_refused(tmp_path, capsys, line):
     folder = write_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text(f"{line}\n{line}\n")
     assert "not written by kd_jax.train" in refused(capsys, folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"ce": "1"}, {"ce": 1.0, "arguments": []}, {"ce": 1, "arguments": {"teacher_cache": 5}}],
+)
+def test_an_evaluation_of_others_is_refused(tmp_path, capsys, values):
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluation.json").write_text(json.dumps(values))
+    assert "evaluation.json: not written by kd_jax.evaluate" in refused(capsys, folder)
 
 
 def test_an_unknown_control_is_told_the_arms(tmp_path, capsys):

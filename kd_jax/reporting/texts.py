@@ -16,12 +16,16 @@ def samples_tables(arms: Sequence[Arm]) -> list[Table]:
     rows = []
     for arm in arms:
         lines = read_lines(arm.runs[0].folder / "samples.jsonl", ["step"])
-        found = [sample for _, sample in lines if sample]
+        found = [sample for _, sample in lines if sample and _is_whole(sample)]
         shown = found if len(found) <= _FIRST + _LAST else found[:_FIRST] + found[-_LAST:]
         rows += [[arm.label, *_cells(one)] for one in shown]
     header = ["arm", "step", "prompt", "answer", "ended", "log-probability a token"]
     note = "The first and the last samples of the first run of each arm, with special tokens."
     return [Table(title="Samples", header=header, rows=rows, note=note)] if rows else []
+
+
+def _is_whole(sample: dict[str, Any]) -> bool:
+    return isinstance(sample.get("log_prob"), int | float)
 
 
 def _cells(sample: dict[str, Any]) -> list[str]:
@@ -32,4 +36,4 @@ def _cells(sample: dict[str, Any]) -> list[str]:
         text.replace(" ± ", " ±\N{NO-BREAK SPACE}")
         for text in (prompt[-_MOST_CHARACTERS:], answer[:_MOST_CHARACTERS])
     ]
-    return [str(sample["step"]), *shown, ended, f"{sample.get('log_prob', 0.0):.3f}"]
+    return [str(sample["step"]), *shown, ended, f"{sample['log_prob']:.3f}"]

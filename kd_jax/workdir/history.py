@@ -121,12 +121,22 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: expected a workdir of kd_jax.train, got an empty folder")
     record = read_record(folder / "config.json")
     train, held_out = _read_metrics(folder / "metrics.jsonl")
-    path = folder / "evaluation.json"
-    evaluation = read_json(path) if path.is_file() else {}
     return Run(
         folder=folder, record=record, config=from_json(record["config"]), train=train,
-        held_out=held_out, evaluation=evaluation,
+        held_out=held_out, evaluation=_read_evaluation(folder / "evaluation.json"),
     )  # fmt: skip
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """Returns evaluation.json, {} without one; raises UserError unless kd_jax.evaluate wrote it."""
+    if not path.is_file():
+        return {}
+    evaluation = read_json(path)
+    arguments = evaluation.get("arguments", {})
+    sound = isinstance(arguments, dict) and isinstance(arguments.get("teacher_cache"), str | None)
+    if not sound or not isinstance(evaluation.get("ce"), int | float):
+        raise UserError(f"{path}: not written by kd_jax.evaluate. Remove it, or evaluate again")
+    return evaluation
 
 
 def read_config(workdir: Path) -> Config:
