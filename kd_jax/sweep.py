@@ -249,9 +249,10 @@ def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequ
     A cache that is there in another form than the default is used as it is.
 
     Raises:
-      UserError: the runs have several teachers.
+      UserError: the runs have several teachers, or a loss that the cache does not serve.
       SystemExit: the command failed.
     """
+    from kd_jax.setup.cached import loss_problems
     from kd_jax.teachers.manifest import read_cache
 
     distilling = [plan for plan in plans if plan.config.distils]
@@ -267,6 +268,8 @@ def _fill_cache(args: SweepArgs, cache: str, plans: Sequence[Plan], common: Sequ
         )
     there = read_cache(cache, "--cache")
     if there is not None and (there.kind != "hidden" or "scales" in there.fields):
+        problems = [x for plan in distilling for x in loss_problems(there, plan.config)]
+        raise_all([*dict.fromkeys(problems)])
         print(f"[cache] {cache} is used as it is: {there.kind} of {', '.join(there.fields)}")
         return
     first: dict[tuple, Plan] = {}

@@ -246,7 +246,7 @@ def test_a_cache_is_planned_once_for_each_data_set_of_one_teacher(file, tmp_path
 
 
 def test_a_cache_of_another_form_is_used_as_it_is(file, tmp_path, capsys, monkeypatch):
-    there = SimpleNamespace(kind="topk", fields={"ids": None})
+    there = SimpleNamespace(kind="topk", fields={"ids": None}, path="cache")
     monkeypatch.setattr("kd_jax.teachers.manifest.read_cache", lambda *_: there)
     flags = ("--config", file, "--cache", tmp_path / "cache", "--workdir", tmp_path / "sweep")
     rest = ("--set", "teacher.cache-rest", "bucket", "uniform")
@@ -254,6 +254,9 @@ def test_a_cache_of_another_form_is_used_as_it_is(file, tmp_path, capsys, monkey
     printed = capsys.readouterr().out
     assert "is used as it is: topk" in printed and "kd_jax.cache" not in printed
     assert printed.count("--teacher.cache ") == 2
+    assert run(*flags, "--set", "loss.temperature", 1, 2, "--seeds", 2) == 2  # before any run
+    said = capsys.readouterr()
+    assert said.err.count("loss.temperature: expected 1") == 1 and "[1/" not in said.out
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd_jax.config import Config, LossConfig, UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.data.documents import Documents, find_documents
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
@@ -106,14 +107,14 @@ def _needs_every_entry(loss: LossConfig) -> bool:
     return reverse.get(loss.divergence, False)
 
 
-def check_loss(cache: Cache, config: Config) -> None:
-    """Raises UserError if the loss needs more than the cache has; says in what it is biased."""
+def loss_problems(cache: Cache, config: Config) -> list[str]:
+    """Returns messages about what the loss needs and the cache does not have."""
     assert config.teacher is not None
     place, rest = f"with the {cache.kind} cache {cache.path}", config.teacher.cache_rest
     if cache.kind != "topk" and rest != "bucket":
-        raise UserError(f"teacher.cache-rest: expected bucket, its default, {place}, got {rest}")
+        return [f"teacher.cache-rest: expected bucket, its default, {place}, got {rest}"]
     if cache.kind == "hidden":
-        return
+        return []
     loss, served, problems = config.loss, _SERVED[cache.kind], []
     if rest in ("label", "renormalize") and _needs_every_entry(loss):
         problems.append(
@@ -126,8 +127,14 @@ def check_loss(cache: Cache, config: Config) -> None:
         )
     if (loss.temperature, loss.temperature_end) not in ((1, None), (1, 1)):
         problems.append(f"loss.temperature: expected 1 {place}, which has no other's probabilities")
-    if problems:
-        raise UserError("\n".join([*problems, "A cache of hidden states serves every loss"]))
+    return [*problems, "A cache of hidden states serves every loss"] if problems else []
+
+
+def check_loss(cache: Cache, config: Config) -> None:
+    """Raises UserError if the loss needs more than the cache has; says in what it is biased."""
+    raise_all(loss_problems(cache, config))
+    if cache.kind == "hidden":
+        return
     what = {
         "topk": "the teacher's most likely entries alone: the loss is biased, and kl_forward and "
         "the like are those to what is stored",
