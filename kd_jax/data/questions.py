@@ -33,7 +33,7 @@ class Question:
     answer: str
     """The record's own last answer; "" if it has none."""
     messages: Conversation
-    """Turns before the answer; [] for text."""
+    """Turns before the answer, as `answered` writes them; [] for text."""
     learn: tuple[bool, ...] = ()
     """One per turn before the answer, as in Record."""
     tools: list[Any] | None = None
@@ -53,12 +53,18 @@ class Question:
 
 
 def read_questions(
-    data: DataConfig, tokenizer: Any, template: Template | None, system: str | None = None
+    data: DataConfig,
+    tokenizer: Any,
+    template: Template | None,
+    system: str | None = None,
+    *,
+    keep_system: bool = True,
 ) -> tuple[list[Question], str]:
     """Returns the prompts of the data in order, and a line about records without one, or "".
 
     Args:
       system: message at the start of every conversation, in place of its own.
+      keep_system: it stays in Question.messages; otherwise they are the record's own turns.
 
     Raises:
       UserError: lists file and line of each bad record; or no record has a prompt.
@@ -70,13 +76,18 @@ def read_questions(
         count += 1
         try:
             record, has_answer = _record(place, raw)
-            record = _with_system(record, system)
-            question = _question(tokenizer, template, data.date, index, record, has_answer)
+            asked = _with_system(record, system)
+            question = _question(tokenizer, template, data.date, index, asked, has_answer)
         except ValueError as error:
             problems.append(f"{place}: {error}")
             continue
-        if question is not None:
-            questions.append(question)
+        if question is None:
+            continue
+        if not keep_system:
+            last = len(question.messages) + len(record.messages) - len(asked.messages)
+            turns, learn = record.messages[:last], record.learn[:last]
+            question = replace(question, messages=turns, learn=learn)
+        questions.append(question)
     if problems and data.on_bad_record == "error":
         raise UserError("\n".join(first_lines(problems)))
     if not questions:

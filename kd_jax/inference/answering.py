@@ -134,7 +134,9 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
     if file.is_whole:
         say(f"{args.out}: the answers are there")
         return None
-    questions, left_out = read_questions(data, tokenizer, template, args.system)
+    questions, left_out = read_questions(
+        data, tokenizer, template, args.system, keep_system=args.keep_system
+    )
     check_ids([question.tokens for question in questions], opened.files.arch, "--model")
     fitting, notes = fit_context(questions, options)
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
@@ -183,8 +185,8 @@ def _identity(
     """Returns all that the answers depend on, as JSON."""
     assert args.data is not None
     names = (
-        "system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "samples", "stop",
-        "dtype", "step", "max_conversations",
+        "system", "keep_system", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+        "samples", "stop", "dtype", "step", "max_conversations",
     )  # fmt: skip
     return {
         **{name: getattr(args, name) for name in names},

@@ -10,7 +10,7 @@ from kd_jax.config.command import ModelArgs
 from kd_jax.workdir.history import is_run
 
 DRAFT_TOKENS = 4
-_FOR_DATA = ("out", "samples", "split", "max_conversations", "batch_rows")
+_FOR_DATA = ("out", "samples", "split", "max_conversations", "batch_rows", "keep_system")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +102,9 @@ class GenerateArgs(ModelArgs):
     memory, up to what the platform decodes fast."""
     system: str | None = None
     """System message before each prompt; with --data in place of a record's own."""
+    keep_system: bool = True
+    """Write --system into the records of --out. With --no-keep-system they have their own turns: a
+    student that learns them answers without the message (docs/prompts.md)."""
     raw: bool = False
     """Continue the prompt as text, without a chat template."""
     draft: OptionalPath = None
@@ -147,6 +150,8 @@ class GenerateArgs(ModelArgs):
                 checks.refuse("--out", "a file for the answers", self.out)
             if self.raw:
                 checks.refuse("--raw", "no --raw with --data", self.raw)
+            if self.system is None and not self.keep_system:
+                checks.refuse("--no-keep-system", "a --system to leave out", None)
             if self.draft is not None:
                 checks.refuse("--draft", "none with --data", self.draft)
         if self.draft is None and self.draft_tokens != DRAFT_TOKENS:

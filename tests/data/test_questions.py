@@ -29,6 +29,20 @@ def test_an_answer_before_has_no_loss_in_the_new_record_either(raw, tokenizer, t
     assert answers[3] == ("Four.", True)
 
 
+@pytest.mark.parametrize("roles", ["u", "su"])
+def test_the_new_record_may_leave_out_the_message_that_the_model_saw(roles, tokenizer, tmp_path):
+    own = chat(*["Add 1.", "Add 2."][-len(roles) :], roles=roles)
+    data = DataConfig(path=str(write_lines(tmp_path / "a.jsonl", [{"messages": own}])))
+    kept, left = (
+        read_questions(data, tokenizer, tiny.TEMPLATE, "Count.", keep_system=keep)[0][0]
+        for keep in (True, False)
+    )
+    assert kept.tokens == left.tokens  # the model sees it
+    seen = [{"role": "system", "content": "Count."}, own[-1]]
+    assert kept.answered("4")["messages"][:-1] == seen
+    assert left.answered("4")["messages"][:-1] == own
+
+
 def test_an_answer_before_keeps_its_loss(tokenizer, tmp_path):
     data = DataConfig(path=str(write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}])))
     (question,), _ = read_questions(data, tokenizer, tiny.TEMPLATE)
