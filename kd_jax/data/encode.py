@@ -78,7 +78,9 @@ def _naming(tokenizer: Any) -> Iterator[None]:
     """Names the tokenizer that rejects a text: one without a token for unknown characters."""
     try:
         yield
-    except Exception as error:  # the tokenizers library raises no narrower one
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises no narrower one
+            raise
         raise UserError(
             f"{tokenizer.name_or_path}: expected a tokenizer for any text, got one that rejects a "
             f"text of the data ({first_line(error)})"
