@@ -236,10 +236,11 @@ def _table(delimiter: str) -> Callable[[str], Iterator[tuple[str, Raw]]]:
             rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
             names = rows.fieldnames or []
             _check_columns(file, filter(None, names))
-            if len(names) == 1 and (other := set(names[0]) & set(",;\t|")):
+            others = sorted(set(names[0]) & set(",;\t|") - {delimiter}) if len(names) == 1 else []
+            if others:
                 raise UserError(
                     f"{file}:1: expected columns with {delimiter!r} between them, as the file's "
-                    f"suffix says, got {other.pop()!r} in {names[0]!r}"
+                    f"suffix says, got {others[0]!r} in {names[0]!r}"
                 )
             rows.fieldnames = [name or _INDEX for name in names]
             line = 2

@@ -228,11 +228,7 @@ def test_broken_array_is_refused_with_its_line(content, line, tmp_path):
         ("x.json", json.dumps({"version": 1, "data": ALPACA}, indent=1), "(version, data). Write"),
         ("x.xml", b"<a/>", "expected a file ending in .json, .jsonl"),
         ("x.csv", "instruction,output,output\nQ,A,B\n", "of different names, got output twice"),
-        (
-            "x.csv",
-            "instruction;output\nQ;A\n",
-            "as the file's suffix says, got ';' in",
-        ),
+        ("x.csv", "instruction;output\nQ;A\n", "as the file's suffix says, got ';' in"),
         ("x.tsv", "instruction,output\nQ,A\n", "between them, as the file's suffix says, got ','"),
         ("x.tsv", 'text\nOne.\n"Two" 2\n', "x.tsv:3: expected a row of a table"),
     ],
