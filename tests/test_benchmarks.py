@@ -15,6 +15,7 @@ def run(*arguments, name="kd_head"):
     return subprocess.run(command, env=environment(1), cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_head_is_measured_beside_its_products(tmp_path):
     shape = ("--tokens", 40, "--widths", 8, 12, "--vocab", 300, "--chunk-tokens", 16)
     options = ("--divergences", "forward_kl", "jsd", "--masked", 0.5, "--rounds", 1)

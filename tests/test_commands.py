@@ -126,7 +126,7 @@ def test_an_orbax_form_trains_as_its_source_does(folders, tmp_path):
 
 
 def test_an_adapter_is_written_and_trained_on(folders, tmp_path):
-    config = ("--config", folders / "config.py", "--steps", 2)
+    config = ("--config", folders / "config.py")
     assert run(train.main, *config, "--workdir", tmp_path / "first") == 0
     arguments = ("--workdir", tmp_path / "first", "--out", tmp_path / "out", "--format", "adapter")
     assert run(to_hf.main, *arguments) == 0
@@ -156,5 +156,5 @@ def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
     out = tmp_path / "adapter"
     assert run(to_hf.main, "--workdir", tmp_path / "run", "--out", out, "--format", "adapter") == 0
     given = ("--teacher.path", folders / "student", "--teacher.adapter", out)
-    flags = ("--config", folders / "config.py", "--steps", 1, *given)
+    flags = ("--config", folders / "config.py", *given)
     assert run(train.main, *flags, "--workdir", tmp_path / "distilled") == 0

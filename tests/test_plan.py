@@ -68,7 +68,10 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(x, marks=pytest.mark.slow if "tensor 1" in x else ()) for x in MESHES],
+)
 def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, tiny_config, mesh):
     (fsdp, tensor), sent, not_sent = MESHES[mesh]
     flags = ("--topology", "cpu:8", "--mesh.fsdp", fsdp, "--mesh.tensor", tensor)

@@ -101,10 +101,9 @@ def alone(configs):
 
 
 def _cases():
-    """Layouts with the kind of training; those that `all` contains are a campaign."""
-    whole = ("all", "teacher otherwise split")
+    """Layouts with the kind of training; those with axes of others alone are a campaign."""
     for name in LAYOUTS:
-        marks = () if name in whole else pytest.mark.slow
+        marks = () if name == "teacher otherwise split" else pytest.mark.slow
         yield pytest.param((name, "full"), marks=marks, id=f"{name}-full")
     yield pytest.param(("all", "lora"), id="all-lora")
 

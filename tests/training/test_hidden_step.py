@@ -113,8 +113,7 @@ def torch_models(run):
     "kind, layers, alike",
     [
         ("mse", ((0, -1), (0, 1)), False),
-        ("cosine", ((1, 0, 1), (-1, 0, 0)), False),
-        ("mse", ((1, 2), (0, 2)), True),
+        ("cosine", ((1, 2, 1), (0, -1, 0)), True),
     ],
     ids=str,
 )
