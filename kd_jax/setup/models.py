@@ -157,7 +157,9 @@ def _first_values(config: Config, student: ModelFiles, models: Models) -> dict[s
     """Returns the initial trainable arrays, structured like models.trainable."""
     abstract = models.trainable["student"]
     if config.trainable == "full":
-        arrays = load_arrays(student.folder, student.arch, abstract, adapter=student.adapter)
+        arrays = load_arrays(
+            student.folder, student.arch, abstract, adapter=student.adapter, donated=True
+        )
     else:
         values = (
             init_adapters(config.lora, student.arch, config.seed)

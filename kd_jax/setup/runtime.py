@@ -1,6 +1,8 @@
-"""Settings of jax that every command makes before jax initializes its devices."""
+"""Settings of jax that every command makes before jax initializes its devices; freed memory."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -30,6 +32,12 @@ def start_jax(compilation_cache: str | None = None) -> None:
         remote = "://" in compilation_cache
         folder = compilation_cache if remote else str(Path(compilation_cache).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def release_freed_memory() -> None:
+    """Returns to the system what was freed, most of it while compiling, and glibc keeps."""
+    with suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_attention(config: Config, mesh: Mesh) -> None:

@@ -37,6 +37,7 @@ from kd_jax.setup.inputs import (
 from kd_jax.setup.model_files import ModelFiles, check_adapter, start_hashing, without_tokenizer
 from kd_jax.setup.models import Models, load_models
 from kd_jax.setup.program import Program, make_program
+from kd_jax.setup.runtime import release_freed_memory
 from kd_jax.training.step import (
     TrainState,
     abstract_state,
@@ -84,14 +85,18 @@ def train(config: Config) -> None:
         ExitStack() as stack,
     ):
         program, state, frozen, teacher_arrays, resume_arrays = _load(run, checkpointer)
-        step = int(state.step)
+        step = first = int(state.step)
         writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
         log = stack.enter_context(closing(StepLog(config, writer, checkpointer)))
         run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
         source = _make_source(run, program, frozen, step, resume_arrays)
         while step < run.num_steps and not (stop := should_stop(step)):
             log.profile(step)
-            state, metrics = run_step(program, state, frozen, teacher_arrays, source(step, state))
+            arguments = program, state, frozen, teacher_arrays, source(step, state)
+            if step == first:
+                run_step.lower(*arguments).compile()
+                release_freed_memory()
+            state, metrics = run_step(*arguments)
             step += 1
             log.add(step, metrics, source.metrics())
             last = step == run.num_steps

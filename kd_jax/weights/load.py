@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import jax
@@ -169,6 +169,7 @@ def load_arrays(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     *,
     adapter: Adapter | None = None,
+    donated: bool = False,
 ) -> dict[str, jax.Array]:
     """Returns the arrays named in `abstract`, read from the folder straight into their shards.
 
@@ -177,6 +178,7 @@ def load_arrays(
       abstract: shape, dtype and NamedSharding of any of `weights(arch)`; stored values are rounded
         to the dtype.
       adapter: merged in float32 before rounding.
+      donated: a program will write its results in place of the arrays.
     """
     if (folder / ORBAX).is_dir():
         if adapter is not None:
@@ -187,7 +189,7 @@ def load_arrays(
     with ThreadPoolExecutor(max_workers=8) as pool:
         for path, like in abstract.items():
             layers = [_Layer(tensors[name], name, adapter) for name in hf_names(path, arch)]
-            arrays[path] = _load_array(pool, layers, like)
+            arrays[path] = _load_array(pool, layers, like, donated)
     return arrays
 
 
@@ -218,7 +220,7 @@ class _Layer:
 
 
 def _load_array(
-    pool: ThreadPoolExecutor, layers: list[_Layer], like: jax.ShapeDtypeStruct
+    pool: ThreadPoolExecutor, layers: list[_Layer], like: jax.ShapeDtypeStruct, donated: bool
 ) -> jax.Array:
     """Reads one array's shards; a row that several devices need parts of is read once."""
     stacked = len(like.shape) > len(layers[0].tensor.shape)
@@ -230,7 +232,8 @@ def _load_array(
         groups[spans[0]].setdefault(tuple(spans[1:]), []).append(device)
     arrays = []
     for (first, last), devices in groups.items():
-        for columns, out in _read_shards(pool, layers, first, last, devices, like.dtype).items():
+        make = partial(_host_array, dtype=like.dtype, shared=not donated)
+        for columns, out in _read_shards(pool, layers, first, last, devices, make).items():
             host = out if stacked else out[0]
             arrays += [jax.device_put(host, device) for device in devices[columns]]
     # Waiting limits the host to one array if devices have their own memory.
@@ -239,12 +242,10 @@ def _load_array(
     )
 
 
-def _read_shards(pool, layers: list[_Layer], first: int, last: int, parts, dtype):
+def _read_shards(pool, layers: list[_Layer], first: int, last: int, parts, make_array):
     """Returns [L, last - first, ...] in host memory for each part of the columns."""
     shards = {
-        columns: _aligned(
-            (len(layers), last - first, *(stop - start for start, stop in columns)), dtype
-        )
+        columns: make_array((len(layers), last - first, *(stop - start for start, stop in columns)))
         for columns in parts
     }
     jobs = []
@@ -257,9 +258,12 @@ def _read_shards(pool, layers: list[_Layer], first: int, last: int, parts, dtype
     return shards
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an empty array at a 64-byte boundary, which a CPU device takes without a copy."""
+def _host_array(shape: tuple[int, ...], dtype: np.dtype, shared: bool) -> np.ndarray:
+    """Returns an empty array, which a CPU device takes without a copy if `shared`.
+
+    XLA takes memory at 64-byte boundaries, and writes no results in memory that it shares.
+    """
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
+    raw = np.empty(size + 128, np.uint8)
+    skip = -raw.ctypes.data % 64 + (0 if shared else 16)
     return raw[skip : skip + size].view(dtype).reshape(shape)

@@ -104,3 +104,17 @@ def test_the_names_are_those_that_jax_reads():
 
     text = Path(jaxlib.xla_client.__file__).read_text()
     assert all(f"'{name}'" in text for name in (NEW, OLD))
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """A block that stays keeps what lies below it from going back by itself."""
+    blocks = [bytes(2000) for _ in range(50_000)]
+    last, full = bytes(2000), resident_bytes()
+    del blocks
+    kept = resident_bytes()
+    runtime.release_freed_memory()
+    assert full - resident_bytes() > 80e6 > full - kept and last
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

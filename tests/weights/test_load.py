@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import huggingface_hub.constants
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -118,6 +119,20 @@ def test_every_bit_that_transformers_wrote_arrives(
             np.testing.assert_array_equal(
                 bits(part.data), bits(want[part.index]), err_msg=f"{path} {part.index}"
             )
+
+
+def test_a_program_writes_in_place_of_donated_arrays_alone(folder):
+    arch, one = (
+        weights_folder.load_architecture(folder),
+        Layout(make_mesh(MeshConfig(), 1, jax.devices()[:1])),
+    )
+    abstract = abstract_weights(weights(arch), one, "float32")
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    for donated in (True, False):  # an array that is not shares its memory with NumPy's
+        arrays = weights_load.load_arrays(folder, arch, abstract, donated=donated)
+        before = {name: x.unsafe_buffer_pointer() for name, x in arrays.items()}
+        after = {name: step(x).unsafe_buffer_pointer() for name, x in arrays.items()}
+        assert all((after[name] == place) == donated for name, place in before.items())
 
 
 def count_reads(monkeypatch):
