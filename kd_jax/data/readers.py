@@ -170,9 +170,9 @@ class _Window:
         self.stream, self.text, self.at, self.line = stream, "", 0, 1
 
     def read(self, size: int) -> bool:
-        """Reads on, and forgets what lies before the place; False at the end."""
-        more = self.stream.read(size)
-        self.text, self.at = self.text[self.at :] + more, 0
+        """Reads on, and forgets what lies before the place; False, without a change, at the end."""
+        if more := self.stream.read(size):
+            self.text, self.at = self.text[self.at :] + more, 0
         return bool(more)
 
     def move(self, stop: int) -> None:

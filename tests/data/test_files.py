@@ -198,6 +198,7 @@ def refused(path: Path, content: str | bytes) -> list[str]:
         (f"[{GOOD},\n{GOOD}", 2),
         (f"[{GOOD},\n{GOOD[:-1]}\n]", 3),
         (f"[{GOOD}\n{GOOD}]", 2),
+        (f"[{GOOD},\n{GOOD[:-1]} x\n,\n\n{GOOD}]", 2),
         (f"[{GOOD},\n,{GOOD}]", 2),
         (f"[{GOOD},\n]", 2),
         (f"[{GOOD}]\n[{GOOD}]", 2),
