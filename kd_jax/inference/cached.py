@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -259,7 +260,7 @@ def _estimate(config: Config, cache: Cache, data: Data, found: Sequence[Found]) 
         return
     run = TeacherPass(config, cache, data.teacher, data.mesh, found)
     total, counts, began = int(run.counts.sum()), list[int](), 0.0
-    for values, _ in zip(run.values(), range(_TIMED_BATCHES), strict=False):
+    for values in islice(run.values(), _TIMED_BATCHES):
         began = began or time.perf_counter()  # the first batch compiles
         counts.append(len(next(iter(values.values()))))
     seconds = time.perf_counter() - began

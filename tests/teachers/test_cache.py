@@ -25,6 +25,7 @@ from kd_jax.data.documents import find_documents
 from kd_jax.inference.cache_check import check_cache
 from kd_jax.inference.cached import Storage, make_cache, open_cached
 from kd_jax.inference.evaluation import evaluate_rows
+from kd_jax.inference.teacher_pass import TeacherPass
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.setup.inputs import open_inputs, row_source
 from kd_jax.teachers import storage, stored, writing
@@ -347,7 +348,9 @@ def test_outputs_that_are_not_finite_are_never_stored(make_config, places, tmp_p
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
-def test_mistakes_are_one_message_and_leave_nothing(make_config, cache, tmp_path, capsys):
+def test_mistakes_are_one_message_and_leave_nothing(
+    make_config, cache, tmp_path, capsys, monkeypatch
+):
     config = make_config()
     hidden = dataclasses.replace(
         config.hidden, weight=1.0, student_layers=(0,), teacher_layers=(0,)
@@ -364,7 +367,11 @@ def test_mistakes_are_one_message_and_leave_nothing(make_config, cache, tmp_path
     with pytest.raises(UserError, match="--dtype: expected"):
         make_cache(config, str(cache), Storage(dtype="bfloat16"))
     capsys.readouterr()
-    make_cache(config, str(tmp_path / "new"), dry_run=True)
+    run, forward = [], TeacherPass.forward
+    monkeypatch.setattr(TeacherPass, "forward", lambda *x: run.append(1) or forward(*x))
+    monkeypatch.setattr("kd_jax.inference.cached._TIMED_BATCHES", 2)
+    make_cache(make_config(batch_size=2), str(tmp_path / "new"), dry_run=True)
+    assert len(run) == 3  # the third is on the device when the second's values are read
     out = capsys.readouterr().out
     assert re.search(r"24 to compute: 768 tokens with a loss, .* GB\n", out)
     assert re.search(r"\n[\d,]+ tokens/s: .* min\. Nothing was written\n", out)
