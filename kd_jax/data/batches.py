@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
@@ -68,7 +69,8 @@ def count_steps(rows: Rows, config: Config) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return math.ceil(config.epochs * len(rows) / config.data.batch_size)
+    epochs = Fraction(str(config.epochs))  # as written: 1.1 times 10 in floats is above 11
+    return math.ceil(epochs * len(rows) / config.data.batch_size)
 
 
 def train_batches(

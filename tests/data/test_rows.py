@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import gc
-import math
 import os
 import weakref
 from pathlib import Path
@@ -518,16 +517,18 @@ def test_eval_batches_give_every_row_once_and_empty_rows(count):
     assert not joined["loss_mask"][count:].any() and not joined["segment_ids"][count:].any()
 
 
-@pytest.mark.parametrize("length, steps", [({"steps": 5}, 5), ({"epochs": 1.5}, math.ceil(15 / 4))])
+@pytest.mark.parametrize(
+    "length, steps", [({"steps": 5}, 5), ({"epochs": 1.5}, 19), ({"epochs": 0.56}, 7)]
+)
 def test_number_of_steps(length, steps):
     config = Config(
         workdir="w",
         teacher=TeacherConfig(path="t"),
         student=StudentConfig(path="s"),
-        data=DataConfig(path="d", batch_size=4),
+        data=DataConfig(path="d", batch_size=8),
         **length,
     )
-    assert count_steps(numbered_rows(10), config) == steps
+    assert count_steps(numbered_rows(100), config) == steps
 
 
 def test_made_rows_keep_no_tokenizer(config, tokenizer):
