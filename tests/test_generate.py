@@ -131,7 +131,7 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
         (("--prompt", "word " * 200), "--prompt 1: expected 1 to 127 tokens"),
         (("--prompt", "Hi.", "--step", 1), "--step: expected a workdir"),
         (("--prompt", "Hi.", "--temperature", "inf"), "--temperature: expected at least 0"),
-        (("--prompt", "Hi.", "--split", "train"), "--split: expected --data as well"),
+        (("--prompt", "Hi.", "--split", "test"), "--split: expected --data as well"),
         (("--prompt", "Hi.", "--draft-tokens", 7), "--draft-tokens: expected --draft as well"),
         (("--prompt", "Hi.", "--raw", "--system", "Be brief."), "--raw: expected no --system"),
         (("--prompt", "Hi \udcff."), "--prompt: expected Unicode text"),
@@ -217,8 +217,10 @@ def write_questions(file):
 @pytest.fixture(scope="module")
 def answered(folder, tmp_path_factory):
     """A folder with data and the file of their answers."""
-    place = tmp_path_factory.mktemp("answered")
-    data = write_questions(place / "data.jsonl")
+    place, data = tmp_path_factory.mktemp("answered"), tmp_path_factory.mktemp("data")
+    for file in (place / "data.jsonl", data / "data.jsonl"):
+        write_questions(file)
+    # Of a folder without names of splits, as of a file, the split is train.
     assert run("--model", folder, "--data", data, "--out", place / "out.jsonl", *MODES) == 0
     return place
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kd_jax.config import DataConfig
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import check_source, choose_split, hash_source
+from kd_jax.data.files import check_source, hash_source
 from kd_jax.data.questions import read_questions
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
@@ -149,11 +149,10 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
 def _data(args: GenerateArgs, opened: OpenModel) -> tuple[DataConfig, Template | None]:
     """Returns the configuration of the prompts, and the chat template."""
     assert args.data is not None
-    split = choose_split(args.data, args.split)
-    check_source(args.data, split, "--data")
+    check_source(args.data, args.split, "--data")
     data = DataConfig(
         path=args.data,
-        split=split,
+        split=args.split,
         date=args.date or opened.config.data.date,
         chat_template=args.chat_template,
         max_conversations=args.max_conversations,

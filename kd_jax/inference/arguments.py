@@ -34,7 +34,8 @@ class EvaluateArgs(ModelArgs):
     data: PathText
     """Conversations, in any form that data.path of a run takes."""
     split: str | None = None
-    """Split or slice of it, as data.split of a run; None: all of files, test of a hub dataset."""
+    """Split or slice of it, as data.split of a run; None: all of files, test of a folder or hub
+    dataset."""
     draft: bool = False
     """Report the expected tokens of a pass of --teacher in speculative decoding, in which --model
     proposes 4 and 8 tokens at a time: accepted_length_4 and accepted_length_8."""
@@ -88,8 +89,8 @@ class GenerateArgs(ModelArgs):
     data: OptionalPath = None
     """Data with prompts, in any form that training reads: conversations up to their last answer,
     which may be missing."""
-    split: str | None = None
-    """Split of the data, or a slice such as train[:100]; None: train, or the folder's only one."""
+    split: str = "train"
+    """Split of the data, or a slice such as train[:100]."""
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first records of the data; None uses all."""
     out: OptionalPath = None
