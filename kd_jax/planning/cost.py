@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kd_jax.config import Config, StudentConfig, TeacherConfig
@@ -86,6 +86,8 @@ class Shares:
     mask: int
     """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN, also where triton leaves windows
     and ragged parts of rows to it; other kernels make no array."""
+    rank: int = 0
+    """Of its adapters; 0: it has none."""
 
     @property
     def tensor(self) -> int:
@@ -138,10 +140,10 @@ class Shares:
         """Bytes of one of the MLP's hidden activations."""
         return self._activations(self.arch.intermediate_size) // self.tensor
 
-    def residuals(self, remat: str, rank: int) -> int:
+    def residuals(self, remat: str) -> int:
         """Returns the bytes of one layer's residuals."""
         statistics = self.tokens * self.arch.num_attention_heads * 4 // self.tensor
-        low = 7 * self.tokens * rank * self.itemsize
+        low = 7 * self.tokens * self.rank * self.itemsize
         products = 3 * self.stream + self.heads + 2 * self.keys + 2 * self.hidden + low
         none = products + 3 * self.stream + 3 * self.heads + 2 * self.keys + 4 * self.hidden
         return {
@@ -181,6 +183,8 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
         )
 
     student = shares(config.student, case.student, config.data.seq_len)
+    if config.trainable == "lora":
+        student = replace(student, rank=config.lora.rank)
     if case.teacher is None or config.teacher_part is None:
         return student, None
     return student, shares(config.teacher_part, case.teacher, config.teacher_seq_len)
@@ -252,7 +256,7 @@ def work(case: Case) -> Work:
     logits = 2 * targets * (student.arch.vocab_size // sizes["tensor"]) * 4
     passes = 3 if config.remat_policy in RECOMPUTING else 2
     L = student.arch.num_hidden_layers
-    residuals = L * student.residuals(config.remat_policy, config.lora.rank)
+    residuals = L * student.residuals(config.remat_policy)
     each = passes * _layers(student) + 2 * residuals + logits
     if teacher is not None:
         each += logits + (0 if config.reads_cache else _layers(teacher))

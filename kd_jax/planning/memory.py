@@ -104,14 +104,13 @@ def sampling_bytes(case: Case, student: Shares) -> int:
 def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients: int) -> int:
     """Returns the bytes of the largest of the step's phases."""
     config = case.config
-    rank = config.lora.rank if config.trainable == "lora" else 0
-    saved = student.residuals(config.remat_policy, rank)
+    saved = student.residuals(config.remat_policy)
     residuals = student.arch.num_hidden_layers * saved
     summed = gradients if config.optim.accumulation_steps > 1 else 0
     # A layer's activations and their gradients, or what is recomputed for its backward pass and the
     # gradient of its output; or the gradient of cuDNN's mask, at another time.
     layer = 2 * (2 * student.hidden + 2 * student.stream + student.heads)
-    layer = max(layer, student.residuals("none", rank) - saved + student.stream, student.mask)
+    layer = max(layer, student.residuals("none") - saved + student.stream, student.mask)
     keys = 2 * student.gathered_keys  # and their gradients
     backward = residuals + summed + gradients + layer + student.mask + keys
     backward += _gathered_layer(student)

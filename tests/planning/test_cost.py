@@ -209,6 +209,20 @@ def test_remat_adds_a_forward_pass_of_the_student():
     assert again == tokens * (products + adapters)
 
 
+def test_the_rank_of_adapters_counts_only_where_they_are_trained():
+    def traffic(trainable, rank):
+        changes = {"trainable": trainable, "remat": "dots", "lora": LoraConfig(rank=rank)}
+        config, student, teacher = open_config("8b_to_1b", **changes)
+        sizes, topology = {"data": 1, "fsdp": 1, "tensor": 1}, find_topology("h100:1x1")
+        case = cost.Case(
+            config=config, student=student, teacher=teacher, sizes=sizes, topology=topology
+        )
+        return cost.work(case).traffic_bytes
+
+    assert traffic("full", 8) == traffic("full", 64)
+    assert traffic("lora", 8) < traffic("lora", 64)
+
+
 def test_a_collectives_least_time_is_its_slowest_links():
     two_hosts = find_topology("h200:2x4")
     chip, size = two_hosts.chip, 8 * 10**9
@@ -246,7 +260,7 @@ def test_split_rows_send_keys_and_divide_activations():
     assert {x.kind for x in network.transfers(whole)} == {"all-reduce"}
     (all_reduced,) = (x for x in network.transfers(parts) if x.kind == "all-reduce")
     assert all_reduced.groups.shape == (1, 8)  # a weight's gradient is of all tokens
-    same = [cost.make_shares(x)[0].residuals("dots", 64) for x in (whole, parts)]
+    same = [cost.make_shares(x)[0].residuals("dots") for x in (whole, parts)]
     assert same[0] == same[1]  # a quarter of four times as many rows
     assert cost.work(whole).awaited_flops == 0
     attention = cost.attention_flops(config, *archs, parts.num_tokens)
