@@ -71,7 +71,7 @@ def read_questions(
     """
     questions: list[Question] = []
     problems: list[str] = []
-    count = 0
+    count = without = 0
     for index, (place, raw) in enumerate(_raw_records(data)):
         count += 1
         try:
@@ -82,6 +82,7 @@ def read_questions(
             problems.append(f"{place}: {error}")
             continue
         if question is None:
+            without += 1
             continue
         if not keep_system:
             last = len(question.messages) + len(record.messages) - len(asked.messages)
@@ -96,8 +97,8 @@ def read_questions(
             f"{data.path}: expected records with a prompt (messages, instruction, or prompt), got "
             f"{what}"
         )
-    left = count - len(questions)
-    return questions, f"{data.path}: {left:,} records have no prompt and are left out" * (left > 0)
+    line = f"{data.path}: {without:,} records have no prompt and are left out"
+    return questions, line if without else ""
 
 
 def _raw_records(data: DataConfig) -> Iterator[tuple[str, Raw]]:

@@ -47,3 +47,10 @@ def test_an_answer_before_keeps_its_loss(tokenizer, tmp_path):
     data = DataConfig(path=str(write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}])))
     (question,), _ = read_questions(data, tokenizer, tiny.TEMPLATE)
     assert make_record("d:1", question.answered("Four.")).learn == (True,) * 4
+
+
+def test_a_bad_record_is_not_counted_as_one_without_a_prompt(tokenizer, tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}, {"text": "Hi."}, {"x": 1}])
+    data = DataConfig(path=str(file), on_bad_record="skip")
+    questions, left_out = read_questions(data, tokenizer, tiny.TEMPLATE)
+    assert len(questions) == 1 and ": 1 records have no prompt" in left_out
