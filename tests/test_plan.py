@@ -174,7 +174,13 @@ def test_a_missing_compiler_is_answered_with_the_extra_that_has_it(
     "flags, words",
     [
         (("--topology", "h100:1x1", "--config", str(CONFIGS / "70b_to_8b.py")), "more devices"),
-        (("--topology", "v5e:2x2", "--data.batch-size", "64", "--remat", "none"), "It fits with"),
+        (
+            (  # a quarter of the rows has less than one to sample
+                *("--topology", "v5e:2x2", "--data.batch-size", "64", "--remat", "none"),
+                *("--on-policy.fraction", "0.02"),
+            ),
+            "It fits with",
+        ),
         (("--topology", "h200:1x8", "--mesh.tensor", "3"), "mesh: expected a product of 8"),
         (("--topology", "h200:1x8", "--data.batch-size", "3", "--mesh.tensor", "1"), "batch-size"),
         (("--topology", "h200:1x8", "--target-share", "0"), "--target-share"),

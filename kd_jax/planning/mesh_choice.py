@@ -118,7 +118,10 @@ def _walk(case: Case, split_rows: bool = False) -> list[tuple[Case, Report]]:
             continue
         data = dataclasses.replace(config.data, batch_size=rows)
         optim = dataclasses.replace(config.optim, accumulation_steps=steps)
-        changed = dataclasses.replace(config, data=data, optim=optim, remat=remat)
+        try:
+            changed = dataclasses.replace(config, data=data, optim=optim, remat=remat)
+        except UserError:  # on-policy.fraction of so few rows is less than one
+            continue
         found += layouts(dataclasses.replace(case, config=changed), split_rows)
 
     def order(pair: tuple[Case, Report]) -> tuple:
