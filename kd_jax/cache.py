@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
             return
         how = Storage(args.kind, args.dtype, args.k)
         data = make_cache(config, args.out, how, dry_run=args.dry_run)
-        if args.check and not args.dry_run:
+        if args.check:
             check_cache(config, args.out, data)
 
 

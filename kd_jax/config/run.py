@@ -1,12 +1,12 @@
 """The configuration of a run: typed, frozen and validated. Needs no jax."""
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from kd_jax.config.checks import INF, Checks, OptionalPath, PathText, Range, Share, check_fields
 from kd_jax.config.data import DataConfig, EvalConfig
+from kd_jax.config.errors import did_you_mean
 from kd_jax.config.loss import LossConfig
 from kd_jax.config.on_policy import OnPolicyConfig
 from kd_jax.config.teacher import Dtype, TeacherConfig
@@ -56,10 +56,10 @@ class LoraConfig:
             checks.refuse("lora.target-modules", "at least one name", ())
         for name in self.target_modules:
             if name not in LINEAR_NAMES:
-                near = difflib.get_close_matches(name, LINEAR_NAMES, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                expected = f"names among {', '.join(LINEAR_NAMES)}"
-                checks.refuse("lora.target-modules", expected, f"{name}{hint}")
+                checks.problems.append(
+                    f"lora.target-modules: expected names among {', '.join(LINEAR_NAMES)}, got "
+                    f"{name!r}.{did_you_mean(name, LINEAR_NAMES)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -215,7 +215,7 @@ def test_help_needs_no_config_file_and_fills_its_lines(capsys, monkeypatch):
         (["--optim.learning-rate"], "Missing value for argument '--optim.learning-rate'"),
         (["--seed", "x"], "--seed"),
         (["--optim.schedule", "cosin"], "cosine"),
-        (["--lora.target-modules", "q_prj"], "did you mean q_proj?"),
+        (["--lora.target-modules", "q_prj"], "got 'q_prj'. Did you mean q_proj?"),
         (["--steps", "3", "--epochs", "2"], "steps, epochs: expected"),
         (["--optim.accumulation-steps", "0"], "optim.accumulation-steps: expected at least 1"),
     ],
