@@ -208,19 +208,19 @@ def _array(file: str) -> Iterator[tuple[str, Raw]]:
     with _open_text(file) as stream:
         window = _Window(stream)
         window.peek()
-        window.at, between = 1, ""
+        window.at += 1
         try:
-            while (char := window.peek()) != "]" or between == ",":
-                if between == "value":
-                    if char != ",":
-                        raise ValueError("expected , or ]")
-                    window.at, between = window.at + 1, ","
-                    continue
+            more = window.peek() != "]"
+            while more:
+                window.peek()
                 line = window.line
                 entry, stop = window.decode()
                 window.move(stop)
-                between = "value"
                 yield f":{line}", entry
+                if (char := window.peek()) not in (",", "]"):
+                    raise ValueError("expected , or ]")
+                more = char == ","
+                window.at += more
             window.at += 1
             if window.peek():
                 raise ValueError("text after the array's end")

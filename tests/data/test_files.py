@@ -177,9 +177,11 @@ def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
     """Windows of 7 characters cut texts, escapes and numbers."""
     monkeypatch.setattr(readers, "_CHUNK_CHARACTERS", 7)
     values = [*ALPACA, {"a": [1.5e3, None, "\u00e9\n\\"]}, {"b": 123456789012}, {}]
-    for indent in (None, 2):
-        (tmp_path / "x.json").write_text(json.dumps(values, indent=indent))
-        assert [x for _, x in readers.read_file(str(tmp_path / "x.json"))] == values
+    file = tmp_path / "x.json"
+    for indent, blanks in ((None, ""), (2, "\n \n")):
+        file.write_text(blanks + json.dumps(values, indent=indent))
+        places, found = zip(*readers.read_file(str(file)), strict=True)
+        assert list(found) == values and places[0] == f"{file}:{4 if blanks else 1}"
 
 
 GOOD = json.dumps(ALPACA[0])
