@@ -1,4 +1,7 @@
-"""Checked parts of records: JSON lines, text, turns, tool calls and tools."""
+"""Checked parts of records: JSON lines, text, turns, tool calls and tools.
+
+A part that is not as expected raises ValueError, `field: expected X, got Y`, without the place.
+"""
 
 import json
 from typing import Any
@@ -31,6 +34,7 @@ IS_METADATA = "it says something about the record"
 
 
 def parse(line: bytes) -> Any:
+    """Returns the value of a line of JSON in UTF-8."""
     try:
         return json.loads(line.decode(), object_pairs_hook=once)
     except UnicodeDecodeError as error:
@@ -45,10 +49,12 @@ def parse(line: bytes) -> Any:
 
 
 def is_empty(value: Any) -> bool:
+    """Returns True for None and for text, lists and objects without content; False for 0."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def text_of(value: Any, name: str) -> str:
+    """Returns the value if it is Unicode text; `name` is the field in messages."""
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, got {value!r:.60}")
     if not value.isascii():
@@ -57,6 +63,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def check_unicode(value: str, name: str) -> None:
+    """Raises ValueError for text with half of a surrogate pair."""
     if half := half_of_pair(value):
         raise ValueError(f"{name}: expected Unicode text, got half of a pair, {half!a}")
 
@@ -87,7 +94,12 @@ def _from_json(text: str) -> Any:
 def turn_of(
     number: int, turn: Any, ignored: dict[tuple[str, str], None]
 ) -> tuple[dict[str, Any], bool]:
-    """Returns a turn as chat templates take it, and whether it has a loss."""
+    """Returns a turn as chat templates take it, and whether it has a loss.
+
+    Args:
+      number: of the turn in its conversation, from 1, for messages.
+      ignored: gets (key, reason) of each key of the turn that is not used.
+    """
     at = f"turn {number}"
     if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
         turn = _from_sharegpt(turn)
@@ -175,6 +187,7 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
 
 
 def tools_of(tools: Any) -> list[Any] | None:
+    """Returns a record's tools as a list of objects; None if there are none."""
     if is_empty(tools):
         return None
     tools = decoded(tools)

@@ -97,6 +97,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
 
 
 def decode_answer(tokenizer: Any, tokens: list[int]) -> str:
+    """Returns the text of an answer's tokens, without special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

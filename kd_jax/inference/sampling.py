@@ -226,6 +226,7 @@ def _stream(
 def make_decoding_program(
     spec: DecoderSpec, arrays: Arrays, length: int, sampling: Sampling, vocab_size: int | None
 ) -> DecodingProgram:
+    """Returns the static part of decoding with slots of `length` tokens, prompt and answer."""
     return DecodingProgram(
         spec=spec, sampling=sampling, vocab_size=vocab_size or spec.arch.vocab_size,
         length=length, by_sums=PLATFORMS[_platform(arrays)].summed_attention,

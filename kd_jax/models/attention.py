@@ -227,9 +227,8 @@ def _blockwise(as_bits, scale, context, q, k, v, mask):
 
 def _forward(as_bits, scale, context, q, k, v, mask):
     queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
-    values = jnp.concatenate(
-        [values, jnp.ones_like(values[..., :1])], axis=-1
-    )  # the sum of weights
+    # A column of ones, whose product is the sum of the weights.
+    values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
     outputs, logsumexps = [], []
     for block, stop in _blocks(q.shape[1], k.shape[1]):
         z = _block_logits(scale, context, queries, keys, mask, block, stop)

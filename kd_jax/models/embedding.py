@@ -81,8 +81,7 @@ def _sum_by_token(d_rows, tokens, num_entries):
 
     sums, _ = jax.lax.associative_scan(add, (rows, first[:, None]))
     written = last & (tokens >= 0) & (tokens < num_entries)
-    place = jnp.where(
-        written, tokens, num_entries + jnp.arange(len(tokens))
-    )  # out of range: dropped
+    dropped = num_entries + jnp.arange(len(tokens))  # out of range, and unique
+    place = jnp.where(written, tokens, dropped)
     zeros = jnp.zeros((num_entries, rows.shape[1]), jnp.float32)
     return zeros.at[place].set(sums, mode="drop", unique_indices=True)

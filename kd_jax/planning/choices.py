@@ -36,6 +36,7 @@ def choose_remat(case: Case) -> Remat:
 
 
 def with_remat(case: Case, policy: Remat) -> Case:
+    """Returns the case with another gradient checkpointing policy."""
     return dataclasses.replace(case, config=dataclasses.replace(case.config, remat=policy))
 
 

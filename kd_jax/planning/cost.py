@@ -191,6 +191,7 @@ def make_shares(case: Case) -> tuple[Shares, Shares | None]:
 
 
 def count(table: Mapping[str, Weight]) -> int:
+    """Returns the number of parameters in a table of weights."""
     return sum(math.prod(weight.shape) for weight in table.values())
 
 
@@ -244,6 +245,7 @@ def attention_flops(
 
 
 def work(case: Case) -> Work:
+    """Returns the FLOPs and the memory traffic of an optimizer step."""
     config, sizes = case.config, case.sizes
     num_tokens, accumulation = case.num_tokens, config.optim.accumulation_steps
     num_targets = case.num_targets

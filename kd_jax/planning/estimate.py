@@ -46,6 +46,7 @@ def _dtypes(config: Config, platform: str) -> dict[str, str]:
 
 
 def memory_fields(topology: Topology, arguments: int, temporaries: int) -> Report:
+    """Returns the fields about the memory of one device, from the bytes of its arrays."""
     limit, peak = topology.memory_limit, arguments + temporaries
     return {
         "fits": peak <= limit,

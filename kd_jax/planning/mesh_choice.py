@@ -133,6 +133,7 @@ def _walk(case: Case, split_rows: bool = False) -> list[tuple[Case, Report]]:
 
 
 def fits(report: Report) -> bool:
+    """Returns True if the estimated peak leaves a tenth of a device's memory free."""
     return report["peak_bytes_per_device"] <= MARGIN * report["limit_bytes_per_device"]
 
 

@@ -55,10 +55,12 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def token_bytes(fields: Fields) -> int:
+    """Returns the bytes that a cache stores of one token."""
     return sum(field.token_bytes for field in fields.values())
 
 
 def is_remote(path: str) -> bool:
+    """Returns True for an address such as gs://bucket/folder, False for a local folder."""
     return "://" in path
 
 

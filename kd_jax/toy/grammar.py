@@ -146,6 +146,7 @@ def expand(text: str) -> dict[str, float]:
 
 
 def make_questions() -> list[Question]:
+    """Returns every question of the language, with the probabilities of its answers."""
     questions = []
     for kind in KINDS:
         asked = list(itertools.product(kind.instructions, itertools.product(*kind.subjects)))

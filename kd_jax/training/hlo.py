@@ -59,6 +59,7 @@ class Collective(NamedTuple):
 
 
 def read_module(text: str) -> HloModule:
+    """Returns the computations of a compiled program, from `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():

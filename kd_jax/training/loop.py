@@ -281,6 +281,8 @@ def check_schedules(config: Config, num_steps: int) -> None:
 
 
 def describe_models(models: Models) -> str:
+    """Returns a line with the number of parameters, trained ones, and what the teacher is."""
+
     def count(tree: Any) -> int:
         return sum(x.size for x in jax.tree.leaves(tree))
 
