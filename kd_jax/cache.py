@@ -24,8 +24,8 @@ class CacheArgs(Checked):
     config: PathText
     """Python file with get_config(): its teacher, data and evaluation data."""
     out: PathText
-    """Folder of the cache, or an address such as gs://bucket/folder; one that is there is
-    completed. With --documents the file to write."""
+    """Folder of the cache, or an address such as gs://bucket/folder; an existing cache is
+    completed. With --documents, the file to write."""
     kind: Literal["hidden", "topk", "sampled"] = "hidden"
     """What is stored of each token with a loss. hidden: the teacher's final-normed hidden state,
     exact for every divergence; topk: its most likely entries, biased; sampled: entries drawn from

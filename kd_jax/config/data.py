@@ -15,8 +15,8 @@ class DataConfig:
     Several with commas are one data set; with weights, as in 'a.jsonl:0.7, b.jsonl:0.3', batches
     draw that share of their rows from each."""
     split: str = "train"
-    """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. Files have only train; those
-    of a folder have the splits that their names tell."""
+    """Split, or a slice of it: train[:98%], train[98%:], train[:1000]. A file has only the split
+    train; the names of a folder's files tell their splits."""
     seq_len: Annotated[int, Range(least=2)] = 2048
     """Tokens in a row."""
     batch_size: Annotated[int, Range(least=1)] = 8
@@ -59,8 +59,8 @@ class EvalConfig:
     max_conversations: Annotated[int | None, Range(least=1)] = None
     """Use only the first conversations of each source of path; None uses all."""
     accuracy: Annotated[int, Range(least=0)] = 0
-    """Questions of path to answer greedily in each evaluation; eval/accuracy is the share of
-    answers whose final number, as GSM8K's after ####, is the data's. 0: none."""
+    """Questions of eval.path to answer greedily in each evaluation; eval/accuracy is the share of
+    answers with the right final number, such as GSM8K's after ####. 0: none."""
     max_new_tokens: Annotated[int, Range(least=1)] = 256
     """Most tokens of an answer for accuracy."""
 

@@ -19,8 +19,9 @@ class TeacherConfig:
     """The teacher: Hugging Face folder, output of convert.from_hf, or hub id; None with another
     teacher.kind than model."""
     kind: Literal["model", "base", "ema"] = "model"
-    """model: teacher.path. Self-distillation takes the student, whose weights are held once: base
-    is the student without its adapter, ema an exponential average of what is trained."""
+    """Weights of the teacher. model: those of teacher.path; base: the student's without its
+    adapter; ema: an exponential average of the trained weights. base and ema share the student's
+    frozen weights."""
     ema_decay: Annotated[float, Range(least=0, below=1)] = EMA_DECAY
     """With teacher.kind ema, after each update average = decay * average + (1 - decay) * weights
     (arXiv 1703.01780); before the first it is the student."""
@@ -40,10 +41,11 @@ class TeacherConfig:
     the first step and add them to the cache."""
 
     cache_rest: Literal["bucket", "uniform", "label", "renormalize", "renormalize_both"] = "bucket"
-    """The teacher's probability outside of what a topk cache has of a token. bucket: all other
-    entries are one; uniform: spread over them; label: added to the label's; renormalize: dropped,
-    and the stored ones are divided by their sum; renormalize_both: the student's too, whose other
-    entries then have no part in the divergence."""
+    """What a topk cache's run does with the teacher's probability of all entries that are not
+    stored. bucket: treats these entries as one; uniform: spreads it evenly over them; label: adds
+    it to the label's; renormalize: drops it and divides the stored ones by their sum;
+    renormalize_both: the same for the student, whose other entries then have no part in the
+    divergence."""
 
     system: str | None = None
     """System text that only the teacher sees, before a conversation's own; @FILE reads a file. The
@@ -52,8 +54,8 @@ class TeacherConfig:
     """Give the teacher the records' teacher_messages in place of their own turns. The answers with
     a loss must be the same texts."""
     seq_len: Annotated[int | None, Range(least=2)] = None
-    """Tokens in a row of the teacher with a prompt of its own; None: as many as the data need,
-    which kd_jax.plan does not know and takes to be data.seq-len."""
+    """Tokens in a row of a teacher with its own prompt. None: as many as the data need; kd_jax.plan
+    assumes data.seq-len."""
 
     @property
     def has_prompt(self) -> bool:

@@ -25,7 +25,7 @@ class EvaluateArgs(ModelArgs):
     them."""
     teacher_system: str | None = None
     """System text that only the teacher sees, or @FILE; also --teacher.system. None: that of the
-    run whose teacher it is; '' is none."""
+    run, if --teacher is its teacher; '' removes it."""
     teacher_messages: bool = False
     """Give the teacher the records' teacher_messages; also --teacher.messages."""
     against: OptionalPath = None
@@ -37,12 +37,12 @@ class EvaluateArgs(ModelArgs):
     """Split or slice of it, as data.split of a run; None: all of files, test of a folder or hub
     dataset."""
     draft: bool = False
-    """Report the expected tokens of a pass of --teacher in speculative decoding, in which --model
-    proposes 4 and 8 tokens at a time: accepted_length_4 and accepted_length_8."""
+    """Report the expected tokens per pass of --teacher in speculative decoding with --model as the
+    draft model, which proposes 4 or 8 tokens at a time: accepted_length_4, accepted_length_8."""
     accuracy: Annotated[int | None, Range(least=1)] = None
-    """Questions of the data to answer greedily, the first ones: the share whose final number is
-    that of the data's answer. It is the number after the last ####, and the last number where the
-    data's answer has no ####. None: no answers are generated."""
+    """Answer the first questions of the data greedily, as many as this, and report the share with
+    the final number of the data's answer: the number after the last ####, or the last number if
+    the data's answer has no ####. None: no answers are generated."""
     max_new_tokens: Annotated[int, Range(least=1)] = 320
     """Most tokens of an answer for --accuracy."""
     top_k: Annotated[int, Range(least=1)] = 10

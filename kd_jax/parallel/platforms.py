@@ -62,7 +62,7 @@ class Platform:
     trained_chunk_tokens: int | None = None
     """The same where the lm_head is trained: each chunk reads and writes its gradient."""
     scored_tokens: int = 16384
-    """Tokens that a device scores at a time in lm_eval and evaluate."""
+    """Tokens that a device scores at a time in lm_eval and evaluate, or prefills at a time."""
     bfloat16_features: Collection[str] = ()
     """Features of a CPU of which one makes bfloat16 products faster than float32 ones; empty: they
     always are."""
