@@ -27,9 +27,9 @@ class CacheArgs(Checked):
     """Folder of the cache, or an address such as gs://bucket/folder; an existing cache is
     completed. With --documents, the file to write."""
     kind: Literal["hidden", "topk", "sampled"] = "hidden"
-    """What is stored of each token with a loss. hidden: the teacher's final-normed hidden state,
-    exact for every divergence; topk: its most likely entries, biased; sampled: entries drawn from
-    it, of which the forward KL's gradient is unbiased (arXiv 2503.16870)."""
+    """Values stored for each token with a loss. hidden: the teacher's final-normed hidden state,
+    exact for every divergence; topk: its most likely entries, which gives a biased loss; sampled:
+    entries drawn from it, which gives an unbiased gradient of the forward KL (arXiv 2503.16870)."""
     k: Annotated[int, Range(least=2)] = DEFAULT_K
     """Entries of a token with topk and sampled, an even number; 4.5 bytes each."""
     dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = "auto"

@@ -53,14 +53,14 @@ class DemoArgs(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """Where the demo writes its files and its output."""
+    """Destinations of the demo's files and output."""
 
     out: Path
     console: Any
     log: TextIO
     """Receives the output of the commands."""
     on_policy: bool = False
-    """As DemoArgs."""
+    """As in DemoArgs."""
 
 
 def main(argv: Sequence[str]) -> None:

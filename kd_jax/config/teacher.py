@@ -41,9 +41,9 @@ class TeacherConfig:
     the first step and add them to the cache."""
 
     cache_rest: Literal["bucket", "uniform", "label", "renormalize", "renormalize_both"] = "bucket"
-    """What a topk cache's run does with the teacher's probability of all entries that are not
-    stored. bucket: treats these entries as one; uniform: spreads it evenly over them; label: adds
-    it to the label's; renormalize: drops it and divides the stored ones by their sum;
+    """Treatment of the teacher's probability that a topk cache does not store. bucket: all other
+    entries count as one; uniform: it is spread evenly over them; label: it is added to the
+    label's; renormalize: it is dropped, and the stored ones are divided by their sum;
     renormalize_both: the same for the student, whose other entries then have no part in the
     divergence."""
 

@@ -148,7 +148,7 @@ class Document:
     hidden: frozenset[str] = frozenset()
     """Keys of hidden.HIDDEN: what the record has and the template does not show."""
     record: Record | None = None
-    """Where it comes from."""
+    """The record that it was made from."""
     teacher: tuple[np.ndarray, np.ndarray] | None = None
     """Ids and target tokens of the conversation with the teacher's own prompt, as above; the target
     tokens are the same."""

@@ -109,7 +109,7 @@ class _Pieces:
         pieces = list(chain.from_iterable(split))
         tokens = self._tokens(pieces)
         ids = np.fromiter(chain.from_iterable(tokens), np.int32)
-        # Of the first n pieces of all texts, tokens and characters.
+        # Tokens and characters in the first n pieces of all texts.
         num_tokens = np.append(0, np.cumsum(np.fromiter(map(len, tokens), np.int64)))
         num_chars = np.append(0, np.cumsum(np.fromiter(map(len, pieces), np.int64)))
         target = np.zeros(len(ids), bool)

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What records are prepared with."""
+    """Inputs of the preparation of records."""
 
     tokenizer: Any
     template: Any

@@ -25,7 +25,7 @@ class Question:
     """A prompt, and the answer that the data have."""
 
     index: int
-    """Of the record in the data, from 0."""
+    """Number of the record in the data, from 0."""
     place: str
     """`file:line` or `file, record n`, for messages."""
     tokens: list[int]

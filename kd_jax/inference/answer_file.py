@@ -34,7 +34,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """How answers are drawn."""
+    """Options of drawing answers."""
 
     sampling: Sampling
     samples: int

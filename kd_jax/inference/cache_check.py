@@ -1,4 +1,4 @@
-"""How far a teacher's cache is from the live teacher, on rows of data."""
+"""Comparison of a teacher's cache with the live teacher, on rows of data."""
 
 import dataclasses
 from typing import Any

@@ -37,7 +37,7 @@ _TIMED_BATCHES = 4
 
 
 class Storage(NamedTuple):
-    """What a cache stores, as the flags of kd_jax.cache."""
+    """Form of the values in a cache, as the flags of kd_jax.cache."""
 
     kind: str = "hidden"
     dtype: str = "auto"

@@ -20,7 +20,7 @@ from kd_jax.parallel.mesh import constrain
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodingProgram:
-    """What is static in the compiled programs of decoding."""
+    """Static arguments of the compiled programs of decoding."""
 
     spec: DecoderSpec
     sampling: Sampling

@@ -22,7 +22,7 @@ CACHE_BYTES = 2**30
 
 
 Stop = int | tuple[int, ...]
-"""What ends a row: a token, or several one after the other."""
+"""The end of a row: a token, or several one after the other."""
 
 
 class Sampled(NamedTuple):

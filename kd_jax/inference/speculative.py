@@ -28,12 +28,12 @@ PROPOSED, ACCEPTED, REPLACED = range(3)  # what a uniform number of a token deci
 class Model(NamedTuple):
     spec: DecoderSpec
     arrays: Arrays
-    """As for sampling.sample."""
+    """As in sampling.sample."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is static in a round."""
+    """Static arguments of a round."""
 
     target: DecodingProgram
     draft: DecodingProgram

@@ -41,8 +41,8 @@ class Share:
     rows: Rows
     """[B * S, ...]."""
     sources: Rows
-    """What chunks are read from: the rows in row_form; with gathers_all [chunks * C, ...], in the
-    order of places."""
+    """Source of the chunks: the rows in row_form; with gathers_all [chunks * C, ...], in the order
+    of places."""
     head: jax.Array
     """[V, D], or [D, V] with transpose_head."""
     vocab_arrays: Any

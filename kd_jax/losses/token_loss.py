@@ -121,7 +121,7 @@ class _Pair(NamedTuple):
     student: Softmax
     teacher: Softmax
     listed: Softmax | None
-    """Of z_q; None: no entry is left out."""
+    """Softmax of z_q; None: no entry is left out."""
     temperature: float | jax.Array
 
     def log_probs(self) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""What a query attends to: its documents, a window, and nothing after it."""
+"""Attention masks: a query attends to its documents, in a window, and to nothing after it."""
 
 from typing import NamedTuple
 

@@ -27,7 +27,7 @@ LOG2_E = math.log2(math.e)  # softmax and logsumexp are in base 2, which GPUs co
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """How a kernel divides its work."""
+    """Sizes of a kernel's blocks, and its schedule."""
 
     queries: int
     keys: int
@@ -140,7 +140,7 @@ def _forward_kernel(
         z = _product(queries, k[keys].T) * (scale * LOG2_E)
         seen = _visible(places, owns, _places(j, blocks.keys)[None], documents[keys][None])
         z = jnp.where(seen, z, NEGATIVE)
-        # What a query sums before it sees a key is multiplied by 0 once it does.
+        # Sums from before a query sees its first key are multiplied by 0 then.
         new = jnp.maximum(highest, jnp.max(z, axis=1))
         weights, rescale = jnp.exp2(z - new[:, None]), jnp.exp2(highest - new)
         sums = sums * rescale[:, None] + _product(weights.astype(v.dtype), v[keys])
@@ -228,8 +228,10 @@ def _spans(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class _Specs:
-    """What a kernel's program reads and writes of each array. Programs are counted by blocks of
-    queries or keys (i), heads or key heads (n) and rows (b)."""
+    """The block of each array that a kernel's program reads or writes.
+
+    Programs are counted by blocks of queries or keys (i), heads or key heads (n) and rows (b).
+    """
 
     def __init__(self, blocks: Blocks, q: jax.Array, k: jax.Array, own: jax.Array):
         (B, S, N, H), (T, K) = q.shape, k.shape[1:3]

@@ -119,7 +119,7 @@ def check_prompts(
 
 
 class Order:
-    """Which prompts are drawn at each step: a function of seed and step alone."""
+    """The prompts drawn at each step: a function of seed and step alone."""
 
     def __init__(self, prompts: Prompts, seed: int, max_new_tokens: int) -> None:
         self.prompts, self.seed = prompts, seed

@@ -1,4 +1,4 @@
-"""What samples are drawn with, found before weights load: prompts and tokens that end a text."""
+"""Inputs of sampling, found before weights load: prompts, and tokens that end an answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from kd_jax.setup.model_files import ModelFiles
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What samples are drawn with."""
+    """Inputs of sampling."""
 
     prompts: Prompts
     stops: frozenset[Stop]
-    """What ends an answer."""
+    """Ends of an answer."""
     pad: int
     decode: Callable[[np.ndarray], str]
     """Maps tokens to text, special tokens included."""
@@ -30,7 +30,7 @@ class Sampler:
 def make_sampler(
     config: Config, student: ModelFiles, teacher: ModelFiles, template: Template | None, rows: Rows
 ) -> Sampler:
-    """Returns what a run's samples are drawn with, and prints a line about the prompts.
+    """Returns the inputs of a run's sampling, and prints a line about the prompts.
 
     Raises:
       UserError: the data have no prompt that can be used, or no token ends an answer.

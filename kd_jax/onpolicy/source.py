@@ -44,7 +44,7 @@ class OnPolicySource:
     config: Config
     sampler: Sampler
     batches: Iterator[Batch]
-    """Of the data."""
+    """Batches of the data."""
     mesh: Mesh
     student: DecoderSpec
     frozen: Arrays

@@ -66,8 +66,8 @@ class Work(NamedTuple):
     recomputed_flops: float
     """Added by gradient checkpointing."""
     awaited_flops: float
-    """What devices with earlier parts of rows do not compute while the last parts attend to more
-    keys than the average."""
+    """FLOPs that devices with earlier parts of rows could compute while they wait for the last
+    parts, which attend to more keys than the average."""
     traffic_bytes: float
     """Between one device and its memory: weights, optimizer state, residuals and logits."""
 
@@ -87,7 +87,7 @@ class Shares:
     """Bytes of attention's mask, [B, 1, S, T] bfloat16 for cuDNN, also where triton leaves windows
     and ragged parts of rows to it; other kernels make no array."""
     rank: int = 0
-    """Of its adapters; 0: it has none."""
+    """Rank of its adapters; 0: it has none."""
 
     @property
     def tensor(self) -> int:
@@ -251,7 +251,7 @@ def work(case: Case) -> Work:
     num_targets = case.num_targets
     models = (case.student, case.teacher)
     flops, again = step_flops(config, *models, num_tokens, num_targets)
-    # Of c parts of a row the last has 2 - 1 / c times the average number of keys.
+    # The last of c parts of a row has 2 - 1 / c times the average number of keys.
     awaited = attention_flops(config, *models, num_tokens) * (1 - 1 / context_size(sizes))
     student, teacher = make_shares(case)
     targets = num_targets / accumulation / axes_size(sizes, BATCH_AXES) / context_size(sizes)

@@ -1,4 +1,4 @@
-"""What runs from a teacher's cache cost, compared with runs of a live teacher. Needs no jax."""
+"""Cost of runs from a teacher's cache, compared with a live teacher. Needs no jax."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class SharedTeacher:
     runs: float
     """Training of all runs."""
     live: float
-    """What the runs would take with a live teacher, by the rate of those passes."""
+    """Estimate for the same runs with a live teacher, at the rate of those passes."""
 
     @property
     def together(self) -> float:

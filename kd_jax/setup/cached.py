@@ -91,8 +91,8 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
-# What a teacher known by some entries can serve; the others are no f-divergences, whose value and
-# gradient merging all other entries to one leaves those of k + 1 entries.
+# Divergences that a teacher known by k entries can serve. They are f-divergences: with all other
+# entries merged into one, value and gradient are those of k + 1 entries.
 _OF_TOPK = (
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "jsd_cross", "skew_forward_kl",
     "skew_reverse_kl", "tvd",

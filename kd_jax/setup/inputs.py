@@ -37,7 +37,7 @@ from kd_jax.setup.runtime import check_attention
 
 
 class BatchSource(Protocol):
-    """Where a run's batches come from; it is called for consecutive steps."""
+    """Source of a run's batches; it is called for consecutive steps."""
 
     def __call__(self, step: int, state: Any) -> Arrays:
         """Returns the batch of a step, [A, B, S] on the mesh; `state` is that before the step."""

@@ -29,7 +29,7 @@ from kd_jax.weights.adapters import stack_adapter
 from kd_jax.weights.load import load_arrays
 
 TeacherKind = Literal["model", "base", "ema"]
-"""As teacher.kind of the configuration."""
+"""As in teacher.kind of the configuration."""
 TeacherOutputs = Literal["live", "hidden", "topk", "sampled"]
 """Computed in the program, or of a kind that kd_jax.cache stores."""
 
@@ -49,7 +49,7 @@ class Models:
     teacher_kind: TeacherKind = "model"
     """Whose weights the teacher has; in self-distillation it has no arrays here."""
     teacher_outputs: TeacherOutputs = "live"
-    """Of a model in the program, or what of them comes with the batches, from a cache."""
+    """live: of a model in the program; else of a cache of this kind, with the batches."""
     separate_teacher_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
 

@@ -1,4 +1,4 @@
-"""What the teacher's passes into a cache cost: cost.json beside the manifest."""
+"""Tokens and seconds of the teacher's passes into a cache: cost.json beside the manifest."""
 
 import json
 from typing import NamedTuple

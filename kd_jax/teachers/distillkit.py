@@ -66,7 +66,7 @@ class Compression:
     delta_encoding: bool = True
     """Each value but the first is the difference from the one before."""
     error_diffusion: bool = False
-    """How the writer rounded; reading does not depend on it."""
+    """Rounding of the writer; reading does not depend on it."""
     normalize_t: bool = False
     """Places in the curve are 0 to 1 in place of 0, 1, 2, ..."""
 

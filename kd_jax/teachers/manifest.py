@@ -1,4 +1,4 @@
-"""What a teacher's cache holds: manifest.json, written last, and the index of each part.
+"""The content of a teacher's cache: manifest.json, written last, and the index of each part.
 
 A cache is made of parts, one for each time that documents were added. A part is a folder with
 `index.npy` (the key and the number of target tokens of each document, in order) and one array for

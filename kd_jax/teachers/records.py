@@ -24,7 +24,7 @@ _MASS_TOLERANCE = 1e-3  # of log-probabilities in 16 bits
 _ROWS = 64  # of a table in memory at a time
 _JSON = (".jsonl", ".ndjson")
 _SUFFIXES = (*_JSON, ".parquet", ".arrow")
-# Of records of another form, and of damaged files.
+# Errors of records of another form, and of damaged files.
 _ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, EOFError,
     zlib.error,

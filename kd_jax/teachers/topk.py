@@ -134,7 +134,7 @@ class TopKModel:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which entries of a token are stored; static under jit."""
+    """Selection of the entries of a token that are stored; static under jit."""
 
     kind: Literal["topk", "sampled"]
     k: int

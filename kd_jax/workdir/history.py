@@ -22,7 +22,7 @@ _STARTED = re.compile(
 )
 
 PROVENANCE = ("versions", "devices", "git_commit")
-"""What a record has of each start."""
+"""Entries of a record about each start."""
 
 NEEDED = {
     "loss", "step_seconds", "tokens_per_second", "target_tokens_per_second", "peak_memory_bytes",

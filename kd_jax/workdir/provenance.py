@@ -1,4 +1,4 @@
-"""What a run runs on: versions of the packages, commit of the code, devices."""
+"""Provenance of a run: versions of the packages, commit of the code, devices."""
 
 import os
 import subprocess
