@@ -86,9 +86,11 @@ def decoded(value: Any) -> Any:
 def _from_json(text: str) -> Any:
     """Returns what a JSON text stands for; any other text as it is."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return json.loads(text, object_pairs_hook=once)
+    except (json.JSONDecodeError, RecursionError):
         return text
+    except ValueError as error:
+        raise ValueError(f"expected JSON, got {str(error).partition(';')[0]}") from None
 
 
 def turn_of(
