@@ -1,6 +1,7 @@
 """The chat template and end tokens in a folder that transformers and servers read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ def end_tokens(options: dict[str, Any], place: Path) -> list[int]:
 
 
 def _write_template(folder: Path, template: Template) -> None:
-    """Writes Jinja files, which transformers prefers to the tokenizer's configuration."""
+    """Writes Jinja files, which transformers prefers to the tokenizer's configuration.
+
+    Named ones that are there would be used in place of the one template of a run.
+    """
+    shutil.rmtree(folder / OTHERS, ignore_errors=True)
     named = {"default": template} if isinstance(template, str) else dict(template)
     (folder / JINJA).write_text(named.pop("default"), encoding="utf-8")
     for name, text in named.items():

@@ -45,6 +45,9 @@ def test_transformers_renders_an_export_as_we_trained_it_and_stops_at_its_end(
     if old:
         config = base / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": old}))
+        (base / "chat_template.jinja").write_text(old)
+        (base / "additional_chat_templates").mkdir()
+        (base / "additional_chat_templates" / "tool_use.jinja").write_text(old)
     out = tmp_path / "out"
     shutil.copytree(base, out)
     save_chat(base, out, template, DAY)
