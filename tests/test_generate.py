@@ -87,6 +87,26 @@ def test_an_answer_ends_before_a_stop_text(folder, capsys):
     assert cut.rstrip("\n") == whole[: whole.index(middle)].rstrip("\n")
 
 
+def test_a_stop_text_may_be_a_special_token(folder, tokenizer, tmp_path, capsys):
+    model = shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    letter, end = tokenizer.convert_tokens_to_ids(["x", "<|end|>"])
+    row = head[5].copy()
+    head[:] = 0
+    head[letter], head[end] = row, -row  # answers are of these two alone
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"instruction": "Hi."}) + "\n")
+    argv = ("--prompt", "Hi.")
+    cut = answer(capsys, model, *argv, "--stop", "<|end|>").strip()
+    assert 0 < len(cut) < len(answer(capsys, model, *argv).strip())
+    out = tmp_path / "out.jsonl"
+    answer(capsys, model, "--data", data, "--out", out, "--stop", "<|end|>")
+    (record,) = tiny.read_lines(out)
+    assert record["messages"][-1]["content"] == cut and record["ended"]
+
+
 def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
     tiny.write_data(tmp_path / "train.jsonl")
     template = tmp_path / "t.jinja"  # another than the folder's, with another end of turn

@@ -27,6 +27,7 @@ from kd_jax.inference.prompts import (
     encode,
     stop_tokens,
     template_stops,
+    text_stops,
     turn_ends,
 )
 from kd_jax.inference.sampling import generate
@@ -56,7 +57,7 @@ def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
         print(line, file=sys.stderr)
     ends, texts = template_stops(tokenizer, template, date)
     writers = [TextWriter(tokenizer, [*args.stop, *texts]) for _ in prompts]
-    ends |= stop_tokens(folder, tokenizer)
+    ends |= stop_tokens(folder, tokenizer) | text_stops(tokenizer, args.stop)
     draft = None if args.draft is None else _open_draft(args, opened)
     if draft is not None:
         check_ids(prompts, draft[0].files.arch, "--draft")
@@ -165,11 +166,12 @@ def _options(
 ) -> Options:
     tokenizer, folder = opened.files.tokenizer, opened.files.folder
     _, texts = template_stops(tokenizer, template, date)
+    stops = turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer)
     return Options(
         sampling=_sampling(args),
         samples=args.samples,
         seed=args.seed,
-        stop_tokens=turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer),
+        stop_tokens=stops | text_stops(tokenizer, args.stop),
         stop_texts=[*args.stop, *texts],
         max_new_tokens=args.max_new_tokens,
         context=context_length(opened.files.arch),

@@ -124,7 +124,8 @@ class GenerateArgs(ModelArgs):
     seed: Annotated[int, Range(least=0, below=2**32)] = 0
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, in addition to the model's end tokens; they are not printed."""
+    """Texts or special tokens that end an answer, in addition to the model's end tokens; they are
+    not printed."""
     chat_template: OptionalPath = None
     """Jinja file to use instead of the tokenizer's own chat template."""
     date: str | None = None

@@ -28,7 +28,7 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.likelihoods import Request, Scorer, score
 from kd_jax.inference.load import describe_dtype, load_model, open_model
-from kd_jax.inference.prompts import stop_tokens, template_stops
+from kd_jax.inference.prompts import stop_tokens, template_stops, text_stops
 from kd_jax.inference.sampling import generate
 from kd_jax.inference.unstacking import unstack_layers
 from kd_jax.parallel.mesh import make_mesh, traits
@@ -225,14 +225,12 @@ class KdJaxLM(TemplateLM):
                 f"max_gen_toks: expected below {self.max_length} (context length), got "
                 f"{self.max_length - room}"
             )
-        ids = {self.tokenizer.convert_tokens_to_ids(text) for text in until} - {None}
-        ends = {id for id in ids if not self._text([id])}  # decoding drops special tokens
         steps = generate(
             self.scorer.spec,
             self.scorer.arrays,
             [prompt[-room:] for prompt in prompts],
             max_new_tokens=self.max_length - room,
-            stop_tokens=self.stop_tokens | ends,
+            stop_tokens=self.stop_tokens | text_stops(self.tokenizer, until),
             sampling=_sampling(options),
         )
         rows: list[list[int]] = [[] for _ in prompts]

@@ -1,7 +1,7 @@
 """Prompts to tokens, tokens to text, and stop conditions."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,30 @@ def context_length(arch: Architecture) -> int:
 def template_stops(
     tokenizer: Any, template: Template | None, date: str
 ) -> tuple[set[int], list[str]]:
-    """Returns the template's end of turn as a token or, if it is several tokens, as a text."""
+    """Returns the template's end of turn as a token or, if it is several tokens, as a text.
+
+    Of several tokens the text is what an answer shows: none of special tokens, the first of which
+    then is the end.
+    """
     if template is None:
         return set(), []
     ids, text = end_of_turn(tokenizer, template, date)
-    return (set(ids), []) if len(ids) < 2 else (set(), [text])
+    special = set(_special_tokens(tokenizer).values())
+    if len(ids) < 2 or special.issuperset(ids):
+        return set(ids[:1]), []
+    return set(), [text if special.isdisjoint(ids) else decode_answer(tokenizer, ids)]
+
+
+def text_stops(tokenizer: Any, texts: Iterable[str]) -> set[int]:
+    """Returns the tokens of the texts that are special tokens, which decoded answers lack."""
+    special = _special_tokens(tokenizer)
+    return {special[text] for text in texts if text in special}
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Returns the ids of the tokens that decode_answer leaves out, by text."""
+    added = tokenizer.added_tokens_decoder
+    return {token.content: number for number, token in added.items() if token.special}
 
 
 def turn_ends(tokenizer: Any, template: Template | None, date: str) -> set[Stop]:

@@ -17,8 +17,11 @@ def stops(tokenizer, file=None):
 
 @pytest.mark.parametrize(
     "end, tokens, texts",
-    [("<|eot|>", {4}, []), ("<|end|>", {3}, []), ("END", set(), ["END"]), ("", set(), [])],
-)
+    [
+        ("<|eot|>", {4}, []), ("<|end|>", {3}, []), ("<|end|><|eot|>", {3}, []),
+        ("END", set(), ["END"]), ("END<|eot|>", set(), ["END"]), ("", set(), []),
+    ],
+)  # fmt: skip
 def test_generation_stops_at_the_templates_end_of_turn(end, tokens, texts, tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ 'not used' }}"
