@@ -195,15 +195,27 @@ def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
     (folders[1] / "evaluation.json").write_text(json.dumps(values))
     means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
     assert means.note.endswith("Careful: these evaluations differ in data.")
-    for folder, prompt in zip(folders, ("Be brief.", None), strict=False):
-        values["arguments"] |= {"teacher_system": prompt, "teacher_messages": False}
-        (folder / "evaluation.json").write_text(json.dumps(values))
+    for step, prompt in ((None, "Be brief."), (3, None)):
+        values["arguments"] |= {"step": step, "teacher_system": prompt, "teacher_messages": False}
+        (folders[step is None] / "evaluation.json").write_text(json.dumps(values))
     means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
-    assert means.note.endswith("Careful: these evaluations differ in teacher_system.")
+    assert means.note.endswith("Careful: these evaluations differ in step, teacher_system.")
     (folders[0] / "evaluation.json").unlink()
     found = tables_of(folders)
     assert [row[1] for row in find(found, "Held-out text, by kd_jax.evaluate").rows] == ["1", "2"]
     assert find(found, "Differences from the control (0), by kd_jax.evaluate").rows[0][1] == "1"
+
+
+def test_evaluations_on_different_tokens_are_said(tmp_path):
+    folders = write_arms(tmp_path, ratios=(0, 1), seeds=1)
+    notes = [table.note for table in tables_of(folders) if table.title.startswith("Held-out")]
+    assert notes and not any("Careful" in note for note in notes)
+    file = folders[0] / "metrics.jsonl"
+    file.write_text(
+        file.read_text().replace('"eval/target_tokens": 99', '"eval/target_tokens": 98')
+    )
+    notes = [table.note for table in tables_of(folders) if table.title.startswith("Held-out")]
+    assert all(note.endswith("these evaluations differ in target_tokens.") for note in notes)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk", "sampled"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Arguments of kd_jax.evaluate that must be equal in a comparison.
 COMPARED = (
-    "data", "split", "max_conversations", "seq_len", "chat_template", "teacher", "teacher_cache",
-    "teacher_system", "teacher_messages", "dtype", "top_k",
+    "step", "data", "split", "max_conversations", "seq_len", "chat_template", "teacher",
+    "teacher_cache", "teacher_system", "teacher_messages", "dtype", "top_k",
 )  # fmt: skip
 
 Numbers = dict[str, float]
@@ -153,7 +153,7 @@ def result_tables(arms: Sequence[Arm], controls: Mapping[str, Arm]) -> list[Tabl
             continue
         before = frames
         note += " Mean ± standard deviation over n seeds, per target token."
-        note += _unlike(arms) if read is _evaluated else ""
+        note += _unlike(arms, read)
         note += _of_entries(arms, read)
         metrics = {name: METRICS[name] for name in names}
         tables.append(_means_table(f"Held-out text, by {evaluation}", arms, frames, metrics, note))
@@ -183,12 +183,15 @@ def _means_table(
     return Table(title=title, header=header, rows=rows, note=note, keys=range(len(arms)))
 
 
-def _unlike(arms: Sequence[Arm]) -> str:
-    """Returns a warning if evaluations had different arguments."""
-    found = [run.evaluation.get("arguments") for arm in arms for run in arm.finished]
-    used = [arguments for arguments in found if arguments]
+def _unlike(arms: Sequence[Arm], read: Callable[[Run], Numbers]) -> str:
+    """Returns a warning if evaluations had different arguments or, as with rows of another length,
+    target tokens."""
+    found: list[dict[str, Any]] = [dict(read(run)) for arm in arms for run in arm.finished]
+    used = [one["arguments"] for one in found if one.get("arguments")]
     # A flag that is off, and one that an earlier version had not, are the same.
     names = [name for name in COMPARED if len({str(one.get(name) or None) for one in used}) > 1]
+    counts = {one["target_tokens"] for one in found if one.get("target_tokens")}
+    names += ["target_tokens"] if len(counts) > 1 else []
     return f" Careful: these evaluations differ in {', '.join(names)}." if names else ""
 
 
