@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import to_hf
 from kd_jax import generate, train
-from kd_jax.config import DataConfig, LoraConfig, OptimConfig
+from kd_jax.config import CheckpointConfig, DataConfig, LoraConfig, OptimConfig
 from kd_jax.config.command import run_command
 from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
@@ -118,7 +118,8 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
     fields = {"workdir": str(tmp_path / "run"), "lora": LoraConfig(rank=4), "optim": optim}
     tiny.write_config(
         tmp_path, teacher=None, student=folder, dtype="float32",
-        rows={"chat_template": str(template)}, steps=3, **fields,
+        rows={"chat_template": str(template)}, steps=3, checkpoint=CheckpointConfig(every_steps=2),
+        **fields,
     )  # fmt: skip
     assert run_command(train.main, ["--config", str(tmp_path / "config.py")]) == 0
     text = template.read_text()
@@ -132,6 +133,15 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
     trained = answer(capsys, tmp_path / "run", *prompt)
     assert trained == answer(capsys, tmp_path / "out", *prompt)
     assert trained != answer(capsys, folder, *prompt)
+
+    last = tmp_path / "run" / "checkpoints" / "3"
+    last.rename(tmp_path / "3")  # as if the run had not come so far
+    data = ("--data", tmp_path / "train.jsonl", "--max-conversations", 1)
+    argv = (*data, "--out", tmp_path / "answers.jsonl", "--dtype", "float32")
+    answer(capsys, tmp_path / "run", *argv)
+    (tmp_path / "3").rename(last)
+    assert run("--model", tmp_path / "run", "--max-new-tokens", 12, *argv) == 2
+    assert "begun with another configuration: model {" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

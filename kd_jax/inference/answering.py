@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,8 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.processes import joined, say
 from kd_jax.setup.model_files import compare_tokenizers
 from kd_jax.setup.runtime import start_jax
+from kd_jax.workdir.checkpoints import open_trained
+from kd_jax.workdir.integrity import hash_checkpoint
 
 
 def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
@@ -130,7 +133,8 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
     data, template = _data(args, opened)
     mesh = make_mesh(args.mesh, jax.local_device_count(), jax.local_devices())
     options = _options(args, opened, template, data.date)
-    identity = _identity(args, opened, data, template)
+    opened, hashes = _identified(opened)
+    identity = _identity(args, hashes, data, template)
     file = AnswerFile(args.out or "", identity)
     if file.is_whole:
         say(f"{args.out}: the answers are there")
@@ -180,8 +184,18 @@ def _options(
     )
 
 
+def _identified(opened: OpenModel) -> tuple[OpenModel, dict[str, str]]:
+    """Returns the model at the checkpoint that is there now, and hashes of all its files."""
+    hashes = opened.files.hashes
+    if opened.workdir is None:
+        return opened, hashes
+    trained = open_trained(opened.workdir, opened.step)
+    hashes["checkpoint"] = hash_checkpoint(trained.place)
+    return replace(opened, step=trained.step), hashes
+
+
 def _identity(
-    args: GenerateArgs, opened: OpenModel, data: DataConfig, template: Template | None
+    args: GenerateArgs, hashes: dict[str, str], data: DataConfig, template: Template | None
 ) -> dict[str, Any]:
     """Returns all that the answers depend on, as JSON."""
     assert args.data is not None
@@ -191,7 +205,7 @@ def _identity(
     )  # fmt: skip
     return {
         **{name: getattr(args, name) for name in names},
-        "model": opened.files.hashes,
+        "model": hashes,
         "data": hash_source(args.data, data.split),
         "date": data.date,
         "template": template,

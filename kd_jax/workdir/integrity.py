@@ -8,6 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kd_jax.config import UserError
 from kd_jax.config.record import RESUMABLE, flatten
 from kd_jax.parallel.processes import say
@@ -42,6 +44,11 @@ def _facts(workdir: Path) -> dict[str, Any]:
     record = read_record(workdir / "config.json")
     fields = {x: y for x, y in flatten(record["config"]).items() if not RESUMABLE.fullmatch(x)}
     return fields | flatten(record["inputs"], "inputs.")
+
+
+def hash_checkpoint(checkpoint: Path) -> str:
+    """Returns a hash of every byte of a checkpoint."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(_hashes(checkpoint)).encode())
 
 
 def damage(checkpoint: Path) -> str:
