@@ -112,6 +112,7 @@ def test_train_export_and_evaluate(folders, trainable, tmp_path, capsys):
     # Merging rounds the sum of weight and adapter to bfloat16.
     assert saved["ce"] == pytest.approx(trained, rel=5e-3)
     assert saved["against"]["ce"]["high"] < 0  # of the interval: better than untouched
+    assert saved["arguments"]["step"] == 4
 
 
 @pytest.mark.slow

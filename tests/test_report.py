@@ -199,7 +199,10 @@ def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
         values["arguments"] |= {"step": step, "teacher_system": prompt, "teacher_messages": False}
         (folders[step is None] / "evaluation.json").write_text(json.dumps(values))
     means = find(tables_of(folders), "Held-out text, by kd_jax.evaluate")
-    assert means.note.endswith("Careful: these evaluations differ in step, teacher_system.")
+    assert means.note.endswith(
+        "Careful: these evaluations differ in teacher_system."
+        " Careful: of an earlier step than the last: 0-0."
+    )
     (folders[0] / "evaluation.json").unlink()
     found = tables_of(folders)
     assert [row[1] for row in find(found, "Held-out text, by kd_jax.evaluate").rows] == ["1", "2"]

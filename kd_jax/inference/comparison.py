@@ -70,6 +70,8 @@ class Measured(NamedTuple):
     against: Sums | None = None
     """By document, of the second model."""
     accuracy: Accuracy | None = None
+    step: int | None = None
+    """Of the run's checkpoint that was measured."""
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def measure(args: EvaluateArgs) -> Measured:
     if setup.exam is not None:
         size = num_entries(setup.student.files.tokenizer)
         accuracy = take_exam(setup.exam, models.student, models.frozen, size)
-    return Measured(documents, positions, theirs, accuracy)
+    return Measured(documents, positions, theirs, accuracy, models.step)
 
 
 def summarise(args: EvaluateArgs, measured: Measured) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def summarise(args: EvaluateArgs, measured: Measured) -> dict[str, Any]:
         pair = (measured.documents, measured.against)
         result["against"] = scores.compare(*pair, args.bootstrap_samples, args.seed)
     result["arguments"] = {name: getattr(args, name) for name in _RECORDED}
+    result["arguments"]["step"] = measured.step
     result["arguments"]["dtype"] = choose_dtype(args.dtype, jax.devices()[0].platform)
     return result if measured.accuracy is None else result | measured.accuracy.scores
 

@@ -85,15 +85,18 @@ def load_model(model: OpenModel, mesh: Mesh, *, head_only: bool = False) -> Mode
     Args:
       head_only: load the lm_head alone; not for a workdir.
     """
-    config, files = model.config, model.files
+    config, files, step = model.config, model.files, None
     if model.workdir is None:
         table = head_weights(files.arch) if head_only else None
         spec, arrays = load_frozen(config, config.student, files, mesh, table)
     else:
         models = load_models(config, files, None, mesh, with_trainable=False)
         spec, trained = models.student, open_trained(model.workdir, model.step)
+        step = trained.step
         arrays = models.frozen | trained.load(_in_use(config, models))
-    return Models(student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={})
+    return Models(
+        student=spec, trainable={}, frozen=arrays, teacher=None, teacher_arrays={}, step=step
+    )
 
 
 def load_unstacked(model: OpenModel, mesh: Mesh) -> tuple[DecoderSpec, Arrays]:

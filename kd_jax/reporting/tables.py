@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Arguments of kd_jax.evaluate that must be equal in a comparison.
 COMPARED = (
-    "step", "data", "split", "max_conversations", "seq_len", "chat_template", "teacher",
-    "teacher_cache", "teacher_system", "teacher_messages", "dtype", "top_k",
+    "data", "split", "max_conversations", "seq_len", "chat_template", "teacher", "teacher_cache",
+    "teacher_system", "teacher_messages", "dtype", "top_k",
 )  # fmt: skip
 
 Numbers = dict[str, float]
@@ -185,14 +185,20 @@ def _means_table(
 
 def _unlike(arms: Sequence[Arm], read: Callable[[Run], Numbers]) -> str:
     """Returns a warning if evaluations had different arguments or, as with rows of another length,
-    target tokens."""
-    found: list[dict[str, Any]] = [dict(read(run)) for arm in arms for run in arm.finished]
+    target tokens, and one if some are of an earlier step than a run's last."""
+    finished = [run for arm in arms for run in arm.finished]
+    found: list[dict[str, Any]] = [dict(read(run)) for run in finished]
     used = [one["arguments"] for one in found if one.get("arguments")]
     # A flag that is off, and one that an earlier version had not, are the same.
     names = [name for name in COMPARED if len({str(one.get(name) or None) for one in used}) > 1]
     counts = {one["target_tokens"] for one in found if one.get("target_tokens")}
     names += ["target_tokens"] if len(counts) > 1 else []
-    return f" Careful: these evaluations differ in {', '.join(names)}." if names else ""
+    steps = [(one.get("arguments") or {}).get("step") for one in found]
+    pairs = zip(finished, steps, strict=True)
+    early = [run.folder.name for run, step in pairs if step not in (None, run.num_steps)]
+    note = f" Careful: these evaluations differ in {', '.join(names)}." if names else ""
+    note += f" Careful: of an earlier step than the last: {', '.join(early)}." if early else ""
+    return note
 
 
 def _of_entries(arms: Sequence[Arm], read: Callable[[Run], Numbers]) -> str:

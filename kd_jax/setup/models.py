@@ -52,6 +52,8 @@ class Models:
     """live: of a model in the program; else of a cache of this kind, with the batches."""
     separate_teacher_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
+    step: int | None = None
+    """Of the checkpoint that the student was loaded from, by a command after training."""
 
 
 def make_spec(
