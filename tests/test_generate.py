@@ -162,6 +162,7 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
         (("--prompt", "Hi.", "--step", 1), "--step: expected a workdir"),
         (("--prompt", "Hi.", "--temperature", "inf"), "--temperature: expected at least 0"),
         (("--prompt", "Hi.", "--split", "test"), "--split: expected --data as well"),
+        (("--prompt", "Hi.", "--distributed.timeout-seconds", 9), "--distributed: expected --data"),
         (("--prompt", "Hi.", "--draft-tokens", 7), "--draft-tokens: expected --draft as well"),
         (("--prompt", "Hi.", "--raw", "--system", "Be brief."), "--raw: expected no --system"),
         (("--prompt", "Hi \udcff."), "--prompt: expected Unicode text"),

@@ -143,6 +143,8 @@ class GenerateArgs(ModelArgs):
                 if entry.name in _FOR_DATA and value != entry.default:
                     flag = f"--{entry.name.replace('_', '-')}"
                     checks.refuse(flag, "--data as well", value)
+            if self.distributed != DistributedConfig():
+                checks.problems.append("--distributed: expected --data as well, got --prompt")
             if self.raw and (self.system is not None or self.chat_template is not None):
                 checks.refuse("--raw", "no --system and no --chat-template", True)
         else:
