@@ -1,6 +1,7 @@
 """The training loop: opens a run, steps, evaluates, logs and saves."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -85,18 +86,14 @@ def train(config: Config) -> None:
         ExitStack() as stack,
     ):
         program, state, frozen, teacher_arrays, resume_arrays = _load(run, checkpointer)
-        step = first = int(state.step)
+        step = int(state.step)
         writer = stack.enter_context(closing(Writer(run.workdir, config.log, step, run.num_steps)))
         log = stack.enter_context(closing(StepLog(config, writer, checkpointer)))
-        run_step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
+        run_step = _make_step(run, state)
         source = _make_source(run, program, frozen, step, resume_arrays)
         while step < run.num_steps and not (stop := should_stop(step)):
             log.profile(step)
-            arguments = program, state, frozen, teacher_arrays, source(step, state)
-            if step == first:
-                run_step.lower(*arguments).compile()
-                release_freed_memory()
-            state, metrics = run_step(*arguments)
+            state, metrics = run_step(program, state, frozen, teacher_arrays, source(step, state))
             step += 1
             log.add(step, metrics, source.metrics())
             last = step == run.num_steps
@@ -185,6 +182,22 @@ def _load(run: _Run, checkpointer: Any) -> tuple[Program, TrainState, Arrays, Ar
         state = init_state(program, models.trainable)
         say(describe_models(models))
     return program, state, models.frozen, models.teacher_arrays, arrays
+
+
+def _make_step(run: _Run, state: TrainState) -> Callable[..., tuple[TrainState, Arrays]]:
+    """Returns the jitted step. Before it first runs, memory that compiling freed is released."""
+    step = jit_train_step(run.mesh, jax.tree.map(lambda x: x.sharding, state))
+    compiled = False
+
+    def run_step(*arguments: Any) -> tuple[TrainState, Arrays]:
+        nonlocal compiled
+        if not compiled:
+            step.lower(*arguments).compile()  # the call below finds it
+            release_freed_memory()
+            compiled = True
+        return step(*arguments)
+
+    return run_step
 
 
 def _make_source(
