@@ -25,8 +25,13 @@ def finished(workdir):
 def test_other_content_is_refused_after_a_checkpoint(tmp_path):
     finished(tmp_path)
     resume.write_record(CONFIG, tmp_path, {"student.path": "a"}, num_steps=1)
-    with pytest.raises(UserError, match=r"student\.path: expected the content"):
-        resume.write_record(CONFIG, tmp_path, {"student.path": "b"}, num_steps=1)
+    for inputs, message in (
+        ({"student.path": "b"}, r"student\.path: expected the content .*, got other content"),
+        ({}, r"student\.path: expected the content .*, got none"),
+        ({"student.path": "a", "teacher.cache": "b"}, r"teacher\.cache: expected none, since"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resume.write_record(CONFIG, tmp_path, inputs, num_steps=1)
 
 
 def test_a_run_that_resumes_keeps_what_it_chose(tmp_path):
