@@ -86,18 +86,36 @@ def make_rows(
       prompt: the teacher's own, as prompts.read_prompt returns it.
 
     Raises:
-      UserError: lists file and line of each bad record, unless these are skipped.
+      UserError: lists file and line of each bad record, unless these are skipped; or the prompt
+        takes teacher_messages, and no record has any.
     """
     sources = list_sources(data.path)
-    if len(sources) > 1:
-        parts = [
-            make_rows(
-                dataclasses.replace(data, path=path), tokenizer, template,
-                fraction=fraction, held_out=held_out, prompt=prompt,
-            )
-            for path, _ in sources
-        ]  # fmt: skip
-        return blend_rows(parts, sources)
+    parts = [
+        _rows_of_source(
+            dataclasses.replace(data, path=path), tokenizer, template, fraction, held_out, prompt
+        )
+        for path, _ in sources
+    ]
+    # Stores of before have no such count; they have some.
+    without = not any(part.counts.get("teacher_messages", 1) for part in parts)
+    drawn = held_out and fraction > 0  # a few records, by chance without
+    if prompt is not None and prompt.messages and without and not drawn:
+        raise UserError(
+            f"{data.path}: expected records with teacher_messages, as teacher.messages says, got "
+            "none"
+        )
+    return blend_rows(parts, sources) if len(parts) > 1 else parts[0]
+
+
+def _rows_of_source(
+    data: DataConfig,
+    tokenizer: Any,
+    template: Template | None,
+    fraction: float,
+    held_out: bool,
+    prompt: TeacherPrompt | None,
+) -> Rows:
+    """Returns make_rows of one source."""
     vocabulary = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
     options = (
         data.seq_len, data.train_on, data.overlong, data.pack, data.date, data.max_conversations,
@@ -229,6 +247,7 @@ def _fill_store(folder: Path, job: Job) -> tuple[dict[str, Any], dict[str, Any]]
         meta: dict[str, Any] = {"counts": counts, "notes": notes, "records": [begin, end]}
         meta["path"] = data.path
         if prompt is not None:
+            counts["teacher_messages"] = total.counts["teacher_messages"]
             counts["teacher_tokens"] = writer.counts[f"{TEACHER}tokens"]
             meta["teacher_seq_len"] = prompt.seq_len or -(-longest // _ROUNDED) * _ROUNDED
         return writer.finish(meta)
@@ -244,11 +263,6 @@ def _check(total: Prepared, job: Job, num_rows: int) -> None:
         side = "for evaluation" if job.held_out else "beside those for evaluation"
         where = f" {side} (eval.fraction {job.fraction:g})" if job.fraction else ""
         raise UserError("\n".join([f"{data.path}: expected records{where}, got none", *bad]))
-    if prompt is not None and prompt.messages and not counts["teacher_messages"]:
-        raise UserError(
-            f"{data.path}: expected records with teacher_messages, as teacher.messages says, got "
-            "none"
-        )
     sizes = {"data.seq-len": data.seq_len, "teacher.seq-len": prompt and prompt.seq_len}
     short = [name for name in sizes if counts[name]]
     limits, fields = " or ".join(f"{name} {sizes[name]}" for name in short), " and ".join(short)

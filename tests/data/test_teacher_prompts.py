@@ -165,6 +165,21 @@ def test_a_template_that_writes_answers_otherwise_after_a_system_message_is_refu
         rows_of(config, tokenizer, CHATS[:1], template=shouts)
 
 
+def test_one_of_several_sources_may_have_no_turns_of_the_teacher(config, tokenizer, tmp_path):
+    prompt = TeacherPrompt(None, True, None)
+    own = rows_of(config, tokenizer, OWN, prompt=prompt)
+    files = [write_lines(tmp_path / f"{i}.jsonl", some) for i, some in enumerate((CHATS, OWN))]
+    both = dataclasses.replace(config, path=",".join(map(str, files)))
+    rows = make_rows(both, tokenizer, tiny.TEMPLATE, prompt=prompt)
+    documents = [one for some in documents_of(rows.teacher).values() for one in some]
+    assert documents_of(own.teacher)[0][0] in documents and len(documents) == 10
+    plain = dataclasses.replace(config, path=f"{files[0]},{files[0]}")
+    with pytest.raises(UserError, match="records with teacher_messages"):
+        make_rows(plain, tokenizer, tiny.TEMPLATE, prompt=prompt)
+    drawn = {"fraction": 0.9, "held_out": True}  # by chance without any
+    assert len(make_rows(plain, tokenizer, tiny.TEMPLATE, prompt=prompt, **drawn))
+
+
 def test_turns_of_the_teacher_without_the_flag_are_said(config, tokenizer):
     rows = rows_of(config, tokenizer, OWN, prompt=None)
     assert any("--teacher.messages uses them" in note for note in rows.notes)
