@@ -122,6 +122,10 @@ def test_the_share_of_samples_may_fall_to_none(run_train, tmp_path):
     assert first["target_tokens"] == first["samples/tokens"]  # samples alone
     assert first["loss"] == pytest.approx(first["kd_loss"], rel=1e-6)
     assert last["samples/count"] == last["samples/tokens"] == 0
+    lines = tiny.read_lines(tmp_path / "run" / "metrics.jsonl")
+    without = [line for line in lines if not line["samples/count"]]
+    assert {line.get("samples/sampling_seconds", 0) for line in without} == {0}
+    assert not any("samples/entropy" in line for line in without)
     assert last["loss"] == pytest.approx((last["ce_loss"] + last["kd_loss"]) / 2, rel=1e-6)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
 

@@ -17,6 +17,14 @@ LOG_PROBS = "log_probs"
 # Columns of sampled rows: those of the data's, the group of each token (losses.head_inputs.Targets)
 # and the log-probability with which it was drawn.
 SAMPLE_COLUMNS = {**COLUMNS, GROUP: np.int32, LOG_PROBS: np.float32}
+# Metrics of sampled tokens: the name in metrics.jsonl and the sign, by kd_head's name.
+SAMPLED = {
+    "ce_loss": ("student_log_prob", -1),
+    "teacher_ce": ("teacher_log_prob", -1),
+    "entropy": ("entropy", 1),
+    "kl_forward": ("kl_forward", 1),
+    "kl_reverse": ("kl_reverse", 1),
+}
 
 
 class Sample(NamedTuple):
@@ -81,7 +89,7 @@ def samples_in(columns: Batch) -> Iterator[Sample]:
 def describe(columns: Batch, stops: Collection[Stop]) -> dict[str, float | None]:
     """Returns means over the samples of rows, by name in metrics.jsonl.
 
-    None stands for a metric of the step that has no value: that of a bin without tokens.
+    None stands for a metric of the step that has no value: of a bin, or a step, without tokens.
     """
     samples = list(samples_in(columns))
     lengths = [len(sample.answer) for sample in samples]
@@ -97,7 +105,7 @@ def describe(columns: Batch, stops: Collection[Stop]) -> dict[str, float | None]
     }
     found["samples/count"] = len(samples)
     if not samples:
-        return found
+        return found | {f"samples/{name}": None for name, _ in SAMPLED.values()}
     drawn = columns[LOG_PROBS][columns["loss_mask"]]
     return found | {
         "samples/length": float(np.mean(lengths)),

@@ -99,6 +99,7 @@ class OnPolicySource:
         rows = self.order.choose(drawing, self._num_rows(step), self._most_rows)
         prompts = [self.sampler.prompts.tokens(number) for row in rows for number in row]
         if not prompts:
+            self.seconds = 0.0
             return self._fill(rows, iter(()))
         jax.block_until_ready(state.trainable)
         start = time.perf_counter()

@@ -11,20 +11,12 @@ from kd_jax.losses.fused_head import kd_head
 from kd_jax.losses.head_inputs import FIRST_OF_BIN, NUM_GROUPS, Targets
 from kd_jax.losses.hidden import hidden_loss
 from kd_jax.models.decoder import Decoder
+from kd_jax.onpolicy.samples import SAMPLED
 from kd_jax.parallel.mesh import compiler_options, constrain, replicated
 from kd_jax.parallel.placement import Arrays
 from kd_jax.setup.forward import loss_scalars, run_models, targets
 from kd_jax.setup.program import Program
 from kd_jax.training.optim import make_optimizer, make_schedule, track_average
-
-# Metrics of sampled tokens: the name in metrics.jsonl and the sign, by kd_head's name.
-SAMPLED = {
-    "ce_loss": ("student_log_prob", -1),
-    "teacher_ce": ("teacher_log_prob", -1),
-    "entropy": ("entropy", 1),
-    "kl_forward": ("kl_forward", 1),
-    "kl_reverse": ("kl_reverse", 1),
-}
 
 
 class TrainState(NamedTuple):

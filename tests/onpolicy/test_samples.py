@@ -86,7 +86,9 @@ def test_what_is_said_of_samples_is_counted_by_hand():
     assert absent == {
         f"samples/kl_{way}_from_{x}" for way in ("forward", "reverse") for x in FIRST_OF_BIN[2:]
     }
-    assert describe(fill_rows([[]], 12, pad=8), {STOP})["samples/count"] == 0
+    none = describe(fill_rows([[]], 12, pad=8), {STOP})
+    # The step's sums are 0 without samples, which would read as a student that has collapsed.
+    assert none["samples/count"] == 0 and none["samples/entropy"] is None
 
 
 def test_repetition_is_the_share_of_4_grams_seen_before():
