@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 from kd_jax.config.command import check_out_file, parse_args, run_command
+from kd_jax.config.errors import naming_flags
 from kd_jax.inference import scores
 from kd_jax.inference.arguments import EvaluateArgs
 from kd_jax.weights.files import write_whole
 
 
+@naming_flags("seq-len", "batch-size", "chat-template", "split")
 def main(argv: Sequence[str]) -> None:
     # kd_jax.train has these flags as --teacher.cache and the like.
     words = [re.sub(r"^--teacher\.(?=cache|system|messages)", "--teacher-", x) for x in argv]

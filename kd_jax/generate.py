@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from kd_jax.config.command import parse_args, run_command
+from kd_jax.config.errors import naming_flags
 from kd_jax.inference.arguments import GenerateArgs
 
 
+@naming_flags("chat-template", "split", "date")
 def main(argv: Sequence[str]) -> None:
     args = parse_args(GenerateArgs, argv, __doc__)
     from kd_jax.inference.answering import answer_data, answers  # imports jax

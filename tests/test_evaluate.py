@@ -295,6 +295,7 @@ def test_models_of_different_tokenizers_are_refused(flag, root, capsys):
     [
         (("--top-k", 0, "--bootstrap-samples", 0), "--bootstrap-samples: expected at least 1"),
         (("--top-k", 1000), "--top-k: expected at most 320"),
+        (("--seq-len", 8), "no token with a loss is left within --seq-len 8"),
         (("--save",), "--save: expected a workdir as --model"),
         (("--out", "/not/there/out.json"), "--out: expected a file in an existing folder"),
         (("--step", 3), "--step: expected a workdir as --model"),

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 MAX_SHOWN = 20  # lines of a message
 
@@ -15,6 +16,16 @@ def raise_all(problems: Sequence[str]) -> None:
     """Raises UserError with all problems, if there are any."""
     if problems:
         raise UserError("\n".join(problems))
+
+
+@contextmanager
+def naming_flags(*names: str) -> Iterator[None]:
+    """Names a field of DataConfig in the errors of a command by the command's flag, `--name`."""
+    try:
+        yield
+    except UserError as error:
+        fields = rf"\bdata\.({'|'.join(names)})\b"
+        raise UserError(re.sub(fields, r"--\1", str(error))) from None
 
 
 def did_you_mean(name: str, known: Iterable[str], flag: str = "") -> str:
