@@ -76,8 +76,8 @@ def template_stops(
 ) -> tuple[set[int], list[str]]:
     """Returns the template's end of turn as a token or, if it is several tokens, as a text.
 
-    Of several tokens the text is what an answer shows: none of special tokens, the first of which
-    then is the end.
+    The text leaves out special tokens, as decoded answers do. If all tokens are special, the first
+    one is the end.
     """
     if template is None:
         return set(), []

@@ -35,7 +35,7 @@ def start_jax(compilation_cache: str | None = None) -> None:
 
 
 def release_freed_memory() -> None:
-    """Returns to the system what was freed, most of it while compiling, and glibc keeps."""
+    """Returns freed memory to the system. glibc keeps it otherwise, most of it from compiling."""
     with suppress(AttributeError):  # of another C library
         ctypes.CDLL(None).malloc_trim(0)
 

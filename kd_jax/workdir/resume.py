@@ -111,11 +111,11 @@ def _refuse(workdir: Path, changed: list[str]) -> None:
 
 
 def _changed_inputs(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    changed = sorted(x for x in old.keys() | new.keys() if old.get(x) != new.get(x))
-    return [
-        f"{name}: expected the content that the run began with, "
-        + ("got other content" if name in new else "got none")
-        if name in old
-        else f"{name}: expected none, since the run began without it, got one"
-        for name in changed
-    ]
+    problems = []
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            problems.append(f"{name}: expected none, since the run began without it, got one")
+        elif old[name] != new.get(name):
+            got = "other content" if name in new else "none"
+            problems.append(f"{name}: expected the content that the run began with, got {got}")
+    return problems
