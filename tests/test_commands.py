@@ -138,7 +138,7 @@ def test_an_adapter_is_written_and_trained_on(folders, tmp_path):
     assert read_losses(tmp_path / "second")[0] < read_losses(tmp_path / "first")[0]
 
 
-@pytest.mark.parametrize("how", ["no teacher", "kd_ratio 0"])
+@pytest.mark.parametrize("how", [pytest.param("no teacher", marks=pytest.mark.slow), "kd_ratio 0"])
 def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
     teacher = None if how == "no teacher" else TeacherConfig(path="/not/there")
     given = {"student": folders / "student", "data": folders / "train.jsonl"}

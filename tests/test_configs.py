@@ -51,7 +51,14 @@ def test_every_configuration_has_models_of_their_true_size(path):
         assert num_weights(run.models.teacher_arrays) == COUNTS[config.teacher.path]
 
 
-@pytest.mark.parametrize("name", ["8b_to_1b", "qwen3_14b_to_8b", "1b_sft", "8b_teacher_sft"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "8b_to_1b",
+        "1b_sft",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3_14b_to_8b", "8b_teacher_sft")),
+    ],
+)
 def test_a_documented_run_lowers_at_its_true_size(name):
     config, run = make_abstract_run(CONFIGS / f"{name}.py")
     lowered, state = run.trace().lower(), run.state

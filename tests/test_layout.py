@@ -167,15 +167,15 @@ def known_flags():
     return known
 
 
-# Flags of launchers in docs/clusters.md.
-LAUNCHERS = {
+# Flags that documents name: of launchers (docs/clusters.md) and of venv.
+OTHER_PROGRAMS = {
     "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue",
-    "open-mode", "kill-on-bad-exit", "zone", "worker", "command", "map-by",
+    "open-mode", "kill-on-bad-exit", "zone", "worker", "command", "map-by", "upgrade-deps",
 }  # fmt: skip
 
 
 def test_every_flag_that_the_documents_name_exists():
-    known = known_flags() | LAUNCHERS
+    known = known_flags() | OTHER_PROGRAMS
     for document in [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").glob("*.md"),

@@ -196,6 +196,7 @@ def test_a_tasks_every_example_is_as_hfs(folder, tasks):
     assert 0 < got["results"]["tiny_choices"]["acc,none"] < 1
 
 
+@pytest.mark.slow
 def test_another_model_would_be_noticed(folder, tasks, tmp_path):
     other = tiny.write_model(tmp_path / "model", seed=2)
     got, want = (

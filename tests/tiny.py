@@ -24,6 +24,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ADAPTED = ("q_proj", "down_proj")  # a step of these compiles in two thirds of all seven's time
 SHAPE = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -265,7 +266,7 @@ def write_config(
         "teacher": teacher,
         "student": StudentConfig(path=str(folder / student), dtype=dtype),
         "data": DataConfig(path=str(folder / data), **options | (rows or {})),
-        "lora": LoraConfig(rank=4, alpha=8.0),
+        "lora": LoraConfig(rank=4, alpha=8.0, target_modules=ADAPTED),
         "optim": OptimConfig(learning_rate=1e-2, warmup_steps=2),
         "compilation_cache": None,
         "steps": 4,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tiny import ADAPTED
 
 from kd_jax.config import (
     Config,
@@ -57,7 +58,7 @@ def make_run_config(
         student=StudentConfig(path=str(student), dtype="float32", shard_over=student_axes),
         data=DataConfig(path=str(train), **options),
         trainable=trainable,
-        lora=LoraConfig(rank=4, alpha=8.0, **(lora or {})),
+        lora=LoraConfig(**{"rank": 4, "alpha": 8.0, "target_modules": ADAPTED, **(lora or {})}),
         loss=LossConfig(**{"chunk_tokens": 32, **(loss or {})}),
         mesh=MeshConfig(**(mesh or {"data": 2})),
         optim=OptimConfig(**{"warmup_steps": 2, "learning_rate": 1e-2, **(optim or {})}),

@@ -147,6 +147,7 @@ def is_seen(case):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", divergences.DIVERGENCES)
 def test_swapped_models_are_seen(name, monkeypatch):
     right = divergences.DIVERGENCES[name]

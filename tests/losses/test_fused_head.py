@@ -293,7 +293,11 @@ def test_without_a_teacher_the_loss_is_cross_entropy():
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "both_softmaxes, sizes",
-    [("_sums", (2, 4, 1, 1)), ("_sums", (1, 2, 2, 2)), ("_sums_in_one_pass", (2, 2, 1, 2))],
+    [
+        pytest.param("_sums", (2, 4, 1, 1), marks=pytest.mark.slow),
+        ("_sums", (1, 2, 2, 2)),
+        ("_sums_in_one_pass", (2, 2, 1, 2)),
+    ],
     indirect=["both_softmaxes"],
 )
 def test_devices_change_nothing(both_softmaxes, sizes):

@@ -152,6 +152,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, change", FAULTS, ids=str)
 def test_a_wrong_constant_of_a_family_is_seen(family, change):
     theirs = tiny.make_torch_model(family, 3)

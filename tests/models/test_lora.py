@@ -281,11 +281,9 @@ def test_merged_at_load_equals_pefts_merge(options, tmp_path):
     "family, use_rslora",
     [
         ("llama", True),
-        ("qwen2", False),
-        ("granite", False),
-        ("olmo2", False),
         ("phi3", False),
         ("gemma3_text", False),
+        *(pytest.param(x, False, marks=pytest.mark.slow) for x in ("qwen2", "granite", "olmo2")),
     ],
 )
 def test_going_on_from_pefts_factors_computes_what_peft_does(family, use_rslora, tmp_path):
@@ -453,7 +451,7 @@ def test_a_folder_without_an_adapter_is_refused(adapter):
     "dtype, remat, tolerance, names",
     [
         ("float32", "layer", 1e-4, LINEAR_NAMES),
-        ("bfloat16", "dots", 3e-2, ("q_proj", "down_proj")),
+        pytest.param("bfloat16", "dots", 3e-2, ("q_proj", "down_proj"), marks=pytest.mark.slow),
     ],
 )
 def test_a_weight_and_its_adapter_in_one_product_are_as_in_two(dtype, remat, tolerance, names):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_run import Run, assert_near, flat, make_run_config
 
 from kd_jax.config import MeshConfig
+from kd_jax.config.run import LINEAR_NAMES
 from kd_jax.losses import fused_head
 from kd_jax.parallel.mesh import make_mesh
 from kd_jax.training import hlo
@@ -61,7 +62,8 @@ def configs(tmp_path_factory, tiny_data):
         optim = {"learning_rate": 1e-3}
         return make_run_config(
             student, teacher, tiny_data, folder, trainable=trainable, steps=STEPS, optim=optim,
-            loss={"chunk_tokens": CHUNK}, seq_len=96, **layout,
+            loss={"chunk_tokens": CHUNK}, lora={"target_modules": LINEAR_NAMES}, seq_len=96,
+            **layout,
         )  # fmt: skip
 
     return make
@@ -127,6 +129,7 @@ def test_every_layout_trains_as_one_device_does(trained, alone):
     assert_near(gradients, want_gradients, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_added_up_wrongly_is_noticed(configs, alone, monkeypatch):
     psum = fused_head._psum
 
