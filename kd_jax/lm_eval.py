@@ -90,6 +90,7 @@ def run_tasks(args: LmEvalArgs) -> dict[str, Any]:
         args.model,
         dtype=args.dtype,
         step=args.step,
+        student_path=args.student_path,
         batch_size=args.batch_size or "auto",
         max_length=args.max_length,
         add_bos_token=args.add_bos_token,

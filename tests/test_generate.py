@@ -105,6 +105,9 @@ def test_a_stop_text_may_be_a_special_token(folder, tokenizer, tmp_path, capsys)
     answer(capsys, model, "--data", data, "--out", out, "--stop", "<|end|>")
     (record,) = tiny.read_lines(out)
     assert record["messages"][-1]["content"] == cut and record["ended"]
+    for given in (argv, ("--data", data, "--out", tmp_path / "new.jsonl")):
+        assert run("--model", model, *given, "--stop", "x<|end|>") == 2
+        assert "or one special token alone, got 'x<|end|>'" in capsys.readouterr().err
 
 
 def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):

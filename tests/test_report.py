@@ -181,7 +181,7 @@ def test_the_best_evaluation_is_the_one_of_lowest_loss(tmp_path):
 def test_a_later_evaluation_is_a_source_of_its_own(tmp_path):
     folders = write_arms(tmp_path, ratios=(0, 1), seeds=2)
     for number, folder in enumerate(folders):
-        values = {"ce": 1.0 + number, "kl_forward": 2.0, "target_tokens": 9, "model": "x"}
+        values = {"ce": 1.0 + number, "kl_forward": 2.0, "target_tokens": 9}
         (folder / "evaluation.json").write_text(json.dumps(values))
     found = tables_of(folders)
     means = find(found, "Held-out text, by kd_jax.evaluate")
@@ -582,10 +582,11 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(tmp_path, capsys):
     waiting = write_run(tmp_path / "waiting", seed=5)
     (waiting / "metrics.jsonl").write_text('{"step": 1, "lo')
     copy = shutil.copytree(good, tmp_path / "copy")
+    logged = write_run(tmp_path / "logged", log=LogConfig(every_steps=2))
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    names = (good, tmp_path / "goood", foreign, model, empty, waiting, copy, f"{good}/")
+    names = (good, tmp_path / "goood", foreign, model, empty, waiting, copy, logged, f"{good}/")
     error = refused(capsys, *names, "--out", out, "--smooth", 0)
     for words in (
         f"goood: expected a workdir of kd_jax.train, got no folder. Did you mean {good}?",
@@ -594,6 +595,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(tmp_path, capsys):
         f"{empty}: expected a workdir of kd_jax.train, got an empty folder",
         f"{waiting}: expected metrics of at least one step, got none yet",
         f"{copy}: expected another configuration or seed than {good} has",
+        f"{logged}: expected another configuration or seed than {good} has",
         f"{good}: given twice",
         f"--out: expected a new folder or an earlier report, got {out}",
         "--smooth: expected at least 1, got 0",
@@ -637,7 +639,13 @@ def test_metrics_of_others_are_refused(tmp_path, capsys, line):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"ce": "1"}, {"ce": 1.0, "arguments": []}, {"ce": 1, "arguments": {"teacher_cache": 5}}],
+    [
+        {},
+        {"ce": "1"},
+        {"ce": 1.0, "kl_forward": "0.1"},
+        {"ce": 1.0, "arguments": []},
+        {"ce": 1, "arguments": {"teacher_cache": 5}},
+    ],
 )
 def test_an_evaluation_of_others_is_refused(tmp_path, capsys, values):
     folder = write_run(tmp_path / "run")

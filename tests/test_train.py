@@ -280,6 +280,30 @@ def test_a_moved_student_in_the_same_workdir_is_accepted(
     assert run_train(copy, "--student.path", str(moved)) == 0
 
 
+def test_a_finished_runs_student_is_found_where_it_has_moved(
+    lora_run, tiny_student, tiny_data, tmp_path, capsys
+):
+    copy = shutil.copytree(lora_run, tmp_path / "run")
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace(str(tiny_student), str(tmp_path / "gone")))
+    export = ("--workdir", str(copy), "--out", str(tmp_path / "out"), "--format", "adapter")
+    assert run_command(to_hf.main, export) == 2
+    assert "--student-path" in capsys.readouterr().err
+    other = tiny.write_model(tmp_path / "other", seed=9)
+    assert run_command(to_hf.main, [*export, "--student-path", str(other)]) == 2
+    assert "student.path: expected the content" in capsys.readouterr().err
+    now = ("--student-path", str(tiny_student))
+    assert run_command(to_hf.main, [*export, *now]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_student)
+    assert evaluated(capsys, copy, None, tiny_data, *now) == evaluated(
+        capsys, lora_run, None, tiny_data
+    )
+    argv = ["--model", str(tiny_student), "--data", str(tiny_data), *now]
+    assert run_command(evaluate.main, argv) == 2
+    assert "--student-path: expected a workdir as --model" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys):
     flags = ("--optim.learning-rate", "1e30", "--optim.clip-norm", "None")
     flags += ("--checkpoint.every-steps", "1")

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from kd_jax.config.checks import IS_PATH, Checked, PathText, metadata, out_path, plain_type
+from kd_jax.config.checks import (
+    IS_PATH,
+    Checked,
+    OptionalPath,
+    PathText,
+    metadata,
+    out_path,
+    plain_type,
+)
 from kd_jax.config.data import DataConfig
 from kd_jax.config.errors import UserError, did_you_mean
 from kd_jax.config.flags import check_flags, plain_switches
@@ -38,6 +46,9 @@ class ModelArgs(Checked):
     bfloat16 where the devices multiply it faster, else float32."""
     step: int | None = None
     """Checkpoint of the workdir; None takes the latest."""
+    student_path: OptionalPath = None
+    """The student of the workdir's run where it is now, if it has moved. Its content must be what
+    the run was started with."""
 
 
 def load_config(path: str | Path) -> Config:
@@ -249,6 +260,7 @@ _ADVICE = {
     errno.EPERM: "Make it writable",
     errno.EROFS: "Make it writable",
     errno.EFBIG: "Raise the limit of file sizes",
+    errno.ENAMETOOLONG: "Give a shorter name",
 }
 
 

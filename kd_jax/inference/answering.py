@@ -23,6 +23,7 @@ from kd_jax.inference.prompts import (
     TextWriter,
     check_ids,
     check_length,
+    check_stops,
     context_length,
     decode_answer,
     encode,
@@ -43,8 +44,9 @@ from kd_jax.workdir.integrity import hash_checkpoint
 
 def answers(args: GenerateArgs) -> Iterator[tuple[int, str]]:
     """Yields pieces of the answers as they are generated: index of the prompt, text."""
-    opened = open_model(args.model, args.dtype, args.step)
+    opened = open_model(args.model, args.dtype, args.step, student_path=args.student_path)
     tokenizer, folder = opened.files.tokenizer, opened.files.folder
+    check_stops(tokenizer, args.stop, "--stop")
     date, template = args.date or opened.config.data.date, None
     if not args.raw:
         own = DataConfig(path="unused", chat_template=args.chat_template)
@@ -113,7 +115,7 @@ def _open_draft(args: GenerateArgs, opened: OpenModel) -> tuple[OpenModel, int]:
 
 def answer_data(args: GenerateArgs) -> None:
     """Writes the answers to the prompts of args.data into args.out."""
-    opened = open_model(args.model, args.dtype, args.step)
+    opened = open_model(args.model, args.dtype, args.step, student_path=args.student_path)
     start_jax(opened.config.compilation_cache)  # before `joined`, which starts jax
     with joined(args.distributed):
         counts = _write_answers(args, opened)
@@ -169,6 +171,7 @@ def _options(
     args: GenerateArgs, opened: OpenModel, template: Template | None, date: str
 ) -> Options:
     tokenizer, folder = opened.files.tokenizer, opened.files.folder
+    check_stops(tokenizer, args.stop, "--stop")
     _, texts = template_stops(tokenizer, template, date)
     stops = turn_ends(tokenizer, template, date) | stop_tokens(folder, tokenizer)
     return Options(

@@ -123,7 +123,7 @@ def summarise(args: EvaluateArgs, measured: Measured) -> dict[str, Any]:
 
 def open_setup(args: EvaluateArgs) -> Setup:
     """Returns the checked models, devices, questions and rows."""
-    student = open_model(args.model, args.dtype, args.step)
+    student = open_model(args.model, args.dtype, args.step, student_path=args.student_path)
     teacher = against = None
     if args.teacher is not None:
         teacher = _open_teacher(args, student.config)

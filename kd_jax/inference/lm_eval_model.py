@@ -52,6 +52,7 @@ class KdJaxLM(TemplateLM):
         pretrained: str,
         dtype: str = "auto",
         step: int | None = None,
+        student_path: str | None = None,
         batch_size: int | str = "auto",
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -65,6 +66,7 @@ class KdJaxLM(TemplateLM):
           pretrained: Hugging Face folder, hub id, output of convert.from_hf, or a workdir.
           dtype: dtype of weights and matrix products: bfloat16, float32, or auto, the faster one.
           step: checkpoint of the workdir; None: the latest.
+          student_path: the run's student where it is now; None: where the run had it.
           batch_size: rows of 512 tokens per batch over all devices, and prompts per batch.
           max_length: context length in tokens; None: config.json's.
           add_bos_token: encode texts with special tokens; None: the tokenizer's setting.
@@ -73,7 +75,7 @@ class KdJaxLM(TemplateLM):
           compilation_cache: folder of compiled programs; None disables it.
         """
         super().__init__()
-        model = open_model(pretrained, dtype, step)  # type: ignore[arg-type]
+        model = open_model(pretrained, dtype, step, student_path=student_path)  # type: ignore[arg-type]
         folder = model.files.folder
         start_jax(compilation_cache)
         mesh = make_mesh(MeshConfig(), jax.device_count())

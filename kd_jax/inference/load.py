@@ -17,7 +17,7 @@ from kd_jax.parallel.platforms import choose_dtype
 from kd_jax.setup.model_files import ModelFiles, open_model_files
 from kd_jax.setup.models import Models, load_frozen, load_models
 from kd_jax.workdir.checkpoints import open_trained
-from kd_jax.workdir.history import is_run, read_config
+from kd_jax.workdir.history import MOVABLE_STUDENT, is_run, read_config
 from kd_jax.workdir.resume import check_same_inputs
 
 
@@ -37,6 +37,7 @@ def open_model(
     dtype: Dtype,
     step: int | None = None,
     *,
+    student_path: str | None = None,
     adapter: str | None = None,
     field: str = "student",
     flag: str = "--model",
@@ -46,6 +47,7 @@ def open_model(
     Args:
       path: Hugging Face folder, hub id, output of convert.from_hf, or workdir.
       step: checkpoint of the workdir; None: the latest.
+      student_path: the run's student where it is now; None: where the run had it.
       adapter: PEFT adapter to merge; not for a workdir.
       field: config field whose name the model's hashes have; not for a workdir.
       flag: names the path in errors; not for a workdir.
@@ -53,7 +55,7 @@ def open_model(
     folder = Path(path).expanduser()
     workdir = folder if is_run(folder) else None
     if workdir is not None:
-        config = read_config(workdir)
+        config = read_config(workdir, student_path)
         field = "student"
         student = dataclasses.replace(config.student, dtype=dtype)
         teacher = config.teacher
@@ -63,12 +65,13 @@ def open_model(
             config, attention="auto", student=student, teacher=teacher, on_policy=OnPolicyConfig()
         )
     else:
-        if step is not None:
-            raise UserError(f"--step: expected a workdir as --model, got {path}")
+        for name, value in (("step", step), ("student-path", student_path)):
+            if value is not None:
+                raise UserError(f"--{name}: expected a workdir as --model, got {path}")
         student = StudentConfig(path=path, adapter=adapter, dtype=dtype)
         unused = DataConfig(path="unused")
         config = Config(workdir="unused", teacher=None, student=student, data=unused, steps=1)
-    named = None if workdir is not None else flag
+    named = MOVABLE_STUDENT if workdir is not None else flag
     files = open_model_files(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
         check_same_inputs(workdir, files.hashes)

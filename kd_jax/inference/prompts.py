@@ -94,6 +94,17 @@ def text_stops(tokenizer: Any, texts: Iterable[str]) -> set[int]:
     return {special[text] for text in texts if text in special}
 
 
+def check_stops(tokenizer: Any, texts: Iterable[str], flag: str) -> None:
+    """Raises UserError for a text that could never end an answer: decoded ones lack its token."""
+    special = _special_tokens(tokenizer)
+    for text in texts:
+        if text not in special and (within := next((x for x in special if x in text), None)):
+            raise UserError(
+                f"{flag}: expected text without special tokens, or one special token alone, got "
+                f"{text!r}, which has {within}"
+            )
+
+
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
     """Returns the ids of the tokens that decode_answer leaves out, by text."""
     added = tokenizer.added_tokens_decoder

@@ -1,7 +1,6 @@
 """Arms: runs that differ only in their seed, their names and their controls. Needs no jax."""
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,8 @@ from kd_jax.config import Config, UserError
 from kd_jax.config.errors import did_you_mean
 from kd_jax.config.flags import flag_names
 from kd_jax.config.record import flatten
-from kd_jax.workdir.history import Run, identity
+from kd_jax.workdir.history import NEUTRAL, Run, identity
 
-# Fields that change neither what a run learns nor what it costs.
-IGNORED = re.compile(
-    r"workdir|seed|data\.cache_dir|compilation_cache|eval\.every_steps|(log|checkpoint)\..*"
-)
 JOIN = " · "
 LABEL_SIZE = 26  # longer labels leave a figure too little room
 
@@ -91,7 +86,9 @@ def _settings(run: Run) -> dict[str, tuple[Any, str]]:
     """
     found, distils = {}, run.config.distils
     for field, value in flatten(run.record["config"]).items():
-        if IGNORED.fullmatch(field) or (field.split(".")[0] == "teacher" and not distils):
+        if field == "seed" or NEUTRAL.fullmatch(field):
+            continue
+        if field.split(".")[0] == "teacher" and not distils:
             continue
         if field == "loss.kd_ratio" and not distils:
             value = 0.0

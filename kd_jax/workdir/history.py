@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _STARTED = re.compile(
     r"lock|checkpoints(/\d+\.orbax-checkpoint-tmp.*)?|\.config\.json\..*\.tmp|lost\+found"
 )
+
+MOVABLE_STUDENT = "student.path of the run (if it has moved, --student-path says where it is)"
+"""Names a finished run's student in errors."""
+
+NEUTRAL = re.compile(
+    r"workdir|data\.cache_dir|compilation_cache|eval\.every_steps|(log|checkpoint)\..*"
+)
+"""Fields that change neither what a run learns nor what it costs."""
 
 PROVENANCE = ("versions", "devices", "git_commit")
 """Entries of a record about each start."""
@@ -101,7 +109,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _settings_and_inputs(run: Run) -> str:
     """Returns a text that is equal for runs with the same configuration, seed and inputs."""
     config = flatten(run.record["config"])
-    settings = {name: identity(x) for name, x in config.items() if name != "workdir"}
+    settings = {name: identity(x) for name, x in config.items() if not NEUTRAL.fullmatch(name)}
     return json.dumps([settings, run.record["inputs"]], sort_keys=True)
 
 
@@ -134,14 +142,22 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     evaluation = read_json(path)
     arguments = evaluation.get("arguments", {})
     sound = isinstance(arguments, dict) and isinstance(arguments.get("teacher_cache"), str | None)
+    sound = sound and not any(isinstance(value, str) for value in evaluation.values())
     if not sound or not isinstance(evaluation.get("ce"), int | float):
         raise UserError(f"{path}: not written by kd_jax.evaluate. Remove it, or evaluate again")
     return evaluation
 
 
-def read_config(workdir: Path) -> Config:
-    """Returns the configuration that a run was started with."""
-    return from_json(read_record(workdir / "config.json")["config"])
+def read_config(workdir: Path, student_path: str | None = None) -> Config:
+    """Returns the configuration that a run was started with.
+
+    Args:
+      student_path: the student's folder where it is now; None: where the run had it.
+    """
+    config = from_json(read_record(workdir / "config.json")["config"])
+    if student_path is None:
+        return config
+    return replace(config, student=replace(config.student, path=student_path))
 
 
 def list_starts(record: dict[str, Any]) -> list[dict[str, Any]]:
