@@ -71,7 +71,10 @@ def open_model(
         student = StudentConfig(path=path, adapter=adapter, dtype=dtype)
         unused = DataConfig(path="unused")
         config = Config(workdir="unused", teacher=None, student=student, data=unused, steps=1)
-    named = MOVABLE_STUDENT if workdir is not None else flag
+    if workdir is None:
+        named = flag
+    else:  # --student-path is that of --model
+        named = MOVABLE_STUDENT if flag == "--model" else "student.path"
     files = open_model_files(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
         check_same_inputs(workdir, files.hashes)
