@@ -47,7 +47,7 @@ def open_model(
     Args:
       path: Hugging Face folder, hub id, output of convert.from_hf, or workdir.
       step: checkpoint of the workdir; None: the latest.
-      student_path: the run's student where it is now; None: where the run had it.
+      student_path: the run's student where it is now, for --model; None: where the run had it.
       adapter: PEFT adapter to merge; not for a workdir.
       field: config field whose name the model's hashes have; not for a workdir.
       flag: names the path in errors; not for a workdir.
@@ -57,6 +57,7 @@ def open_model(
     if workdir is not None:
         config = read_config(workdir, student_path)
         field = "student"
+        named = MOVABLE_STUDENT if flag == "--model" else "student.path"
         student = dataclasses.replace(config.student, dtype=dtype)
         teacher = config.teacher
         if teacher is not None:  # of self-distillation: its dtype must be the student's or auto
@@ -68,13 +69,10 @@ def open_model(
         for name, value in (("step", step), ("student-path", student_path)):
             if value is not None:
                 raise UserError(f"--{name}: expected a workdir as --model, got {path}")
+        named = flag
         student = StudentConfig(path=path, adapter=adapter, dtype=dtype)
         unused = DataConfig(path="unused")
         config = Config(workdir="unused", teacher=None, student=student, data=unused, steps=1)
-    if workdir is None:
-        named = flag
-    else:  # --student-path is that of --model
-        named = MOVABLE_STUDENT if flag == "--model" else "student.path"
     files = open_model_files(config.student.path, config.student.adapter, field, named)
     if workdir is not None:
         check_same_inputs(workdir, files.hashes)

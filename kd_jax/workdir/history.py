@@ -21,7 +21,7 @@ _STARTED = re.compile(
     r"lock|checkpoints(/\d+\.orbax-checkpoint-tmp.*)?|\.config\.json\..*\.tmp|lost\+found"
 )
 
-MOVABLE_STUDENT = "student.path of the run (if it has moved, --student-path says where it is)"
+MOVABLE_STUDENT = "student.path of the run (--student-path, if it has moved)"
 """Names a finished run's student in errors."""
 
 NEUTRAL = re.compile(
