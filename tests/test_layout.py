@@ -56,7 +56,7 @@ FLOORS = [
     {
         "teachers": [
             "live", "storage", "stored", "topk", "entries", "distillkit", "records", "manifest",
-            "lock", "writing", "cost", "reading",
+            "lock", "cost", "writing", "reading",
         ],
     },
     {

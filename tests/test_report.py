@@ -266,9 +266,13 @@ def test_costs_count_every_step_logged_or_not(tmp_path):
 def test_runs_of_a_cache_pay_for_the_teacher_once(tmp_path, one_figure):
     """Three runs of 50 s and 50,000 tokens, and a teacher that took 2 ms a token and 30 s."""
     cache = tmp_path / "cache"
-    cache.mkdir()
-    cost = {"tokens": 9000, "seconds": 30.0, "warm_tokens": 8000, "warm_seconds": 16.0}
-    (cache / "cost.json").write_text(json.dumps(cost))
+    parts = [
+        {"tokens": 8000, "seconds": 20.0, "warm_tokens": 7000, "warm_seconds": 14.0},
+        {"tokens": 1000, "seconds": 10.0, "warm_tokens": 1000, "warm_seconds": 2.0},
+    ]
+    for number, cost in enumerate(parts):
+        (cache / f"part000{number}").mkdir(parents=True)
+        (cache / f"part000{number}" / "cost.json").write_text(json.dumps(cost))
     teacher = dataclasses.replace(BASE.teacher, cache=str(cache))
     folders = write_arms(tmp_path / "runs", (0, 0.5), teacher=teacher)
     cut = write_run(tmp_path / "cut", ratio=1.0, last=3, teacher=teacher)

@@ -309,9 +309,13 @@ def logits_of(program: DecodingProgram, model: Decoder, x: jax.Array) -> jax.Arr
     """Returns the logits [B, V] float32 of the last layer's hidden states x [B, D]."""
     hidden = model.final_norm(x[:, None])[:, 0]
     head = model.head_weight().astype(hidden.dtype)
-    # Head first, as in matmul.project; the barrier keeps XLA from reordering the operands.
-    z = jnp.einsum("VD,BD->VB", head, hidden, preferred_element_type=jnp.float32)
-    logits = jax.lax.optimization_barrier(z).T
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # A CPU multiplies few rows faster with the head first, as in matmul.project; more than 16
+    # would then be transposed. The barriers keep XLA from reordering the operands.
+    if len(hidden) <= 16:
+        logits = jax.lax.optimization_barrier(product("VD,BD->VB", head, hidden)).T
+    else:
+        logits = jax.lax.optimization_barrier(product("BD,VD->BV", hidden, head))
     if program.vocab_size < logits.shape[1]:
         real = jnp.arange(logits.shape[1]) < program.vocab_size
         logits = jnp.where(real[None], logits, -jnp.inf)

@@ -20,7 +20,7 @@ from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found, missing_documents
 from kd_jax.setup.model_files import ModelFiles
 from kd_jax.setup.models import load_frozen
-from kd_jax.teachers.cost import Cost, add_cost, cost_of
+from kd_jax.teachers.cost import Cost, cost_of, write_cost
 from kd_jax.teachers.live import LiveModel
 from kd_jax.teachers.manifest import Cache, commit, read_cache
 from kd_jax.teachers.storage import storing, token_bytes
@@ -190,6 +190,6 @@ def _end(writer: PartWriter) -> None:
 
 def _commit(writer: PartWriter, cost: Cost | None) -> None:
     with storing(writer.cache.path):
-        commit(writer.cache, writer.describe())
         if cost is not None:
-            add_cost(writer.cache.store, cost)
+            write_cost(writer.store, cost)
+        commit(writer.cache, writer.describe())

@@ -1,4 +1,4 @@
-"""Tokens and seconds of the teacher's passes into a cache: cost.json beside the manifest."""
+"""Tokens and seconds of the teacher's passes into a cache: cost.json in the folder of each part."""
 
 import json
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import tensorstore as ts
 
 from kd_jax.config import UserError
 from kd_jax.parallel.progress import Progress
-from kd_jax.teachers.storage import open_folder, read_file, write_json
+from kd_jax.teachers.storage import list_files, open_folder, read_file, write_json
 
 COST = "cost.json"
 
@@ -36,24 +36,17 @@ def cost_of(measured: Progress, share: float) -> Cost:
     return Cost(*whole, measured.warm_tokens, measured.warm_seconds)
 
 
-def add_cost(store: ts.KvStore, cost: Cost) -> None:
-    """Adds a pass to what is recorded in the folder of a cache."""
-    before = _read(store) or Cost()
-    sums = Cost._make(a + b for a, b in zip(before, cost, strict=True))
-    write_json(store, COST, sums._asdict())
+def write_cost(part: ts.KvStore, cost: Cost) -> None:
+    """Writes what a part cost into its folder."""
+    write_json(part, COST, cost._asdict())
 
 
 def read_cost(path: str) -> Cost | None:
     """Returns what the cache in a folder, or at an address, cost; None if it is not recorded."""
     try:
-        return _read(open_folder(path))
-    except (ValueError, OSError, UserError):
-        return None
-
-
-def _read(store: ts.KvStore) -> Cost | None:
-    text = read_file(store, COST)
-    try:
-        return None if text is None else Cost(**json.loads(text))
-    except (ValueError, TypeError):
+        store = open_folder(path)
+        texts = [read_file(store, x) for x in list_files(store) if x.endswith(f"/{COST}")]
+        costs = [Cost(**json.loads(text)) for text in texts if text is not None]
+        return Cost._make(sum(x) for x in zip(*costs, strict=True)) if costs else None
+    except (ValueError, TypeError, OSError, UserError):
         return None

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from kd_jax.data.store import Batch
+from kd_jax.teachers.cost import COST
 from kd_jax.teachers.manifest import INDEX, Cache, Part, index_bytes, part_folder
 from kd_jax.teachers.storage import (
     list_files,
@@ -148,9 +149,12 @@ class PartWriter:
         self._wait()
 
     def describe(self) -> Part:
-        """Returns the finished part, with the hash of every file, which it reads again."""
+        """Returns the finished part, with the hash of every file, which it reads again.
+
+        What it cost differs from run to run, and is not among them.
+        """
         files = {}
-        for name in list_files(self.store):
+        for name in (x for x in list_files(self.store) if x != COST):
             data = read_file(self.store, name) or b""
             files[name] = (len(data), xxhash.xxh3_128_hexdigest(data))
         return Part(self.num_documents, self.num_tokens, files)

@@ -22,6 +22,7 @@ from kd_jax.config import CheckpointConfig, EvalConfig, LogConfig, TeacherConfig
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.documents import find_documents
+from kd_jax.inference import teacher_pass
 from kd_jax.inference.cache_check import check_cache
 from kd_jax.inference.cached import Storage, make_cache, open_cached
 from kd_jax.inference.evaluation import evaluate_rows
@@ -190,6 +191,19 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(make_config, tmp_path, monkey
     assert files_of(tmp_path / "torn") == files_of(tmp_path / "whole")
     whole, torn = (read_cost(str(tmp_path / name)) for name in ("whole", "torn"))
     assert whole.tokens == pytest.approx(torn.tokens, rel=0.5) and whole.seconds_per_token > 0
+
+
+def test_what_a_pass_cost_is_kept_where_its_last_write_fails(make_config, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher_pass, "commit", full)
+        with pytest.raises(UserError, match="the same command then goes on"):
+            make_cache(make_config(), str(tmp_path))
+    cost = read_cost(str(tmp_path))
+    make_cache(make_config(), str(tmp_path))
+    assert read_cost(str(tmp_path)) == cost and cost.tokens > 0
 
 
 @pytest.mark.fast
