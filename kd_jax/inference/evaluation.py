@@ -14,7 +14,7 @@ from kd_jax.inference.scores import Sums, accepted_length, tally
 from kd_jax.losses.fused_head import token_metrics
 from kd_jax.models.decoder import Decoder
 from kd_jax.parallel.mesh import compiler_options, num_batch_shards, replicated, traits
-from kd_jax.parallel.placement import Arrays, put_batch
+from kd_jax.parallel.placement import Arrays, one_late, put_batch
 from kd_jax.setup.forward import loss_scalars, run_models
 from kd_jax.setup.program import Program
 
@@ -41,9 +41,10 @@ def evaluate_rows(
     num_rows = config.data.batch_size // config.optim.accumulation_steps
     num_buckets = rows.tokens.shape[1].bit_length()
     documents, positions = [], []
-    for batch in eval_batches(rows, num_rows, read_teacher=read_teacher):
-        placed = put_batch(batch, mesh)
-        mask, metrics = jax.device_get(run(program, arrays, teacher_arrays, placed))
+    batches = eval_batches(rows, num_rows, read_teacher=read_teacher)
+    started = ((x, run(program, arrays, teacher_arrays, put_batch(x, mesh))) for x in batches)
+    for batch, out in one_late(started):
+        mask, metrics = jax.device_get(out)
         values = {name: value[mask] for name, value in metrics.items()}
         groups, num_groups = _documents(batch["segment_ids"], mask)
         for length in draft_lengths:

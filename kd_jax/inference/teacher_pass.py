@@ -1,7 +1,6 @@
 """The teacher's forward pass over rows, into a cache."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from kd_jax.data.documents import predicts_target
 from kd_jax.data.store import Batch
 from kd_jax.models.decoder import DecoderSpec
 from kd_jax.parallel.mesh import compiler_options, replicated
-from kd_jax.parallel.placement import Arrays, put_batch
+from kd_jax.parallel.placement import Arrays, one_late, put_batch
 from kd_jax.parallel.processes import gather, on_first, say, together
 from kd_jax.parallel.progress import Progress
 from kd_jax.setup.cached import Found, missing_documents
@@ -80,16 +79,15 @@ class TeacherPass:
 
     def values(self, skip: int = 0) -> Iterator[Batch]:
         """Yields the values of the tokens from number `skip` on, a batch of rows at a time."""
-        late: tuple[Any, np.ndarray, int] | None = None
+        for out, mask, before in one_late(self._started(skip)):
+            yield _selected(out, mask, before)
+
+    def _started(self, skip: int) -> Iterator[tuple[Arrays, np.ndarray, int]]:
+        """Yields the outputs of each batch, its wanted tokens, and how many of them to skip."""
         for work, numbers, before in self._batches(skip):
             (batch,) = eval_batches(work.found.teacher_rows, self.batch_rows, numbers)
             row_ids = np.pad(numbers, (0, self.batch_rows - len(numbers)))
-            out = self.forward(batch)
-            if late is not None:  # the device is at work on the next batch meanwhile
-                yield _selected(*late)
-            late = out, work.select(batch, row_ids), before
-        if late is not None:
-            yield _selected(*late)
+            yield self.forward(batch), work.select(batch, row_ids), before
 
     def forward(self, batch: Batch) -> Arrays:
         """Starts the pass over rows, and returns their values as stored, [B, S, ...]."""

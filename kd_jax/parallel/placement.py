@@ -1,6 +1,7 @@
 """Batches onto the devices of a mesh."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import batch_sharding, vector_sharding
 
 Arrays = dict[str, jax.Array]
+T = TypeVar("T")
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
@@ -37,6 +39,15 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> Arrays:
         )
         for name, x in batch.items()
     }
+
+
+def one_late(items: Iterable[T]) -> Iterator[T]:
+    """Yields each item once the next one is made: the devices compute it while this one is read."""
+    late: list[T] = []
+    for item in items:
+        yield from late
+        late = [item]
+    yield from late
 
 
 def fetch(x: jax.Array) -> np.ndarray:
