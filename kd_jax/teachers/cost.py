@@ -45,8 +45,9 @@ def read_cost(path: str) -> Cost | None:
     """Returns what the cache in a folder, or at an address, cost; None if it is not recorded."""
     try:
         store = open_folder(path)
-        texts = [read_file(store, x) for x in list_files(store) if x.endswith(f"/{COST}")]
-        costs = [Cost(**json.loads(text)) for text in texts if text is not None]
+        # Caches of before have one file for all parts, beside the manifest.
+        names = [x for x in list_files(store) if x.split("/")[-1] == COST]
+        costs = [Cost(**json.loads(read_file(store, x) or b"")) for x in names]
         return Cost._make(sum(x) for x in zip(*costs, strict=True)) if costs else None
     except (ValueError, TypeError, OSError, UserError):
         return None
