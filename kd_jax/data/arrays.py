@@ -1,6 +1,6 @@
 """Rows on disk as arrays to read from by row number: several sources, and rows of other lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,3 +51,44 @@ class Ragged(Joined):
             begin, end = self.starts[row : row + 2]
             out[place][: end - begin] = self.flat[begin:end]
         return out
+
+
+TOKEN, BEGIN, TARGET = np.uint8(1), np.uint8(2), np.uint8(4)
+"""Bits of a mark: a token, not padding; the first of its document; with a loss."""
+
+
+class Marked:
+    """A column [R, S] that is computed from the rows' marks, uint8, when it is read."""
+
+    def __init__(self, marks: Any, read: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Takes one of the functions below as `read`."""
+        self.marks, self.read = marks, read
+        self.shape, self.size, self.dtype = marks.shape, marks.size, read(marks[:0]).dtype
+
+    def __len__(self) -> int:
+        return len(self.marks)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns the rows of a slice or of an array of row numbers."""
+        return self.read(np.asarray(self.marks[index]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+
+def segment_ids(marks: np.ndarray) -> np.ndarray:
+    """Returns each token's document, [..., S] int32, numbered from 1; 0 is padding."""
+    numbers = np.cumsum(marks & BEGIN > 0, axis=-1, dtype=np.int32)
+    return np.where(marks & TOKEN, numbers, np.int32(0))
+
+
+def positions(marks: np.ndarray) -> np.ndarray:
+    """Returns each token's position in its document, [..., S] int32; 0 in padding."""
+    here = np.arange(marks.shape[-1], dtype=np.int32)
+    begins = np.maximum.accumulate(np.where(marks & BEGIN, here, np.int32(0)), axis=-1)
+    return np.where(marks & TOKEN, here - begins, np.int32(0))
+
+
+def loss_mask(marks: np.ndarray) -> np.ndarray:
+    """Returns [..., S] bool, True for target tokens."""
+    return marks & TARGET > 0

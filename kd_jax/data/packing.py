@@ -9,8 +9,9 @@ import numpy as np
 
 from kd_jax.config import DataConfig
 from kd_jax.config.errors import MAX_SHOWN
+from kd_jax.data.arrays import BEGIN, TARGET, TOKEN
 from kd_jax.data.prepare import Flat, Prepared
-from kd_jax.data.store import COLUMNS, Batch
+from kd_jax.data.store import Batch
 
 WINDOW_TOKENS = 2**22
 """Tokens that are packed together."""
@@ -54,23 +55,18 @@ def choose_rows(window: Prepared, data: DataConfig, teacher_seq_len: int | None)
 
 
 def join_rows(flat: Flat, rows: list[list[int]]) -> tuple[Batch, np.ndarray]:
-    """Returns the columns of rows without padding, [N] each, and the rows' lengths [R]."""
+    """Returns store.STORED of rows without padding, [N] each, and the rows' lengths [R]."""
     order = np.concatenate(rows)
     sizes, counts = flat.lengths[order], np.array([len(row) for row in rows])
     positions = _ranges(sizes)
     source = np.repeat((np.cumsum(flat.lengths) - flat.lengths)[order], sizes) + positions
-    columns: Batch = {
-        "tokens": flat.tokens[source],
-        "segment_ids": np.repeat(_ranges(counts) + 1, sizes),
-        "positions": positions,
-        "loss_mask": flat.target[source],
-    }
-    columns = {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}
-    return columns, np.add.reduceat(sizes, np.cumsum(counts) - counts)
+    marks = TOKEN | BEGIN * (positions == 0) | TARGET * flat.target[source]
+    lengths = np.add.reduceat(sizes, np.cumsum(counts) - counts)
+    return {"tokens": flat.tokens[source].astype(np.int32), "marks": marks}, lengths
 
 
 def fill_rows(columns: Batch, lengths: np.ndarray, seq_len: int, pad: int) -> Batch:
-    """Returns the columns of rows of `lengths` tokens, [R, S] each; segment 0 is padding."""
+    """Returns the columns of rows of `lengths` tokens, [R, S] each; mark 0 is padding."""
     there = np.repeat(np.arange(len(lengths)) * seq_len, lengths) + _ranges(lengths)
     out: Batch = {name: np.zeros((len(lengths), seq_len), x.dtype) for name, x in columns.items()}
     out["tokens"][:] = pad

@@ -30,10 +30,18 @@ from kd_jax.data.pool import prepare_all
 from kd_jax.data.prepare import EMPTY, Job, Prepared, chunks
 from kd_jax.data.prompts import TeacherPrompt, check_prompt
 from kd_jax.data.records import describe_ignored
-from kd_jax.data.store import COLUMNS, TEACHER, TEACHER_ENDS, open_store, writing
+from kd_jax.data.store import (
+    COLUMNS,
+    STORED,
+    TEACHER,
+    TEACHER_ENDS,
+    columns_of,
+    open_store,
+    writing,
+)
 from kd_jax.data.templates import Template, need_template
 
-STORE_VERSION = 6
+STORE_VERSION = 7
 
 
 _ROUNDED = 128
@@ -42,7 +50,7 @@ _ROUNDED = 128
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A data set in rows, [R, S] memory-mapped arrays, or several sources' one after the other."""
+    """A data set in rows, [R, S] arrays to read from by row number, int32 and `loss_mask` bool."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -140,7 +148,7 @@ def _rows_of_source(
     files = listing.files or (f"{data.path} {data.split}",)
     origin = (tuple(map(os.path.realpath, files)), begin, end)
     return Rows(
-        **{name: columns[name] for name in COLUMNS},
+        **columns_of(columns),
         counts=meta["counts"],
         key=key,
         notes=notes,
@@ -161,10 +169,8 @@ def _teacher_rows(columns: dict[str, Any], meta: dict[str, Any], key: str) -> Ro
     if (width := meta.get("teacher_seq_len")) is None:
         return None
     ends = np.asarray(columns[TEACHER_ENDS])
-    arrays: dict[str, Any] = {
-        name: Ragged(columns[f"{TEACHER}{name}"], ends, width) for name in COLUMNS
-    }
-    return Rows(**arrays, counts={}, key=key)
+    own = {name: Ragged(columns[f"{TEACHER}{name}"], ends, width) for name in STORED}
+    return Rows(**columns_of(own), counts={}, key=key)
 
 
 def shortest_rows(rows: Rows) -> int:

@@ -16,16 +16,20 @@ import numpy as np
 import xxhash
 
 from kd_jax.config import UserError
+from kd_jax.data.arrays import Marked, loss_mask, positions, segment_ids
 
 Batch = dict[str, np.ndarray]
 
 COLUMNS = {
     "tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_mask": np.bool_
 }  # fmt: skip
+"""Of rows, and of a batch of them."""
+STORED = {"tokens": np.int32, "marks": np.uint8}
+"""Of rows on disk; arrays.py says what the marks are."""
 TEACHER = "teacher_"
 """Stands before the names of the teacher's arrays in a store and in a batch."""
 # The teacher's own rows, without padding; `ends` has the end of each row.
-TEACHER_COLUMNS = {f"{TEACHER}{name}": dtype for name, dtype in COLUMNS.items()}
+TEACHER_STORED = {f"{TEACHER}{name}": dtype for name, dtype in STORED.items()}
 TEACHER_ENDS = f"{TEACHER}ends"
 _STALE_SECONDS = 24 * 3600
 
@@ -33,7 +37,7 @@ _STALE_SECONDS = 24 * 3600
 def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Returns the memory-mapped columns and the metadata; None if absent or damaged.
 
-    COLUMNS are [R, S], and where the teacher has rows of its own TEACHER_COLUMNS [N], TEACHER_ENDS
+    STORED are [R, S], and where the teacher has rows of its own TEACHER_STORED [N], TEACHER_ENDS
     [R].
     """
     try:
@@ -44,7 +48,7 @@ def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
             sums = dict(zip(columns, pool.map(_hash_column, columns.values()), strict=True))
         whole = sums == meta["xxh3"] and all(
             len({columns[name].shape for name in some if name in columns}) <= 1
-            for some in (COLUMNS, TEACHER_COLUMNS)
+            for some in (STORED, TEACHER_STORED)
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
         return None
@@ -53,7 +57,14 @@ def open_store(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def dtypes_of(teacher: bool) -> dict[str, Any]:
     """Returns the columns' dtypes by name; `teacher`: it has rows of its own."""
-    return COLUMNS | (TEACHER_COLUMNS | {TEACHER_ENDS: np.int64} if teacher else {})
+    return STORED | (TEACHER_STORED | {TEACHER_ENDS: np.int64} if teacher else {})
+
+
+def columns_of(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns COLUMNS of rows in the form of STORED, as arrays to read from by row number."""
+    reads = {"segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
+    marked = {name: Marked(stored["marks"], read) for name, read in reads.items()}
+    return {"tokens": stored["tokens"], **marked}
 
 
 def _hash_column(column: Any) -> str:
@@ -85,7 +96,7 @@ class StoreWriter:
         """Writes the header for the rows so far; its size does not depend on their number."""
         self.files[name].seek(0)
         shape: tuple[int, ...] = (self.counts[name],)
-        shape, descr = shape + (self.seq_len,) * (name in COLUMNS), np.dtype(self.dtypes[name]).str
+        shape, descr = shape + (self.seq_len,) * (name in STORED), np.dtype(self.dtypes[name]).str
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.files[name], header)
 
