@@ -1,7 +1,8 @@
 """Tokens per second and peak memory of data preparation: python benchmarks/prepare.py --help.
 
 Writes JSON lines of the wanted size, whose records are drawn from a file with their words shuffled,
-so that no cache of texts helps, and prepares rows from them.
+so that no cache of texts helps, and prepares rows from them. Lines after the first 500 MB are
+copies of these.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from kd_jax.data.chat import chat_template_of, load_tokenizer
 from kd_jax.data.files import read_raw
 from kd_jax.data.records import make_record
 from kd_jax.data.rows import describe_rows, make_rows
+
+VARIED_BYTES = 500 * 10**6
 
 
 def main() -> None:
@@ -60,10 +63,16 @@ def write_varied(source: Path, file: Path, num_bytes: int) -> None:
     draw = random.Random(0)
     chats = [make_record(*raw).messages for raw in read_raw(str(source), "train", 0, None)]
     with file.open("w") as stream:
-        while stream.tell() < num_bytes:
+        while stream.tell() < min(num_bytes, VARIED_BYTES):
             for messages in draw.sample(chats, len(chats)):
                 turns = [{**turn, "content": shuffled(draw, turn["content"])} for turn in messages]
                 stream.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    size = file.stat().st_size
+    with file.open("rb") as lines, file.open("ab") as stream:
+        for _ in range(size, num_bytes, size):
+            lines.seek(0)
+            for start in range(0, size, 2**20):
+                stream.write(lines.read(min(2**20, size - start)))
 
 
 def shuffled(draw: random.Random, text: str) -> str:

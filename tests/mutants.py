@@ -251,7 +251,7 @@ class Base:
         )
         rows = make_rows(data, tokenizer, chat_template_of(data, tokenizer))
         shutil.rmtree(cache)
-        assert 0 < rows.loss_mask.sum() < (rows.segment_ids > 0).sum()
+        assert 0 < np.sum(rows.loss_mask) < np.sum(np.array(rows.segment_ids) > 0)
 
 
 KINDS: dict[str, Callable[[Base, random.Random], None]] = {

@@ -36,7 +36,8 @@ FLOORS = [
     {
         "models": [
             "config_keys", "rope", "families", "layer_types", "architecture", "weight_table",
-            "known", "bits", "residuals", "masks", "triton_attention", "attention", "matmul",
+            "known", "bits", "residuals", "masks", "triton_attention",
+            "blockwise_attention", "tiled_attention", "attention", "matmul",
             "embedding", "modules", "decoder", "lora",
         ],
     },

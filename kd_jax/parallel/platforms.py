@@ -34,6 +34,8 @@ class Platform:
     """Name in jax.lax.platform_dependent."""
     attention: Sequence[AttentionKernel] = ()
     """Attention kernels of this platform alone, the fastest first; any has xla."""
+    tiled_attention: bool = False
+    """Attend in loops that skip blocks of other documents, with steps as small as suit a CPU."""
     wide_products: bool = False
     """Ask for float32 results of bfloat16 matmuls, then round: XLA's CPU has a bfloat16 kernel for
     that form only, several times faster than the float32 matmul it makes of the other."""
@@ -92,6 +94,7 @@ class Platform:
 PLATFORMS: Mapping[str, Platform] = {
     "cpu": Platform(
         lowering="cpu",
+        tiled_attention=True,
         wide_products=True,
         transposed_head=True,
         joined_adapters=True,

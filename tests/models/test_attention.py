@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kd_jax.config import MeshConfig
 from kd_jax.models import attention as module
-from kd_jax.models.masks import Window
+from kd_jax.models import blockwise_attention, tiled_attention
+from kd_jax.models.masks import NEGATIVE, Mask, Window
 from kd_jax.models.matmul import project
 from kd_jax.models.residuals import SAVED_ATTENTION
 from kd_jax.parallel.mesh import Layout, make_mesh
@@ -137,11 +138,12 @@ def test_parts_of_rows_attend_as_whole_rows_do():
 
 @pytest.mark.parametrize("name", ["causal", "of_queries"])
 def test_a_part_that_takes_itself_for_the_first_is_noticed(monkeypatch, name):
-    right, inputs = getattr(module, name), make_inputs(60)
-    if name == "causal":
-        monkeypatch.setattr(module, name, lambda context, *x: right(None, *x))
-    else:
-        monkeypatch.setattr(module, name, lambda context, size, mask: first(size, mask))
+    right, inputs = getattr(blockwise_attention, name), make_inputs(60)
+    wrong = {
+        "causal": lambda context, *x: right(None, *x),
+        "of_queries": lambda context, size, mask: first(size, mask),
+    }
+    monkeypatch.setattr(blockwise_attention, name, wrong[name])
     q, k, v, segments, _ = inputs
     got = jax.jit(partial(attention, layout=split_rows()))(q, k, v, segments)
     assert np.abs(got - expected(q, k, v, segments)).max() > 1e-3
@@ -151,11 +153,16 @@ def first(num_queries, mask):
     return jax.tree.map(lambda x: x[:, :num_queries], mask)
 
 
-@pytest.mark.parametrize("S", [60, 300])
-def test_gradients_equal_those_of_jaxs_own(S):
+def in_blocks(q, k, v, segments):
+    """Attention as where rows are sharded, and on other platforms."""
+    return blockwise_attention.blockwise(H**-0.5, None, q, k, v, Mask((segments,)))
+
+
+@pytest.mark.parametrize("S, run", [(60, attention), (300, attention), (300, in_blocks)])
+def test_gradients_equal_those_of_jaxs_own(S, run):
     inputs = make_inputs(S)
     for ours, theirs in zip(
-        with_gradients(attention, *inputs), with_gradients(jaxs_own, *inputs), strict=True
+        with_gradients(run, *inputs), with_gradients(jaxs_own, *inputs), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
@@ -195,14 +202,31 @@ def test_cudnn_equals_the_blocks_on_jaxs_plain_kernel(has_window, S, parts, monk
         np.testing.assert_allclose(ours, theirs, atol=2e-2 * np.abs(theirs).max())  # of bfloat16
 
 
-def test_a_block_that_sees_too_little_is_noticed(monkeypatch):
-    right = module._block_logits
-    monkeypatch.setattr(
-        module, "_block_logits", lambda *args: right(*args).at[..., 0].set(module.NEGATIVE)
-    )
+@pytest.mark.parametrize(
+    "kernel, name, run",
+    [(blockwise_attention, "_block_logits", in_blocks), (tiled_attention, "_bias", attention)],
+)
+def test_a_block_that_sees_too_little_is_noticed(kernel, name, run, monkeypatch):
+    right = getattr(kernel, name)
+    monkeypatch.setattr(kernel, name, lambda *args: right(*args).at[..., 0].set(NEGATIVE))
     q, k, v, segments, _ = make_inputs(300)
-    got = jax.jit(lambda *x: attention(*x))(q, k, v, segments)
+    got = jax.jit(lambda *x: run(*x))(q, k, v, segments)
     assert np.abs(got - expected(q, k, v, segments)).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_keys_of_other_documents_and_before_the_window_are_not_read(size):
+    """What they are would be seen in a product with a weight of 0, as NaN."""
+    q, k, v, segments, d = make_inputs(512)
+    first = 1 if size is None else 2
+    segments[:, :256], segments[:, 256:448], segments[:, 448:] = first, 2, 0  # padding last
+    k[:, :256], v[:, :256] = np.nan, np.nan
+    window = None if size is None else Window(positions_of(segments), np.int32(size))
+    run = partial(attention, window=window)
+    out, dq, *_ = with_gradients(run, q, k, v, segments, d)
+    clean = slice(320, 384)  # queries of document 2 whose keys begin at 256
+    assert np.isfinite(out[:, clean]).all() and np.isfinite(dq[:, clean]).all()
+    assert np.isnan(out[:, :64]).all()
 
 
 def test_bfloat16_stays_near_float32():
