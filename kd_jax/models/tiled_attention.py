@@ -119,10 +119,10 @@ def _blocks_of(mask: Mask) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the row of each block of queries, its number in the row, and the first block of keys
     that it may attend to, [P] int32 each.
 
-    Two blocks are apart if the ranges of their documents are. Padding, 0, is behind all documents.
+    Two blocks are apart if the ranges of their documents are. Padding, 0 or -1, is behind all documents.
     """
     last = jnp.iinfo(jnp.int32).max
-    ids = [jnp.where(x == 0, last, x).reshape(len(x), -1, BLOCK) for x in mask.documents]
+    ids = [jnp.where(x <= 0, last, x).reshape(len(x), -1, BLOCK) for x in mask.documents]
     ranges = [(x.min(axis=-1), x.max(axis=-1)) for x in ids]
     lowest, highest = (x[:, None] for x in ranges[0])  # of the keys
     meet = [(low[..., None] <= highest) & (lowest <= high[..., None]) for low, high in ranges]
