@@ -222,9 +222,9 @@ class Config:
     but matrix products and attention; attention: all but attention; layer: whole layers; auto: the
     fastest of them that fits, as kd_jax.plan estimates. Changes memory and speed, not results."""
     attention: Literal["auto", "xla", "cudnn", "triton", "splash"] = "auto"
-    """Attention kernel; auto: triton for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla. triton
-    skips other documents, which cudnn computes and masks; it leaves sliding windows, and heads of
-    another dimension than 16, 32, 64 or 128, to cudnn."""
+    """Attention kernel; auto: triton for bfloat16 on NVIDIA GPUs, splash on TPUs, else xla. triton,
+    splash, and xla on a CPU skip other documents, which cudnn computes and masks; triton leaves
+    sliding windows, and heads of another dimension than 16, 32, 64 or 128, to cudnn."""
     compilation_cache: OptionalPath = "~/.cache/kd_jax/xla"
     """Folder (or gs:// address) of compiled programs for later runs; None disables it."""
 

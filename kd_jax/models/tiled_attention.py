@@ -119,7 +119,8 @@ def _blocks_of(mask: Mask) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the row of each block of queries, its number in the row, and the first block of keys
     that it may attend to, [P] int32 each.
 
-    Two blocks are apart if the ranges of their documents are. Padding, 0 or -1, is behind all documents.
+    Two blocks are apart if the ranges of their documents are. Padding, 0 or -1, is behind all
+    documents.
     """
     last = jnp.iinfo(jnp.int32).max
     ids = [jnp.where(x <= 0, last, x).reshape(len(x), -1, BLOCK) for x in mask.documents]
