@@ -159,9 +159,16 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies RoPE to the first R entries of x [B, S, heads, H], pairing i and i + R / 2."""
+    """Applies RoPE to the first R entries of x [B, S, heads, H], pairing i and i + R / 2.
+
+    It is computed in float32 and rounded once, in the form that XLA's CPU vectorises: with each
+    operation in bfloat16 it takes eight times as long.
+    """
     half = cos.shape[-1]
     if 2 * half < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., : 2 * half], cos, sin), x[..., 2 * half :]], axis=-1)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    wide, cos, sin = (y.astype(jnp.float32) for y in (x, cos, sin))
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([second, first], axis=-1)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (wide * cos + turned * sin).astype(x.dtype)
