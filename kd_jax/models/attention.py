@@ -14,7 +14,7 @@ from kd_jax.models.residuals import SAVED_ATTENTION
 from kd_jax.models.tiled_attention import BLOCK, tiled_attention
 from kd_jax.parallel.experimental import experimental
 from kd_jax.parallel.mesh import Layout, traits
-from kd_jax.parallel.platforms import TRITON_BLOCK, TRITON_HEAD_DIMS, Implementation
+from kd_jax.parallel.platforms import TRITON_BLOCK, TRITON_HEAD_DIMS, Implementation, num_cores
 
 
 def attention(
@@ -59,7 +59,7 @@ def attention(
     documents = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
     mask = Mask(documents, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    xla = _tiled if traits(layout.mesh).tiled_attention else blockwise
+    xla = partial(_xla, traits(layout.mesh))
     kernels = {"xla": xla, "cudnn": _cudnn, "triton": _triton, "splash": _splash}
     kernel: Any = kernels[implementation]
     if layout.mesh.size == 1:
@@ -96,13 +96,13 @@ def _axis_of_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> str | N
     return axis if fits else None
 
 
-def _tiled(scale, context, q, k, v, mask):
-    """Attention on a CPU, in loops that skip blocks of other documents."""
-    S = q.shape[1]
-    if context is not None or S <= 2 * BLOCK:
-        return blockwise(scale, context, q, k, v, mask, as_bits=True)
-    heads, mask = _padded(BLOCK, (q, k, v), mask)
-    return tiled_attention(scale, *heads, mask)[:, :S]
+def _xla(platform, scale, context, q, k, v, mask):
+    """Attention by XLA, in loops that skip other documents where rows are long for the cores."""
+    least = platform.tiled_tokens
+    if context is not None or least is None or q.shape[1] < least * num_cores():
+        return blockwise(scale, context, q, k, v, mask, as_bits=platform.integer_residuals)
+    heads, rows = _padded(BLOCK, (q, k, v), mask)
+    return tiled_attention(scale, *heads, rows)[:, : q.shape[1]]
 
 
 def _cudnn(scale, context, q, k, v, mask):

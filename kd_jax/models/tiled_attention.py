@@ -109,7 +109,7 @@ tiled_attention.defvjp(_forward, _backward)
 
 def _widths(S: int) -> list[int]:
     """Returns the numbers of keys that a block is multiplied by, ascending: doubled up to all."""
-    widths = [2 * BLOCK]
+    widths = [min(2 * BLOCK, S)]
     while widths[-1] < S:
         widths.append(min(2 * widths[-1], S))
     return widths

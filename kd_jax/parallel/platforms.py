@@ -5,6 +5,7 @@ lowered for (`by_platform`); never that of the default backend. Programs are com
 that are not here. docs/benchmarks.md and docs/log.md have the measurements.
 """
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,9 @@ class Platform:
     """Name in jax.lax.platform_dependent."""
     attention: Sequence[AttentionKernel] = ()
     """Attention kernels of this platform alone, the fastest first; any has xla."""
-    tiled_attention: bool = False
-    """Attend in loops that skip blocks of other documents, with steps as small as suit a CPU."""
+    tiled_tokens: int | None = None
+    """Fewest tokens of a row, for each core of a CPU, for attention in loops that skip blocks of
+    other documents. The loops keep one core busy, and attention without them all. None: never."""
     wide_products: bool = False
     """Ask for float32 results of bfloat16 matmuls, then round: XLA's CPU has a bfloat16 kernel for
     that form only, several times faster than the float32 matmul it makes of the other."""
@@ -94,7 +96,7 @@ class Platform:
 PLATFORMS: Mapping[str, Platform] = {
     "cpu": Platform(
         lowering="cpu",
-        tiled_attention=True,
+        tiled_tokens=256,
         wide_products=True,
         transposed_head=True,
         joined_adapters=True,
@@ -172,6 +174,13 @@ def choose_attention(wanted: str, platform: str, dtype: str, head_dim: int) -> I
     kernels = PLATFORMS[platform].attention
     able = (x.name for x in kernels if dtype in x.dtypes and head_dim in x.head_dims)
     return next(able, "xla")
+
+
+def num_cores() -> int:
+    """Returns the cores of this machine that the process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_features() -> set[str]:
