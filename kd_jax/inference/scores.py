@@ -148,19 +148,21 @@ def _differences(sums: Sums, others: Sums, counts: np.ndarray) -> Sums:
 
 def describe(result: dict[str, Any]) -> str:
     """Returns the object that kd_jax.evaluate prints as lines and tables."""
-    lines = [f"{n:16}{x:.6g}" for n, x in result.items() if isinstance(x, int | float)]
+    numbers = {n: x for n, x in result.items() if isinstance(x, int | float)}
+    width = max(16, *(len(name) + 1 for name in numbers))
+    lines = [f"{name:{width}}{x:.6g}" for name, x in numbers.items()]
     columns = [n for n in ("ce", "kl_forward", "top1_agreement", "ece") if n in result]
     lines += ["", "by position of the target token in its document", ""]
     lines.append("".join(f"{n:>16}" for n in ("positions", "target_tokens", *columns)))
     for row in result["by_position"]:
         place = f"{row['start']}-{row['stop'] - 1}"
-        numbers = "".join(f"{row[name]:16.6g}" for name in columns)
-        lines.append(f"{place:>16}{row['target_tokens']:16}{numbers}")
+        cells = "".join(f"{row[name]:16.6g}" for name in columns)
+        lines.append(f"{place:>16}{row['target_tokens']:16}{cells}")
     if "against" in result:
         named = result["arguments"]
         lines += ["", f"{named['model']} minus {named['against']}, 95 % interval", ""]
-        lines.append(f"{'':16}{'model':>12}{'against':>12}{'difference':>12}    interval")
+        lines.append(f"{'':{width}}{'model':>12}{'against':>12}{'difference':>12}    interval")
         for name, row in result["against"].items():
-            numbers = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))
-            lines.append(f"{name:16}{numbers}    [{row['low']:.6g}, {row['high']:.6g}]")
+            cells = "".join(f"{x:12.6g}" for x in (result[name], row["value"], row["difference"]))
+            lines.append(f"{name:{width}}{cells}    [{row['low']:.6g}, {row['high']:.6g}]")
     return "\n".join(lines)
