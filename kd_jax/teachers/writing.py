@@ -51,6 +51,8 @@ class PartWriter:
         self.done = 0
         """Tokens that are on disk or waiting to be written."""
         self.waiting: list[Batch] = []
+        self.num_waiting = 0
+        """Tokens of `waiting`."""
         self.pending: list[Any] = []
 
     def _prepare(self, index: bytes, origin: str) -> None:
@@ -106,15 +108,14 @@ class PartWriter:
 
     def append(self, values: Batch) -> None:
         """Takes the values of the next tokens, [n, ...] by field."""
+        count = len(next(iter(values.values())))
+        begun = (self.done - self.num_waiting) // self.shard
         self.waiting.append(values)
-        self.done += len(next(iter(values.values())))
-        begun = (self.done - self._num_waiting()) // self.shard
-        while self._num_waiting() >= self.shard or (self.done == self.num_tokens and self.waiting):
-            self._write(begun, self._take(min(self.shard, self._num_waiting())))
+        self.num_waiting += count
+        self.done += count
+        while self.num_waiting >= self.shard or (self.done == self.num_tokens and self.waiting):
+            self._write(begun, self._take(min(self.shard, self.num_waiting)))
             begun += 1
-
-    def _num_waiting(self) -> int:
-        return sum(len(next(iter(values.values()))) for values in self.waiting)
 
     def _take(self, count: int) -> Batch:
         """Returns the first waiting tokens, and leaves the others."""
@@ -123,7 +124,8 @@ class PartWriter:
             for name in self.cache.fields
         }
         rest = {name: x[count:] for name, x in whole.items()}
-        self.waiting = [rest] if len(next(iter(rest.values()))) else []
+        self.num_waiting -= count
+        self.waiting = [rest] if self.num_waiting else []
         return {name: x[:count] for name, x in whole.items()}
 
     def _write(self, number: int, values: Batch) -> None:

@@ -258,6 +258,28 @@ def test_damage_of_an_unfinished_part_is_repaired_by_the_same_command(tmp_path, 
             assert fill() == whole
 
 
+@pytest.mark.fast
+def test_documents_that_wait_for_their_shard_are_counted_once(tmp_path):
+    """A shard of few entries a token takes a hundred thousand documents."""
+    read = []
+
+    class Values(dict):
+        def values(self):
+            read.append(self)
+            return super().values()
+
+        def __getitem__(self, name):
+            read.append(self)
+            return super().__getitem__(name)
+
+    cache = new_cache(str(tmp_path), "hidden", {"hidden": storage.Field((8,), "float32")}, {})
+    writer = writing.PartWriter(cache, [bytes(16)] * 50, np.ones(50, int))
+    for _ in range(50):
+        writer.append(Values(hidden=np.ones((1, 8), np.float32)))
+    writer.flush()
+    assert len(read) <= 2 * 50
+
+
 def test_documents_are_added_to_a_cache_and_computed_for_a_run(
     make_config, places, tmp_path, capsys
 ):
