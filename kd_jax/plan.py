@@ -147,7 +147,7 @@ def _describe_program(report: Report) -> list[str]:
     if "largest_temporaries" in report:
         lines.append("largest arrays of the program, not all alive at once")
         lines += [
-            f"  {x['num_bytes'] / GIB:9.3f} GiB  {x['shape']:28}{x['opcode']:20}{x['source']}"
+            f"  {x['num_bytes'] / GIB:9.3f} GiB  {x['shape']:27} {x['opcode']:19} {x['source']}"
             for x in report["largest_temporaries"]
         ]
         lines.append("")

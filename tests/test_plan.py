@@ -88,6 +88,10 @@ def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, 
     text = plan.describe(got)
     for words in (mesh, "fits: ", "teacher", "sent and received", *sent, ".py:"):
         assert words in text
+    long = {"shape": "f32[8,128,128256,128256,1024]", "opcode": "collective-permute-start"}
+    array = got["largest_temporaries"][0] | long
+    text = plan.describe(got | {"largest_temporaries": [array]})
+    assert " ".join([*long.values(), array["source"]]) in text
 
 
 def test_estimates_need_no_jax():
