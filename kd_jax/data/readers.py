@@ -21,6 +21,8 @@ Raw = bytes | dict[str, Any]
 _PACKED = (".gz", ".zst")
 _INDEX = "__index_level_0__"  # pandas' own name for a column that has none in its CSV
 _CHUNK_CHARACTERS = 2**20
+_LONGEST_TOKEN = 16
+"""Characters of JSON's longest token but for numbers and texts: an escaped pair of surrogates."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SIGNATURES = {
     b"BZh": "bzip2 data. Decompress it",
@@ -197,7 +199,8 @@ class _Window:
                 if stop < len(self.text) or not self.read(size):
                     return value, stop
             except json.JSONDecodeError as error:
-                if not self.read(size):
+                ends = "Unterminated" in error.msg or error.pos > len(self.text) - _LONGEST_TOKEN
+                if not (ends and self.read(size)):  # an error before the end stays one
                     self.move(error.pos)
                     raise
             size *= 2

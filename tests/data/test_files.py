@@ -176,12 +176,18 @@ def test_a_changed_file_at_an_address_has_another_hash(tmp_path, monkeypatch):
 def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
     """Windows of 7 characters cut texts, escapes and numbers."""
     monkeypatch.setattr(readers, "_CHUNK_CHARACTERS", 7)
-    values = [*ALPACA, {"a": [1.5e3, None, "\u00e9\n\\"]}, {"b": 123456789012}, {}]
+    values = [*ALPACA, {"a": [1.5e3, None, "\u00e9\U0001f600\n\\"]}, {"b": 123456789012}, {}]
     file = tmp_path / "x.json"
     for indent, blanks in ((None, ""), (2, "\n \n")):
         file.write_text(blanks + json.dumps(values, indent=indent))
         places, found = zip(*readers.read_file(str(file)), strict=True)
         assert list(found) == values and places[0] == f"{file}:{4 if blanks else 1}"
+    sizes, read = [], readers._Window.read
+    monkeypatch.setattr(readers._Window, "read", lambda *x: sizes.append(x[1]) or read(*x))
+    file.write_text(f'[{{"a": "{"x" * 99}" "b": 1}}, {" " * 9999}]')
+    with pytest.raises(UserError, match=r"x.json:1: expected a JSON array .Expecting ','"):
+        list(readers.read_file(str(file)))
+    assert sum(sizes) < 1000  # the rest, which may be gigabytes, is not read
 
 
 GOOD = json.dumps(ALPACA[0])
