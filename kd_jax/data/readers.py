@@ -96,6 +96,13 @@ def _open(file: str) -> Iterator[Any]:
 
 
 @contextmanager
+def _open_to_seek(file: str) -> Iterator[Any]:
+    """Yields the same with random access; a compressed file is in memory for it."""
+    with _open(file) as stream:
+        yield io.BytesIO(stream.read()) if kind_of(file)[1] else stream
+
+
+@contextmanager
 def _open_text(file: str) -> Iterator[Any]:
     with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         yield text
@@ -303,9 +310,8 @@ def record_batches(file: str, num_rows: int) -> Iterator[Any]:
 def _parquet(file: str, num_rows: int) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with _open(file) as stream:
-        source = io.BytesIO(stream.read()) if kind_of(file)[1] else stream
-        checked = parquet.ParquetFile(source, page_checksum_verification=True)
+    with _open_to_seek(file) as stream:
+        checked = parquet.ParquetFile(stream, page_checksum_verification=True)
         yield from checked.iter_batches(batch_size=num_rows)
 
 
@@ -314,11 +320,12 @@ def _arrow(file: str, _: int) -> Iterator[Any]:
 
     with _open(file) as stream:
         head = stream.read(6)
-    with _open(file) as stream:
-        if head == b"ARROW1":
-            reader = pyarrow.ipc.open_file(io.BytesIO(stream.read()))
+    if head == b"ARROW1":
+        with _open_to_seek(file) as stream:
+            reader = pyarrow.ipc.open_file(stream)
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
+    else:
+        with _open(file) as stream:
             yield from pyarrow.ipc.open_stream(stream)
 
 

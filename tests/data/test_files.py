@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -188,6 +189,22 @@ def test_long_arrays_are_read_in_parts(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"x.json:1: expected a JSON array .Expecting ','"):
         list(readers.read_file(str(file)))
     assert sum(sizes) < 1000  # the rest, which may be gigabytes, is not read
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_long_tables_are_read_in_parts(kind, tmp_path):
+    import pyarrow
+
+    batch = pyarrow.record_batch({"text": ["x" * 2**14] * 64})
+    with getattr(pyarrow.ipc, f"new_{kind}")(str(tmp_path / "x.arrow"), batch.schema) as writer:
+        for _ in range(8):
+            writer.write_batch(batch)
+    records = readers.read_file(str(tmp_path / "x.arrow"))
+    tracemalloc.start()
+    assert next(records)[1] == {"text": "x" * 2**14}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * batch.nbytes  # half of the file
 
 
 GOOD = json.dumps(ALPACA[0])
