@@ -18,7 +18,7 @@ from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.records import make_record
-from kd_jax.inference import answer_file
+from kd_jax.inference import answer_file, prompts
 from kd_jax.inference.drawing import GREEDY
 from kd_jax.inference.prompts import TextWriter
 from kd_jax.weights.files import locked
@@ -207,12 +207,17 @@ def test_no_answer_is_longer_than_the_context(folder, tmp_path, capsys):
     assert "room for" in capsys.readouterr().err
 
 
-def test_text_grows_by_whole_characters_and_is_that_of_all_tokens(tokenizer):
-    text = "naïve 👩‍👩‍👧‍👦 日本語 🇳🇴 end"
-    writer = TextWriter(tokenizer)
-    pieces = [writer.push(token) for token in tokenizer(text)["input_ids"]]
+def test_text_grows_by_whole_characters_and_is_that_of_all_tokens(tokenizer, monkeypatch):
+    text = "naïve 👩‍👩‍👧‍👦 日本語 🇳🇴 end" * 20
+    decoded, decode = [], prompts.decode_answer
+    monkeypatch.setattr(
+        prompts, "decode_answer", lambda *x: decoded.append(len(x[1])) or decode(*x)
+    )
+    writer, tokens = TextWriter(tokenizer), tokenizer(text)["input_ids"]
+    pieces = [writer.push(token) for token in tokens]
     assert "".join(pieces) + writer.flush() == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert sum(decoded) < 150 * len(tokens)  # the recent ones, not all with each
 
 
 def test_text_goes_on_after_invalid_bytes():

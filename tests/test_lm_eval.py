@@ -157,14 +157,21 @@ def test_answers_are_hfs(folder):
     assert ask(ours(folder, batch_size=2), "generate_until", *asked) == want
 
 
-def test_answers_end_where_hfs_do(folder):
+def test_answers_end_where_hfs_do(folder, monkeypatch):
     mine, hf = ours(folder), theirs(folder, batch_size=1)
+    decoded, text_of = [], mine._text
+    monkeypatch.setattr(
+        mine, "_text", lambda tokens: decoded.append(len(tokens)) or text_of(tokens)
+    )
     for text in tiny.WORDS[:3]:
         (whole,) = ask(hf, "generate_until", (text, {"max_gen_toks": 30}))
         stop = whole[len(whole) // 2 :][:2]
         asked = (text, {"until": ["not there", stop], "max_gen_toks": 30})
         got = ask(mine, "generate_until", asked)
         assert got == ask(hf, "generate_until", asked) == [whole[: whole.index(stop)]]
+    decoded.clear()
+    ask(mine, "generate_until", (tiny.WORDS[0], {"until": ["日", "本"], "max_gen_toks": 30}))
+    assert max(decoded[:-1]) <= 12 < decoded[-1]  # the last tokens with each, the whole at the end
 
 
 def test_an_unknown_option_of_generation_is_refused(folder):

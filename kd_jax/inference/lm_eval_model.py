@@ -237,13 +237,15 @@ class KdJaxLM(TemplateLM):
         )
         rows: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(rows)
+        recent = 4 * max(map(len, until), default=0) + 8  # tokens of the longest stop text
         for step in steps:
             for r, token in enumerate(step):
                 if token is None:
                     ended[r] = True
                 elif not ended[r]:
                     rows[r].append(token)
-                    ended[r] = any(text in self._text(rows[r]) for text in until)
+                    text = self._text(rows[r][-recent:])
+                    ended[r] = any(stop in text for stop in until)
             if all(ended):
                 break
         return [postprocess_generated_text(self._text(row), until, None) for row in rows]

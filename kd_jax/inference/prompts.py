@@ -131,16 +131,24 @@ def decode_answer(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+_RECENT, _COMMON = 64, 8  # tokens
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # perhaps the first bytes of a character
+
+
 class TextWriter:
     """Decodes tokens to text one by one, without incomplete characters and without stop texts.
 
-    tokenizers' DecodeStream raises an error at invalid UTF-8 after byte fallback tokens.
+    Only recent tokens are decoded with each new one. tokenizers' DecodeStream raises an error at
+    invalid UTF-8 after byte fallback tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.stop = stop
+        self.before = ""
         self.tokens: list[int] = []
+        """Recent ones; the first characters of their text, `skip`, are in `before`."""
+        self.skip = 0
         self.text = ""
         self.num_sent = 0
         self.ended = False
@@ -150,15 +158,26 @@ class TextWriter:
         if self.ended:
             return ""
         self.tokens.append(token)
-        self.text = decode_answer(self.tokenizer, self.tokens)
+        self.text = self.before + decode_answer(self.tokenizer, self.tokens)[self.skip :]
+        if len(self.tokens) >= 2 * _RECENT and not self.text.endswith(_INCOMPLETE):
+            self._settle()
         found = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
         if found:
             self.ended, self.text = True, self.text[: min(found)]
             return self._send(len(self.text))
         certain = len(self.text) - max((len(stop) - 1 for stop in self.stop), default=0)
-        while certain > 0 and self.text[certain - 1] == "\N{REPLACEMENT CHARACTER}":
-            certain -= 1  # perhaps the first bytes of a character
+        while certain > 0 and self.text[certain - 1] == _INCOMPLETE:
+            certain -= 1
         return self._send(certain)
+
+    def _settle(self) -> None:
+        """Moves text of old tokens to `before`, unless the recent ones alone have another text."""
+        recent = self.tokens[-_RECENT:]
+        common, text = (decode_answer(self.tokenizer, x) for x in (recent[:_COMMON], recent))
+        shown = text.removeprefix(common)
+        if text == common + shown and self.text.endswith(shown):
+            self.before = self.text.removesuffix(shown)
+            self.tokens, self.skip = recent, len(common)
 
     def flush(self) -> str:
         """Returns the rest of the text after the last token."""
