@@ -17,6 +17,7 @@ from kd_jax.weights.safetensors import INDEX
 ORBAX = "orbax"
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+_SAME_WEIGHTS = ["consolidated*.safetensors", "original/*"]  # once more, in the maker's own form
 
 
 def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
@@ -36,7 +37,8 @@ def resolve(path: str, field: str, files: Sequence[str] = _MODEL_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(path, allow_patterns=list(files)))
+        wanted = list(files)
+        folder = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=_SAME_WEIGHTS))
     except Exception as error:
         raise UserError(
             f"{field}: {path} is no local folder, and fetching it from the hub failed "

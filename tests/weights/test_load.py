@@ -637,6 +637,21 @@ def test_a_hub_id_is_found_in_the_local_cache(hub_cache, folder):
     load(weights_folder.resolve("some-org/some-name", "student.path"))
 
 
+def test_weights_are_fetched_once(folder, monkeypatch):
+    """Some repositories have them in the maker's own form too."""
+    wanted = ["config.json", "model.safetensors", "params.json", "tokenizer.json"]
+    others = ["consolidated.safetensors", "original/params.json", "pytorch_model.bin"]
+    fetched = []
+
+    def fetch(path, **patterns):
+        fetched.extend(huggingface_hub.utils.filter_repo_objects(wanted + others, **patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert weights_folder.resolve("some-org/some-name", "student.path") == folder
+    assert fetched == wanted
+
+
 @pytest.mark.parametrize(
     "path, message",
     [
