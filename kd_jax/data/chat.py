@@ -136,7 +136,7 @@ def end_of_turn(tokenizer: Any, template: Template, date: str) -> tuple[list[int
     """Returns the end of turn as tokens and as text; empty if there is none."""
     form = form_of(tokenizer.special_tokens_map, choose(template, None), date)
     text = (form.end or form.last_end).strip()
-    return ids_of(tokenizer, text), text
+    return ids_of(tokenizer, text).tolist(), text
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,15 +51,15 @@ def encode(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ]
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Returns a text's ids, without those that the tokenizer adds."""
-    with _naming(tokenizer):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+def ids_of(tokenizer: Any, text: str) -> np.ndarray:
+    """Returns a text's ids [n] int32, without those that the tokenizer adds."""
+    return encode(tokenizer, [text], [()])[0][0]
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str) -> np.ndarray:
     """Returns the ids of a prompt of text, which begins as the texts of training do."""
-    return [*edges(tokenizer, text)[0], *ids_of(tokenizer, text)]
+    begin, _ = edges(tokenizer, text)
+    return np.concatenate([np.array(begin, np.int32), ids_of(tokenizer, text)])
 
 
 def edges(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

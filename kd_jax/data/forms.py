@@ -29,6 +29,8 @@ class Form:
     """End of turn after every answer; "" if none."""
     last_end: str
     """End of turn after the last answer."""
+    asks: bool
+    """The template has a generation prompt."""
     parts: bool
     """Contents must be lists of parts, as in templates for images."""
     marked: bool
@@ -98,6 +100,7 @@ def _form(special: str, template: str, date: str, tools: bool) -> Form:
         header=header if header.strip() else "",
         end=end,
         last_end=last_end,
+        asks=asked != plain,
         parts=parts,
         marked=marked,
         shows=frozenset(shows),

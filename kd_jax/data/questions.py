@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from kd_jax.config import DataConfig, UserError
 from kd_jax.config.errors import first_lines
 from kd_jax.data.encode import ids_of, prompt_ids
@@ -28,8 +30,8 @@ class Question:
     """Number of the record in the data, from 0."""
     place: str
     """`file:line` or `file, record n`, for messages."""
-    tokens: list[int]
-    """The prompt, up to the start of the answer."""
+    tokens: np.ndarray
+    """The prompt, up to the start of the answer, [n] int32."""
     answer: str
     """The record's own last answer; "" if it has none."""
     messages: Conversation
@@ -171,7 +173,7 @@ def _question(
     form = form_of(special, chosen, date, bool(record.tools))
     taken = [as_taken(turn, form.parts) for turn in turns]
     text, _ = apply_template(special, taken, chosen, date, tools=record.tools or None, prompt=True)
-    if form.header and text == apply_template(special, taken, chosen, date, tools=record.tools)[0]:
+    if form.header and not form.asks:
         raise UserError(
             "data.chat-template: expected a template with a generation prompt "
             f"(add_generation_prompt), got one that leaves out {form.header.strip()!r}"

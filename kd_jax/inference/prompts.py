@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from kd_jax.config import UserError
 from kd_jax.data.chat import end_of_turn, render_prompt
 from kd_jax.data.encode import ids_of, prompt_ids
@@ -31,16 +34,16 @@ def encode(
       date: date for templates that print today's.
     """
     if raw:
-        return [prompt_ids(tokenizer, text) for text in prompts]
+        return [prompt_ids(tokenizer, text).tolist() for text in prompts]
     before = [] if system is None else [{"role": "system", "content": system}]
     turns = [[*before, {"role": "user", "content": text}] for text in prompts]
     texts = [render_prompt(tokenizer, some, template, date) for some in turns]
-    return [ids_of(tokenizer, text) for text in texts]
+    return [ids_of(tokenizer, text).tolist() for text in texts]
 
 
-def check_ids(prompts: Sequence[Sequence[int]], arch: Architecture, flag: str) -> None:
+def check_ids(prompts: Sequence[ArrayLike], arch: Architecture, flag: str) -> None:
     """Raises UserError for tokens that the model has no embedding of."""
-    highest = max(map(max, filter(len, prompts)), default=0)
+    highest = max((int(np.max(prompt, initial=0)) for prompt in prompts), default=0)
     if highest >= arch.vocab_size:
         raise UserError(
             f"{flag}: expected an embedding for each token of the prompts, got a model with "

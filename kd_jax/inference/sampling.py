@@ -21,6 +21,8 @@ CACHE_BYTES = 2**30
 """Bytes of the KV cache on each device where its memory is unknown, as on a CPU."""
 
 
+Prompt = Sequence[int] | np.ndarray
+"""Token ids."""
 Stop = int | tuple[int, ...]
 """The end of a row: a token, or several one after the other."""
 
@@ -40,7 +42,7 @@ class Sampled(NamedTuple):
 def sample(
     spec: DecoderSpec,
     arrays: Arrays,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     keys: Any,
     max_new_tokens: int | Sequence[int],
@@ -82,7 +84,7 @@ def sample(
 class Row(NamedTuple):
     """A prompt to answer."""
 
-    prompt: Sequence[int]
+    prompt: Prompt
     """Token ids, at least one."""
     most: int
     """Most new tokens."""
@@ -301,9 +303,9 @@ def check_finite(log_probs: np.ndarray) -> None:
         raise UserError("--model: expected finite logits, got NaN: its weights are damaged")
 
 
-def left_pad(prompts: Sequence[Sequence[int]], length: int) -> np.ndarray:
+def left_pad(prompts: Sequence[Prompt], length: int) -> np.ndarray:
     """Returns left-padded tokens [B, length] int32."""
-    assert all(prompts)
+    assert all(map(len, prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[length - len(prompt) :] = prompt

@@ -134,7 +134,7 @@ class OnPolicySource:
         drawn = sample(
             self.student,
             self.frozen | state.trainable["student"],
-            [prompt.tolist() for prompt in [*prompts, *prompts[:1] * fill]],
+            [*prompts, *prompts[:1] * fill],
             keys=keys,
             max_new_tokens=most_new,
             stop_tokens=self.sampler.stops,

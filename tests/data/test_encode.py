@@ -121,9 +121,9 @@ def test_a_prompt_of_text_begins_as_in_training(prompt, tmp_path):
     words, file = load_words(tmp_path), tmp_path / "d.jsonl"
     (document,) = documents(words, file, {"prompt": prompt, "completion": " Ho."})
     (question,), _ = read_questions(DataConfig(path=str(file)), words, None)
-    assert document.tokens[: len(question.tokens)].tolist() == question.tokens
+    assert document.tokens[: len(question.tokens)].tolist() == question.tokens.tolist()
     raw = prompts.encode(words, [prompt], raw=True, system=None, template=None, date="")
-    assert raw == [question.tokens] and raw[0].count(words.bos_token_id) == 1
+    assert raw == [question.tokens.tolist()] and raw[0].count(words.bos_token_id) == 1
 
 
 def test_a_tokenizer_that_rejects_a_text_is_the_users_mistake(tmp_path):

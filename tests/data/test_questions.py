@@ -5,6 +5,7 @@ import tiny
 from samples import chat, write_lines
 
 from kd_jax.config import DataConfig
+from kd_jax.data import questions
 from kd_jax.data.questions import read_questions
 from kd_jax.data.records import make_record
 
@@ -37,10 +38,23 @@ def test_the_new_record_may_leave_out_the_message_that_the_model_saw(roles, toke
         read_questions(data, tokenizer, tiny.TEMPLATE, "Count.", keep_system=keep)[0][0]
         for keep in (True, False)
     )
-    assert kept.tokens == left.tokens  # the model sees it
+    assert kept.tokens.tolist() == left.tokens.tolist()  # the model sees it
     seen = [{"role": "system", "content": "Count."}, own[-1]]
     assert kept.answered("4")["messages"][:-1] == seen
     assert left.answered("4")["messages"][:-1] == own
+
+
+def test_a_million_prompts_take_four_bytes_a_token_and_one_rendering(
+    tokenizer, tmp_path, monkeypatch
+):
+    rendered, render = [], questions.apply_template
+    file = write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}] * 3)
+    monkeypatch.setattr(
+        questions, "apply_template", lambda *x, **y: rendered.append(x) or render(*x, **y)
+    )
+    found, _ = read_questions(DataConfig(path=str(file)), tokenizer, tiny.TEMPLATE)
+    assert len(rendered) == len(found) == 3
+    assert all(x.tokens.nbytes == 4 * len(x.tokens) for x in found)
 
 
 def test_an_answer_before_keeps_its_loss(tokenizer, tmp_path):
@@ -52,5 +66,5 @@ def test_an_answer_before_keeps_its_loss(tokenizer, tmp_path):
 def test_a_bad_record_is_not_counted_as_one_without_a_prompt(tokenizer, tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"messages": ANSWERED}, {"text": "Hi."}, {"x": 1}])
     data = DataConfig(path=str(file), on_bad_record="skip")
-    questions, left_out = read_questions(data, tokenizer, tiny.TEMPLATE)
-    assert len(questions) == 1 and ": 1 records have no prompt" in left_out
+    found, left_out = read_questions(data, tokenizer, tiny.TEMPLATE)
+    assert len(found) == 1 and ": 1 records have no prompt" in left_out
