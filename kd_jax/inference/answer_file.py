@@ -134,8 +134,7 @@ class AnswerFile:
             )
         records = [found[place] for place in wanted]
         full = [record for record in records if not record.get("empty")]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in full]
-        write_whole(self.path, "".join(lines))
+        write_whole(self.path, (json.dumps(x, ensure_ascii=False) + "\n" for x in full))
         for part in self.parts():
             part.unlink()
         ended = sum(record["ended"] for record in records)

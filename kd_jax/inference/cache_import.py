@@ -110,13 +110,18 @@ def write_documents(config: Config, path: str, devices: Sequence[jax.Device] | N
     """
     file = check_out_file(path, "--out", "prompt_token_ids", lines=True)
     data = open_data(with_live_teacher(config), devices)
-    seen: dict[bytes, None] = {}
-    for rows in [some.teacher or some for some in data.rows if some is not None]:
-        seen |= dict.fromkeys(tokens.tobytes() for tokens, _ in _documents(rows))
-    lines = [json.dumps({"prompt_token_ids": np.frombuffer(x, np.int32).tolist()}) for x in seen]
+    seen: set[bytes] = set()
+
+    def lines() -> Iterator[str]:
+        for rows in [some.teacher or some for some in data.rows if some is not None]:
+            for tokens, _ in _documents(rows):
+                if (key := xxhash.xxh3_128_digest(tokens)) not in seen:
+                    seen.add(key)
+                    yield json.dumps({"prompt_token_ids": tokens.tolist()}) + "\n"
+
     with storing(path):
-        write_whole(file, "".join(f"{line}\n" for line in lines))
-    say(f"{path}: {len(lines):,} documents")
+        write_whole(file, lines())
+    say(f"{path}: {len(seen):,} documents")
 
 
 def _documents(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,19 @@ def naming(file: Path | str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old content or the new, after a power cut too."""
+def write_whole(file: Path, text: str | Iterable[str]) -> None:
+    """Writes a text, or its parts as they come, to a file atomically.
+
+    A reader sees the old content or the new, after a power cut too.
+    """
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with naming(file), beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise

@@ -1,13 +1,18 @@
-"""A model's fingerprint covers every byte; the cache of hashes never hides a change."""
+"""A model's fingerprint covers every byte; the cache of hashes never hides a change.
+
+Files are written whole.
+"""
 
 import json
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import xxhash
 
 from kd_jax.weights import hashes
+from kd_jax.weights.files import write_whole
 from kd_jax.weights.folder import fingerprint, same_path
 
 
@@ -128,3 +133,21 @@ def test_one_folder_has_many_spellings(tmp_path, monkeypatch):
     for spelled in ("t/", "./t", "x/../t", "~/t", "link", str(tmp_path / "t"), "t//"):
         assert same_path("t", spelled), spelled
     assert not same_path("t", "u") and not same_path("org/name", "org/other")
+
+
+def test_lines_are_written_as_they_come_or_not_at_all(tmp_path):
+    def lines(count, stop):
+        for i in range(count):
+            if i == stop:
+                raise KeyboardInterrupt
+            yield f"{i:0{2**18}}\n"
+
+    tracemalloc.start()
+    write_whole(tmp_path / "lines", lines(8, None))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    text = (tmp_path / "lines").read_text()
+    assert text == "".join(lines(8, None)) and peak < len(text) / 2
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "lines", lines(8, 4))
+    assert os.listdir(tmp_path) == ["lines"] and (tmp_path / "lines").read_text() == text
