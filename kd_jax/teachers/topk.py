@@ -148,15 +148,16 @@ class Selection:
         their sum is an unbiased estimate of the distribution (arXiv 2503.16870). The row's tokens
         seed them.
         """
-        B, S, _ = hidden.shape
-        size = math.gcd(S, max(1, _CHUNK_TOKENS // B))
-        chunks = hidden.reshape(B, S // size, size, -1).swapaxes(0, 1)
+        B, S, D = hidden.shape
+        size = min(S, max(1, _CHUNK_TOKENS // B))
+        hidden = jnp.pad(hidden, ((0, 0), (0, -S % size), (0, 0)))
+        chunks = hidden.reshape(B, -1, size, D).swapaxes(0, 1)
         head = head[: self.num_entries].astype(hidden.dtype)
         places = jnp.arange(1, S + 1, dtype=jnp.uint32)[None]
         seeds = jnp.sum(tokens.astype(jnp.uint32) * places * jnp.uint32(2654435761), axis=1)
         numbers = jnp.arange(len(chunks))
         chosen = jax.lax.map(lambda x: self._choose(x[0], head, seeds + x[1]), (chunks, numbers))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, S, *x.shape[3:]), chosen)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :S], chosen)
 
     def _choose(self, hidden, head, seeds):
         """Returns the arrays of a chunk [B, s, Dt]."""

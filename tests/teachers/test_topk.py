@@ -16,6 +16,7 @@ from kd_jax.losses.head_inputs import ChunkContext, HeadConfig, Student, Targets
 from kd_jax.losses.token_loss import LossScalars
 from kd_jax.losses.vocabulary import Vocab
 from kd_jax.setup.cached import check_loss
+from kd_jax.teachers import topk
 from kd_jax.teachers.storage import token_bytes
 from kd_jax.teachers.topk import Selection, TopKModel, topk_fields
 
@@ -69,6 +70,21 @@ def test_the_most_likely_entries_are_stored_with_the_mass_of_the_rest(states):
     got = np.exp(np.asarray(stored["log_probs"], np.float32))
     np.testing.assert_allclose(got, np.take_along_axis(want, order, -1), rtol=3e-3)
     np.testing.assert_allclose(np.exp(stored["rest"]), 1 - got.sum(-1), atol=2e-3)
+
+
+def test_chunks_are_large_whatever_the_length_of_rows(states, monkeypatch):
+    """Rows of an odd number of tokens were computed token by token."""
+    whole, run, sizes = choose(states), Selection._choose, []
+
+    def watched(self, hidden, *others):
+        sizes.append(hidden.shape[1])
+        return run(self, hidden, *others)
+
+    monkeypatch.setattr(topk, "_CHUNK_TOKENS", 3 * B)
+    monkeypatch.setattr(Selection, "_choose", watched)
+    for name, x in choose(states).items():
+        np.testing.assert_allclose(x, whole[name], rtol=1e-3)  # of float16
+    assert sizes == [3]
 
 
 def test_ids_above_16_bits_are_whole():
