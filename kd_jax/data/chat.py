@@ -143,12 +143,12 @@ def end_of_turn(tokenizer: Any, template: Template, date: str) -> tuple[list[int
 class Document:
     """One tokenized conversation: ids [n] int32, and the target tokens of the loss [n] bool."""
 
+    record: Record
+    """The record that it was made from."""
     tokens: np.ndarray
     target: np.ndarray
     hidden: frozenset[str] = frozenset()
     """Keys of hidden.HIDDEN: what the record has and the template does not show."""
-    record: Record | None = None
-    """The record that it was made from."""
     teacher: tuple[np.ndarray, np.ndarray] | None = None
     """Ids and target tokens of the conversation with the teacher's own prompt, as above; the target
     tokens are the same."""
@@ -199,7 +199,7 @@ def tokenize(
                 problems.append(f"{record.place}: {error}")
                 continue
             teacher = teachers[0] if teachers else None
-            documents.append(Document(ids, target, frozenset(one.hidden), record, teacher))
+            documents.append(Document(record, ids, target, frozenset(one.hidden), teacher))
     return documents, problems
 
 

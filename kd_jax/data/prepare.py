@@ -136,16 +136,15 @@ def fit(
     long: list[str] = []
     kept: list[Piece] = []
     others: list[Piece] = []
+    teacher_seq_len = None if prompt is None else prompt.seq_len
     if prompt is not None:
-        counts["teacher_messages"] = sum(
-            x.record is not None and x.record.own is not None for x in documents
-        )
+        counts["teacher_messages"] = sum(x.record.own is not None for x in documents)
     for document in documents:
         size, record = len(document.tokens), document.record
-        is_plain = record is not None and record.answers[:1] == ((0, len(record.text or "")),)
-        excess = _excess(document, S, None if prompt is None else prompt.seq_len)
+        is_plain = record.answers[:1] == ((0, len(record.text or "")),)
+        excess = _excess(document, S, teacher_seq_len)
         if excess and not is_plain:
-            long.append(f"{record.place if record else '?'} ({next(iter(excess.values())):,})")
+            long.append(f"{record.place} ({next(iter(excess.values())):,})")
             counts.update(["long", *excess])
             counts["dropped" if data.overlong == "drop" else "truncated"] += 1
             if data.overlong == "drop":
@@ -153,7 +152,7 @@ def fit(
         elif size > S:
             counts["cut"] += 1
         if document.teacher is not None:
-            student, other = _cut_both(document, S, prompt.seq_len if prompt else None)
+            student, other = _cut_both(document, S, teacher_seq_len)
             if student[1].any():
                 kept.append(student)
                 others.append(other)

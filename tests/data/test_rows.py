@@ -34,7 +34,7 @@ from kd_jax.data.store import StoreWriter
 
 def document(length: int, start: int = 0, first_target: int = 1) -> Document:
     tokens = np.arange(start, start + length, dtype=np.int32)
-    return Document(tokens, np.arange(length) >= first_target)
+    return Document(Record("d:1", []), tokens, np.arange(length) >= first_target)
 
 
 @pytest.mark.parametrize(
