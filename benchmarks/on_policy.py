@@ -1,4 +1,4 @@
-"""What an on-policy step costs, and its parts.
+"""Costs of an on-policy step, and of its parts.
 
 python -m benchmarks.on_policy --config FILE [any flag of kd_jax.train] [--rounds 6] [--json FILE]
 

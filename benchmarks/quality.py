@@ -68,7 +68,7 @@ class Arm:
     steps: int
     learning_rate: float
     flops: float
-    """Of one step."""
+    """FLOPs of one step."""
 
     @property
     def folder(self) -> str:

@@ -71,7 +71,7 @@ class Measured(NamedTuple):
     """By document, of the second model."""
     accuracy: Accuracy | None = None
     step: int | None = None
-    """Of the run's checkpoint that was measured."""
+    """Optimizer step of the run's checkpoint; None: the model is no run."""
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:

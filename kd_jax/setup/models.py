@@ -53,7 +53,7 @@ class Models:
     separate_teacher_rows: bool = False
     """A live teacher has a prompt of its own, and its rows come with the batches."""
     step: int | None = None
-    """Of the checkpoint that the student was loaded from, by a command after training."""
+    """Optimizer step of the checkpoint from which a command after training loaded the student."""
 
 
 def make_spec(
