@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -214,7 +215,14 @@ def test_rows_are_no_longer_than_their_documents_need(root, capsys, monkeypatch)
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
 
 
-def test_conversations_that_are_truncated_are_counted(root, capsys):
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])  # of the run
+def test_conversations_that_are_truncated_are_counted(overlong, root, capsys, monkeypatch):
+    def open_run(*args, **options):
+        model = open_model(*args, **options)
+        data = replace(model.config.data, overlong=overlong)
+        return replace(model, config=replace(model.config, data=data))
+
+    monkeypatch.setattr(comparison, "open_model", open_run)
     args = EvaluateArgs(model=str(root / "student"), data=str(root / "data.jsonl"), seq_len=90)
     comparison.open_setup(args)
     assert "24 conversations, 14 truncated" in capsys.readouterr().err

@@ -192,6 +192,7 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
         split=split,
         seq_len=run.data.seq_len if args.seq_len is None else args.seq_len,
         batch_size=num_devices if args.batch_size is None else args.batch_size,
+        overlong="truncate",
         chat_template=args.chat_template,
         max_conversations=args.max_conversations,
     )
