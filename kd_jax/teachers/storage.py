@@ -65,7 +65,8 @@ def is_remote(path: str) -> bool:
 
 
 def local_folder(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    """Returns a local path without `..`, which TensorStore refuses."""
+    return Path(path).expanduser().resolve()
 
 
 def open_folder(path: str) -> ts.KvStore:

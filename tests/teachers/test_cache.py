@@ -499,6 +499,17 @@ def test_an_address_of_s3_goes_to_the_endpoint_of_the_environment(monkeypatch):
             new_cache(address, "hidden", {}, {})
 
 
+def test_a_folder_is_found_from_another_one_and_by_a_link(tmp_path, monkeypatch):
+    here, folder = tmp_path / "here", tmp_path / "cache"
+    here.mkdir()
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(here)
+    for number, path in enumerate(("../cache", "../here/../cache/", "../link", "../link/../cache")):
+        storage.write_json(storage.open_folder(path), f"{number}.json", {})
+        assert (folder / f"{number}.json").is_file()
+
+
 def test_a_place_that_cannot_be_written_is_a_short_message(tmp_path):
     (tmp_path / "ids").touch()
     store, field = storage.open_folder(str(tmp_path)), storage.Field((4,), "int8")
