@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
             import_cache(config, args.out, args.source, args.k)
             return
         how = Storage(args.kind, args.dtype, args.k)
-        data = make_cache(config, args.out, how, dry_run=args.dry_run)
+        data = make_cache(config, args.out, how, dry_run=args.dry_run, check=args.check)
         if args.check:
             check_cache(config, args.out, data)
 

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from kd_jax.config import Config, UserError
+from kd_jax.config.errors import raise_all
 from kd_jax.data.rows import Rows
 from kd_jax.data.templates import Template
 from kd_jax.inference.teacher_pass import TeacherPass, complete
@@ -22,6 +23,7 @@ from kd_jax.setup.cached import (
     check_complete,
     check_loss,
     find_all,
+    loss_problems,
     make_identity,
     read_cached,
 )
@@ -158,6 +160,7 @@ def make_cache(
     how: Storage = Storage(),  # noqa: B008
     *,
     dry_run: bool = False,
+    check: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> Data:
     """Runs the teacher on all documents of a configuration, and stores its target tokens' values.
@@ -167,6 +170,7 @@ def make_cache(
     Args:
       how: what a new cache stores.
       dry_run: print tokens, bytes and time, and write nothing.
+      check: the configuration's loss must be one that the cache serves, since it is measured next.
       devices: of the mesh; None: all.
 
     Raises:
@@ -179,6 +183,8 @@ def make_cache(
     # Log-probabilities depend on the vocabulary that the models share; hidden states do not.
     size = {} if how.kind == "hidden" else {"vocabulary": str(data.vocab_size)}
     new = new_cache(out, how.kind, fields, data.identity | size)
+    if check:
+        raise_all(loss_problems(new, config))
     if dry_run:
         cache, found = open_cache(new, "--out", data.rows)
         _estimate(config, cache, data, found)

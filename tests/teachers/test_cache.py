@@ -18,7 +18,14 @@ from tiny_run import Run, flat, make_run_config
 
 from kd_jax import cache as cache_command
 from kd_jax import train
-from kd_jax.config import CheckpointConfig, EvalConfig, LogConfig, TeacherConfig, UserError
+from kd_jax.config import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    LossConfig,
+    TeacherConfig,
+    UserError,
+)
 from kd_jax.config.command import run_command
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.documents import find_documents
@@ -402,6 +409,9 @@ def test_mistakes_are_one_message_and_leave_nothing(
         make_cache(dataclasses.replace(config, teacher=None), str(tmp_path / "new"))
     with pytest.raises(UserError, match="--dtype: expected"):
         make_cache(config, str(cache), Storage(dtype="bfloat16"))
+    reverse = dataclasses.replace(config, loss=LossConfig(divergence="reverse_kl"))
+    with pytest.raises(UserError, match=r"loss\.divergence: expected forward_kl with the sampled"):
+        make_cache(reverse, str(tmp_path / "new"), Storage("sampled"), check=True)
     capsys.readouterr()
     run, forward = [], TeacherPass.forward
     monkeypatch.setattr(TeacherPass, "forward", lambda *x: run.append(1) or forward(*x))
