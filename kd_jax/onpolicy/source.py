@@ -80,8 +80,8 @@ class OnPolicySource:
 
     def resume_arrays(self, step: int) -> Batch:
         """Returns the samples that a run which resumes at `step` trains on but cannot draw."""
-        drawn = step % self.config.on_policy.every_steps > 0 and len(self.columns["tokens"]) > 0
-        return self.columns if drawn else {}
+        between = step % self.config.on_policy.every_steps > 0
+        return self.columns if between and len(self.columns.get("tokens", ())) else {}
 
     def _num_rows(self, step: int) -> int:
         size = self.config.data.batch_size

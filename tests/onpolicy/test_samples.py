@@ -1,9 +1,11 @@
 """Laws of sampled rows: which rows they are, what is in them, what is said of them."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 from kd_jax.config import OnPolicyConfig
 from kd_jax.losses import schedules
@@ -18,6 +20,7 @@ from kd_jax.onpolicy.samples import (
     samples_in,
     spread,
 )
+from kd_jax.onpolicy.source import OnPolicySource
 from kd_jax.setup.forward import targets
 
 STOP = 9
@@ -111,3 +114,10 @@ def test_a_batch_has_samples_in_some_rows_and_the_data_in_the_others():
     assert (flat["tokens"][others] == 77).all() and (flat["group"][others] == 0).all()
     for name in mixed:
         assert np.array_equal(flat[name][drawn], samples[name])
+
+
+def test_a_run_that_stops_where_it_resumed_has_no_samples_to_save():
+    """It resumed between drawings, the last of which had no rows."""
+    config = tiny.plain_config(on_policy=OnPolicyConfig(fraction=0.5, every_steps=3))
+    source = SimpleNamespace(config=config, columns={})
+    assert OnPolicySource.resume_arrays(source, 4) == {}
