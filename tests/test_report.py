@@ -273,8 +273,12 @@ def test_runs_of_a_cache_pay_for_the_teacher_once(tmp_path, one_figure):
     for number, cost in enumerate(parts):
         (cache / f"part000{number}").mkdir(parents=True)
         (cache / f"part000{number}" / "cost.json").write_text(json.dumps(cost))
-    teacher = dataclasses.replace(BASE.teacher, cache=str(cache))
-    folders = write_arms(tmp_path / "runs", (0, 0.5), teacher=teacher)
+    (tmp_path / "link").symlink_to(cache)
+    by_link, teacher = (
+        dataclasses.replace(BASE.teacher, cache=str(tmp_path / name)) for name in ("link", "cache")
+    )
+    folders = write_arms(tmp_path / "runs", (0, 0.5), 2, teacher=teacher)
+    folders += [write_run(tmp_path / "again", seed=2, teacher=by_link)]
     cut = write_run(tmp_path / "cut", ratio=1.0, last=3, teacher=teacher)
     (row,) = shared_table(history.read_runs([*folders, cut]))[0].rows
     assert row == [str(cache), "3", "30.0", "150.0", "180.0", "450.0", "40.0"]
@@ -378,6 +382,27 @@ def test_of_paths_the_content_counts(tmp_path):
     assert sorted(arm.label for arm in arms_of([same[0], far_away])) == [
         "far/teacher", "models/teacher",
     ]  # fmt: skip
+
+
+def test_texts_sources_and_nothing_are_shown_as_such(tmp_path):
+    blend = DataConfig(path="data/one.jsonl:0.5, data/two.jsonl:0.5")
+    texts, caches = ("Say yes/no.", "Say yes/no.", "Say no.", "Say no."), ("a", "a", "b", None)
+    folders = [
+        write_run(
+            tmp_path / str(seed),
+            seed=seed,
+            teacher=dataclasses.replace(BASE.teacher, system=text, cache=cache),
+            data=blend if text == "Say no." else BASE.data,
+            inputs={"data.path": text} | ({"teacher.cache": f"{key}" * 9} if cache else {}),
+        )
+        for seed, (text, cache, key) in enumerate(zip(texts, caches, "ijj-", strict=True))
+    ]
+    assert [list(arm.values.values()) for arm in arms_of(folders)] == [
+        ["a #iiiiii", "Say yes/no.", "train.json"],
+        ["a #jjjjjj", "Say no.", "one.jsonl:0.5, two.jsonl:0.5"],
+        ["a #jjjjjj", "Say yes/no.", "train.json"],
+        ["none", "Say no.", "one.jsonl:0.5, two.jsonl:0.5"],
+    ]
 
 
 def test_rows_made_with_other_options_are_named_by_these(tmp_path):

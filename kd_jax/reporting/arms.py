@@ -10,7 +10,7 @@ from typing import Any
 from kd_jax.config import Config, UserError
 from kd_jax.config.errors import did_you_mean
 from kd_jax.config.flags import flag_names
-from kd_jax.config.record import flatten
+from kd_jax.config.record import flatten, path_fields
 from kd_jax.workdir.history import NEUTRAL, Run, identity
 
 JOIN = " · "
@@ -42,7 +42,8 @@ def make_arms(runs: Sequence[Run]) -> list[Arm]:
     """Returns the arms, those without a teacher first, then by the values of their fields."""
     settings = [_settings(run) for run in runs]
     fields = _differing(settings)
-    shown = {field: _shown([setting.get(field) for setting in settings]) for field in fields}
+    paths = set(path_fields())
+    shown = {f: _shown([setting.get(f) for setting in settings], f in paths) for f in fields}
     names = short_names(fields)
     groups: dict[tuple[str, ...], list[Run]] = {}
     for i, run in enumerate(runs):
@@ -116,31 +117,40 @@ def _differing(settings: Sequence[dict[str, tuple[Any, str]]]) -> list[str]:
     return fields
 
 
-def _shown(settings: Sequence[tuple[Any, str] | None]) -> list[str]:
-    """Returns each value as short as possible while different values stay different."""
+def _shown(settings: Sequence[tuple[Any, str] | None], is_path: bool) -> list[str]:
+    """Returns each value as short as possible while different values stay different.
+
+    Equal contents have the name of the first.
+    """
+    first: dict[str, Any] = {}
+    for value, key in filter(None, settings):
+        first.setdefault(key, value)
+    one, two = (1, 2) if is_path else (0, 0)
     forms: tuple[Callable[[Any, str], str], ...] = (
-        lambda value, _: _brief(value),
-        lambda value, _: _brief(value, 2),
+        lambda value, _: _brief(value, one),
+        lambda value, _: _brief(value, two),
         lambda value, _: str(value),
-        lambda value, identity: f"{_brief(value)} #{identity[:6]}",
+        lambda value, identity: _brief(value, one) + f" #{identity[:6]}" * (value is not None),
     )
     count = len({setting and setting[1] for setting in settings})
     for form in forms:
-        words = ["–" if setting is None else form(*setting) for setting in settings]
+        words = ["–" if x is None else form(first[x[1]], x[1]) for x in settings]
         if len(set(words)) == count:
             break
     return words
 
 
-def _brief(value: Any, parts: int = 1) -> str:
-    """Returns a value in at most 28 characters; of a path, its last `parts`."""
+def _brief(value: Any, parts: int) -> str:
+    """Returns a value in at most 28 characters; of paths their last `parts`, 0: it is none."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
         return _cut("+".join(map(str, value)))
-    return _cut("/".join(str(value).rstrip("/").split("/")[-parts:]))
+    paths = str(value).split(",") if parts else []
+    short = ["/".join(path.rstrip("/").split("/")[-parts:]) for path in paths]
+    return _cut(", ".join(short) or str(value))
 
 
 def _cut(text: str, size: int = 28) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kd_jax.reporting.tables import Table, costs, number
 from kd_jax.workdir.history import Run
@@ -47,7 +48,7 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
     for run in runs:
         teacher = run.config.teacher
         if teacher is not None and teacher.cache and run.config.distils and run.finished:
-            readers.setdefault(teacher.cache, []).append(run)
+            readers.setdefault(_place(teacher.cache), []).append(run)
     out = []
     for path, some in readers.items():
         if (cost := read_cost(path)) is None:
@@ -59,6 +60,11 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
             SharedTeacher(cache=path, num_runs=len(some), making=cost.seconds, runs=own, live=live)
         )
     return out
+
+
+def _place(cache: str) -> str:
+    """Returns one name of a folder that runs name in different ways."""
+    return cache if "://" in cache else str(Path(cache).expanduser().resolve())
 
 
 def shared_table(runs: Sequence[Run]) -> list[Table]:
