@@ -86,7 +86,9 @@ def main(argv: Sequence[str]) -> None:
         from kd_jax.inference.cache_check import check_cache
         from kd_jax.inference.cache_import import import_cache, write_documents
         from kd_jax.inference.cached import Storage, make_cache
+        from kd_jax.setup.inputs import check_outputs
 
+        check_outputs(config, {"--out": args.out})
         if args.documents:
             write_documents(config, args.out)
             return

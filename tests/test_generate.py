@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import to_hf
 from kd_jax import generate, train
-from kd_jax.config import CheckpointConfig, DataConfig, LoraConfig, OptimConfig
+from kd_jax.config import CheckpointConfig, DataConfig, LoraConfig, OptimConfig, UserError
 from kd_jax.config.command import run_command
 from kd_jax.data.answers import render
 from kd_jax.data.fields import IS_METADATA
 from kd_jax.data.questions import Question, read_questions
 from kd_jax.data.records import make_record
 from kd_jax.inference import answer_file, prompts
+from kd_jax.inference.answer_file import AnswerFile
 from kd_jax.inference.drawing import GREEDY
 from kd_jax.inference.prompts import TextWriter
 from kd_jax.weights.files import locked
@@ -144,7 +145,7 @@ def test_a_run_answers_as_its_export_does(folder, tmp_path, capsys):
     answer(capsys, tmp_path / "run", *argv)
     (tmp_path / "3").rename(last)
     assert run("--model", tmp_path / "run", "--max-new-tokens", 12, *argv) == 2
-    assert "begun with another configuration: model {" in capsys.readouterr().err
+    assert "begun with another configuration: model.checkpoint " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,10 @@ def test_each_prompt_of_a_file_is_answered_in_its_template(answered, folder, tmp
     assert sorted(x.name for x in answered.iterdir()) == [
         "data.jsonl", "out.jsonl", "out.jsonl.config.json"
     ]  # fmt: skip
-    greedy = ("--data", answered / "data.jsonl", "--max-conversations", 2, "--batch-rows", 1)
+    first, second = answered / "data.jsonl", tmp_path / "second.jsonl"
+    second.write_text(first.read_text().splitlines()[1] + "\n")
+    both = ("--data", f"{first}, {second}", "--max-conversations", 1)
+    greedy = (*both, "--batch-rows", 1)
     answer(capsys, folder, *greedy, "--out", tmp_path / "greedy.jsonl")
     texts = [x["messages"][-1]["content"] for x in tiny.read_lines(tmp_path / "greedy.jsonl")]
     for prompt, text in zip(("Hi.", "Name the colour of the sky."), texts, strict=True):
@@ -366,8 +370,16 @@ def test_answers_of_another_configuration_are_refused(answered, folder, tmp_path
     argv = ("--model", folder, "--data", answered / "data.jsonl", "--out", answered / "out.jsonl")
     assert run(*argv, *MODES, "--seed", 1) == 2
     assert "begun with another configuration: seed 0 (now 1)" in capsys.readouterr().err
+    identity = answered / "out.jsonl.config.json"
+    earlier = json.loads(identity.read_text())
+    earlier["model"]["checkpoint"], template = "an earlier one", earlier.pop("template")
+    with pytest.raises(UserError) as refused:
+        AnswerFile(str(answered / "out.jsonl"), {**earlier, "template": f"{template} "})
+    assert "model.checkpoint None (now 'an earlier one'), another template." in str(refused.value)
     assert run(*argv[:4], "--out", answered / "data.jsonl", *MODES) == 2
     assert "which is another file" in capsys.readouterr().err
+    assert run(*argv[:2], "--data", answered, "--out", answered / "new.jsonl", *MODES) == 2
+    assert "--out: expected a place that --data does not read" in capsys.readouterr().err
     (tmp_path / "out.jsonl.config.json").write_text("{")
     assert run(*argv[:4], "--out", tmp_path / "out.jsonl", *MODES) == 2
     assert "out.jsonl.config.json: expected JSON" in capsys.readouterr().err

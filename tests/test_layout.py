@@ -28,7 +28,7 @@ FLOORS = [
             "placement",
         ],
         "data": [
-            "readers", "files", "fields", "records", "templates", "forms", "turns",
+            "readers", "files", "outputs", "fields", "records", "templates", "forms", "turns",
             "hidden", "encode", "answers", "vocabulary", "prompts", "chat", "questions", "prepare",
             "pool", "arrays", "store", "packing", "rows", "documents", "batches",
         ],

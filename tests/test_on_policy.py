@@ -152,6 +152,7 @@ def test_without_samples_the_program_is_as_before(folder):
         (["--on-policy.max-new-tokens", "127"], ["on-policy.max-new-tokens: expected at most 126"]),
         (["--on-policy.max-new-tokens", "120"], ["on-policy.max-new-tokens", "24 longer ones"]),
         (["--data.path", "TEXT"], ["data.path: expected conversations", "plain text"]),
+        (["--data.path", "FOLDER"], ["workdir: expected a place that data.path does not read"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
@@ -160,7 +161,7 @@ def test_a_mistake_gets_one_message_before_weights_load(
 ):
     monkeypatch.setattr("kd_jax.training.loop.load_models", None)
     text = write_lines(tmp_path / "text.jsonl", [{"text": "The sky is blue. " * 9}])
-    flags = [str(text) if flag == "TEXT" else flag for flag in flags]
+    flags = [{"TEXT": str(text), "FOLDER": str(tmp_path)}.get(flag, flag) for flag in flags]
     assert run_train(tmp_path / "run", *ON, *flags) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message

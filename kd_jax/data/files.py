@@ -164,7 +164,7 @@ def _list_folder(folder: Path, split: str, field: str, split_field: str) -> List
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     data = [name for name in names if is_data(name.name) and name.name not in _NO_RECORDS]
     records = [name for name in data if kind_of(name.name)[0] != ".txt"]
-    splits = {name: _split_of(name) for name in records or data}
+    splits = {name: split_of(name) for name in records or data}
     there = {split for split in splits.values() if split} or {"train"}
     if not splits:
         raise UserError(f"{field}: expected files ending in {suffixes()} in {folder}, got none")
@@ -193,7 +193,7 @@ def _describe_missing(files: list[Path]) -> list[str]:
     ]
 
 
-def _split_of(name: Path) -> str | None:
+def split_of(name: Path) -> str | None:
     """Returns the split of a file of a folder; names of folders come before those of files."""
     if shard := _SHARD.fullmatch(name.as_posix()):
         return shard[1]

@@ -18,6 +18,7 @@ import numpy as np
 from kd_jax.config import UserError
 from kd_jax.config.checks import out_path
 from kd_jax.config.errors import first_lines
+from kd_jax.config.record import flatten
 from kd_jax.data.questions import Question
 from kd_jax.inference.drawing import Sampling
 from kd_jax.inference.sampling import Row, Stop, check_finite, sample_rows, without_stop
@@ -28,6 +29,7 @@ from kd_jax.parallel.progress import Progress
 from kd_jax.weights.files import hold, naming, read_json, read_lines, write_whole
 
 _FACTS = ("index", "sample", "ended", "tokens")
+LONGEST_CHANGE = 150  # characters, of a value in a message
 Place = tuple[int, int]
 """Index of a record in the data, and number of the sample."""
 
@@ -69,16 +71,10 @@ class AnswerFile:
                     "another file. Give another name"
                 )
             return
-        earlier = read_json(self.record)
-        changed = sorted(
-            name for name in earlier.keys() | self.identity.keys()
-            if earlier.get(name) != self.identity.get(name)
-        )  # fmt: skip
-        if changed:
-            shown = ", ".join(
-                f"{name} {earlier.get(name)!r:.60} (now {self.identity.get(name)!r:.60})"
-                for name in changed
-            )
+        old, new = flatten(read_json(self.record)), flatten(self.identity)
+        names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if names:
+            shown = ", ".join(_describe_change(x, old.get(x), new.get(x)) for x in names)
             raise UserError(
                 f"--out: {path} was begun with another configuration: {shown}. Give another name"
             )
@@ -142,6 +138,12 @@ class AnswerFile:
             "answers": len(records), "empty": len(records) - len(full), "ended": ended,
             "tokens": sum(record["tokens"] for record in records),
         }  # fmt: skip
+
+
+def _describe_change(name: str, old: Any, new: Any) -> str:
+    """Returns both values; of long ones, whose beginnings may be equal, the name alone."""
+    before, now = f"{name} {old!r}", f"(now {new!r})"
+    return f"{before} {now}" if len(before + now) <= LONGEST_CHANGE else f"another {name}"
 
 
 def fit_context(

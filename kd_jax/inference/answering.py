@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from kd_jax.config import DataConfig
 from kd_jax.data.chat import chat_template_of
-from kd_jax.data.files import check_source, hash_source
+from kd_jax.data.files import check_source, hash_source, list_sources
+from kd_jax.data.outputs import check_apart
 from kd_jax.data.questions import read_questions
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
@@ -157,6 +158,7 @@ def _data(args: GenerateArgs, opened: OpenModel) -> tuple[DataConfig, Template |
     """Returns the configuration of the prompts, and the chat template."""
     assert args.data is not None
     check_source(args.data, args.split, "--data")
+    check_apart(args.data, args.split, {"--out": args.out}, "--data")
     data = DataConfig(
         path=args.data,
         split=args.split,
@@ -209,7 +211,7 @@ def _identity(
     return {
         **{name: getattr(args, name) for name in names},
         "model": hashes,
-        "data": hash_source(args.data, data.split),
+        "data": ", ".join(hash_source(path, data.split) for path, _ in list_sources(args.data)),
         "date": data.date,
         "template": template,
     }

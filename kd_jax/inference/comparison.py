@@ -13,6 +13,7 @@ from kd_jax.config import Config, HiddenConfig, TeacherConfig, UserError
 from kd_jax.config.errors import raise_all
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, choose_split
+from kd_jax.data.outputs import check_apart
 from kd_jax.data.prompts import read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, shortest_rows
 from kd_jax.data.templates import Template
@@ -185,6 +186,7 @@ def _config(args: EvaluateArgs, run: Config, num_devices: int) -> Config:
     """Returns the run's configuration, changed by the arguments."""
     split = choose_split(args.data, args.split)
     check_source(args.data, split, "--data")
+    check_apart(args.data, split, {"--out": args.out}, "--data")
     optim = dataclasses.replace(run.optim, accumulation_steps=1)
     return _with_data(
         dataclasses.replace(run, mesh=args.mesh, optim=optim),

@@ -1,7 +1,7 @@
 """Opens and checks a configuration's models, mesh and rows."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from kd_jax.config import Config, DataConfig, UserError
 from kd_jax.data.batches import ReadTeacher, train_batches
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, choose_split
+from kd_jax.data.outputs import check_apart
 from kd_jax.data.prompts import TeacherPrompt, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, overlap
 from kd_jax.data.store import Batch
@@ -103,12 +104,22 @@ def open_inputs(
     attempt(prompt_of, config)
     if (held_out := held_out_data(config)) is not None:
         attempt(check_source, held_out.path, held_out.split, "eval.path")
+    cache = config.teacher and config.teacher.cache
+    places = {"workdir": config.workdir, "data.cache-dir": config.data.cache_dir}
+    attempt(check_outputs, config, places | {"teacher.cache": cache})
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     for files, field in ((student, "student"), (teacher, "teacher")):
         if files is not None and (warning := describe_context(files.arch, seq_len, field)):
             say(warning)
     return student, teacher, mesh
+
+
+def check_outputs(config: Config, places: Mapping[str, str | None]) -> None:
+    """Raises UserError if the data have files in `places`, which are written, by flag."""
+    check_apart(config.data.path, config.data.split, places)
+    if config.eval.path is not None and (held_out := held_out_data(config)) is not None:
+        check_apart(held_out.path, held_out.split, places, "eval.path")
 
 
 def open_mesh(

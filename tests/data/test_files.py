@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import re
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from kd_jax.config import UserError
 from kd_jax.config.errors import MAX_SHOWN
 from kd_jax.data import files, readers
 from kd_jax.data.files import hash_source
+from kd_jax.data.outputs import check_apart
 from kd_jax.data.records import make_record
 
 
@@ -379,6 +381,28 @@ def test_a_folder_whose_card_has_subsets_is_read_by_their_names(tmp_path, datase
     for wrong in ("", ":fr"):
         with pytest.raises(UserError, match=r"cannot be read .*\['en', 'de'\]"):
             records_of(f"{tmp_path}{wrong}")
+
+
+def test_a_place_whose_files_would_be_data_is_refused(tmp_path):
+    folder, named = tmp_path / "data", tmp_path / "named"
+    for place in (folder / "a.jsonl", named / "train.jsonl"):
+        place.parent.mkdir()
+        place.write_text("{}\n")
+    (tmp_path / "link").symlink_to(folder)
+    inside = {"workdir": f"{folder}/runs/a", "--out": f"{tmp_path}/link/out.jsonl"}
+    with pytest.raises(UserError) as refused:
+        check_apart(str(folder), "train", inside)
+    assert re.findall("^(.*): expected a place that data.path", str(refused.value), re.M) == [
+        "workdir", "--out",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"^--out: "):
+        check_apart(f"{folder}/*.jsonl", "train", inside)
+    with pytest.raises(UserError, match=r"^workdir: "):
+        check_apart(str(named), "train[:50%]", {"workdir": f"{named}/train-run"})
+    for path in (str(named), f"{folder}/a.jsonl", "org/name", f"{folder}/*.json", f"{named}/*"):
+        places = {"workdir": f"{named}/run", "--out": f"{folder}/out.jsonl", "cache": None}
+        check_apart(path, "train", places | {"remote": "s3://data/x"})
+    check_apart(str(folder), "train", {"cache": f"{folder}/.cache/rows", "out": f"{folder}-2"})
 
 
 def test_the_flag_of_a_wrong_split_is_named(tmp_path):
