@@ -122,8 +122,8 @@ class MeshConfig:
     the other axes."""
     fsdp: Annotated[int, Range(least=0, also=-1)] = 0
     """Fully sharded data parallelism: weights are sharded over this axis and all-gathered for use,
-    rows are split. 0: the smallest size that fits, as kd_jax.plan estimates, or 1 where the
-    device's memory is unknown."""
+    rows are split. 0: the size of the fastest layout that fits, as kd_jax.plan estimates, or 1
+    where the device's memory is unknown."""
     tensor: Annotated[int, Range(least=0, also=-1)] = 0
     """Tensor parallelism: weights and the vocabulary are sharded, rows are not split; 0 as for
     fsdp."""
