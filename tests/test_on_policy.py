@@ -130,6 +130,7 @@ def test_the_share_of_samples_may_fall_to_none(run_train, tmp_path):
     assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning")  # of libraries too
 def test_without_samples_the_program_is_as_before(folder):
     config = load_config(folder / "config.py")
     arch = load_architecture(folder / "student")

@@ -81,7 +81,7 @@ def train_step(
     trainable = optax.apply_updates(state.trainable, updates)
     assert program.optim is not None and program.num_steps is not None
     metrics["learning_rate"] = make_schedule(program.optim, program.num_steps)(state.step)
-    metrics["grad_norm"] = optax.global_norm(gradients)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
     return TrainState(trainable, opt_state, state.step + 1), metrics
 
 
