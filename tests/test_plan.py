@@ -75,7 +75,10 @@ MESHES = {
 def test_the_real_step_is_compiled_for_devices_that_fake_ones_stand_for(capsys, tiny_config, mesh):
     (fsdp, tensor), sent, not_sent = MESHES[mesh]
     flags = ("--topology", "cpu:8", "--mesh.fsdp", fsdp, "--mesh.tensor", tensor)
-    got = report(capsys, "--config", tiny_config, *flags)
+    exam = ("--eval.path", "d", "--eval.accuracy", "9999", "--eval.max-new-tokens", "9999")
+    got = report(capsys, "--config", tiny_config, *flags, *exam)
+    known = report(capsys, "--config", tiny_config, *flags, *exam, "--analytic")
+    assert got["temporary_bytes_per_device"] == known["temporary_bytes_per_device"]  # of the exam
     assert FIELDS | {"compile_seconds", "largest_temporaries"} <= got.keys()
     assert got["method"] == "compiled" and got["devices"] == 8 and got["fits"]
     kinds = sum(got["bytes_by_kind"].values())

@@ -288,6 +288,13 @@ class Config:
         return self.distils and self.teacher is not None and self.teacher.cache is not None
 
     @property
+    def fills_cache(self) -> bool:
+        """True if the teacher runs before the first step, on documents that its cache lacks."""
+        return (
+            self.reads_cache and self.teacher is not None and self.teacher.cache_missing != "error"
+        )
+
+    @property
     def prompts_teacher(self) -> bool:
         """True if a teacher takes part that sees another prompt than the student."""
         return self.distils and self.teacher is not None and self.teacher.has_prompt

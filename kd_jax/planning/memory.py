@@ -78,9 +78,27 @@ def estimate_memory(case: Case) -> Memory:
         "batch": int(case.num_tokens // axes_size(case.sizes, BATCH_AXES) * token_bytes),
     }
     temporaries = _temporaries(case, student, teacher, trainable)
+    return Memory(arguments, max(temporaries, beside_steps(case, sum(arguments.values()))))
+
+
+def beside_steps(case: Case, arguments: int) -> int:
+    """Returns the bytes that a run needs between steps, and those before the first step that are
+    more than the step's arguments.
+
+    Between steps it draws samples and answers. Before the first, the teacher runs on documents
+    that its cache lacks, and no student is loaded.
+    """
+    config, (student, teacher) = case.config, make_shares(case)
+    found = [0]
     if config.samples:
-        temporaries = max(temporaries, sampling_bytes(case, student))
-    return Memory(arguments, temporaries)
+        found.append(sampling_bytes(case, student))
+    if config.eval.accuracy:
+        tokens = 2 * config.eval.max_new_tokens
+        found.append(_decoding_bytes(case, student, config.eval.accuracy, tokens))
+    if config.fills_cache and teacher is not None:
+        loaded = teacher.stored(weights(teacher.arch), teacher.itemsize)
+        found.append(loaded + _forward_bytes(teacher) - arguments)
+    return max(found)
 
 
 def sampling_bytes(case: Case, student: Shares) -> int:
@@ -89,13 +107,17 @@ def sampling_bytes(case: Case, student: Shares) -> int:
     Prompts are taken to be as long as answers; keys and values have room for a row of the data
     each, and fill at most CACHE_SHARE of the device.
     """
-    config, topology = case.config, case.topology
+    config = case.config
     S, rows = config.data.seq_len, config.on_policy.highest_fraction * config.data.batch_size
     prompts = math.ceil(rows * max(1, S // (2 * config.on_policy.max_new_tokens)))
-    prompts = math.ceil(prompts / axes_size(case.sizes, BATCH_AXES))
-    platform = PLATFORMS[topology.platform]
-    slots = min(prompts, platform.sampled_rows)
-    cache = 2 * replace(student, tokens=slots * S).keys * student.arch.num_hidden_layers
+    return _decoding_bytes(case, student, prompts, S)
+
+
+def _decoding_bytes(case: Case, student: Shares, prompts: int, tokens: int) -> int:
+    """Returns the bytes of answering prompts, each with room for `tokens` keys and values."""
+    topology, platform = case.topology, PLATFORMS[case.topology.platform]
+    slots = min(math.ceil(prompts / axes_size(case.sizes, BATCH_AXES)), platform.sampled_rows)
+    cache = 2 * replace(student, tokens=slots * tokens).keys * student.arch.num_hidden_layers
     cache = cache * platform.kv_itemsize(student.itemsize) // student.itemsize
     cache = min(cache, int(CACHE_SHARE * topology.memory_limit))
     return cache + student.in_use(weights(student.arch), student.itemsize)
@@ -117,9 +139,13 @@ def _temporaries(case: Case, student: Shares, teacher: Shares | None, gradients:
     head = residuals + summed + _head(case, student, teacher)
     if teacher is None or config.reads_cache:
         return max(backward, head)
-    forward = 2 * (teacher.hidden + teacher.stream) + teacher.mask + _gathered_layer(teacher)
-    forward += teacher.gathered_keys
-    return max(backward, head, forward)
+    return max(backward, head, _forward_bytes(teacher))
+
+
+def _forward_bytes(teacher: Shares) -> int:
+    """Returns the bytes of a teacher's forward pass."""
+    activations = 2 * (teacher.hidden + teacher.stream) + teacher.mask
+    return activations + _gathered_layer(teacher) + teacher.gathered_keys
 
 
 def _head(case: Case, student: Shares, teacher: Shares | None) -> int:

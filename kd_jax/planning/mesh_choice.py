@@ -169,7 +169,8 @@ def remedy(case: Case) -> str:
 def check_layout(config: Config, sizes: Sizes, **models: Architecture | None) -> None:
     """Raises UserError with everything in the models, by field, that the mesh does not divide."""
     found = {field: arch for field, arch in models.items() if arch is not None}
-    loaded = {x: arch for x, arch in found.items() if x != "teacher" or not config.reads_cache}
+    runs = config.fills_cache or not config.reads_cache
+    loaded = {x: arch for x, arch in found.items() if x != "teacher" or runs}
     problems = [x for field, arch in loaded.items() for x in _problems(config, sizes, field, arch)]
     size = min(arch.vocab_size for arch in found.values())
     if size % sizes["tensor"]:

@@ -11,7 +11,7 @@ from kd_jax.parallel.rules import axes_size, token_axes
 from kd_jax.planning.chips import GIB
 from kd_jax.planning.cost import Case
 from kd_jax.planning.estimate import Report, estimate, memory_fields, time_fields
-from kd_jax.planning.memory import estimate_memory
+from kd_jax.planning.memory import beside_steps, estimate_memory
 
 LARGEST = 8  # arrays that a report names
 
@@ -47,7 +47,9 @@ def compile_ahead(case: Case, devices: Sequence[Any]) -> Report:
         return report
     used = compiled.memory_analysis()
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    report |= memory_fields(case.topology, used.argument_size_in_bytes, temporaries)
+    arguments = used.argument_size_in_bytes
+    temporaries = max(temporaries, beside_steps(case, arguments))
+    report |= memory_fields(case.topology, arguments, temporaries)
     module = hlo.read_module(compiled.as_text())
     shards = axes_size(case.sizes, token_axes(case.sizes, config.data.seq_len))
     tokens = rows * config.data.seq_len / shards * case.target_share

@@ -13,6 +13,7 @@ from tiny import logits
 from kd_jax.config import (
     Config,
     DataConfig,
+    EvalConfig,
     LoraConfig,
     LossConfig,
     MeshConfig,
@@ -29,6 +30,7 @@ from kd_jax.parallel.mesh import make_mesh
 from kd_jax.parallel.platforms import PLATFORMS
 from kd_jax.planning import cost, memory, network
 from kd_jax.planning.chips import CHIPS, GIB, find_topology
+from kd_jax.planning.mesh_choice import choose_sizes
 from kd_jax.training.abstract import abstract_run
 
 pytestmark = pytest.mark.devices(8)
@@ -137,6 +139,28 @@ def test_a_cached_teacher_costs_its_head_alone():
     )
     layers = sum(cost.layer_flops(archs[1], config.data.seq_len))
     assert live - cached == pytest.approx(1000 * layers) and layers > 1e10
+
+
+def test_what_a_run_needs_beside_its_steps_is_counted():
+    config, *archs = open_config("8b_to_1b", remat="layer")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+    cached = with_cache(config)
+    filling = dataclasses.replace(cached.teacher, cache_missing="compute")
+    topology, sizes = find_topology("v5e:2x4"), {"data": 8, "fsdp": 1, "tensor": 1}
+
+    def peak(config):
+        case = cost.Case(
+            config=config, student=archs[0], teacher=archs[1], sizes=sizes, topology=topology
+        )
+        found = memory.estimate_memory(case)
+        return sum(found.arguments.values()) + found.temporaries, found.arguments["teacher"]
+
+    whole, computed = peak(config)[1], dataclasses.replace(cached, teacher=filling)
+    assert peak(cached)[0] < whole / 2 and whole < peak(computed)[0] < 1.1 * whole
+    assert choose_sizes(cached, *archs, topology) == sizes
+    assert choose_sizes(computed, *archs, topology)["data"] < 8
+    asked = dataclasses.replace(cached, eval=EvalConfig(path="d", accuracy=10**6))
+    assert peak(asked)[0] > peak(cached)[0] + memory.CACHE_SHARE * topology.memory_limit / 2
 
 
 def test_a_teacher_with_longer_rows_does_more_and_own_weights_cost_nothing():
