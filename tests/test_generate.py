@@ -276,10 +276,14 @@ def test_each_prompt_of_a_file_is_answered_in_its_template(answered, folder, tmp
         "data.jsonl", "out.jsonl", "out.jsonl.config.json"
     ]  # fmt: skip
     first, second = answered / "data.jsonl", tmp_path / "second.jsonl"
-    second.write_text(first.read_text().splitlines()[1] + "\n")
+    hinted = {**tiny.read_lines(first)[1], "teacher_messages": [{"role": "user", "content": "?"}]}
+    second.write_text(json.dumps(hinted) + "\n")
     both = ("--data", f"{first}, {second}", "--max-conversations", 1)
     greedy = (*both, "--batch-rows", 1)
-    answer(capsys, folder, *greedy, "--out", tmp_path / "greedy.jsonl")
+    greedy = (*greedy, "--dtype", "float32", "--max-new-tokens", 12)
+    assert run("--model", folder, *greedy, "--out", tmp_path / "greedy.jsonl") == 0
+    said = capsys.readouterr().err
+    assert f"warning: {first}, {second}: 1 records have `teacher_messages`: ignored" in said
     texts = [x["messages"][-1]["content"] for x in tiny.read_lines(tmp_path / "greedy.jsonl")]
     for prompt, text in zip(("Hi.", "Name the colour of the sky."), texts, strict=True):
         assert answer(capsys, folder, "--prompt", prompt) == text + "\n"

@@ -41,6 +41,8 @@ class Question:
     tools: list[Any] | None = None
     text: str | None = None
     """A prompt of text, which has no chat template."""
+    ignored: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of each key of the record that is not used."""
 
     def answered(self, text: str) -> dict[str, Any]:
         """Returns the record of this prompt with another answer, in a form that training reads."""
@@ -90,7 +92,7 @@ def read_questions(
             last = len(question.messages) + len(record.messages) - len(asked.messages)
             turns, learn = record.messages[:last], record.learn[:last]
             question = replace(question, messages=turns, learn=learn)
-        questions.append(question)
+        questions.append(replace(question, ignored=record.ignored))
     if problems and data.on_bad_record == "error":
         raise UserError("\n".join(first_lines(problems)))
     if not questions:

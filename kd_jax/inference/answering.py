@@ -1,6 +1,7 @@
 """Answers to prompts of the command line, and to all prompts of a file, as kd_jax.generate does."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, hash_source, list_sources
 from kd_jax.data.outputs import check_apart
 from kd_jax.data.questions import read_questions
+from kd_jax.data.records import describe_ignored
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
 from kd_jax.inference.answer_file import AnswerFile, Options, fit_context, write_answers
@@ -147,6 +149,8 @@ def _write_answers(args: GenerateArgs, opened: OpenModel) -> dict[str, int] | No
     )
     check_ids([question.tokens for question in questions], opened.files.arch, "--model")
     fitting, notes = fit_context(questions, options)
+    ignored = describe_ignored(Counter(x for question in questions for x in question.ignored))
+    notes += [f"warning: {args.data}: {line}" for line in ignored]
     for line in filter(None, [describe_dtype(args.dtype, mesh), left_out, *notes]):
         say(line)
     decode = partial(decode_answer, tokenizer)
