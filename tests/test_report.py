@@ -282,6 +282,10 @@ def test_runs_of_a_cache_pay_for_the_teacher_once(tmp_path, one_figure):
     cut = write_run(tmp_path / "cut", ratio=1.0, last=3, teacher=teacher)
     (row,) = shared_table(history.read_runs([*folders, cut]))[0].rows
     assert row == [str(cache), "3", "30.0", "150.0", "180.0", "450.0", "40.0"]
+    elsewhere = dataclasses.replace(BASE.teacher, cache=f"{cache}/../elsewhere")
+    away = write_run(tmp_path / "away", ratio=1.0, teacher=elsewhere)
+    (row,) = shared_table(history.read_runs([away]))[0].rows
+    assert row == [str(tmp_path / "elsewhere"), "1", "–", "50.0", "–", "–", "–"]
     assert not shared_table(history.read_runs(write_arms(tmp_path / "live")))
     assert run(*folders, "--out", tmp_path / "out") == 0
     assert "share a teacher" in (tmp_path / "out" / "index.html").read_text()

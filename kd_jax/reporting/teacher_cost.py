@@ -10,7 +10,8 @@ from kd_jax.workdir.history import Run
 NOTE = (
     "The teacher’s pass counts once, with compiling and writing. Live: the runs’ own seconds, and "
     "for each of their tokens what the teacher took for one when it filled the cache. Loading, "
-    "evaluations and checkpoints are in neither. Finished runs alone."
+    "evaluations and checkpoints are in neither. Finished runs alone. A dash: the cost is not "
+    "recorded there, as of a cache that was made of a file or has moved."
 )
 
 
@@ -44,17 +45,11 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
     """Returns the costs of each cache that finished runs read, if what it cost is recorded."""
     from kd_jax.teachers.cost import read_cost  # imports tensorstore
 
-    readers: dict[str, list[Run]] = {}
-    for run in runs:
-        teacher = run.config.teacher
-        if teacher is not None and teacher.cache and run.config.distils and run.finished:
-            readers.setdefault(_place(teacher.cache), []).append(run)
     out = []
-    for path, some in readers.items():
+    for path, some in _readers(runs).items():
         if (cost := read_cost(path)) is None:
             continue
-        found = [costs(run) for run in some]
-        own, tokens = (sum(x[name] for x in found) for name in ("seconds", "tokens"))
+        own, tokens = _sums(some)
         live = own + tokens * cost.seconds_per_token
         out.append(
             SharedTeacher(cache=path, num_runs=len(some), making=cost.seconds, runs=own, live=live)
@@ -62,22 +57,35 @@ def shared_teachers(runs: Sequence[Run]) -> list[SharedTeacher]:
     return out
 
 
-def _place(cache: str) -> str:
-    """Returns one name of a folder that runs name in different ways."""
-    return cache if "://" in cache else str(Path(cache).expanduser().resolve())
+def _readers(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Returns the finished runs of each cache; of its folder there is one name."""
+    readers: dict[str, list[Run]] = {}
+    for run in runs:
+        teacher = run.config.teacher
+        if teacher is not None and teacher.cache and run.config.distils and run.finished:
+            path = teacher.cache
+            place = path if "://" in path else str(Path(path).expanduser().resolve())
+            readers.setdefault(place, []).append(run)
+    return readers
+
+
+def _sums(runs: Sequence[Run]) -> tuple[float, float]:
+    """Returns the seconds and the tokens of all runs."""
+    found = [costs(run) for run in runs]
+    return sum(x["seconds"] for x in found), sum(x["tokens"] for x in found)
 
 
 def shared_table(runs: Sequence[Run]) -> list[Table]:
-    """Returns a table of the caches, none where no run read one whose cost is known."""
-    rows = [
-        [
-            one.cache,
-            str(one.num_runs),
-            *(number(x, 1) for x in (one.making, one.runs, one.together, one.live)),
-            number(100 * one.together / one.live, 1),
-        ]
-        for one in shared_teachers(runs)
-    ]
+    """Returns a table of the caches that finished runs read, none without one."""
+    known = {one.cache: one for one in shared_teachers(runs)}
+    rows = []
+    for path, some in _readers(runs).items():
+        own, one = _sums(some)[0], known.get(path)
+        cells = ["–", number(own, 1), "–", "–", "–"]
+        if one is not None:
+            seconds = (one.making, own, one.together, one.live)
+            cells = [*(number(x, 1) for x in seconds), number(100 * one.together / one.live, 1)]
+        rows.append([path, str(len(some)), *cells])
     names = ("teacher once, s", "runs, s", "together, s", "live, s", "share of live, %")
     header = ["cache", "n", *(name.replace(", ", ",\N{NO-BREAK SPACE}") for name in names)]
     title = "Cost of runs that share a teacher’s cache"
