@@ -15,6 +15,8 @@ from kd_jax.data.hidden import HIDDEN
 from kd_jax.data.records import Conversation, Record
 from kd_jax.data.templates import Template, apply_template, choose, need_template
 
+SYSTEM_FILE = "teacher_system.txt"
+"""In a workdir: the text of the run's teacher.system @FILE, which may change or move later."""
 OWN = "teacher_messages"
 """The key of a record's turns for the teacher."""
 _SHOWN = ("system", "user", "tool")  # what the teacher must see; keys of hidden.HIDDEN

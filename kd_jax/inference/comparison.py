@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from kd_jax.config.errors import raise_all
 from kd_jax.data.chat import chat_template_of
 from kd_jax.data.files import check_source, choose_split
 from kd_jax.data.outputs import check_apart
-from kd_jax.data.prompts import read_prompt
+from kd_jax.data.prompts import SYSTEM_FILE, read_prompt
 from kd_jax.data.rows import Rows, describe_rows, make_rows, shortest_rows
 from kd_jax.data.templates import Template
 from kd_jax.data.vocabulary import num_entries
@@ -208,7 +209,7 @@ def _make_rows(
     args: EvaluateArgs, config: Config, model: OpenModel, template: Template | None
 ) -> tuple[Config, Rows]:
     """Returns the rows, and the configuration with their length: the shortest, or --seq-len."""
-    prompt = read_prompt(_prompted(args, model.config))
+    prompt = read_prompt(_prompted(args, model))
 
     def make(config: Config) -> Rows:
         return make_rows(config.data, model.files.tokenizer, template, prompt=prompt)
@@ -220,18 +221,21 @@ def _make_rows(
     return config, rows
 
 
-def _prompted(args: EvaluateArgs, run: Config) -> TeacherConfig | None:
+def _prompted(args: EvaluateArgs, model: OpenModel) -> TeacherConfig | None:
     """Returns the teacher with the prompt that only it sees: the arguments', or its run's."""
     if args.teacher is None:
         return None
     part = TeacherConfig(
         path=args.teacher, system=args.teacher_system or None, messages=args.teacher_messages
     )
-    own, given = run.teacher, args.teacher_system is not None or args.teacher_messages
-    if given or own is None or not own.has_prompt or not _is_teacher(run, args):
+    own, given = model.config.teacher, args.teacher_system is not None or args.teacher_messages
+    if given or own is None or not own.has_prompt or not _is_teacher(model.config, args):
         return part
     say(f"the teacher sees the prompt of its run {args.model}; --teacher-system '' removes it")
-    return dataclasses.replace(part, system=own.system, messages=own.messages, seq_len=own.seq_len)
+    system, file = own.system, (model.workdir or Path()) / SYSTEM_FILE
+    if system is not None and system.startswith("@") and file.is_file():
+        system = f"@{file}"  # as the run read it
+    return dataclasses.replace(part, system=system, messages=own.messages, seq_len=own.seq_len)
 
 
 def _vocab_sizes(

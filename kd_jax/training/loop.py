@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from kd_jax.config import Config, UserError
 from kd_jax.config.record import dump, flatten, path_fields
 from kd_jax.data.batches import count_steps
+from kd_jax.data.prompts import SYSTEM_FILE
 from kd_jax.data.store import Batch
 from kd_jax.data.templates import TEMPLATE_FILE
 from kd_jax.inference import scores
@@ -33,6 +34,7 @@ from kd_jax.setup.inputs import (
     describe_no_evaluation,
     open_inputs,
     open_rows,
+    prompt_of,
     row_source,
 )
 from kd_jax.setup.model_files import ModelFiles, check_adapter, start_hashing, without_tokenizer
@@ -273,6 +275,9 @@ def _write_record(run: _Run, step: int) -> dict[str, str]:
         if run.rows.template is not None:
             text = json.dumps({"chat_template": run.rows.template}, ensure_ascii=False)
             write_whole(run.workdir / TEMPLATE_FILE, text + "\n")
+        prompt, part = prompt_of(run.config), run.config.teacher
+        if prompt is not None and part is not None and prompt.system != part.system:
+            write_whole(run.workdir / SYSTEM_FILE, f"{prompt.system}\n")
     return inputs
 
 

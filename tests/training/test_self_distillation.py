@@ -13,6 +13,10 @@ from tiny_run import Run, flat
 from kd_jax import train
 from kd_jax.config import CheckpointConfig, EvalConfig, MeshConfig, OptimConfig, TeacherConfig
 from kd_jax.config.command import run_command
+from kd_jax.data.prompts import read_prompt
+from kd_jax.inference.arguments import EvaluateArgs
+from kd_jax.inference.comparison import _prompted
+from kd_jax.inference.load import open_model
 from kd_jax.training.step import jit_train_step, teacher_weights, train_step
 from kd_jax.workdir.checkpoints import open_trained
 
@@ -81,7 +85,9 @@ def assert_measured_to(run, taken, average):
 def test_a_run_goes_on_bit_for_bit_with_its_average_and_prompt(
     tiny_student, tiny_data, tmp_path, capsys
 ):
-    teacher = TeacherConfig(kind="ema", ema_decay=0.5, system="Meow.")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Meow.\n")
+    teacher = TeacherConfig(kind="ema", ema_decay=0.5, system=f"@{prompt}")
     tiny.write_config(
         tmp_path, teacher=teacher, student=tiny_student, data=tiny_data, dtype="float32",
         eval=EvalConfig(fraction=0.2, every_steps=2), checkpoint=CheckpointConfig(every_steps=2),
@@ -100,3 +106,6 @@ def test_a_run_goes_on_bit_for_bit_with_its_average_and_prompt(
     assert tiny.trace(broken) == tiny.trace(whole)
     assert tiny.trace(whole)[-1]["eval/kl_forward"] > 0
     assert not any("average" in name for name in open_trained(whole).shapes)
+    prompt.unlink()  # an evaluation gives the teacher what it was
+    args = EvaluateArgs(model=str(whole), teacher=str(tiny_student), data="d")
+    assert read_prompt(_prompted(args, open_model(str(whole), "float32"))).system == "Meow."
