@@ -13,8 +13,11 @@ from paths import ROOT
 
 from convert import from_hf, to_hf
 from kd_jax import __main__, evaluate, train
-from kd_jax.config import CheckpointConfig, TeacherConfig
+from kd_jax.config import CheckpointConfig, TeacherConfig, UserError
 from kd_jax.config.command import run_command
+from kd_jax.inference.arguments import EvaluateArgs
+from kd_jax.inference.comparison import _open_teacher
+from kd_jax.inference.load import open_model
 
 pytestmark = pytest.mark.fast
 
@@ -159,3 +162,12 @@ def test_fine_tuning_needs_no_teacher(folders, how, tmp_path):
     given = ("--teacher.path", folders / "student", "--teacher.adapter", out)
     flags = ("--config", folders / "config.py", *given)
     assert run(train.main, *flags, "--workdir", tmp_path / "distilled") == 0
+    # Its evaluation takes this adapter and no other.
+    names = {"model": tmp_path / "distilled", "teacher": folders / "student"}
+    args = EvaluateArgs(data="d", **{name: str(path) for name, path in names.items()})
+    model = open_model(args.model, "float32")
+    assert _open_teacher(args, model).files.adapter is not None
+    with (out / "adapter_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"teacher\.adapter: expected the content that the run"):
+        _open_teacher(args, model)

@@ -36,7 +36,8 @@ from kd_jax.setup.model_files import check_shared, compare_tokenizers, shared_vo
 from kd_jax.setup.models import Models
 from kd_jax.setup.program import make_program
 from kd_jax.setup.runtime import start_jax
-from kd_jax.weights.folder import same_path
+from kd_jax.weights.folder import fingerprint, same_path
+from kd_jax.workdir.resume import check_same_inputs
 
 _RECORDED = (
     "model", "step", "teacher", "teacher_cache", "teacher_system", "teacher_messages", "against",
@@ -128,7 +129,7 @@ def open_setup(args: EvaluateArgs) -> Setup:
     student = open_model(args.model, args.dtype, args.step, student_path=args.student_path)
     teacher = against = None
     if args.teacher is not None:
-        teacher = _open_teacher(args, student.config)
+        teacher = _open_teacher(args, student)
     if args.against is not None:
         against = open_model(args.against, args.dtype, flag="--against")
     shares = [
@@ -163,10 +164,10 @@ def open_setup(args: EvaluateArgs) -> Setup:
     return setup if args.teacher_cache is None else _with_cache(args, setup, template)
 
 
-def _open_teacher(args: EvaluateArgs, run: Config) -> OpenModel:
+def _open_teacher(args: EvaluateArgs, student: OpenModel) -> OpenModel:
     """Returns the teacher, with the run's adapter if it is the run's teacher."""
     assert args.teacher is not None
-    own = run.teacher
+    run, own = student.config, student.config.teacher
     adapter = None if own is None else own.adapter
     if own is not None and adapter is not None and not _is_teacher(run, args):
         say(
@@ -174,7 +175,13 @@ def _open_teacher(args: EvaluateArgs, run: Config) -> OpenModel:
             f"run's teacher.adapter {adapter} is not used"
         )
         adapter = None
-    return open_model(args.teacher, args.dtype, adapter=adapter, field="teacher", flag="--teacher")
+    opened = open_model(
+        args.teacher, args.dtype, adapter=adapter, field="teacher", flag="--teacher"
+    )
+    if adapter is not None and student.workdir is not None and run.distils:
+        content = fingerprint(opened.files.folders["teacher.adapter"])
+        check_same_inputs(student.workdir, {"teacher.adapter": content})
+    return opened
 
 
 def _is_teacher(run: Config, args: EvaluateArgs) -> bool:
