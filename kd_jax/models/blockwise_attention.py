@@ -37,7 +37,7 @@ def _blockwise(as_bits, scale, context, q, k, v, mask):
 
 
 def _forward(as_bits, scale, context, q, k, v, mask):
-    queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
+    queries, keys, values = _grouped(q, k), heads_first(k), heads_first(v)
     # A column of ones, whose product is the sum of the weights.
     values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
     outputs, logsumexps = [], []
@@ -45,7 +45,7 @@ def _forward(as_bits, scale, context, q, k, v, mask):
         z = _block_logits(scale, context, queries, keys, mask, block, stop)
         highest = jnp.max(z, axis=-1, keepdims=True)
         weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
-        sums = _product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, :stop])
+        sums = product("BKRT,BKTH->BKRH", _rows(weights), values[:, :, :stop])
         sums = sums.reshape(*weights.shape[:4], -1)
         outputs.append((sums[..., :-1] / sums[..., -1:]).astype(q.dtype))
         logsumexps.append(highest + jnp.log(sums[..., -1:]))
@@ -57,7 +57,7 @@ def _forward(as_bits, scale, context, q, k, v, mask):
 
 def _backward(as_bits, scale, context, residuals, d_output):
     q, k, v, mask, output, logsumexp = residuals
-    queries, keys, values = _grouped(q, k), _heads_first(k), _heads_first(v)
+    queries, keys, values = _grouped(q, k), heads_first(k), heads_first(v)
     d_output32, output32 = d_output.astype(jnp.float32), output.astype(jnp.float32)  # summed
     inner = _grouped(jnp.sum(d_output32 * output32, axis=-1, keepdims=True), k)
     d_outputs = _grouped(d_output, k)
@@ -68,16 +68,16 @@ def _backward(as_bits, scale, context, residuals, d_output):
         d_block, q_block = d_outputs[:, :, :, block], queries[:, :, :, block]
         z = _block_logits(scale, context, queries, keys, mask, block, stop)
         weights = jnp.exp(z - logsumexp[:, :, :, block])
-        d_weights = _product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
+        d_weights = product("BKGSH,BKTH->BKGST", d_block, values[:, :, seen])
         d_logits = (weights * (d_weights - inner[:, :, :, block])).astype(q.dtype)
         weights = weights.astype(v.dtype)
-        d_queries.append(_product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
+        d_queries.append(product("BKGST,BKTH->BKGSH", d_logits, keys[:, :, seen]))
         d_keys = _add_to_first(d_keys, _sum_over_queries(d_logits, q_block))
         d_values = _add_to_first(d_values, _sum_over_queries(weights, d_block))
     # Without the barrier a CPU chooses the block anew for each entry that RoPE's gradient reads.
     d_query, d_keys = jax.lax.optimization_barrier((jnp.concatenate(d_queries, axis=3), d_keys))
     dq = _ungrouped(d_query) * scale
-    dk, dv = _heads_first(d_keys) * scale, _heads_first(d_values)
+    dk, dv = heads_first(d_keys) * scale, heads_first(d_values)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -100,8 +100,8 @@ def _sum_over_queries(weights: jax.Array, x: jax.Array) -> jax.Array:
     does, and is twice as fast if it has to transpose before.
     """
     if weights.dtype == jnp.bfloat16:
-        return _product("BKGST,BKGSH->BKTH", weights, x)
-    return _product("BKRT,BKRH->BKTH", _rows(weights), _rows(x))
+        return product("BKGST,BKGSH->BKTH", weights, x)
+    return product("BKRT,BKRH->BKTH", _rows(weights), _rows(x))
 
 
 def _blocks(num_queries: int, num_keys: int) -> list[tuple[slice, int]]:
@@ -122,15 +122,16 @@ def _block_logits(scale, context, queries, keys, mask, block, stop):
     """
     num_queries = queries.shape[3]
     queries = queries[:, :, :, block]
-    z = _product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, :stop])
+    z = product("BKRH,BKTH->BKRT", _rows(queries), keys[:, :, :stop])
     seen = visible(of_queries(context, num_queries, mask), mask, block, slice(0, stop))
     seen &= causal(context, num_queries, block, stop)
     bias = jax.lax.optimization_barrier(jnp.where(seen, 0.0, NEGATIVE))
     return z.reshape(*queries.shape[:4], -1) * scale + bias[:, None, None]
 
 
-def _product(product: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(product, a, b, preferred_element_type=jnp.float32)
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns an einsum in float32."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _rows(x):
@@ -138,7 +139,7 @@ def _rows(x):
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _heads_first(x):
+def heads_first(x):
     """Swaps tokens and heads of [B, S, K, H]."""
     return jnp.swapaxes(x, 1, 2)
 

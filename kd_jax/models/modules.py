@@ -147,15 +147,20 @@ class VocabWeight(nnx.Module):
 def rope_tables(
     positions: jax.Array, rope: Rope, head_dim: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of the RoPE angles, [B, S, 1, R / 2] each; R entries are rotated."""
+    """Returns cos and sin of the RoPE angles, [B, S, 1, R] each; R entries are rotated.
+
+    They are repeated for both entries of a pair; the sine is negative for the first.
+    """
     frequency = jnp.asarray(rope.inverse_frequencies(head_dim))
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
 
-    def table(values: jax.Array) -> jax.Array:
+    def table(first: jax.Array, second: jax.Array) -> jax.Array:
+        values = jnp.concatenate([first, second], axis=-1)
         scale = rope.attention_factor
         return (values if scale == 1 else scale * values).astype(dtype)
 
-    return table(jnp.cos(angle)), table(jnp.sin(angle))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return table(cos, cos), table(-sin, sin)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -164,11 +169,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     It is computed in float32 and rounded once, in the form that XLA's CPU vectorises: with each
     operation in bfloat16 it takes eight times as long.
     """
-    half = cos.shape[-1]
-    if 2 * half < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., : 2 * half], cos, sin), x[..., 2 * half :]], axis=-1)
+    R = cos.shape[-1]
+    if x.shape[-1] > R:
+        return jnp.concatenate([rotate(x[..., :R], cos, sin), x[..., R:]], axis=-1)
     wide, cos, sin = (y.astype(jnp.float32) for y in (x, cos, sin))
     first, second = jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([second, first], axis=-1)
-    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     return (wide * cos + turned * sin).astype(x.dtype)

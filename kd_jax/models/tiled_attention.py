@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kd_jax.models.bits import from_bits, to_bits
+from kd_jax.models.blockwise_attention import heads_first, product
 from kd_jax.models.masks import NEGATIVE, Mask, visible
 from kd_jax.models.residuals import SAVED_ATTENTION, name_residual
 
 BLOCK = 64
 """Tokens in a block of queries, and in a tile's keys."""
-
-_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -31,9 +30,9 @@ def tiled_attention(
 
 def _forward(scale, q, k, v, mask):
     row, block, first = _blocks_of(mask)
-    keys = to_bits(_by_head(k))
+    keys = to_bits(heads_first(k))
     # A column of ones, whose product is the sum of the weights.
-    values = to_bits(_by_head(jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)))
+    values = to_bits(heads_first(jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)))
     widths = _widths(q.shape[1])
     choice = jnp.searchsorted(jnp.array(widths), (block + 1 - first) * BLOCK)
 
@@ -50,7 +49,7 @@ def _forward(scale, q, k, v, mask):
         z = _logits(scale, queries, part(keys), bias)
         highest = jnp.max(z, axis=-1, keepdims=True)
         weights = jnp.exp(z - highest).astype(v.dtype)  # the matmul's dtype
-        sums = _product("KRT,KTH->KRH", weights, part(values))
+        sums = product("KRT,KTH->KRH", weights, part(values))
         output = (sums[..., :-1] / sums[..., -1:]).astype(q.dtype)
         return to_bits(output), highest + jnp.log(sums[..., -1:])
 
@@ -85,12 +84,12 @@ def _backward(scale, residuals, d_output):
             k_tile, v_tile = (from_bits(_at(x, begin + tile), q.dtype) for x in (keys, values))
             bias = _bias(mask, row, block * BLOCK, tile * BLOCK, BLOCK)
             weights = jnp.exp(_logits(scale, queries, k_tile, bias) - logsumexp)
-            d_weights = _product("KRH,KTH->KRT", d_block, v_tile)
+            d_weights = product("KRH,KTH->KRT", d_block, v_tile)
             d_logits = (weights * (d_weights - inner)).astype(q.dtype)
             weights = weights.astype(v.dtype)
-            d_queries += _product("KRT,KTH->KRH", d_logits, k_tile)
-            d_keys = _add(d_keys, begin + tile, _product("KRT,KRH->KTH", d_logits, queries))
-            d_values = _add(d_values, begin + tile, _product("KRT,KRH->KTH", weights, d_block))
+            d_queries += product("KRT,KTH->KRH", d_logits, k_tile)
+            d_keys = _add(d_keys, begin + tile, product("KRT,KRH->KTH", d_logits, queries))
+            d_values = _add(d_values, begin + tile, product("KRT,KRH->KTH", weights, d_block))
             return d_queries, d_keys, d_values
 
         start = (jnp.zeros(queries.shape, jnp.float32), *sums)
@@ -154,7 +153,7 @@ def _bias(mask: Mask, row: jax.Array, own: jax.Array, start: jax.Array, width: i
 
 def _logits(scale: float, queries: jax.Array, keys: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns logits [K, R, T] float32 of a block of queries [K, R, H] and keys [K, T, H]."""
-    z = _product("KRH,KTH->KRT", queries, keys)
+    z = product("KRH,KTH->KRT", queries, keys)
     by_query = z.reshape(len(z), -1, *bias.shape) * scale + bias[None, None]
     return by_query.reshape(z.shape)
 
@@ -165,11 +164,6 @@ def _at(x: jax.Array, place: jax.Array) -> jax.Array:
 
 def _add(x: jax.Array, place: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, _at(x, place) + y, place, 0)
-
-
-def _by_head(x: jax.Array) -> jax.Array:
-    """Swaps tokens and heads of [B, S, K, H]."""
-    return jnp.swapaxes(x, 1, 2)
 
 
 def _by_block(x: jax.Array, k: jax.Array) -> jax.Array:

@@ -201,12 +201,19 @@ def test_a_folder_that_transformers_wrote_computes_what_it_computes_there(family
     assert distance(theirs, decoder) < TOLERANCE
 
 
-def interleaved(x, cos, sin):
+def by_pair(tables):
+    """Returns cos and sin of each pair, which the tables have twice."""
+    return (table[..., table.shape[-1] // 2 :] for table in tables)
+
+
+def interleaved(x, *tables):
+    cos, sin = by_pair(tables)
     first, second = x[..., ::2], x[..., 1::2]
     return jnp.stack([first * cos - second * sin, second * cos + first * sin], -1).reshape(x.shape)
 
 
-def swapped_halves(x, cos, sin):
+def swapped_halves(x, *tables):
+    cos, sin = by_pair(tables)
     second, first = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
